@@ -1,0 +1,323 @@
+"""The command line. Thin: it parses, calls one function, prints; imports happen inside.
+
+Exit status: 0 success, 2 a user's mistake told in one line, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from trainers.errors import MimrayError
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+
+
+class _Group(click.Group):
+    """Turns our errors into one line on standard error and the right exit status."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except MimrayError as error:
+            if ctx.params.get("debug"):
+                raise
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(error.exit_code)
+
+
+@click.group(cls=_Group, context_settings=CONTEXT)
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+@click.version_option(package_name="mimray", prog_name="mimray")
+def cli(debug: bool) -> None:
+    """Pre-train a masked image model on your own pictures, and serve its encoder.
+
+    Example: mimray pretrain mae-tiny --data PICTURES --steps 100
+    """
+    from service.cluster import set_environment
+
+    set_environment()
+
+
+@cli.command()
+@click.option("--out", default="runs/demo", show_default=True, help="Directory of everything made.")
+@click.option("--steps", default=300, show_default=True, type=click.IntRange(min=2))
+@click.option("--fresh", is_flag=True, help="Start over instead of reusing what is there.")
+@json_option
+def demo(out: str, steps: int, fresh: bool, as_json: bool) -> None:
+    """The whole way on photographs that come with the installation, in a few minutes.
+
+    Example: mimray demo --out runs/demo
+    """
+    from service.demo import run_demo
+
+    result = run_demo(Path(out), steps=steps, fresh=fresh)
+    if as_json:
+        click.echo(json.dumps(result))
+
+
+@cli.command()
+@click.option("--storage", default="runs", show_default=True, help="Where runs would be kept.")
+@json_option
+@click.pass_context
+def doctor(ctx: click.Context, storage: str, as_json: bool) -> None:
+    """Check this machine; each line says ok, or what to do.
+
+    Example: mimray doctor
+    """
+    from service.doctor import as_json as to_json
+    from service.doctor import diagnose, render
+
+    findings = diagnose(storage=storage)
+    click.echo(to_json(findings) if as_json else render(findings))
+    if any(f.status == "fail" for f in findings):
+        ctx.exit(2)
+
+
+@cli.command()
+@click.argument("name", required=False)
+@json_option
+def recipes(name: str | None, as_json: bool) -> None:
+    """List the shipped recipes, or print one with every key and default.
+
+    Example: mimray recipes mae-tiny
+    """
+    import yaml
+
+    from trainers.config.run import load_recipe, shipped_recipes
+
+    if name is not None:
+        tree = load_recipe(name).model_dump(mode="json")
+        click.echo(json.dumps(tree) if as_json else yaml.safe_dump(tree, sort_keys=False).rstrip())
+        return
+    summaries = {n: load_recipe(n).about for n in shipped_recipes()}
+    if as_json:
+        click.echo(json.dumps({n: a.model_dump() if a else None for n, a in summaries.items()}))
+        return
+    for n, about in summaries.items():
+        click.echo(f"{n:12} {about.summary if about else ''}")
+        if about:
+            click.echo(f"{'':12} {about.command}  ({about.cost})")
+
+
+@cli.command()
+@click.argument("recipe")
+@click.option("--data", required=True, help="Folder of pictures or Parquet; any pyarrow.fs URI.")
+@click.option("--name", default=None, help="Name of the run; the recipe's by default.")
+@click.option("--storage", default="runs", show_default=True, help="Where runs are kept; path or URI.")
+@click.option("--steps", type=click.IntRange(min=1), default=None, help="Length, in updates.")
+@click.option("--workers", type=click.IntRange(min=1), default=None, help="Training workers.")
+@click.option("--set", "overrides", multiple=True, metavar="A.B=VALUE", help="Override a key.")
+@click.option("--fresh", is_flag=True, help="Start over: deletes what the run has.")
+@json_option
+def pretrain(
+    recipe: str,
+    data: str,
+    name: str | None,
+    storage: str,
+    steps: int | None,
+    workers: int | None,
+    overrides: tuple[str, ...],
+    fresh: bool,
+    as_json: bool,
+) -> None:
+    """Pre-train; run the same command again to continue.
+
+    Example: mimray pretrain mae-tiny --data pictures --steps 100 --set method.mask_ratio=0.6
+    """
+    from service.jobs import run_pretrain
+
+    if workers is not None:
+        overrides = (*overrides, f"resources.num_workers={workers}")
+    result = run_pretrain(
+        recipe,
+        data=data,
+        name=name or Path(recipe).stem,
+        storage=storage,
+        steps=steps,
+        overrides=overrides,
+        fresh=fresh,
+        command=command_line(),
+    )
+    if as_json:
+        click.echo(json.dumps(result))
+
+
+@cli.command()
+@click.argument("run")
+@click.argument("pictures", nargs=-1, required=True)
+@click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--mask-ratio", type=click.FloatRange(0, 1, min_open=True, max_open=True))
+@click.option("--seed", default=0, show_default=True)
+def reconstruct(
+    run: str, pictures: tuple[str, ...], out: Path, mask_ratio: float | None, seed: int
+) -> None:
+    """Draw original | masked | reconstruction for pictures of yours.
+
+    Example: mimray reconstruct runs/demo a.jpg b.jpg --out sheet.png
+    """
+    from service.jobs import draw_reconstructions
+
+    count = draw_reconstructions(run, pictures, out, mask_ratio=mask_ratio, seed=seed)
+    click.echo(f"{out}: {count} pictures")
+
+
+@cli.command()
+@click.argument("run")
+@click.argument("out", type=click.Path(path_type=Path), required=False)
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(["bundle", "timm", "transformers"]),
+    default="bundle",
+    show_default=True,
+)
+def export(run: str, out: Path | None, kind: str) -> None:
+    """Write a run's frozen encoder as a bundle, or for timm or transformers.
+
+    Without OUT a bundle goes into the run's own directory, from its newest checkpoint.
+
+    Example: mimray export runs/mae-tiny exported --format timm
+    """
+    from service.jobs import export_run
+
+    click.echo(export_run(run, out, kind))
+
+
+@cli.command()
+@click.argument("bundle")
+@click.option("--task", type=click.Choice(["knn"]), default="knn", show_default=True)
+@click.option("--data", required=True, help="Labelled pictures to search in.")
+@click.option("--val", default=None, help="Labelled pictures to score; default: DATA's own split.")
+@click.option("--limit", type=click.IntRange(min=1), default=None, help="First N of each only.")
+@json_option
+def evaluate(
+    bundle: str, task: str, data: str, val: str | None, limit: int | None, as_json: bool
+) -> None:
+    """Score an encoder by a probe on labelled pictures.
+
+    BUNDLE may be `untrained:RUN`: the same shape, freshly initialised.
+
+    Example: mimray evaluate runs/mae-tiny --task knn --data train.parquet --val test.parquet
+    """
+    from service.jobs import run_evaluate
+
+    result = run_evaluate(bundle, data=data, val=val, limit=limit, command=command_line())
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        click.echo(
+            f"{bundle}: kNN accuracy {result['headline']:.4f} (k={result['k']}) "
+            f"on {result['num_val']} pictures"
+        )
+
+
+@cli.group()
+def data() -> None:
+    """Datasets: ingest, inspect, sample."""
+
+
+@data.command("ingest")
+@click.argument("src")
+@click.argument("out")
+@click.option("--short-side", default=256, show_default=True, help="Pixels; 0 keeps the size.")
+@click.option("--shard-mib", default=64, show_default=True, type=click.IntRange(min=1))
+@click.option("--max-rejected", default=0.01, show_default=True, type=click.FloatRange(0, 1))
+@click.option("--overwrite", is_flag=True, help="Replace OUT.")
+@json_option
+def data_ingest(
+    src: str,
+    out: str,
+    short_side: int,
+    shard_mib: int,
+    max_rejected: float,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Verify pictures and write them as Parquet.
+
+    SRC is a folder (class folders give labels), Parquet, or a text file of URIs.
+
+    Example: mimray data ingest pictures dataset --short-side 256
+    """
+    from service.jobs import run_ingest
+
+    result = run_ingest(
+        src,
+        out,
+        short_side_px=short_side or None,
+        shard_mib=shard_mib,
+        max_rejected=max_rejected,
+        overwrite=overwrite,
+    )
+    if as_json:
+        click.echo(json.dumps(result))
+
+
+@data.command("inspect")
+@click.argument("uri")
+@click.option("--sheet", type=click.Path(dir_okay=False, path_type=Path), help="Contact sheet PNG.")
+@json_option
+def data_inspect(uri: str, sheet: Path | None, as_json: bool) -> None:
+    """Count a dataset's pictures, sizes and labels; draw a contact sheet.
+
+    Example: mimray data inspect dataset --sheet sheet.png
+    """
+    from service.jobs import run_inspect
+
+    click.echo(run_inspect(uri, sheet, as_json=as_json))
+
+
+@data.command("sample")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--size", default=64, show_default=True, help="Side of a tile, pixels.")
+def data_sample(out: Path, size: int) -> None:
+    """Write tiles of the photographs that come with the installation, train and val.
+
+    Example: mimray data sample photos
+    """
+    from trainers.data.samples import write_photo_tiles
+
+    train, val = write_photo_tiles(out, size_px=size)
+    click.echo(f"{train}\n{val}")
+
+
+@cli.command()
+@click.argument("bundles", nargs=-1, required=True, metavar="[NAME=]BUNDLE…")
+@click.option("--host", default="127.0.0.1", show_default=True, help="A public one needs a key.")
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(1, 65535))
+@click.option("--replicas", default=1, show_default=True, type=click.IntRange(min=1))
+@click.option("--max-batch-size", default=16, show_default=True, type=click.IntRange(min=1))
+def serve(
+    bundles: tuple[str, ...], host: str, port: int, replicas: int, max_batch_size: int
+) -> None:
+    """Serve frozen encoders over HTTP (Open Inference Protocol v2) until Ctrl-C.
+
+    With MIMRAY_API_KEY set, requests need it as a bearer token.
+
+    Example: mimray serve photos=runs/demo
+    """
+    from service.deploy import run_serve
+
+    run_serve(bundles, host=host, port=port, num_replicas=replicas, max_batch_size=max_batch_size)
+
+
+def command_line() -> str:
+    """How this process was called, for the record."""
+    return shlex.join(["mimray", *sys.argv[1:]])
+
+
+def main() -> None:
+    """Entry point of the `mimray` command."""
+    cli(prog_name="mimray")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,320 @@
+"""What the commands do, one function a command; each returns what `--json` prints."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from service.cluster import connected
+from service.progress import CountingProgress, TrainingProgress, duration
+from trainers.errors import BundleError
+
+if TYPE_CHECKING:
+    from trainers.bundles import FrozenEncoder
+
+console = Console(stderr=True, highlight=False)
+
+
+def run_pretrain(
+    recipe: str,
+    *,
+    data: str,
+    name: str,
+    storage: str,
+    steps: int | None,
+    overrides: Sequence[str],
+    fresh: bool,
+    command: str,
+) -> dict[str, Any]:
+    """Check everything that can be checked, then start workers and train."""
+    from trainers.config.run import load_recipe
+
+    checked = load_recipe(recipe, overrides, steps)
+
+    from trainers.launch import Job, prepare, pretrain
+
+    job = Job(checked, data, name, storage, fresh, command)
+    plan = prepare(job)
+    console.print(
+        f"{job.run}: {recipe}, {plan.data.num_samples} pictures, {plan.steps} steps "
+        f"({plan.steps / plan.steps_per_epoch:.2f} epochs), peak lr {plan.lr:.3g}",
+        markup=False,
+    )
+    console.print(plan.batch_arithmetic, markup=False)
+    began = time.monotonic()
+    with connected(), TrainingProgress(plan.steps, console) as progress:
+        outcome = pretrain(job, plan, progress)
+    if outcome.already_done:
+        console.print(f"{job.run} is finished already; --fresh starts over", markup=False)
+    else:
+        _draw_loss(job.run)
+    console.print(
+        f"loss {outcome.last['loss']:.4f} after {outcome.last['step']} steps, "
+        f"{duration(time.monotonic() - began)}; bundle in {job.run}/bundle",
+        markup=False,
+    )
+    return {
+        "run": str(job.run),
+        "bundle": f"{job.run}/bundle",
+        "plan_hash": plan.hash,
+        "global_batch": plan.global_batch,
+        "already_done": outcome.already_done,
+        **outcome.last,
+    }
+
+
+def run_ingest(src: str, out: str, **options: Any) -> dict[str, Any]:
+    """Ingest on the cluster, with progress."""
+    from trainers.data.ingest import ingest
+
+    began = time.monotonic()
+    with connected(), CountingProgress("ingesting", "pictures", console) as progress:
+        report = ingest(src, out, progress=progress, **options)
+    manifest = report.manifest
+    console.print(
+        f"{report.out}: {manifest.num_samples} pictures"
+        + (f" of {len(manifest.class_names)} classes" if manifest.class_names else "")
+        + f" in {len(manifest.shards)} shards, {manifest.image_bytes / 2**20:.1f} MiB, "
+        f"{manifest.num_reencoded} re-encoded, {report.num_rejected} rejected, "
+        f"{duration(time.monotonic() - began)}",
+        markup=False,
+    )
+    if report.num_rejected:
+        counts = ", ".join(f"{n} {reason}" for reason, n in manifest.rejected.items())
+        console.print(f"rejected: {counts}; listed in {report.out}/rejected.jsonl", markup=False)
+    return {
+        "out": report.out,
+        "num_samples": manifest.num_samples,
+        "class_names": list(manifest.class_names),
+        "fingerprint": manifest.fingerprint,
+        "num_rejected": report.num_rejected,
+        "rejected": manifest.rejected,
+    }
+
+
+def run_inspect(uri: str, sheet: Path | None, *, as_json: bool) -> str:
+    """What a dataset is, as text or JSON."""
+    from trainers.data.inspect import inspect
+
+    found = inspect(uri, contact_sheet=sheet)
+    if as_json:
+        return json.dumps(asdict(found))
+    facts = found.facts
+    lines = [
+        f"{facts.uri}: {facts.num_samples} pictures ({facts.kind}), "
+        f"{found.num_bytes / 2**20:.1f} MiB, fingerprint {facts.fingerprint[:16]}"
+    ]
+    for what, span in (("width", found.width), ("height", found.height)):
+        if span is not None:
+            lines.append(
+                f"{what:8} {span.smallest} to {span.largest} px, median {span.median} "
+                f"({found.num_measured} measured)"
+            )
+    if found.num_broken:
+        lines.append(f"broken   {found.num_broken} of the pictures looked at")
+    if len(found.splits) > 1:
+        lines.append(f"splits   {', '.join(found.splits)}")
+    if found.label_counts is None:
+        lines.append("labels   none")
+    else:
+        lines.append(f"labels   {len(found.label_counts)} classes")
+        lines += [f"  {n:7} {name}" for name, n in found.label_counts.items()]
+    if sheet is not None:
+        lines.append(f"sheet    {sheet}")
+    return "\n".join(lines)
+
+
+def run_evaluate(
+    bundle: str, *, data: str, val: str | None, limit: int | None, command: str
+) -> dict[str, Any]:
+    """Score an encoder by kNN; the result goes beside the bundle when it is a trained one."""
+    from trainers.bundles import bundle_folder, load_bundle, read_card
+    from trainers.data.sources import open_source
+    from trainers.errors import DataError
+    from trainers.evaluation.features import extract
+    from trainers.evaluation.knn import knn, untrained
+
+    fresh = bundle.startswith("untrained:")
+    path = _local(bundle.removeprefix("untrained:"))
+    encoder: FrozenEncoder = untrained(read_card(path)) if fresh else load_bundle(path)
+    train_source = open_source(data)
+    val_source = open_source(val) if val else _own_validation(data)
+    if train_source.facts.class_names != val_source.facts.class_names:
+        raise DataError(f"{data} and {val or data} do not have the same classes")
+    began = time.monotonic()
+    with CountingProgress("features", "pictures", console) as progress:
+        train_x, train_y = extract(encoder, train_source, limit=limit, progress=progress)
+        val_x, val_y = extract(encoder, val_source, limit=limit, progress=progress)
+    score = knn(train_x, train_y, val_x, val_y)
+    result = {
+        "task": "knn",
+        "bundle": bundle,
+        "headline": score.headline,
+        "k": score.k,
+        "accuracy": {str(k): a for k, a in score.accuracy.items()},
+        "num_train": score.num_train,
+        "num_val": score.num_val,
+        "plan_hash": encoder.card.plan_hash,
+        "data_fingerprint": train_source.facts.fingerprint,
+        "val_fingerprint": val_source.facts.fingerprint,
+        "seconds": round(time.monotonic() - began, 2),
+        "command": command,
+    }
+    if not fresh:
+        folder = bundle_folder(path).parent / "evaluation"
+        folder.mkdir(exist_ok=True)
+        (folder / "knn.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return result
+
+
+def draw_reconstructions(
+    run: str, pictures: Sequence[str], out: Path, *, mask_ratio: float | None, seed: int
+) -> int:
+    """Draw original | masked | reconstruction of pictures; returns how many."""
+    import numpy as np
+    import torch
+
+    from trainers.config.run import parse_recipe
+    from trainers.data.decode import decode
+    from trainers.data.rng import Stream, generator
+    from trainers.data.transforms import inference_view
+    from trainers.errors import DataError
+    from trainers.methods import load_method
+    from trainers.models.normalise import denormalise, normalise
+    from trainers.pictures import hide_patches, paste_visible, reconstruction_sheet
+
+    method = load_method(_local(run))
+    recipe = method.recipe
+    if mask_ratio is not None:
+        tree = recipe.model_dump(mode="json")
+        tree["method"]["mask_ratio"] = mask_ratio
+        recipe = parse_recipe(tree, "reconstruct")
+    views, masks = [], []
+    for number, name in enumerate(pictures):
+        file = Path(name)
+        if not file.is_file():
+            raise DataError(f"no picture at {name}")
+        image = decode(file.read_bytes()).image
+        if recipe.data.channels == 1:
+            image = image.convert("L")
+        views.append(inference_view(image, recipe.data.image_size, recipe.data.interpolation))
+        masks.append(method.draw_mask(recipe, generator(seed, Stream.MASK, number)))
+    pixels = torch.from_numpy(np.stack(views))
+    images = normalise(pixels, recipe.data.mean, recipe.data.std)
+    with torch.no_grad():
+        output = method(images, torch.from_numpy(np.stack(masks)))
+        restored = method.reconstruct(images, output)
+    original = pixels.permute(0, 2, 3, 1).numpy()
+    drawn = denormalise(restored, recipe.data.mean, recipe.data.std).permute(0, 2, 3, 1).numpy()
+    patch, mask = recipe.encoder.patch_size, np.stack(masks)
+    sheet = reconstruction_sheet(
+        original,
+        hide_patches(original, mask, patch),
+        paste_visible(drawn, original, mask, patch),
+        captions=[Path(p).name for p in pictures],
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(out)
+    return len(pictures)
+
+
+def export_run(run: str, out: Path | None, kind: str) -> str:
+    """Export an encoder; makes the run's own bundle first where training was cut short."""
+    from trainers.bundles import CARD
+    from trainers.convert import export_timm, export_transformers
+    from trainers.storage import RunDir
+
+    run_dir = RunDir(run)
+    if run_dir.exists("plan.json") and not run_dir.exists(f"bundle/{CARD}"):
+        _bundle_from_checkpoint(run_dir)
+    folder = _local(run)
+    if kind == "bundle":
+        return _copy_bundle(folder, out)
+    if out is None:
+        raise BundleError(f"--format {kind} needs a place to write to", hint="export RUN OUT")
+    exporters: dict[str, Callable[[Path, Path], object]] = {
+        "timm": export_timm,
+        "transformers": export_transformers,
+    }
+    exporters[kind](folder, out)
+    return f"{out}: {kind}"
+
+
+def _bundle_from_checkpoint(run: Any) -> None:
+    from tempfile import TemporaryDirectory
+
+    from trainers.config.run import Plan
+    from trainers.engine.checkpoints import newest_whole
+    from trainers.engine.export import read_checkpoint, write_bundle
+
+    checkpoint = newest_whole(run)
+    if checkpoint is None:
+        raise BundleError(f"{run} has no checkpoint yet", hint="let it reach checkpoint.every_steps")
+    plan = Plan.model_validate_json(run.read("plan.json"))
+    with TemporaryDirectory(prefix="mimray-") as scratch:
+        (run / f"checkpoints/{checkpoint.name}").download(Path(scratch))
+        state = read_checkpoint(Path(scratch), checkpoint, plan)
+    name = str(run).rstrip("/").rsplit("/", 1)[-1]
+    write_bundle(run, plan, state, step=checkpoint.step, name=name, command=f"mimray export {run}")
+
+
+def _copy_bundle(folder: Path, out: Path | None) -> str:
+    import shutil
+
+    from trainers.bundles import bundle_folder
+
+    source = bundle_folder(folder)
+    if out is None:
+        return f"{source}: bundle"
+    if out.exists():
+        raise BundleError(f"{out} exists", hint="choose another place")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(source, out)
+    return f"{out}: bundle"
+
+
+def _own_validation(data: str) -> Any:
+    from trainers.data.discover import available_splits
+    from trainers.data.sources import open_source
+    from trainers.errors import DataError
+
+    for split in available_splits(data):
+        if split in ("val", "valid", "validation", "test"):
+            return open_source(data, split=split)
+    raise DataError(f"{data} has no validation or test split", hint="give one with --val")
+
+
+def _local(path: str) -> Path:
+    """A bundle or run as a folder of this machine, fetched when it lies elsewhere."""
+    from trainers.storage import RunDir
+
+    if "://" not in path:
+        return Path(path)
+    import atexit
+    import shutil
+    import tempfile
+
+    scratch = Path(tempfile.mkdtemp(prefix="mimray-"))
+    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    run = RunDir(path)
+    inside = run / "bundle" if (run / "bundle").exists("bundle.json") else run
+    inside.download(scratch)
+    return scratch
+
+
+def _draw_loss(run: Any) -> None:
+    from tempfile import TemporaryDirectory
+
+    from trainers.engine.metrics import read_metrics
+    from trainers.pictures import loss_chart
+
+    with TemporaryDirectory(prefix="mimray-") as scratch:
+        file = Path(scratch) / "loss.png"
+        loss_chart(read_metrics(run), file)
+        run.write("loss.png", file.read_bytes())

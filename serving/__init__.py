@@ -1,0 +1,1 @@
+"""The frozen encoder behind HTTP: protocol, codecs, predictor, deployment and client."""

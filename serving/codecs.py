@@ -1,0 +1,160 @@
+"""Tensors as bytes and as JSON, for the datatypes of the Open Inference Protocol we speak.
+
+Binary tensors are little-endian and row-major. A `BYTES` tensor is a one-dimensional list of
+items, each a 32-bit little-endian length and that many bytes; in JSON its items are base64.
+Nothing here reshapes: data that do not have the stated shape are refused.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from serving.errors import InvalidRequestError
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "FP16": np.dtype("<f2"),
+    "FP32": np.dtype("<f4"),
+    "UINT8": np.dtype("|u1"),
+    "INT64": np.dtype("<i8"),
+}
+_LENGTH = struct.Struct("<I")
+
+Array = np.ndarray[Any, Any]
+Tensor = Array | list[bytes]
+
+
+def datatype_of(array: Array) -> str:
+    """The protocol's name for the array's dtype."""
+    for name, dtype in DTYPES.items():
+        if array.dtype == dtype:
+            return name
+    raise InvalidRequestError(
+        f"dtype {array.dtype} has no protocol datatype here", hint=f"use one of {_known()}"
+    )
+
+
+def encode_binary(tensor: Tensor) -> bytes:
+    """A tensor's raw bytes.
+
+    Args:
+        tensor: an array of one of the known dtypes, or the items of a `BYTES` tensor.
+    """
+    if isinstance(tensor, list):
+        return b"".join(part for item in tensor for part in (_LENGTH.pack(len(item)), item))
+    return tensor.astype(DTYPES[datatype_of(tensor)], copy=False).tobytes(order="C")
+
+
+def decode_binary(data: memoryview, datatype: str, shape: tuple[int, ...]) -> Tensor:
+    """The tensor that lies in `data`, which must be filled exactly.
+
+    Raises:
+        InvalidRequestError: unknown datatype, or size and shape disagree.
+    """
+    if datatype == "BYTES":
+        return _split_items(data, _item_count(shape))
+    dtype = _dtype(datatype)
+    expected = math.prod(shape) * dtype.itemsize
+    if len(data) != expected:
+        raise InvalidRequestError(
+            f"{datatype} {list(shape)} takes {expected} bytes, but {len(data)} came"
+        )
+    return np.frombuffer(data, dtype=dtype).reshape(shape)
+
+
+def encode_json(tensor: Tensor) -> list[Any]:
+    """A tensor as the flat, row-major list the protocol puts into JSON."""
+    if isinstance(tensor, list):
+        return [base64.b64encode(item).decode("ascii") for item in tensor]
+    values: list[Any] = tensor.ravel(order="C").tolist()
+    return values
+
+
+def decode_json(data: Any, datatype: str, shape: tuple[int, ...]) -> Tensor:
+    """The tensor given as a JSON list, flat in row-major order or nested like `shape`.
+
+    Raises:
+        InvalidRequestError: wrong type, range, count or nesting.
+    """
+    if not isinstance(data, list):
+        raise InvalidRequestError("`data` must be a list")
+    if datatype == "BYTES":
+        return _decode_base64_items(data, _item_count(shape))
+    dtype = _dtype(datatype)
+    try:
+        values = np.asarray(data)
+    except ValueError as error:
+        raise InvalidRequestError("`data` is nested unevenly") from error
+    if values.size == 0:
+        values = values.astype(dtype)
+    if values.dtype.kind not in ("iu" if dtype.kind in "iu" else "iuf"):
+        raise InvalidRequestError(f"`data` holds something that is not {datatype}")
+    if dtype.kind in "iu" and values.size:
+        limits = np.iinfo(dtype)
+        if values.min() < limits.min or values.max() > limits.max:
+            raise InvalidRequestError(
+                f"`data` leaves the range of {datatype}, {limits.min} to {limits.max}"
+            )
+    if values.shape not in (shape, (math.prod(shape),)):
+        raise InvalidRequestError(
+            f"`data` has shape {list(values.shape)}, but {list(shape)} is stated",
+            hint="give a flat row-major list or one nested like the shape",
+        )
+    return values.astype(dtype).reshape(shape)
+
+
+def _decode_base64_items(data: list[Any], count: int) -> list[bytes]:
+    if len(data) != count:
+        raise InvalidRequestError(f"`data` has {len(data)} items, but shape states {count}")
+    if not all(isinstance(item, str) for item in data):
+        raise InvalidRequestError("items of a BYTES tensor must be base64 strings in JSON")
+    try:
+        return [base64.b64decode(item, validate=True) for item in data]
+    except (binascii.Error, ValueError) as error:
+        raise InvalidRequestError(
+            f"an item of a BYTES tensor is not base64: {error}",
+            hint="send raw bytes as a binary tensor instead",
+        ) from error
+
+
+def _split_items(data: memoryview, count: int) -> list[bytes]:
+    items: list[bytes] = []
+    position = 0
+    for index in range(count):
+        start = position + _LENGTH.size
+        if start > len(data):
+            raise InvalidRequestError(f"the BYTES tensor ends before item {index}")
+        (length,) = _LENGTH.unpack(data[position:start])
+        position = start + length
+        if position > len(data):
+            raise InvalidRequestError(f"the BYTES tensor ends inside item {index}")
+        items.append(bytes(data[start:position]))
+    if position != len(data):
+        raise InvalidRequestError(
+            f"{len(data) - position} bytes follow the {count} items of the BYTES tensor"
+        )
+    return items
+
+
+def _item_count(shape: Sequence[int]) -> int:
+    if len(shape) != 1:
+        raise InvalidRequestError(f"a BYTES tensor has shape [B] here, not {list(shape)}")
+    return shape[0]
+
+
+def _dtype(datatype: str) -> np.dtype[Any]:
+    if datatype not in DTYPES:
+        raise InvalidRequestError(
+            f"datatype {datatype!r} is not supported", hint=f"use one of {_known()}"
+        )
+    return DTYPES[datatype]
+
+
+def _known() -> str:
+    return ", ".join(["BYTES", *DTYPES])

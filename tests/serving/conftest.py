@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+IMAGE_SIZE = (48, 64)  # height, width: not square, to catch swapped sides
+WIDTH, DEPTH, GRID = 64, 3, (3, 4)
+
+
+def _save(folder: Path, seed: int) -> Path:
+    import torch
+
+    from trainers.bundles import BundleCard, save_bundle
+    from trainers.config.model import ViTConfig
+    from trainers.models import build_encoder
+
+    torch.manual_seed(seed)
+    config = ViTConfig(name="vit", width=WIDTH, depth=DEPTH, num_heads=4, patch_size=16)
+    encoder = build_encoder(config, IMAGE_SIZE, 3)
+    card = BundleCard(
+        name=folder.name,
+        encoder=config,
+        image_size=IMAGE_SIZE,
+        channels=3,
+        mean=(0.4, 0.5, 0.6),
+        std=(0.2, 0.25, 0.3),
+        layers=(0, 2),
+    )
+    save_bundle(folder, card, encoder.state_dict())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two small untrained encoders."""
+    folder = tmp_path_factory.mktemp("bundles")
+    return {name: _save(folder / name, seed) for seed, name in enumerate(("alpha", "beta"))}
+
+
+@pytest.fixture(scope="session")
+def picture() -> Callable[..., bytes]:
+    """Makes an encoded picture; the seed says which."""
+
+    def make(seed: int, size: tuple[int, int] = (90, 70), format: str = "PNG") -> bytes:
+        rng = np.random.default_rng(seed)
+        small = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).save(file, format)
+        return file.getvalue()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def reference(bundles: dict[str, Path]) -> Callable[[bytes], tuple[np.ndarray, np.ndarray]]:
+    """Pooled and tokens of one picture by model `alpha`, straight from torch, alone."""
+    import torch
+
+    from trainers.bundles import load_bundle
+
+    encoder = load_bundle(bundles["alpha"])
+
+    def compute(data: bytes) -> tuple[np.ndarray, np.ndarray]:
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        image = image.resize(IMAGE_SIZE[::-1], Image.Resampling.BICUBIC)
+        pixels = np.asarray(image, np.float32) / 255
+        pixels = (pixels - encoder.card.mean) / encoder.card.std
+        batch = torch.from_numpy(pixels.transpose(2, 0, 1)[None].astype(np.float32))
+        features = encoder(batch)
+        return features.pooled[0].numpy(), features.tokens[0].numpy()
+
+    return compute

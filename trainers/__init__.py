@@ -1,0 +1,27 @@
+"""Everything that learns: data, models, methods, the training loop and the frozen result.
+
+The two public names are loaded on first use, so that importing a leaf of this package
+(`trainers.errors`, `trainers.config`) costs no torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trainers.bundles import load_bundle as load_bundle
+    from trainers.methods import load_method as load_method
+
+__all__ = ["load_bundle", "load_method"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load_bundle":
+        from trainers.bundles import load_bundle
+
+        return load_bundle
+    if name == "load_method":
+        from trainers.methods import load_method
+
+        return load_method
+    raise AttributeError(f"module 'trainers' has no attribute {name!r}")

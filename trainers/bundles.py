@@ -1,0 +1,233 @@
+"""The frozen encoder as files: `encoder.safetensors` and `bundle.json`; no pickle, ever.
+
+A bundle knows no method. It carries the recipe it was trained by, and beside the encoder the
+rest of the method's weights (`method.safetensors`) when they were kept, both opaque here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from trainers.config.base import Config
+from trainers.config.model import EncoderConfig
+from trainers.errors import BundleError
+from trainers.models import build_encoder
+from trainers.models.encoder import Encoder
+from trainers.types import Features
+
+CARD = "bundle.json"
+ENCODER = "encoder.safetensors"
+METHOD = "method.safetensors"
+
+
+class BundleCard(Config):
+    """Everything needed to use an encoder, and where it came from.
+
+    Attributes:
+        image_size: (height, width) of the input it was trained at, pixels.
+        mean: a value a channel, of pixels in [0, 1].
+        layers: layers worth asking for, evenly spread over the depth.
+        scores: headline figures by task, each with its command and data.
+    """
+
+    format: Literal[1] = 1
+    name: str
+    encoder: EncoderConfig
+    image_size: tuple[int, int]
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bicubic"
+    pooling: Literal["mean", "cls"] = "mean"
+    layers: tuple[int, ...] = ()
+    method: str = ""
+    step: int = 0
+    samples: int = 0
+    plan_hash: str = ""
+    data_fingerprint: str = ""
+    weights_sha256: str = ""
+    created_by: str = ""
+    recipe: dict[str, Any] = Field(default_factory=dict)
+    scores: dict[str, Any] = Field(default_factory=dict)
+
+
+class FrozenEncoder(torch.nn.Module):
+    """An encoder in evaluation mode that cannot be trained, with its card.
+
+    Calling it gives `Features`; `features(images, layers, norm)` gives maps.
+    """
+
+    def __init__(self, encoder: Encoder, card: BundleCard) -> None:
+        super().__init__()
+        self.encoder = encoder.eval().requires_grad_(False)
+        self.card = card
+        self.strides = encoder.strides
+
+    def train(self, mode: bool = True) -> FrozenEncoder:
+        """Stays in evaluation mode: frozen features are deterministic."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Features:
+        """Features of normalised pictures, float [B, C, H, W]."""
+        return self.encoder(images)
+
+    @torch.no_grad()
+    def features(
+        self, images: Tensor, layers: tuple[int, ...] | None = None, norm: bool = True
+    ) -> tuple[Tensor, ...]:
+        """Maps [B, D, h, w] after the given layers (the card's by default)."""
+        return self.encoder.features(images, layers or self.card.layers, norm)
+
+
+def spread_layers(depth: int, count: int = 4) -> tuple[int, ...]:
+    """Evenly spaced layers ending at the last, e.g. (2, 5, 8, 11) of 12."""
+    count = min(count, depth)
+    return tuple(round((i + 1) * depth / count) - 1 for i in range(count))
+
+
+def save_bundle(
+    folder: Path,
+    card: BundleCard,
+    encoder: dict[str, Tensor],
+    method: dict[str, Tensor] | None = None,
+) -> BundleCard:
+    """Write a bundle; it is whole or not there.
+
+    Args:
+        folder: where to; replaced if it is a bundle already.
+        card: its description; `weights_sha256` is filled in.
+        encoder: the encoder's state, fp32, on the host.
+        method: the rest of the method's state, to reconstruct or train on with.
+
+    Returns:
+        The card as written.
+    """
+    if folder.exists() and not (folder / CARD).is_file() and any(folder.iterdir()):
+        raise BundleError(f"{folder} exists and is not a bundle", hint="choose another place")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        save_file({k: v.contiguous() for k, v in encoder.items()}, aside / ENCODER)
+        if method:
+            save_file({k: v.contiguous() for k, v in method.items()}, aside / METHOD)
+        card = card.model_copy(update={"weights_sha256": _sha256(aside / ENCODER)})
+        (aside / CARD).write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        aside.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return card
+
+
+def read_card(path: str | Path) -> BundleCard:
+    """The card of a bundle, or of the bundle of a run.
+
+    Raises:
+        BundleError: there is none, or it is not one of ours.
+    """
+    folder = bundle_folder(path)
+    try:
+        tree = json.loads((folder / CARD).read_text(encoding="utf-8"))
+        return BundleCard.model_validate(tree)
+    except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
+        first = str(error).splitlines()[0]
+        raise BundleError(f"{folder / CARD} cannot be read: {first}") from None
+
+
+def load_bundle(path: str | Path, *, verify: bool = True) -> FrozenEncoder:
+    """Load a frozen encoder.
+
+    Args:
+        path: a bundle's folder, or a run's folder that holds one.
+        verify: hold the weights against the card's checksum first.
+
+    Returns:
+        The encoder on the CPU in fp32, in evaluation mode, with its card.
+
+    Raises:
+        BundleError: no bundle there, weights damaged, or keys that do not fit the card.
+    """
+    folder = bundle_folder(path)
+    card = read_card(folder)
+    weights = folder / ENCODER
+    if not weights.is_file():
+        raise BundleError(f"{folder} has no {ENCODER}", hint="export the run again")
+    if verify and _sha256(weights) != card.weights_sha256:
+        raise BundleError(
+            f"{weights} does not match its checksum in {CARD}", hint="export the run again"
+        )
+    encoder = build_encoder(card.encoder, card.image_size, card.channels)
+    load_state(encoder, weights)
+    return FrozenEncoder(encoder, card)
+
+
+def load_state(
+    module: torch.nn.Module, *files: Path, prefixes: tuple[str, ...] = ("",)
+) -> None:
+    """Load safetensors into a module, every key and shape accounted for.
+
+    Args:
+        module: whose state it is.
+        files: one or more files that hold it together.
+        prefixes: put before the keys of each file.
+
+    Raises:
+        BundleError: a file is damaged, or keys or shapes differ; they are listed.
+    """
+    state: dict[str, Tensor] = {}
+    for file, prefix in zip(files, prefixes, strict=True):
+        try:
+            state |= {prefix + key: value for key, value in load_file(file).items()}
+        except (SafetensorError, OSError) as error:
+            raise BundleError(f"{file} cannot be read: {error}") from None
+    wanted = module.state_dict()
+    wrong = sorted(
+        [f"missing {k}" for k in wanted.keys() - state.keys()]
+        + [f"unexpected {k}" for k in state.keys() - wanted.keys()]
+        + [
+            f"{k} is {tuple(state[k].shape)}, wanted {tuple(wanted[k].shape)}"
+            for k in wanted.keys() & state.keys()
+            if state[k].shape != wanted[k].shape
+        ]
+    )
+    if wrong:
+        shown = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+        raise BundleError(f"{files[0].parent} does not fit its architecture: {shown}")
+    module.load_state_dict(state)
+
+
+def bundle_folder(path: str | Path) -> Path:
+    """The folder that holds the card: the path itself, or `bundle/` inside a run."""
+    path = Path(path)
+    for folder in (path, path / "bundle"):
+        if (folder / CARD).is_file():
+            return folder
+    if not path.exists():
+        raise BundleError(f"no bundle at {path}", hint="a run's or a bundle's folder")
+    raise BundleError(
+        f"{path} is neither a bundle nor a run that has exported one",
+        hint=f"`mimray export {path}` makes one from the newest checkpoint of a run",
+    )
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

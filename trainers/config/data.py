@@ -1,0 +1,74 @@
+"""What a recipe says about pictures: size, crops, normalisation, reading."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
+
+from trainers.config.base import Config
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class DataConfig(Config):
+    """How stored pictures become training batches."""
+
+    image_size: tuple[PositiveInt, PositiveInt] = Field(
+        default=(224, 224), description="height and width in pixels; one number for a square"
+    )
+    channels: Literal[1, 3] = Field(default=3, description="3 reads RGB, 1 reads grayscale")
+    mean: tuple[float, ...] = Field(default=(), description="a value a channel, of [0, 1] pixels")
+    std: tuple[float, ...] = Field(default=(), description="a value a channel, of [0, 1] pixels")
+    crop_scale: tuple[float, float] = Field(
+        default=(0.2, 1.0), description="area of the random crop over the picture's; 1,1 for whole"
+    )
+    crop_ratio: tuple[float, float] = Field(
+        default=(3 / 4, 4 / 3), description="aspect (width over height) of the random crop"
+    )
+    hflip: float = Field(default=0.5, ge=0, le=1, description="probability of a horizontal flip")
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    num_workers: NonNegativeInt = Field(
+        default=2, description="decode processes a training worker; 0 decodes in the loop"
+    )
+    prefetch_batches: PositiveInt = Field(default=4, description="batches ready a decode process")
+    shuffle_window: PositiveInt = Field(
+        default=8192, description="rows shuffled together; whole row groups, order within is random"
+    )
+    cache_mib: PositiveInt = Field(default=8192, description="local cache of remote row groups")
+    on_bad: Literal["substitute", "fail"] = Field(
+        default="substitute",
+        description="a picture that cannot be decoded: take the next one and count it, or stop",
+    )
+
+    @field_validator("image_size", mode="before")
+    @classmethod
+    def _square(cls, value: Any) -> Any:
+        return (value, value) if isinstance(value, int) else value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_normalisation(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        gray = data.get("channels", 3) == 1
+        mean, std = ((0.5,), (0.5,)) if gray else (IMAGENET_MEAN, IMAGENET_STD)
+        return {"mean": mean, "std": std, **data}
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        for key in ("mean", "std"):
+            if len(getattr(self, key)) != self.channels:
+                raise ValueError(
+                    f"data.{key} has {len(getattr(self, key))} values for {self.channels} channels"
+                )
+        if min(self.std) <= 0:
+            raise ValueError(f"data.std {self.std} must be positive")
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"data.crop_scale {self.crop_scale} must satisfy 0 < low <= high <= 1")
+        low, high = self.crop_ratio
+        if not 0 < low <= high:
+            raise ValueError(f"data.crop_ratio {self.crop_ratio} must satisfy 0 < low <= high")
+        return self

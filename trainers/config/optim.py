@@ -1,0 +1,43 @@
+"""What a recipe says about optimisation: length, batch, learning rate, decay."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from trainers.config.base import Config
+
+
+class OptimConfig(Config):
+    """AdamW with linear warm-up and a per-step half-cosine.
+
+    Length is given either in epochs or in steps, and so is the warm-up.
+    """
+
+    name: Literal["adamw"] = "adamw"
+    base_lr: PositiveFloat = Field(
+        default=1.5e-4, description="peak learning rate at a global batch of 256"
+    )
+    batch_size: PositiveInt = Field(
+        default=4096, description="global batch: pictures an update, over all workers"
+    )
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: float = Field(default=0.05, ge=0)
+    min_lr: float = Field(default=0.0, ge=0, description="learning rate at the end")
+    epochs: PositiveFloat | None = None
+    steps: PositiveInt | None = None
+    warmup_epochs: float | None = Field(default=None, ge=0)
+    warmup_steps: NonNegativeInt | None = None
+    clip_grad_norm: PositiveFloat | None = Field(
+        default=None, description="largest global gradient norm; off by default, as in MAE"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> OptimConfig:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("optim: give exactly one of 'epochs' and 'steps'")
+        if self.warmup_epochs is not None and self.warmup_steps is not None:
+            raise ValueError("optim: give only one of 'warmup_epochs' and 'warmup_steps'")
+        return self

@@ -1,0 +1,395 @@
+"""Recipes and plans: the whole of what a pre-training is, checked once and then frozen.
+
+A recipe says what is wanted; `resolve` holds it against the data and the number of workers
+and gives the plan, which is written next to the results and never changes.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+
+from trainers.config.base import Config, explain
+from trainers.config.data import DataConfig
+from trainers.config.method import MethodConfig
+from trainers.config.model import EncoderConfig
+from trainers.config.optim import OptimConfig
+from trainers.errors import ConfigError
+from trainers.types import DatasetFacts
+
+PLAN_FORMAT = 1
+
+
+class About(Config):
+    """What a recipe says of itself."""
+
+    summary: str
+    command: str = ""
+    cost: str = ""
+    expect: str = ""
+    source: str = ""
+
+
+class EngineConfig(Config):
+    """How DeepSpeed runs the loop."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        default="auto", description="auto: bf16 where the device computes in it, else fp32"
+    )
+    micro_batch_size: PositiveInt | None = Field(
+        default=None,
+        description="pictures a worker holds at once; the rest of the global batch is accumulated",
+    )
+    activation_checkpointing: bool = False
+    deepspeed: dict[str, Any] = Field(
+        default_factory=dict, description="raw DeepSpeed configuration; overrides ours key by key"
+    )
+
+
+class CheckpointConfig(Config):
+    """When a run is saved, and how many of the saves are kept."""
+
+    every_steps: PositiveInt = 500
+    keep: PositiveInt = 2
+
+
+class LoggingConfig(Config):
+    """How often a run speaks."""
+
+    every_steps: PositiveInt = 10
+    pictures_every_steps: NonNegativeInt = Field(default=1000, description="0 for the end only")
+    num_pictures: PositiveInt = 6
+
+
+class ResourcesConfig(Config):
+    """What a run asks of the cluster."""
+
+    num_workers: PositiveInt = 1
+    device: Literal["auto", "cpu", "gpu"] = Field(
+        default="auto", description="auto: a GPU a worker where the cluster has any"
+    )
+    cpus_per_worker: PositiveInt | None = Field(
+        default=None, description="default: an equal share of the node, decode processes included"
+    )
+    max_failures: NonNegativeInt = Field(
+        default=3, description="worker or node losses survived before the run gives up"
+    )
+
+
+class Recipe(Config):
+    """Everything a user decides about a pre-training."""
+
+    about: About | None = None
+    encoder: EncoderConfig
+    method: MethodConfig
+    data: DataConfig = Field(default_factory=DataConfig)
+    optim: OptimConfig
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    resources: ResourcesConfig = Field(default_factory=ResourcesConfig)
+    seed: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _check_composition(self) -> Recipe:
+        patch = self.encoder.patch_size
+        for side, size in zip(("height", "width"), self.data.image_size, strict=True):
+            if size % patch:
+                below, above = size // patch * patch, (size // patch + 1) * patch
+                raise ValueError(
+                    f"encoder.patch_size {patch} does not divide data.image_size {side} {size}; "
+                    f"nearest sizes are {below or above} and {above}"
+                )
+        height, width = self.grid
+        num_visible = int(height * width * (1 - self.method.mask_ratio))
+        if num_visible < 1:
+            raise ValueError(
+                f"method.mask_ratio {self.method.mask_ratio} leaves no visible patch of "
+                f"{height * width} at this image and patch size"
+            )
+        if num_visible == height * width:
+            raise ValueError(
+                f"method.mask_ratio {self.method.mask_ratio} hides no patch of "
+                f"{height * width} at this image and patch size"
+            )
+        return self
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches down and across."""
+        height, width = self.data.image_size
+        return height // self.encoder.patch_size, width // self.encoder.patch_size
+
+
+# May differ when a run is continued: they change neither what is learnt nor its files.
+OPERATIONAL = ("about", "checkpoint", "logging", "resources")
+OPERATIONAL_KEYS = (
+    "data.num_workers",
+    "data.prefetch_batches",
+    "data.cache_mib",
+    "engine.micro_batch_size",
+)
+
+
+class Plan(Config):
+    """A recipe held against data and cluster; frozen, written to `plan.json`.
+
+    Attributes:
+        lr: peak learning rate, base_lr x global batch / 256.
+        accumulation: micro batches a worker sums before an update.
+    """
+
+    format: Literal[1] = 1
+    recipe: Recipe
+    data: DatasetFacts
+    world_size: PositiveInt
+    micro_batch_size: PositiveInt
+    accumulation: PositiveInt
+    global_batch: PositiveInt
+    steps: PositiveInt
+    warmup_steps: NonNegativeInt
+    steps_per_epoch: float
+    lr: float
+    hash: str = Field(description="digest of all that shapes the result")
+
+    @property
+    def num_samples(self) -> int:
+        """Pictures seen over the whole run."""
+        return self.steps * self.global_batch
+
+    @property
+    def batch_arithmetic(self) -> str:
+        """The line that is always shown."""
+        return (
+            f"global batch {self.global_batch} = micro batch {self.micro_batch_size} "
+            f"x accumulation {self.accumulation} x workers {self.world_size}"
+        )
+
+
+def resolve(recipe: Recipe, facts: DatasetFacts, world_size: int) -> Plan:
+    """Turn a recipe into the plan of one run.
+
+    Args:
+        recipe: what is wanted.
+        facts: what the dataset is.
+        world_size: number of training workers.
+
+    Returns:
+        The frozen plan: learning rate = base_lr x global batch / 256, steps and warm-up steps
+        (Goyal et al. 2017, sec. 2.1; He et al. 2022, Table 8).
+
+    Raises:
+        ConfigError: the global batch cannot be split over the workers, is larger than the
+            dataset, or the warm-up is longer than the run.
+    """
+    optim, engine = recipe.optim, recipe.engine
+    batch = optim.batch_size
+    if batch % world_size:
+        raise ConfigError(
+            f"optim.batch_size {batch} cannot be split over {world_size} workers",
+            hint=f"nearest: {batch // world_size * world_size or world_size}",
+        )
+    a_worker = batch // world_size
+    micro = min(engine.micro_batch_size or a_worker, a_worker)
+    if a_worker % micro:
+        raise ConfigError(
+            f"a worker's share of {a_worker} pictures is not a multiple of "
+            f"engine.micro_batch_size {micro}",
+            hint="choose a divisor, or leave it out",
+        )
+    if facts.num_samples < batch:
+        raise ConfigError(
+            f"{facts.uri} has {facts.num_samples} pictures, fewer than one global batch "
+            f"of {batch}",
+            hint=f"--set optim.batch_size={max(1, facts.num_samples // 2)} or more pictures",
+        )
+    per_epoch = facts.num_samples / batch
+    steps = optim.steps or max(1, math.floor((optim.epochs or 0) * per_epoch))
+    warmup = optim.warmup_steps or round((optim.warmup_epochs or 0) * per_epoch)
+    if warmup >= steps and warmup > 0:
+        raise ConfigError(
+            f"warm-up of {warmup} steps does not fit a run of {steps} steps",
+            hint="--set optim.warmup_steps=… or a longer run",
+        )
+    return Plan(
+        recipe=recipe,
+        data=facts,
+        world_size=world_size,
+        micro_batch_size=micro,
+        accumulation=a_worker // micro,
+        global_batch=batch,
+        steps=steps,
+        warmup_steps=warmup,
+        steps_per_epoch=per_epoch,
+        lr=optim.base_lr * batch / 256,
+        hash=_digest({**essential(recipe), "data_fingerprint": facts.fingerprint, "steps": steps}),
+    )
+
+
+def essential(recipe: Recipe) -> dict[str, Any]:
+    """The recipe without what may change between a run and its continuation."""
+    tree = recipe.model_dump(mode="json", exclude=set(OPERATIONAL))
+    for dotted in OPERATIONAL_KEYS:
+        section, key = dotted.split(".")
+        tree[section].pop(key)
+    return tree
+
+
+def differences(old: Plan, new: Plan) -> list[str]:
+    """What keeps `new` from continuing `old`, a line a key; empty when nothing does."""
+    before = dict(_flatten(essential(old.recipe)))
+    after = dict(_flatten(essential(new.recipe)))
+    lines = [
+        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+    if old.data.fingerprint != new.data.fingerprint:
+        lines.append(
+            f"data: {old.data.uri} ({old.data.fingerprint[:12]}) -> "
+            f"{new.data.uri} ({new.data.fingerprint[:12]})"
+        )
+    return lines
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = (), steps: int | None = None) -> Recipe:
+    """Read a shipped recipe or a file, apply `a.b=c` overrides, and check it.
+
+    Args:
+        name_or_path: `mae-tiny`, or a path ending in .yaml or .yml.
+        overrides: dotted assignments; values are YAML.
+        steps: length of the run in steps; the warm-up keeps its proportion.
+
+    Raises:
+        ConfigError: no such recipe, a wrong key, a wrong value.
+    """
+    tree, origin = _read(name_or_path), f"recipe {name_or_path}"
+    if steps is not None:
+        tree = _with_steps(tree, steps, origin)
+    # A new architecture replaces the old one's numbers, so it goes before its own overrides.
+    for assignment in sorted(overrides, key=lambda a: not a.startswith("encoder.name=")):
+        tree = _assign(tree, assignment)
+    return parse_recipe(tree, origin)
+
+
+def parse_recipe(tree: Mapping[str, Any], origin: str = "recipe") -> Recipe:
+    """Check a recipe's tree; errors name the key and what is allowed."""
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise explain(error, tree, origin) from None
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Names of the recipes inside the package, with their files."""
+    folder = Path(str(resources.files("trainers.recipes")))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def _read(name_or_path: str) -> dict[str, Any]:
+    path = Path(name_or_path)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise ConfigError(f"no recipe file {path}", hint="a path, or a name of `mimray recipes`")
+    else:
+        known = shipped_recipes()
+        if name_or_path not in known:
+            raise ConfigError(
+                f"unknown recipe {name_or_path!r}, known: {', '.join(known)}",
+                hint="a recipe of your own is a path ending in .yaml",
+            )
+        path = known[name_or_path]
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold a mapping of sections, got {type(tree).__name__}")
+    return tree
+
+
+def _with_steps(tree: dict[str, Any], steps: int, origin: str) -> dict[str, Any]:
+    tree = copy.deepcopy(tree)
+    optim = tree.setdefault("optim", {})
+    if not isinstance(optim, dict):
+        raise ConfigError(f"{origin}: 'optim' must be a mapping")
+    length = optim.pop("epochs", None), optim.pop("steps", None)
+    warmup = optim.pop("warmup_epochs", None), optim.pop("warmup_steps", None)
+    share = 0.0
+    for whole, part in zip(length, warmup, strict=True):
+        if whole and part:
+            share = part / whole
+    optim |= {"steps": steps, "warmup_steps": min(round(steps * share), steps - 1)}
+    return tree
+
+
+def _assign(tree: dict[str, Any], assignment: str) -> dict[str, Any]:
+    key, equals, text = assignment.partition("=")
+    if not equals or not all(key.split(".")):
+        raise ConfigError(f"--set {assignment!r} is not of the form a.b=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {assignment!r}: the value is not YAML") from None
+    if isinstance(value, str):
+        # YAML 1.1 reads 1e-4 as text; people mean the number.
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    tree = copy.deepcopy(tree)
+    node = tree
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"--set {key}: '{parent}' is a value, not a section")
+    node[leaf] = value
+    # Alternatives: setting one takes the other out.
+    for one, other in (("epochs", "steps"), ("warmup_epochs", "warmup_steps")):
+        if parents == ["optim"] and leaf in (one, other):
+            node.pop(other if leaf == one else one, None)
+    if key == "encoder.name":
+        kept = {k: v for k, v in tree["encoder"].items() if k in ("patch_size", "drop_path")}
+        tree["encoder"] = {**kept, "name": value}
+    return tree
+
+
+@functools.cache
+def known_keys() -> tuple[str, ...]:
+    """Every dotted key a recipe may hold."""
+    return tuple(_keys_of(Recipe))
+
+
+def _keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        annotation: Any = field.annotation
+        nested = annotation if isinstance(annotation, type) else None
+        if nested is not None and issubclass(nested, BaseModel):
+            yield from _keys_of(nested, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _digest(tree: Any) -> str:
+    text = json.dumps(tree, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,241 @@
+"""Ingest: any pile of pictures becomes a verified, labelled, randomly readable dataset."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pyarrow as pa
+from pyarrow import fs as pafs
+
+from trainers.data.files import absolute, join, locate
+from trainers.data.intake import Intake, plan_intake, read_unit
+from trainers.data.manifest import MANIFEST_NAME, REJECTED_NAME, Manifest
+from trainers.data.normalise import normalise
+from trainers.data.parquet import Layout
+from trainers.data.shards import Row, ShardWriter
+from trainers.data.staging import Staging, staged
+from trainers.errors import DataError, EmptyDatasetError, ImageError, TooManyRejectedError
+
+Progress = Callable[[int, int, int], None]
+
+# A worker hands its pictures over in tables of about this size.
+_TABLE_BYTES = 8 << 20
+# Enough files a task to outweigh its start, enough tasks for every core of a large cluster.
+_MIN_UNITS_PER_TASK, _MAX_TASKS = 32, 2000
+
+_OUTPUT = pa.schema(
+    [
+        ("image", pa.binary()),
+        ("sha256", pa.binary()),
+        ("label", pa.int64()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("source", pa.string()),
+        ("reencoded", pa.bool_()),
+        ("reason", pa.string()),  # null for an accepted picture
+        ("message", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class IngestReport:
+    """What an ingest did.
+
+    Attributes:
+        out: URI of the dataset.
+        manifest: what it is, as written to `dataset.json`.
+        num_rejected: pictures left out; `rejected.jsonl` in the dataset lists them.
+    """
+
+    out: str
+    manifest: Manifest
+    num_rejected: int
+
+
+def ingest(
+    src: str,
+    out: str,
+    *,
+    split: str | None = None,
+    short_side_px: int | None = 256,
+    shard_mib: int = 64,
+    max_rejected: float = 0.01,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> IngestReport:
+    """Make a dataset of Parquet shards from pictures, on the current Ray cluster.
+
+    Workers read, verify and where needed re-encode pictures (see `normalise`); this process
+    writes them in the order of their paths (of the lines, for a list), whatever the number of
+    workers, so that the same source always makes the same bytes. Neither side holds more than
+    a few blocks in memory. Bad pictures are left out and listed with the reason.
+
+    Args:
+        src: folder of pictures, Parquet, or a text file of paths or URIs; see `plan_intake`.
+        out: URI of the folder to make.
+        split: split of `src` to take where there are several; None takes `train`.
+        short_side_px: longer short sides are shrunk to this; None keeps every size.
+        shard_mib: size of a shard.
+        max_rejected: largest allowed fraction of rejected pictures, 0 to 1.
+        overwrite: replace a complete dataset at `out`.
+        progress: called with (pictures done, pictures in all, rejected so far).
+
+    Raises:
+        DataError: when `src` is unusable or `out` is taken.
+        EmptyDatasetError: when no picture is left.
+        TooManyRejectedError: when too many were rejected; the list then lies beside `out`.
+        StorageError: when `out` cannot be written.
+    """
+    src, out = absolute(src).rstrip("/"), absolute(out).rstrip("/")
+    if f"{out}/".startswith(f"{src}/"):
+        raise DataError(f"{out} lies in {src}, which is read", hint="write somewhere else")
+    intake = plan_intake(src, split)
+    rejects_beside = f"{out}.{REJECTED_NAME}"
+    with staged(out, overwrite=overwrite) as staging:
+        writer = ShardWriter(
+            staging.filesystem,
+            staging.folder,
+            class_names=intake.class_names,
+            shard_bytes=shard_mib << 20,
+        )
+        try:
+            rejected, num_reencoded = _write(intake, staging, writer, short_side_px, progress)
+        except BaseException:
+            writer.abort()
+            raise
+        num_rejected = rejected.total()
+        if num_rejected > max_rejected * intake.num_pictures or not writer.num_rows:
+            staging.filesystem.move(
+                join(staging.folder, REJECTED_NAME), f"{staging.out}.{REJECTED_NAME}"
+            )
+            raise _too_many(src, rejected, intake.num_pictures, max_rejected, rejects_beside)
+        manifest = Manifest(
+            num_samples=writer.num_rows,
+            labelled=intake.labelled,
+            class_names=intake.class_names,
+            fingerprint=writer.fingerprint,
+            image_bytes=writer.image_bytes,
+            short_side_px=short_side_px,
+            num_reencoded=num_reencoded,
+            num_ignored=intake.num_ignored,
+            rejected=dict(sorted(rejected.items())),
+            shards=tuple(writer.shards),
+        )
+        staging.write(MANIFEST_NAME, manifest.to_json())
+    _remove_stale_rejects(rejects_beside)
+    return IngestReport(out, manifest, num_rejected)
+
+
+def _write(
+    intake: Intake,
+    staging: Staging,
+    writer: ShardWriter,
+    short_side_px: int | None,
+    progress: Progress | None,
+) -> tuple[Counter[str], int]:
+    """Write all shards and `rejected.jsonl`; returns rejects by reason and the re-encoded."""
+    rejected: Counter[str] = Counter()
+    num_done = num_reencoded = 0
+    with staging.filesystem.open_output_stream(join(staging.folder, REJECTED_NAME)) as rejects:
+        for table in _process(intake, short_side_px):
+            for row in table.to_pylist():
+                if row["reason"] is not None:
+                    rejected[row["reason"]] += 1
+                    line = {key: row[key] for key in ("source", "reason", "message")}
+                    rejects.write(f"{json.dumps(line, ensure_ascii=False)}\n".encode())
+                    continue
+                num_reencoded += row["reencoded"]
+                writer.add(Row(**{field: row[field] for field in Row._fields}))
+            num_done += len(table)
+            if progress is not None:
+                progress(num_done, intake.num_pictures, rejected.total())
+        writer.close()
+    assert num_done == intake.num_pictures, "a picture was lost on the way"
+    return rejected, num_reencoded
+
+
+def _process(intake: Intake, short_side_px: int | None) -> Iterator[pa.Table]:
+    """Run the workers; tables of schema `_OUTPUT` arrive in the order of the intake."""
+    import ray.data
+
+    units = intake.units
+    step = max(-(-len(units) // _MAX_TASKS), _MIN_UNITS_PER_TASK if intake.layout is None else 1)
+    context = ray.data.DataContext.get_current().copy()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.target_max_block_size = 2 * _TABLE_BYTES
+    with ray.data.DataContext.current(context):
+        dataset = ray.data.from_arrow(
+            [units.slice(start, step) for start in range(0, len(units), step)]
+        ).map_batches(
+            _process_units,
+            batch_size=None,
+            batch_format="pyarrow",
+            fn_kwargs={"layout": intake.layout, "short_side_px": short_side_px},
+        )
+    # The dataset keeps the context it was made in; the caller gets his own back at once.
+    yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+
+
+def _process_units(
+    units: pa.Table, *, layout: Layout | None, short_side_px: int | None
+) -> Iterator[pa.Table]:
+    """Read and normalise the pictures of some units, in a worker."""
+    rows: list[dict[str, object]] = []
+    num_bytes = 0
+    for unit in units.to_pylist():
+        for source, label, data, reason, message in read_unit(unit, layout):
+            row: dict[str, object] = {"source": source, "label": label}
+            if data is None:
+                row |= {"reason": reason, "message": message}
+            else:
+                try:
+                    picture = normalise(data, short_side_px)
+                except ImageError as error:
+                    row |= {"reason": error.reason, "message": str(error)}
+                else:
+                    row |= {
+                        "image": picture.data,
+                        "sha256": hashlib.sha256(picture.data).digest(),
+                        "width": picture.width,
+                        "height": picture.height,
+                        "reencoded": picture.reencoded,
+                    }
+                    num_bytes += len(picture.data)
+            rows.append(row)
+            if num_bytes >= _TABLE_BYTES:
+                yield pa.Table.from_pylist(rows, schema=_OUTPUT)
+                rows, num_bytes = [], 0
+    if rows:
+        yield pa.Table.from_pylist(rows, schema=_OUTPUT)
+
+
+def _too_many(
+    src: str, rejected: Counter[str], num_pictures: int, max_rejected: float, listed_in: str
+) -> DataError:
+    num_rejected = rejected.total()
+    by_reason = ", ".join(f"{count} {reason}" for reason, count in rejected.most_common())
+    if num_rejected == num_pictures:
+        return EmptyDatasetError(
+            f"none of the {num_pictures} pictures in {src} can be used: {by_reason}",
+            hint=f"{listed_in} lists them",
+        )
+    return TooManyRejectedError(
+        f"{num_rejected} of {num_pictures} pictures in {src} cannot be used"
+        f" ({num_rejected / num_pictures:.1%}, allowed are {max_rejected:.1%}): {by_reason};"
+        f" {listed_in} lists them",
+        hint="repair or remove them, or allow more with --max-rejected",
+    )
+
+
+def _remove_stale_rejects(uri: str) -> None:
+    """Remove the list that an earlier, refused ingest left beside the dataset."""
+    filesystem, path = locate(uri)
+    if filesystem.get_file_info(path).type == pafs.FileType.File:
+        filesystem.delete_file(path)

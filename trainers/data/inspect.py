@@ -1,0 +1,182 @@
+"""A look at a dataset: how much, how large, which classes, and what the pictures look like."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from trainers.data.decode import decode_rgb, read_size
+from trainers.data.parquet import ParquetSource
+from trainers.data.sources import Source, available_splits, open_source
+from trainers.errors import ImageError
+from trainers.types import DatasetFacts
+
+_SAMPLE = 64
+_COLUMNS = 8
+_TILE_PX = 144
+_GAP_PX = 10
+_TITLE_PX = 44
+_CAPTION_PX = 20
+_PAPER, _INK, _FAINT = "#ffffff", "#1c1e21", "#8a9099"
+
+
+@dataclass(frozen=True)
+class Range:
+    """Smallest, median and largest of a length in pixels."""
+
+    smallest: int
+    median: int
+    largest: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a look at a dataset found.
+
+    Attributes:
+        facts: where and what it is.
+        splits: names of the splits at that URI.
+        num_bytes: size of its files.
+        num_groups: row groups (pictures, for a plain folder).
+        width: of the pictures measured; None when none could be.
+        height: likewise.
+        num_measured: pictures that width and height were taken from.
+        num_broken: pictures of the sample that cannot be used.
+        label_counts: pictures a class, by name (or number where names are unknown); None when
+            unlabelled.
+    """
+
+    facts: DatasetFacts
+    splits: tuple[str, ...]
+    num_bytes: int
+    num_groups: int
+    width: Range | None
+    height: Range | None
+    num_measured: int
+    num_broken: int
+    label_counts: dict[str, int] | None
+
+
+def inspect(uri: str, *, contact_sheet: Path | None = None, split: str | None = None) -> Inspection:
+    """Look at a dataset.
+
+    Widths and heights are those of all pictures where the data has them as columns, as ingested
+    data does; otherwise those of up to 64 evenly spaced pictures.
+
+    Args:
+        uri: as for `open_source`.
+        contact_sheet: PNG file to write with up to 64 evenly spaced pictures.
+        split: as for `open_source`.
+
+    Raises:
+        DataError: as `open_source`.
+    """
+    source = open_source(uri, split=split)
+    sample = np.linspace(0, len(source) - 1, min(_SAMPLE, len(source))).round().astype(int)
+    sizes = source.sizes() if isinstance(source, ParquetSource) else None
+    num_broken = 0
+    if sizes is None:
+        measured = []
+        for index in sample:
+            try:
+                measured.append(read_size(source[int(index)].image))
+            except ImageError:
+                num_broken += 1
+        sizes = np.array(measured, dtype=np.int64).reshape(-1, 2)
+    if contact_sheet is not None:
+        draw_contact_sheet(source, [int(i) for i in sample]).save(contact_sheet)
+    return Inspection(
+        facts=source.facts,
+        splits=available_splits(uri),
+        num_bytes=source.num_bytes,
+        num_groups=len(source.group_rows),
+        width=_range(sizes[:, 0]),
+        height=_range(sizes[:, 1]),
+        num_measured=len(sizes),
+        num_broken=num_broken,
+        label_counts=_label_counts(source),
+    )
+
+
+def draw_contact_sheet(source: Source, indices: list[int]) -> Image.Image:
+    """Draw pictures in a grid, cropped to squares, with their classes beneath when labelled."""
+    names = source.facts.class_names
+    labelled = source.labels() is not None
+    columns = min(_COLUMNS, len(indices))
+    rows = -(-len(indices) // columns)
+    step_x = _TILE_PX + _GAP_PX
+    step_y = step_x + (_CAPTION_PX if labelled else 0)
+    title = f"{len(source):,} pictures"
+    place = source.facts.uri
+    width = max(columns * step_x + _GAP_PX, 3 * step_x + _GAP_PX)
+    sheet = Image.new("RGB", (width, _TITLE_PX + rows * step_y + _GAP_PX), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    large, small = ImageFont.load_default(20), ImageFont.load_default(13)
+    draw.text((_GAP_PX, _TITLE_PX / 2), title, _INK, large, anchor="lm")
+    left = _GAP_PX + draw.textlength(title, large) + 2 * _GAP_PX
+    place = _shortened(draw, place, small, sheet.width - left - _GAP_PX, keep_end=True)
+    draw.text((sheet.width - _GAP_PX, _TITLE_PX / 2), place, _FAINT, small, anchor="rm")
+    for number, index in enumerate(indices):
+        x = _GAP_PX + number % columns * step_x
+        y = _TITLE_PX + number // columns * step_y
+        record = source[index]
+        sheet.paste(_tile(record.image, small), (x, y))
+        if labelled and record.label is not None:
+            known = 0 <= record.label < len(names)
+            caption = names[record.label] if known else f"class {record.label}"
+            caption = _shortened(draw, caption, small, _TILE_PX)
+            draw.text((x, y + _TILE_PX + 4), caption, _INK, small)
+    return sheet
+
+
+def _tile(data: bytes, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> Image.Image:
+    size = (_TILE_PX, _TILE_PX)
+    try:
+        image = decode_rgb(data, draft_size=size)
+    except ImageError as error:
+        tile = Image.new("RGB", size, "#eceef1")
+        ImageDraw.Draw(tile).text(
+            (_TILE_PX / 2, _TILE_PX / 2), error.reason, _FAINT, font, anchor="mm"
+        )
+        return tile
+    # Tiny pictures are shown with their pixels, not blurred.
+    small = min(image.size) * 3 <= _TILE_PX
+    resample = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
+    return ImageOps.fit(image, size, resample)
+
+
+def _shortened(
+    draw: ImageDraw.ImageDraw,
+    text: str,
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    width_px: float,
+    *,
+    keep_end: bool = False,
+) -> str:
+    """Cut a text to a width, marking the cut."""
+    if draw.textlength(text, font) <= width_px:
+        return text
+    while text and draw.textlength(f"{text}...", font) > width_px:
+        text = text[1:] if keep_end else text[:-1]
+    return f"...{text}" if keep_end else f"{text}..."
+
+
+def _range(values: np.ndarray) -> Range | None:
+    if not len(values):
+        return None
+    return Range(int(values.min()), int(np.median(values)), int(values.max()))
+
+
+def _label_counts(source: Source) -> dict[str, int] | None:
+    labels = source.labels()
+    if labels is None:
+        return None
+    names = source.facts.class_names
+    numbers, counts = np.unique(labels, return_counts=True)
+    return {
+        names[n] if 0 <= n < len(names) else str(n): int(count)
+        for n, count in zip(numbers.tolist(), counts, strict=True)
+    }

@@ -1,0 +1,195 @@
+"""Batches for the training loop: decode processes that work out what a position holds.
+
+The loader carries no state. Batch k of a worker is computed from the plan, k and the worker's
+rank alone, so continuing a run is asking for a later first batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from trainers.config.run import Plan, Recipe
+from trainers.data.decode import decode, read_size
+from trainers.data.order import SampleOrder
+from trainers.data.rng import Stream, generator
+from trainers.data.sources import Source
+from trainers.data.transforms import random_crop_box, to_array, view_of
+from trainers.errors import DataError, ImageError
+from trainers.types import Batch
+
+DrawMask = Callable[[Recipe, np.random.Generator], np.ndarray]
+# How many following samples are tried in place of one that cannot be decoded.
+MAX_SUBSTITUTES = 8
+
+
+@dataclass(frozen=True)
+class Place:
+    """One sample to make: which picture, in which epoch."""
+
+    epoch: int
+    index: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One made sample: the picture uint8 [C, H, W], its mask bool [N], and where it came from.
+
+    `problems` says why other pictures could not be used in its place.
+    """
+
+    pixels: np.ndarray
+    mask: np.ndarray | None
+    place: Place
+    problems: tuple[str, ...] = ()
+
+
+class Views(Dataset[Sample]):
+    """Makes the sample at a place; a pure function of (plan, place).
+
+    Args:
+        source: where encoded pictures come from.
+        recipe: sizes, crops and seed.
+        draw_mask: the method's mask of a sample, or None for no mask.
+    """
+
+    def __init__(self, source: Source, recipe: Recipe, draw_mask: DrawMask | None) -> None:
+        self.source = source
+        self.recipe = recipe
+        self.draw_mask = draw_mask
+
+    def __getitem__(self, place: Place) -> Sample:
+        """Decode, crop, flip and mask."""
+        seed = self.recipe.seed
+        mask = None
+        if self.draw_mask is not None:
+            mask = self.draw_mask(
+                self.recipe, generator(seed, Stream.MASK, place.epoch, place.index)
+            )
+        pixels, problems = self._pixels(place)
+        return Sample(pixels, mask, place, problems)
+
+    def _pixels(self, place: Place) -> tuple[np.ndarray, tuple[str, ...]]:
+        problems: list[str] = []
+        for offset in range(MAX_SUBSTITUTES + 1):
+            index = (place.index + offset) % len(self.source)
+            try:
+                return self._view(self.source[index].image, place), tuple(problems)
+            except ImageError as error:
+                name = self.source.name(index)
+                if self.recipe.data.on_bad == "fail":
+                    raise DataError(
+                        f"{name}: {error}",
+                        hint="`mimray data ingest` sorts such pictures out, "
+                        "or --set data.on_bad=substitute",
+                    ) from error
+                problems.append(f"{name}: {error}; the next picture stands in")
+        raise DataError(
+            f"{MAX_SUBSTITUTES + 1} pictures in a row cannot be decoded, "
+            f"the last {self.source.name(index)}",
+            hint="`mimray data ingest` sorts such pictures out",
+        )
+
+    def _view(self, image: bytes, place: Place) -> np.ndarray:
+        config = self.recipe.data
+        rng = generator(self.recipe.seed, Stream.VIEW, place.epoch, place.index)
+        size = read_size(image)
+        box = random_crop_box(rng, size, config.crop_scale, config.crop_ratio)
+        flip = bool(rng.random() < config.hflip)
+        # Decoding at a lower DCT scale is enough as long as the crop is not upsampled by it.
+        height, width = config.image_size
+        enough = (
+            int(np.ceil(size[0] * width / (box[2] - box[0]))),
+            int(np.ceil(size[1] * height / (box[3] - box[1]))),
+        )
+        picture = decode(image, draft_size=enough).image
+        scale_x, scale_y = picture.width / size[0], picture.height / size[1]
+        box = (box[0] * scale_x, box[1] * scale_y, box[2] * scale_x, box[3] * scale_y)
+        if config.channels == 1:
+            picture = picture.convert("L")
+        return to_array(view_of(picture, config.image_size, config.interpolation, box, flip))
+
+
+class MicroBatches(Sampler[list[Place]]):
+    """The places of one worker's micro batches, from a step to the end of the run.
+
+    The global batch of step s is positions s * G to (s + 1) * G - 1, whatever the number of
+    workers; a worker takes its equal share of it.
+
+    Args:
+        plan: batch sizes and length.
+        order: positions to samples.
+        rank: this worker's rank.
+        first_step: the step to begin with.
+    """
+
+    def __init__(self, plan: Plan, order: SampleOrder, rank: int, first_step: int) -> None:
+        self.plan = plan
+        self.order = order
+        self.rank = rank
+        self.first_step = first_step
+
+    def __iter__(self) -> Iterator[list[Place]]:
+        plan = self.plan
+        share = plan.global_batch // plan.world_size
+        for step in range(self.first_step, plan.steps):
+            start = step * plan.global_batch + self.rank * share
+            for micro in range(plan.accumulation):
+                epochs, indices = self.order.take(
+                    start + micro * plan.micro_batch_size, plan.micro_batch_size
+                )
+                yield [Place(int(e), int(i)) for e, i in zip(epochs, indices, strict=True)]
+
+    def __len__(self) -> int:
+        return (self.plan.steps - self.first_step) * self.plan.accumulation
+
+
+def make_loader(
+    source: Source,
+    plan: Plan,
+    draw_mask: DrawMask | None,
+    *,
+    rank: int = 0,
+    first_step: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """Micro batches of one worker, `accumulation` of them a step, in order.
+
+    Args:
+        source: where encoded pictures come from; picklable.
+        plan: sizes, seed, length.
+        draw_mask: a picklable function, or None for methods without a mask.
+        rank: this worker's rank.
+        first_step: the step to begin with; earlier ones are not touched.
+        pin_memory: for copies to a GPU.
+    """
+    data = plan.recipe.data
+    order = SampleOrder(source.group_rows, plan.recipe.seed, data.shuffle_window)
+    workers = data.num_workers
+    loader = DataLoader(
+        Views(source, plan.recipe, draw_mask),
+        batch_sampler=MicroBatches(plan, order, rank, first_step),
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        prefetch_factor=data.prefetch_batches if workers else None,
+        # A forked copy of a process with Ray's and Arrow's threads may deadlock.
+        multiprocessing_context="forkserver" if workers else None,
+    )
+    return iter(loader)
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """Stack samples into a batch."""
+    masks = [s.mask for s in samples if s.mask is not None]
+    return Batch(
+        images=torch.from_numpy(np.stack([s.pixels for s in samples])),
+        mask=torch.from_numpy(np.stack(masks)) if masks else None,
+        indices=np.array([s.place.index for s in samples], dtype=np.int64),
+        epoch=np.array([s.place.epoch for s in samples], dtype=np.int64),
+        problems=tuple(problem for s in samples for problem in s.problems),
+    )

@@ -1,0 +1,103 @@
+"""`dataset.json`: the file that makes a folder of shards a complete, ingested dataset."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pyarrow import fs as pafs
+
+from trainers.data.files import join, read_bytes
+from trainers.errors import DataError
+
+MANIFEST_NAME = "dataset.json"
+REJECTED_NAME = "rejected.jsonl"
+FORMAT = "mimray-dataset"
+VERSION = 1
+
+# In the schema metadata of every shard that ingest writes.
+FORMAT_KEY = b"mimray_format"
+CLASS_NAMES_KEY = b"class_names"
+
+_SHARD_NAME = re.compile(r"shard-\d{5,}\.parquet")
+
+
+def shard_name(number: int) -> str:
+    """Name the shard of that number."""
+    return f"shard-{number:05d}.parquet"
+
+
+def is_shard_name(name: str) -> bool:
+    """Tell whether a file is named like a shard of ours."""
+    return _SHARD_NAME.fullmatch(name) is not None
+
+
+@dataclass(frozen=True)
+class ShardFacts:
+    """One shard: its file name, its rows, its size in bytes."""
+
+    file: str
+    num_rows: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an ingested dataset is; it says nothing about where and when it was made.
+
+    Attributes:
+        num_samples: pictures in it.
+        labelled: whether they have labels.
+        class_names: by label; empty when unlabelled or unnamed.
+        fingerprint: sha256 over every picture and label in order, and the class names.
+        image_bytes: size of the encoded pictures together.
+        short_side_px: the bound that pictures were shrunk to; None keeps their size.
+        num_reencoded: pictures whose stored bytes differ from the source's.
+        num_ignored: files of the source that were passed over; see `Contents`.
+        rejected: pictures left out, counted by reason.
+        shards: in reading order.
+    """
+
+    num_samples: int
+    labelled: bool
+    class_names: tuple[str, ...]
+    fingerprint: str
+    image_bytes: int
+    short_side_px: int | None
+    num_reencoded: int
+    num_ignored: int
+    rejected: dict[str, int]
+    shards: tuple[ShardFacts, ...]
+
+    def to_json(self) -> str:
+        """Write it as JSON text; equal manifests give equal text."""
+        return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1) + "\n"
+
+
+def read_manifest(filesystem: pafs.FileSystem, folder: str) -> Manifest | None:
+    """Read a folder's `dataset.json`; None where there is none or it is another program's.
+
+    Raises:
+        DataError: when it is damaged or written by a newer version.
+    """
+    path = join(folder, MANIFEST_NAME)
+    try:
+        text = read_bytes(filesystem, path)
+    except FileNotFoundError:
+        return None
+    try:
+        content: Any = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{path} is damaged: {error}", hint="ingest the data again") from error
+    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+        return None
+    if (version := content.pop("version")) != VERSION:
+        raise DataError(
+            f"{path} has version {version}; this mimray reads version {VERSION}",
+            hint="upgrade mimray, or ingest the data again",
+        )
+    content["class_names"] = tuple(content["class_names"])
+    content["shards"] = tuple(ShardFacts(**shard) for shard in content["shards"])
+    return Manifest(**content)

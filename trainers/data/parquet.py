@@ -1,0 +1,369 @@
+"""Pictures in Parquet: one row group is read at a time, never a whole shard for one picture."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from trainers.data.cache import DiskCache, MemoryCache, default_cache_dir
+from trainers.data.discover import Contents
+from trainers.data.files import is_local, is_parquet, join, locate, unreachable
+from trainers.data.manifest import CLASS_NAMES_KEY, FORMAT_KEY, is_shard_name, read_manifest
+from trainers.errors import DataError, EmptyDatasetError
+from trainers.types import DatasetFacts, Record
+
+# Footers and label columns are small reads that wait on the network.
+_NUM_THREADS = 16
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a schema keeps what we need; paths may reach into a struct.
+
+    Attributes:
+        image: the encoded bytes, e.g. `image.bytes`.
+        label: an integer column, or None.
+        source: a text column that says where a picture came from, or None.
+        class_names: names by label, empty when the file does not tell.
+    """
+
+    image: str
+    label: str | None
+    source: str | None
+    class_names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One Parquet file.
+
+    Attributes:
+        path: relative to the dataset's root.
+        num_bytes: size of the file.
+        footer: its metadata, kept so that a read needs no second look at it.
+        schema: its Arrow schema.
+    """
+
+    path: str
+    num_bytes: int
+    footer: pq.FileMetaData
+    schema: pa.Schema
+
+    @property
+    def group_rows(self) -> list[int]:
+        """Rows of each row group."""
+        footer = self.footer
+        return [footer.row_group(i).num_rows for i in range(footer.num_row_groups)]
+
+
+class ParquetSource:
+    """Random access to the pictures of a Parquet dataset.
+
+    The fingerprint of an ingested dataset covers every byte of every picture. That of foreign
+    Parquet covers the shards' names, sizes, schema, row counts and row group sizes: it is had
+    without reading the pictures, and misses an edit that leaves all of these as they were.
+
+    Args:
+        uri: where the user said the data is.
+        contents: its shards.
+        cache_dir: where row groups of remote data are kept; None for the user's cache folder.
+        cache_mib: bound of that folder.
+    """
+
+    def __init__(
+        self, uri: str, contents: Contents, *, cache_dir: str | None, cache_mib: int
+    ) -> None:
+        self._root = contents.root
+        self._shards = read_footers(contents)
+        self._layout = common_layout(self._shards, uri)
+        self.group_rows = np.array(
+            [rows for shard in self._shards for rows in shard.group_rows], dtype=np.int64
+        )
+        self._group_ends = np.cumsum(self.group_rows)
+        self._groups = [
+            (shard, group) for shard in self._shards for group in range(shard.footer.num_row_groups)
+        ]
+        num_samples = int(self.group_rows.sum())
+        if num_samples == 0:
+            raise EmptyDatasetError(f"{uri} holds Parquet without a row")
+        self._labelled = self._layout.label is not None and not all_null(
+            self._shards, self._layout.label
+        )
+        self.facts = DatasetFacts(
+            uri=uri,
+            num_samples=num_samples,
+            fingerprint=_fingerprint(uri, contents, self._shards),
+            class_names=self._layout.class_names if self._labelled else (),
+            kind="parquet",
+        )
+        self.num_bytes = sum(shard.num_bytes for shard in self._shards)
+        remote = not is_local(locate(self._root)[0])
+        self._disk = DiskCache(cache_dir or default_cache_dir(), cache_mib) if remote else None
+        self._labels: np.ndarray | None = None
+        self._opened_by = -1
+
+    def __len__(self) -> int:
+        return self.facts.num_samples
+
+    def __getitem__(self, index: int) -> Record:
+        group, row = self._find(index)
+        self._open()
+        key = f"{self.facts.fingerprint[:16]}-{group}"
+        load: Callable[[], pa.Table] = partial(self._read_group, group)
+        if self._disk is not None:
+            load = partial(self._disk.get, key, load)
+        table = self._memory.get(key, load)
+        image = table["image"][row].as_py()
+        label = table["label"][row].as_py() if self._labelled else None
+        return Record(image or b"", label)
+
+    def labels(self) -> np.ndarray | None:
+        """Read every label, and nothing else; a missing one among others is -1.
+
+        Returns:
+            int64 [N], or None when the dataset is unlabelled.
+        """
+        if not self._labelled:
+            return None
+        if self._labels is None:
+            assert self._layout.label is not None
+            self._labels = self._read_integers(self._layout.label)
+        return self._labels
+
+    def sizes(self) -> np.ndarray | None:
+        """Read the columns `width` and `height`: int64 [N, 2] in pixels, or None without them."""
+        if not all({"width", "height"} <= set(shard.schema.names) for shard in self._shards):
+            return None
+        return np.stack([self._read_integers("width"), self._read_integers("height")], axis=1)
+
+    def name(self, index: int) -> str:
+        """Say where a picture lies and came from, for messages."""
+        group, row = self._find(index)
+        shard, number = self._groups[group]
+        place = f"{join(self._root, shard.path)} row group {number} row {row}"
+        if self._layout.source is None:
+            return place
+        self._open()
+        table = self._read(shard, number, [self._layout.source])
+        return f"{leaf(table, self._layout.source)[row].as_py()} in {place}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Filesystem clients and cached tables belong to one process.
+        hidden = ("_filesystem", "_path", "_memory")
+        return {k: v for k, v in self.__dict__.items() if k not in hidden} | {"_opened_by": -1}
+
+    def _open(self) -> None:
+        # A forked worker inherits this object; an S3 client does not survive the fork.
+        if self._opened_by != os.getpid():
+            self._filesystem, self._path = locate(self._root)
+            self._memory = MemoryCache()
+            self._opened_by = os.getpid()
+
+    def _find(self, index: int) -> tuple[int, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        group = int(np.searchsorted(self._group_ends, index, side="right"))
+        return group, int(index - self._group_ends[group] + self.group_rows[group])
+
+    def _read_group(self, group: int) -> pa.Table:
+        shard, number = self._groups[group]
+        label = self._layout.label if self._labelled else None
+        columns = [self._layout.image] + ([label] if label else [])
+        table = self._read(shard, number, columns)
+        parts = {"image": leaf(table, self._layout.image)}
+        if label:
+            parts["label"] = leaf(table, label)
+        return pa.table(parts)
+
+    def _read_integers(self, column: str) -> np.ndarray:
+        self._open()
+
+        def read(shard: Shard) -> np.ndarray:
+            values = leaf(self._read(shard, None, [column]), column).cast(pa.int64())
+            filled: np.ndarray = pc.fill_null(values, -1).to_numpy()
+            return filled
+
+        with ThreadPoolExecutor(_NUM_THREADS) as pool:
+            return np.concatenate(list(pool.map(read, self._shards)))
+
+    def _read(self, shard: Shard, group: int | None, columns: list[str]) -> pa.Table:
+        path = join(self._path, shard.path)
+        try:
+            with self._filesystem.open_input_file(path) as file:
+                reader = pq.ParquetFile(file, metadata=shard.footer, pre_buffer=True)
+                if group is None:
+                    return reader.read(columns=columns)
+                return reader.read_row_group(group, columns=columns)
+        except pa.ArrowInvalid as error:
+            raise DataError(f"{path} is damaged: {error}", hint="copy it again") from error
+        except OSError as error:
+            raise unreachable(join(self._root, shard.path), error) from error
+
+
+def read_footers(contents: Contents) -> list[Shard]:
+    """Read the footer of every shard, many at a time.
+
+    Raises:
+        DataError: when a file is not Parquet or cannot be read.
+    """
+    filesystem, root = locate(contents.root)
+
+    def read(path: str, num_bytes: int) -> Shard:
+        try:
+            with filesystem.open_input_file(join(root, path)) as file:
+                reader = pq.ParquetFile(file)
+                return Shard(path, num_bytes, reader.metadata, reader.schema_arrow)
+        except pa.ArrowInvalid as error:
+            raise DataError(
+                f"{join(contents.root, path)} is not a whole Parquet file: {error}",
+                hint="copy it again, or remove it",
+            ) from error
+        except OSError as error:
+            raise unreachable(join(contents.root, path), error) from error
+
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        return list(pool.map(lambda f: read(f.path, f.num_bytes), contents.files))
+
+
+def common_layout(shards: list[Shard], uri: str) -> Layout:
+    """Find the layout that all shards share.
+
+    Raises:
+        DataError: when a shard has no picture column or the shards disagree.
+    """
+    first, *others = shards
+    layout = find_layout(first.schema, join(uri, first.path))
+    for shard in others:
+        if find_layout(shard.schema, join(uri, shard.path)) != layout:
+            raise DataError(
+                f"{shard.path} and {first.path} in {uri} differ in columns or class names",
+                hint="keep one dataset a folder",
+            )
+    return layout
+
+
+def find_layout(schema: pa.Schema, name: str) -> Layout:
+    """Find pictures, labels and class names in a schema.
+
+    Pictures are `image`, or else the only column that could hold them: binary, or a struct with
+    a binary `bytes` (Hugging Face's layout). Labels are `label`, or else the only column that
+    Hugging Face's metadata calls a `ClassLabel`.
+
+    Raises:
+        DataError: when no column, or more than one, can be the picture.
+    """
+    pictures = {field.name: path for field in schema if (path := _binary_leaf(field))}
+    if "image" not in pictures and len(pictures) != 1:
+        raise DataError(
+            f"{name} has {'several columns' if pictures else 'no column'} that may hold pictures"
+            f" (columns: {', '.join(schema.names)})",
+            hint="call the column of encoded pictures `image`: binary or struct<bytes, path>",
+        )
+    column = "image" if "image" in pictures else next(iter(pictures))
+    metadata = schema.metadata or {}
+    known = _hugging_face_classes(metadata.get(b"huggingface"))
+    label = next(iter(known)) if len(known) == 1 and "label" not in schema.names else "label"
+    labelled = label in schema.names and pa.types.is_integer(schema.field(label).type)
+    class_names: tuple[str, ...] = ()
+    if labelled and CLASS_NAMES_KEY in metadata:
+        class_names = tuple(metadata[CLASS_NAMES_KEY].decode().splitlines())
+    elif labelled:
+        class_names = known.get(label, ())
+    return Layout(
+        image=pictures[column],
+        label=label if labelled else None,
+        source=_source_leaf(schema, column),
+        class_names=class_names,
+    )
+
+
+def leaf(table: pa.Table, path: str) -> pa.ChunkedArray:
+    """Take a column, or with `a.b` a field of a struct column, by its path."""
+    if path in table.column_names:
+        return table[path]
+    name, _, field = path.rpartition(".")
+    return pc.struct_field(table[name], field)
+
+
+def _binary_leaf(field: pa.Field) -> str | None:
+    if pa.types.is_struct(field.type):
+        index = field.type.get_field_index("bytes")
+        if index >= 0 and _is_binary(field.type.field(index).type):
+            return f"{field.name}.bytes"
+        return None
+    return field.name if _is_binary(field.type) else None
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _source_leaf(schema: pa.Schema, image: str) -> str | None:
+    if "source" in schema.names and schema.field("source").type == pa.string():
+        return "source"
+    kind = schema.field(image).type
+    if pa.types.is_struct(kind) and kind.get_field_index("path") >= 0:
+        return f"{image}.path"
+    return None
+
+
+def _hugging_face_classes(text: bytes | None) -> dict[str, tuple[str, ...]]:
+    if text is None:
+        return {}
+    features = json.loads(text).get("info", {}).get("features", {})
+    return {
+        name: tuple(feature["names"])
+        for name, feature in features.items()
+        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+    }
+
+
+def all_null(shards: list[Shard], column: str) -> bool:
+    """Whether the footers prove that a column holds nothing but nulls."""
+    for shard in shards:
+        for number in range(shard.footer.num_row_groups):
+            group = shard.footer.row_group(number)
+            chunks = (group.column(i) for i in range(group.num_columns))
+            chunk = next(c for c in chunks if c.path_in_schema == column)
+            statistics = chunk.statistics
+            if statistics is None or statistics.null_count != group.num_rows:
+                return False
+    return True
+
+
+def _fingerprint(uri: str, contents: Contents, shards: list[Shard]) -> str:
+    """Take the fingerprint from `dataset.json`, or make one from the footers."""
+    manifest = read_manifest(*locate(contents.root))
+    one_shard = is_parquet(uri)
+    if manifest is not None and not one_shard:
+        if [s.file for s in manifest.shards] != [s.path for s in shards]:
+            raise DataError(
+                f"{uri}: dataset.json lists {len(manifest.shards)} shards and the folder holds"
+                f" {len(shards)}, not the same ones",
+                hint="copy the dataset again, or ingest the data again",
+            )
+        return manifest.fingerprint
+    if not one_shard and any(
+        is_shard_name(s.path) and FORMAT_KEY in (s.schema.metadata or {}) for s in shards
+    ):
+        raise DataError(
+            f"{uri} was left by an interrupted ingest: it has shards and no dataset.json",
+            hint="ingest the data again",
+        )
+    digest = hashlib.sha256(str(shards[0].schema).encode())
+    for shard in shards:
+        groups = [shard.footer.row_group(i) for i in range(shard.footer.num_row_groups)]
+        sizes = [(group.num_rows, group.total_byte_size) for group in groups]
+        digest.update(json.dumps([shard.path, shard.num_bytes, sizes]).encode())
+    return digest.hexdigest()

@@ -1,0 +1,77 @@
+"""Views of a picture: the random crop of training, and the plain resize of inference."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from PIL import Image
+
+_RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+Box = tuple[float, float, float, float]
+
+
+def random_crop_box(
+    rng: np.random.Generator,
+    size: tuple[int, int],
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> Box:
+    """A random crop of a share of the area and a log-uniform aspect.
+
+    Args:
+        rng: a generator of this sample's own.
+        size: (width, height) of the picture.
+        scale: bounds of the crop's area over the picture's.
+        ratio: bounds of the crop's width over its height.
+
+    Returns:
+        (left, top, right, bottom) in pixels. After ten tries that do not fit, the largest
+        centred crop within the aspect bounds.
+
+    Source: Szegedy et al. 2015, sec. 6; the procedure torchvision names RandomResizedCrop.
+    """
+    width, height = size
+    log_ratio = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(10):
+        area = width * height * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(*log_ratio))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left = int(rng.integers(0, width - w, endpoint=True))
+            top = int(rng.integers(0, height - h, endpoint=True))
+            return left, top, left + w, top + h
+    w, h = width, height
+    if width / height < ratio[0]:
+        h = round(width / ratio[0])
+    elif width / height > ratio[1]:
+        w = round(height * ratio[1])
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def inference_view(
+    image: Image.Image, image_size: tuple[int, int], interpolation: str
+) -> np.ndarray:
+    """The whole picture resized to (height, width), its aspect not kept; uint8 [C, H, W]."""
+    return to_array(view_of(image, image_size, interpolation))
+
+
+def to_array(image: Image.Image) -> np.ndarray:
+    """uint8 [C, H, W] of an RGB or grayscale picture."""
+    pixels = np.asarray(image, dtype=np.uint8)
+    return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
+
+
+def view_of(
+    image: Image.Image,
+    image_size: tuple[int, int],
+    interpolation: str,
+    box: Box | None = None,
+    flip: bool = False,
+) -> Image.Image:
+    """A part of a picture resized to (height, width), mirrored if asked; the whole by default."""
+    height, width = image_size
+    if image.size != (width, height) or box not in (None, (0, 0, width, height)):
+        image = image.resize((width, height), _RESAMPLING[interpolation], box=box)
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image

@@ -1,0 +1,333 @@
+"""Checkpoints: whole or not there.
+
+Ranks write their files into `checkpoints/step-NNNNNNNN/`; when all are there, rank 0 writes
+`manifest.json` with every file's size and SHA-256, atomically and last. A directory without a
+manifest is no checkpoint and is swept away. Before loading, the manifest is held against the
+files; a damaged checkpoint is passed over for the one before it, and the log says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from trainers.errors import CheckpointError, MimrayError, StorageError
+from trainers.storage import RunDir, storage_errors
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+_TAG = "state"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose manifest was read.
+
+    Attributes:
+        step: updates made.
+        samples: position in the data.
+        world_size: ranks that wrote it.
+        plan_hash: the plan it belongs to.
+    """
+
+    name: str
+    step: int
+    samples: int
+    world_size: int
+    zero_stage: int
+    precision: str
+    plan_hash: str
+    files: dict[str, dict[str, Any]]
+
+
+def checkpoint_name(step: int) -> str:
+    """The directory of a step's checkpoint."""
+    return f"step-{step:08d}"
+
+
+def save(
+    run: RunDir,
+    engine: Any,
+    *,
+    step: int,
+    samples: int,
+    zero_stage: int,
+    precision: str,
+    plan_hash: str,
+    keep: int,
+) -> None:
+    """Write a checkpoint; collective, every rank calls it.
+
+    Args:
+        run: the run's directory.
+        engine: the DeepSpeed engine.
+        step: updates made.
+        samples: position in the data.
+        zero_stage: ZeRO stage, which the layout of the files depends on.
+        precision: what the run computes in.
+        plan_hash: the plan it belongs to.
+        keep: how many checkpoints stay.
+
+    Raises:
+        StorageError: on every rank, when any rank could not write. The checkpoints before
+            it are untouched.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    folder = run / f"checkpoints/{checkpoint_name(step)}"
+
+    def begin() -> None:
+        if rank == 0:
+            folder.delete()  # what a crash may have left
+            folder.create()
+
+    together(begin)
+    with ExitStack() as stack:
+        if folder.local is not None:
+            target = folder.local
+        else:
+            target = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mimray-")))
+        written: dict[str, dict[str, Any]] = {}
+
+        def write() -> None:
+            target.mkdir(parents=True, exist_ok=True)
+            (target / _TAG).mkdir(exist_ok=True)
+            before = set(_files(target)) if folder.local is None else set()
+            try:
+                with storage_errors(folder.uri):
+                    engine.save_checkpoint(str(target), tag=_TAG, save_latest=False)
+            except RuntimeError as error:  # torch's zip writer hides the errno
+                raise StorageError(
+                    f"{folder}: {str(error).splitlines()[0]}",
+                    hint="is the disk full? the same command continues "
+                    "from the last whole checkpoint",
+                ) from error
+            for name in _files(target):
+                if name not in before and (folder.local is None or _is_mine(name, rank)):
+                    written[name] = _facts(target / name)
+                    if folder.local is None:
+                        folder.upload(target / name, name)
+
+        together(write)
+    shares: list[Any] = [None] * world
+    dist.all_gather_object(shares, written)
+
+    def commit() -> None:
+        if rank:
+            return
+        files = {name: facts for share in shares for name, facts in share.items()}
+        manifest = {
+            "format": FORMAT,
+            "step": step,
+            "samples": samples,
+            "world_size": world,
+            "zero_stage": zero_stage,
+            "precision": precision,
+            "plan_hash": plan_hash,
+            "files": files,
+        }
+        folder.write(MANIFEST, json.dumps(manifest, indent=1).encode())
+        _prune(run, keep)
+
+    together(commit)
+
+
+def find(run: RunDir, *, sweep: bool = False) -> list[Checkpoint]:
+    """Checkpoints of a run, newest first.
+
+    Args:
+        run: the run's directory.
+        sweep: remove directories without a manifest, which interrupted saves leave.
+    """
+    root = run / "checkpoints"
+    found = []
+    for name in root.folders():
+        if not name.startswith("step-"):
+            continue
+        folder = root / name
+        if not folder.exists(MANIFEST):
+            if sweep:
+                logger.warning("%s was never finished; removed", folder)
+                folder.delete()
+            continue
+        try:
+            found.append(_read_manifest(folder, name))
+        except CheckpointError as error:
+            logger.warning("%s", error)
+    return sorted(found, key=lambda c: c.step, reverse=True)
+
+
+def load_newest(
+    run: RunDir, engine: Any, *, zero_stage: int, precision: str, plan_hash: str
+) -> Checkpoint | None:
+    """Load the newest checkpoint that is whole; collective.
+
+    Rank 0 verifies and all ranks load the one it names.
+
+    Returns:
+        What was loaded, or None where the run has no checkpoint yet.
+
+    Raises:
+        CheckpointError: checkpoints are there but none is whole, or it was written by
+            another number of workers, stage or precision.
+    """
+    choice: list[Any] = [None]
+
+    def choose() -> None:
+        if dist.get_rank() == 0:
+            choice[0] = newest_whole(run, sweep=True)
+
+    together(choose)
+    dist.broadcast_object_list(choice, src=0)
+    checkpoint: Checkpoint | None = choice[0]
+    if checkpoint is None:
+        return None
+    _check_fits(
+        checkpoint,
+        world_size=dist.get_world_size(),
+        zero_stage=zero_stage,
+        precision=precision,
+        plan_hash=plan_hash,
+    )
+    folder = run / f"checkpoints/{checkpoint.name}"
+    with ExitStack() as stack:
+        if folder.local is not None:
+            source = folder.local
+        else:
+            source = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mimray-")))
+            together(lambda: folder.download(source))
+        engine.load_checkpoint(str(source), tag=_TAG)
+        dist.barrier()
+    return checkpoint
+
+
+def together(action: Callable[[], None]) -> None:
+    """Run an action on every rank; if it fails on any, every rank raises that error.
+
+    Without this one rank's full disk would leave the others waiting in a collective.
+    """
+    error: MimrayError | None = None
+    try:
+        action()
+    except MimrayError as caught:
+        error = caught
+    errors: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    first = next((e for e in errors if e is not None), None)
+    if first is not None:
+        first.on_every_rank = True
+        raise first
+
+
+def newest_whole(run: RunDir, *, sweep: bool = False) -> Checkpoint | None:
+    """The newest checkpoint that matches its manifest; None where there is none at all.
+
+    Args:
+        run: the run's directory.
+        sweep: remove what interrupted saves left.
+
+    Raises:
+        CheckpointError: there are checkpoints, all damaged.
+    """
+    found = find(run, sweep=sweep)
+    for checkpoint in found:
+        damage = _damage(run / f"checkpoints/{checkpoint.name}", checkpoint)
+        if damage is None:
+            return checkpoint
+        logger.warning("checkpoint %s is damaged (%s); trying the one before", checkpoint.name, damage)
+    if found:
+        raise CheckpointError(
+            f"none of the {len(found)} checkpoints of {run} is whole",
+            hint="restore one from a backup, or start over with --fresh",
+        )
+    return None
+
+
+def _damage(folder: RunDir, checkpoint: Checkpoint) -> str | None:
+    for name, facts in checkpoint.files.items():
+        size = folder.size(name)
+        if size is None:
+            return f"{name} is missing"
+        if size != facts["bytes"]:
+            return f"{name} has {size} bytes, wanted {facts['bytes']}"
+        digest = hashlib.sha256()
+        with storage_errors(folder.uri), folder.filesystem.open_input_stream(
+            folder.path(name)
+        ) as stream:
+            while chunk := stream.read(1 << 22):
+                digest.update(chunk)
+        if digest.hexdigest() != facts["sha256"]:
+            return f"{name} does not match its checksum"
+    return None
+
+
+def _check_fits(
+    checkpoint: Checkpoint, *, world_size: int, zero_stage: int, precision: str, plan_hash: str
+) -> None:
+    if checkpoint.plan_hash != plan_hash:
+        raise CheckpointError(
+            f"checkpoint {checkpoint.name} belongs to plan {checkpoint.plan_hash}, "
+            f"this is {plan_hash}",
+            hint="start over with --fresh or choose another --name",
+        )
+    for what, theirs, ours in (
+        ("ZeRO stage", checkpoint.zero_stage, zero_stage),
+        ("precision", checkpoint.precision, precision),
+    ):
+        if theirs != ours:
+            raise CheckpointError(
+                f"checkpoint {checkpoint.name} was written with {what} {theirs}, this run has {ours}"
+            )
+    if zero_stage and checkpoint.world_size != world_size:
+        raise CheckpointError(
+            f"checkpoint {checkpoint.name} is sharded over {checkpoint.world_size} workers, "
+            f"this run has {world_size}",
+            hint=f"--workers {checkpoint.world_size}; only ZeRO 0 continues on another number",
+        )
+
+
+def _read_manifest(folder: RunDir, name: str) -> Checkpoint:
+    try:
+        tree = json.loads(folder.read(MANIFEST))
+        if tree.pop("format") != FORMAT:
+            raise CheckpointError(f"{folder} was written by another version")
+        return Checkpoint(name=name, **tree)
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder}/{MANIFEST} cannot be read: {error}") from None
+
+
+def _prune(run: RunDir, keep: int) -> None:
+    for checkpoint in find(run)[keep:]:
+        (run / f"checkpoints/{checkpoint.name}").delete()
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+def _is_mine(name: str, rank: int) -> bool:
+    """On a shared disk each rank accounts for its own shards, rank 0 for all else."""
+    marker = "zero_pp_rank_"
+    if marker in name:
+        return int(name.split(marker)[1].split("_")[0]) == rank
+    return rank == 0
+
+
+def _facts(file: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 22):
+            digest.update(chunk)
+        os.fsync(stream.fileno())  # a manifest must not outlive the files it lists
+    return {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}

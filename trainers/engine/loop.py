@@ -1,0 +1,323 @@
+"""The one training loop. Methods compute a loss; only this file calls backward and step."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import resource
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trainers.config.run import Plan
+from trainers.data.loader import Place, Views, collate, make_loader
+from trainers.data.order import SampleOrder
+from trainers.data.sources import Source
+from trainers.engine import checkpoints
+from trainers.engine.deepspeed import (
+    DTYPES,
+    choose_precision,
+    full_state,
+    initialize,
+    prepare_process,
+)
+from trainers.engine.metrics import append_metrics, rewind_metrics
+from trainers.engine.schedule import learning_rate
+from trainers.errors import NonFiniteLossError
+from trainers.methods import build_method, method_class
+from trainers.models.normalise import denormalise, normalise
+from trainers.storage import RunDir
+from trainers.types import Batch
+
+logger = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+
+
+class Observer(Protocol):
+    """Who looks on while a run trains; called on rank 0 only."""
+
+    def resumed(self, step: int) -> None:
+        """Training begins at this step."""
+
+    def metrics(self, row: Row) -> None:
+        """A row went into `metrics.jsonl`."""
+
+    def pictures(
+        self, step: int, original: np.ndarray, mask: np.ndarray, restored: np.ndarray
+    ) -> None:
+        """Reconstructions: uint8 [B, H, W, C], bool [B, N], uint8 [B, H, W, C]."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a finished run hands over.
+
+    Attributes:
+        state: whole fp32 weights of the method, on the host.
+        last: the last row of metrics.
+    """
+
+    state: dict[str, Tensor]
+    last: Row
+
+
+@dataclass(frozen=True)
+class _StepResult:
+    loss: float
+    grad_norm: float
+    data_wait_s: float
+
+
+def train(
+    plan: Plan, run: RunDir, source: Source, *, device: torch.device, observer: Observer
+) -> Trained:
+    """Train a plan to its end, continuing from its newest whole checkpoint.
+
+    Collective: every rank of the default process group calls it.
+
+    Args:
+        plan: what to run.
+        run: its directory; checkpoints and metrics go there.
+        source: the pictures.
+        device: this rank's device.
+        observer: told of progress on rank 0.
+
+    Returns:
+        The trained weights and the last row.
+
+    Raises:
+        NonFiniteLossError: before the update that would have spoilt the weights.
+        StorageError: a checkpoint could not be written.
+    """
+    recipe, rank = plan.recipe, dist.get_rank()
+    prepare_process(device)
+    precision = choose_precision(recipe.engine.precision, device)
+
+    torch.manual_seed(recipe.seed)
+    method = build_method(recipe)
+    frozen = {n: p.detach().clone() for n, p in method.named_parameters() if not p.requires_grad}
+    if recipe.engine.activation_checkpointing:
+        method.encoder.activation_checkpointing = True  # type: ignore[assignment]
+    engine = initialize(method, plan, precision)
+    identity = {
+        "zero_stage": recipe.engine.zero_stage,
+        "precision": precision,
+        "plan_hash": plan.hash,
+    }
+    restored = checkpoints.load_newest(run, engine, **identity)
+    step = restored.step if restored else 0
+    if rank == 0:
+        rows = rewind_metrics(run, step)
+        observer.resumed(step)
+        for row in rows[-1:]:
+            observer.metrics(row)
+
+    batches = make_loader(
+        source,
+        plan,
+        method_class(recipe.method.name).draw_mask,
+        rank=rank,
+        first_step=step,
+        pin_memory=device.type == "cuda",
+    )
+    shown = _shown_batch(plan, source)
+    speed = _Speed(plan)
+    last: Row = {}
+    while step < plan.steps:
+        result = _update(engine, plan, batches, step, device, DTYPES[precision])
+        step += 1
+        speed.add(result)
+        ended = step == plan.steps
+        if ended or step % recipe.logging.every_steps == 0:
+            last = _row(plan, step, result, speed, device)
+            if rank == 0:
+                append_metrics(run, last)
+                observer.metrics(last)
+        if ended or _due(step, recipe.logging.pictures_every_steps):
+            _show(engine, shown, step, device, DTYPES[precision], observer)
+        if ended or _due(step, recipe.checkpoint.every_steps):
+            checkpoints.save(
+                run,
+                engine,
+                step=step,
+                samples=step * plan.global_batch,
+                keep=recipe.checkpoint.keep,
+                **identity,
+            )
+            speed.restart()
+    return Trained(full_state(engine, frozen), last)
+
+
+def _update(
+    engine: Any,
+    plan: Plan,
+    batches: Iterator[Batch],
+    step: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> _StepResult:
+    """One update: `accumulation` micro batches, one optimiser step."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate(plan, step)
+    # Drop path and the like depend on the step alone, so a continued run repeats them.
+    torch.manual_seed(_device_seed(plan.recipe.seed, step, dist.get_rank()))
+    total = torch.zeros(2, device=device)  # summed loss; micro batches whose loss is not finite
+    suspects: list[int] = []
+    waited = 0.0
+    for micro in range(plan.accumulation):
+        began = time.perf_counter()
+        batch = next(batches)
+        waited += time.perf_counter() - began
+        for problem in batch.problems:
+            logger.warning("%s", problem)
+        images, mask = _to_device(batch, plan, device, dtype)
+        loss = engine(images, mask).loss
+        engine.backward(loss)
+        value = loss.detach().float()
+        finite = torch.isfinite(value)
+        total += torch.stack([torch.where(finite, value, 0.0), (~finite).float()])
+        if micro == plan.accumulation - 1:
+            dist.all_reduce(total)
+            if total[1] > 0:
+                suspects.extend(batch.indices.tolist() if not finite else [])
+                _refuse_update(step, suspects)
+        elif not finite:
+            suspects.extend(batch.indices.tolist())
+        norm = _plain_grad_norm(engine) if engine.is_gradient_accumulation_boundary() else None
+        engine.step()
+    if norm is None:
+        norm = engine.get_global_grad_norm()
+    return _StepResult(
+        loss=float(total[0]) / (plan.accumulation * plan.world_size),
+        grad_norm=float(norm) if norm is not None else math.nan,
+        data_wait_s=waited,
+    )
+
+
+def _refuse_update(step: int, suspects: list[int]) -> None:
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, suspects)
+    samples = sorted({index for share in everyone for index in share})
+    shown = ", ".join(map(str, samples[:8])) + (", …" if len(samples) > 8 else "")
+    error = NonFiniteLossError(
+        f"the loss is not finite at step {step + 1}, in the batches of samples {shown}; "
+        "the weights are those of the step before",
+        hint="lower optim.base_lr, set optim.clip_grad_norm=1.0, or engine.precision=fp32; "
+        "with a changed recipe use --fresh or another --name",
+    )
+    error.on_every_rank = True
+    raise error
+
+
+def _plain_grad_norm(engine: Any) -> Tensor | None:
+    """Global gradient norm where no ZeRO optimiser computes it (stage 0 in fp32)."""
+    if engine.zero_optimization() or hasattr(engine.optimizer, "_global_grad_norm"):
+        return None
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients)
+
+
+def _to_device(
+    batch: Batch, plan: Plan, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    data = plan.recipe.data
+    images = batch.images.to(device, non_blocking=True)
+    mask = None if batch.mask is None else batch.mask.to(device, non_blocking=True)
+    return normalise(images, data.mean, data.std).to(dtype), mask
+
+
+def _shown_batch(plan: Plan, source: Source) -> Batch:
+    """The first samples of the run, drawn again and again to see how it learns."""
+    order = SampleOrder(source.group_rows, plan.recipe.seed, plan.recipe.data.shuffle_window)
+    count = min(plan.recipe.logging.num_pictures, len(source))
+    views = Views(source, plan.recipe, method_class(plan.recipe.method.name).draw_mask)
+    places = zip(*order.take(0, count), strict=True)
+    return collate([views[Place(int(epoch), int(index))] for epoch, index in places])
+
+
+def _show(
+    engine: Any,
+    batch: Batch,
+    step: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    observer: Observer,
+) -> None:
+    method = engine.module
+    data = method.recipe.data
+    images = normalise(batch.images.to(device), data.mean, data.std)
+    mask = None if batch.mask is None else batch.mask.to(device)
+    engine.eval()
+    with torch.no_grad():
+        output = engine(images.to(dtype), mask)
+        restored = method.reconstruct(images, output)
+    engine.train()
+    if dist.get_rank() == 0:
+        pixels = denormalise(restored, data.mean, data.std)
+        observer.pictures(
+            step,
+            batch.images.permute(0, 2, 3, 1).numpy(),
+            output.mask.cpu().numpy(),
+            pixels.permute(0, 2, 3, 1).cpu().numpy(),
+        )
+
+
+class _Speed:
+    """Pictures a second and the share of time spent waiting for data, since the last row."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.restart()
+
+    def restart(self) -> None:
+        self.began = time.perf_counter()
+        self.steps = 0
+        self.waited_s = 0.0
+
+    def add(self, result: _StepResult) -> None:
+        self.steps += 1
+        self.waited_s += result.data_wait_s
+
+    def take(self) -> tuple[float, float]:
+        elapsed = max(time.perf_counter() - self.began, 1e-9)
+        rates = self.steps * self.plan.global_batch / elapsed, self.waited_s / elapsed
+        self.restart()
+        return rates
+
+
+def _row(plan: Plan, step: int, result: _StepResult, speed: _Speed, device: torch.device) -> Row:
+    images_per_s, data_wait = speed.take()
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(device) / 2**20
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return {
+        "step": step,
+        "samples": step * plan.global_batch,
+        "epoch": step * plan.global_batch / plan.data.num_samples,
+        "loss": result.loss,
+        "lr": learning_rate(plan, step - 1),
+        "grad_norm": result.grad_norm,
+        "images_per_s": round(images_per_s, 2),
+        "data_wait": round(data_wait, 4),
+        "memory_mib": round(memory, 1),
+        "time": round(time.time(), 3),
+    }
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _device_seed(seed: int, step: int, rank: int) -> int:
+    digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+

@@ -1,0 +1,40 @@
+"""`metrics.jsonl`: one line each few steps, durable, never two lines for one step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from trainers.storage import RunDir
+
+METRICS = "metrics.jsonl"
+
+
+def read_metrics(run: RunDir) -> list[dict[str, Any]]:
+    """All rows of a run; a half-written last line, which a crash may leave, is dropped."""
+    if not run.exists(METRICS):
+        return []
+    rows = []
+    for line in run.read(METRICS).decode("utf-8", errors="replace").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def rewind_metrics(run: RunDir, step: int) -> list[dict[str, Any]]:
+    """Drop rows after a step, which a continued run will write again; returns the rest."""
+    rows = [row for row in read_metrics(run) if row["step"] <= step]
+    run.write(METRICS, _lines(rows))
+    return rows
+
+
+def append_metrics(run: RunDir, row: dict[str, Any]) -> None:
+    """Add a row."""
+    run.append(METRICS, _lines([row]))
+
+
+def _lines(rows: Iterable[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()

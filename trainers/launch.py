@@ -1,0 +1,313 @@
+"""From a recipe and a dataset to a finished run: preflight, TorchTrainer, failures, progress."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.train
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from trainers.config.run import Plan, Recipe, differences, resolve
+from trainers.data.sources import open_source
+from trainers.desk import Desk, DeskState, Link
+from trainers.errors import DataError, MimrayError, ResourceError, RunConflictError
+from trainers.storage import RunDir
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.5
+COLLECTIVE_TIMEOUT_S = 1800
+
+
+@dataclass(frozen=True)
+class Job:
+    """One pre-training as the user asked for it.
+
+    Attributes:
+        storage: where runs are kept; the run is `<storage>/<name>`.
+        command: the command line, for the record.
+    """
+
+    recipe: Recipe
+    data: str
+    name: str
+    storage: str
+    fresh: bool = False
+    command: str = ""
+
+    @property
+    def run(self) -> RunDir:
+        """The run's directory."""
+        return RunDir(self.storage) / self.name
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a job.
+
+    Attributes:
+        last: the last row of metrics.
+        already_done: nothing was left to do.
+    """
+
+    run: RunDir
+    plan: Plan
+    last: dict[str, Any]
+    already_done: bool = False
+
+
+@dataclass(frozen=True)
+class Share:
+    """What each worker gets."""
+
+    gpus: int
+    cpus: float
+
+
+def prepare(job: Job) -> Plan:
+    """Resolve a job into its plan and hold it against what its directory already has.
+
+    Needs no cluster. Writes nothing.
+
+    Raises:
+        RunConflictError: the directory holds a run of another recipe or other data.
+    """
+    facts = open_source(job.data).facts
+    plan = resolve(job.recipe, facts, job.recipe.resources.num_workers)
+    if job.fresh or not job.run.exists("plan.json"):
+        return plan
+    before = Plan.model_validate_json(job.run.read("plan.json"))
+    changed = differences(before, plan)
+    if changed:
+        raise RunConflictError(
+            f"{job.run} holds a run of another recipe: " + "; ".join(changed),
+            hint="--fresh starts over, another --name keeps both",
+        )
+    return plan
+
+
+def pretrain(
+    job: Job, plan: Plan, on_progress: Callable[[DeskState], None] | None = None
+) -> Outcome:
+    """Run a job on the cluster that Ray is connected to; continues what is there.
+
+    Args:
+        job: what was asked.
+        plan: from `prepare`.
+        on_progress: called about twice a second with how it stands.
+
+    Raises:
+        ResourceError: the cluster can never give what the plan needs.
+        MimrayError: what a worker raised, or the run gave up after too many failures.
+    """
+    run = job.run
+    share = preflight(plan)
+    if job.fresh:
+        run.delete()
+    elif last := _finished(run, plan):
+        return Outcome(run, plan, last, already_done=True)
+    run.create()
+    run.write("plan.json", plan.model_dump_json(indent=2).encode())
+
+    desk = _open_desk(job, plan)
+    watcher = _Watcher(desk, on_progress)
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={
+            "plan": plan.model_dump_json(),
+            "run": run.uri,
+            "name": job.name,
+            "command": job.command,
+            "desk": desk,
+        },
+        torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
+        scaling_config=ScalingConfig(
+            num_workers=plan.world_size,
+            use_gpu=share.gpus > 0,
+            resources_per_worker={"CPU": share.cpus, **({"GPU": 1} if share.gpus else {})},
+        ),
+        # Ray resumes silently on a known name; resuming is ours, so each launch has its own.
+        run_config=RunConfig(
+            name=uuid.uuid4().hex,
+            storage_path=(run / ".ray").uri,
+            failure_config=FailureConfig(max_failures=plan.recipe.resources.max_failures),
+        ),
+    )
+    failure: BaseException | None = None
+    try:
+        with watcher:
+            trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        failure = error
+    state: DeskState = ray.get(desk.state.remote())
+    if state.error is None and failure is not None:
+        state.error = MimrayError(
+            f"the run gave up after {plan.recipe.resources.max_failures} failures: "
+            f"{_last_line(failure)}",
+            hint=f"the same command continues from the last checkpoint in {run}",
+        )
+        state.error.exit_code = 1
+    ray.get(desk.close.remote("FAILED" if state.error else "FINISHED"))
+    ray.kill(desk)
+    if state.error is not None:
+        raise state.error from failure
+    run.delete(".ray")
+    return Outcome(run, plan, state.row)
+
+
+def preflight(plan: Plan) -> Share:
+    """Hold what a plan needs against the cluster.
+
+    Returns:
+        CPUs and GPUs of each worker.
+
+    Raises:
+        ResourceError: with the arithmetic, when the cluster can never give it.
+    """
+    wanted = plan.recipe.resources
+    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
+    gpus = sum(int(n.get("GPU", 0)) for n in nodes)
+    limits = _autoscaler_limits()
+    most_gpus, most_cpus = max(gpus, int(limits.get("GPU", 0))), limits.get("CPU", 0)
+    on_gpu = wanted.device == "gpu" or (wanted.device == "auto" and most_gpus > 0)
+    if on_gpu and most_gpus < plan.world_size:
+        raise ResourceError(
+            f"{plan.world_size} workers need {plan.world_size} GPUs, the cluster has {most_gpus}",
+            hint=f"--workers {max(1, most_gpus)}, or --set resources.device=cpu",
+        )
+    per_node = [
+        min(n.get("CPU", 0) / 1, n.get("GPU", 0)) if on_gpu else n.get("CPU", 0) for n in nodes
+    ]
+    cpus = wanted.cpus_per_worker or _fair_cpus(nodes, plan.world_size, on_gpu)
+    fits = sum(
+        int(min(n.get("CPU", 0) // cpus, n.get("GPU", 0) if on_gpu else 1_000_000)) for n in nodes
+    )
+    if fits < plan.world_size and most_cpus < plan.world_size * cpus:
+        shown = " + ".join(f"{n:g}" for n in per_node if n) or "0"
+        raise ResourceError(
+            f"{plan.world_size} workers x {cpus:g} CPUs = {plan.world_size * cpus:g} CPUs; "
+            f"the cluster has {shown} and fits {fits} such workers",
+            hint=f"--workers {max(1, fits)}, or --set resources.cpus_per_worker=1",
+        )
+    return Share(gpus=int(on_gpu), cpus=cpus)
+
+
+def _fair_cpus(nodes: list[dict[str, float]], num_workers: int, on_gpu: bool) -> int:
+    """The largest whole number of CPUs that every worker can have at once."""
+    slots = [(int(n.get("CPU", 0)), int(n.get("GPU", 0)) if on_gpu else 1_000_000) for n in nodes]
+    for cpus in range(max((c for c, _ in slots), default=1), 1, -1):
+        if sum(min(c // cpus, g) for c, g in slots) >= num_workers:
+            return cpus
+    return 1
+
+
+def _autoscaler_limits() -> dict[str, float]:
+    """The most an autoscaling cluster may grow to; empty where it does not grow."""
+    from ray._private.state import state
+
+    return state.get_max_resources_from_cluster_config() or {}
+
+
+def _finished(run: RunDir, plan: Plan) -> dict[str, Any] | None:
+    from trainers.bundles import CARD
+    from trainers.engine.metrics import read_metrics
+
+    rows = read_metrics(run)
+    done = bool(rows) and rows[-1]["step"] >= plan.steps and run.exists(f"bundle/{CARD}")
+    return rows[-1] if done else None
+
+
+def _open_desk(job: Job, plan: Plan) -> Any:
+    """The actor that records a run; on the driver's node, where MLflow's SQLite file is."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    desk = (
+        ray.remote(Desk)
+        .options(num_cpus=0, scheduling_strategy=here)
+        .remote(
+            run_uri=job.run.uri,
+            storage=RunDir(job.storage).uri,
+            name=job.name,
+            plan=plan.model_dump_json(),
+            command=job.command,
+            fresh=job.fresh,
+        )
+    )
+    ray.get(desk.ready.remote())
+    return desk
+
+
+def _work(config: dict[str, Any]) -> None:
+    """What every worker runs; called again after a failure, it continues."""
+    import ray.train.torch
+
+    from trainers.engine.export import write_bundle
+    from trainers.engine.loop import train
+
+    link = Link(config["desk"])
+    if link.failed():
+        return  # a failure that trying again cannot mend; let the group end
+    plan = Plan.model_validate_json(config["plan"])
+    run = RunDir(config["run"])
+    rank = ray.train.get_context().get_world_rank()
+    try:
+        source = open_source(plan.data.uri, cache_mib=plan.recipe.data.cache_mib)
+        if source.facts.fingerprint != plan.data.fingerprint:
+            raise DataError(
+                f"{plan.data.uri} is not the same data on every node",
+                hint="use storage that all nodes see, such as s3://",
+            )
+        device = ray.train.torch.get_device()
+        with link.warnings():
+            trained = train(plan, run, source, device=device, observer=link)
+        if rank == 0:
+            write_bundle(
+                run,
+                plan,
+                trained.state,
+                step=plan.steps,
+                name=config["name"],
+                command=config["command"],
+            )
+            link.flush()
+    except MimrayError as error:
+        link.fail(error)
+        if not error.on_every_rank:
+            raise
+
+
+class _Watcher:
+    """Polls the desk while the driver waits in `fit`."""
+
+    def __init__(self, desk: Any, on_progress: Callable[[DeskState], None] | None) -> None:
+        self.desk = desk
+        self.on_progress = on_progress
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._poll, daemon=True)
+
+    def __enter__(self) -> None:
+        if self.on_progress is not None:
+            self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        if self.on_progress is not None:
+            self._thread.join()
+            self.on_progress(ray.get(self.desk.state.remote()))
+
+    def _poll(self) -> None:
+        assert self.on_progress is not None
+        while not self._stop.wait(POLL_S):
+            self.on_progress(ray.get(self.desk.state.remote()))
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__

@@ -1,0 +1,51 @@
+"""The objectives, by the names recipes give them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from trainers.config.run import Recipe
+    from trainers.methods.base import Method
+
+
+def method_class(name: str) -> type[Method]:
+    """The class of the method a recipe names; configs have checked the name already."""
+    from trainers.methods.mae import MAE
+
+    methods: dict[str, type[Method]] = {"mae": MAE}
+    return methods[name]
+
+
+def build_method(recipe: Recipe) -> Method:
+    """A freshly initialised method; seed torch before for a repeatable one."""
+    return method_class(recipe.method.name)(recipe)
+
+
+def load_method(path: str | Path) -> Method:
+    """Load a trained method, decoder and all, to reconstruct with or to train on from.
+
+    Args:
+        path: a run's folder, or a bundle's that kept its decoder.
+
+    Returns:
+        The method on the CPU in fp32, in evaluation mode.
+
+    Raises:
+        BundleError: no bundle there, or one exported without its decoder.
+    """
+    from trainers.bundles import ENCODER, METHOD, bundle_folder, load_state, read_card
+    from trainers.config.run import parse_recipe
+    from trainers.errors import BundleError
+
+    folder = bundle_folder(path)
+    card = read_card(folder)
+    if not (folder / METHOD).is_file() or not card.recipe:
+        raise BundleError(
+            f"{folder} holds the encoder alone", hint="use the run's own folder, or export again"
+        )
+    method = build_method(parse_recipe(card.recipe, f"{folder}/bundle.json"))
+    load_state(method, folder / ENCODER, folder / METHOD, prefixes=("encoder.", ""))
+    return method.eval()

@@ -1,0 +1,24 @@
+"""Networks: the encoder protocol, its implementations, and decoders."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from trainers.config.model import EncoderConfig
+    from trainers.models.encoder import Encoder
+
+
+def build_encoder(
+    config: EncoderConfig, image_size: tuple[int, int], in_chans: int = 3
+) -> Encoder:
+    """The encoder a configuration names, freshly initialised.
+
+    Args:
+        config: architecture.
+        image_size: (height, width) in pixels.
+        in_chans: channels of the input.
+    """
+    from trainers.models.vit import ViT
+
+    return ViT(config, image_size, in_chans)

@@ -1,0 +1,71 @@
+"""Decoders: from encoded tokens back to what was hidden. Thrown away after pre-training."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from trainers.models.patches import visible_indices
+from trainers.models.positions import sincos_2d
+from trainers.models.vit import LAYER_NORM_EPS, init_transformer, transformer_blocks
+
+
+class MAEDecoder(nn.Module):
+    """A light transformer over visible tokens and mask tokens.
+
+    Args:
+        encoder_width: width of the tokens it is given.
+        width: its own token width.
+        depth: number of blocks.
+        num_heads: attention heads.
+        grid: (rows, columns) of patches.
+        out_dim: values predicted a patch.
+
+    Source: He et al. 2022, sec. 3 "MAE decoder".
+    """
+
+    def __init__(
+        self,
+        encoder_width: int,
+        width: int,
+        depth: int,
+        num_heads: int,
+        grid: tuple[int, int],
+        out_dim: int,
+    ) -> None:
+        super().__init__()
+        self.embed = nn.Linear(encoder_width, width)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width))
+        self.pos_embed = nn.Parameter(
+            sincos_2d(width, grid, num_prefix=1).unsqueeze(0), requires_grad=False
+        )
+        self.blocks = transformer_blocks(width, depth, num_heads)
+        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.pred = nn.Linear(width, out_dim)
+        self.apply(init_transformer)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(
+        self,
+        tokens: Float[Tensor, "B K D"],
+        prefix: Float[Tensor, "B 1 D"],
+        mask: Bool[Tensor, "B N"],
+    ) -> Float[Tensor, "B N P"]:
+        """Predict every patch.
+
+        Args:
+            tokens: of the visible patches, in row-major order.
+            prefix: the class token.
+            mask: True = hidden.
+        """
+        x = self.embed(torch.cat([prefix, tokens], dim=1))  # B 1+K W
+        n = mask.shape[1]
+        full = self.mask_token.to(x.dtype).expand(x.shape[0], n, -1)
+        places = visible_indices(mask).unsqueeze(-1).expand(-1, -1, x.shape[-1])  # B K W
+        full = full.scatter(1, places, x[:, 1:])
+        x = torch.cat([x[:, :1], full], dim=1) + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        prediction: Tensor = self.pred(self.norm(x))[:, 1:]
+        return prediction

@@ -1,0 +1,1 @@
+"""Shipped recipes: YAML files, each saying its command, cost and expected score."""

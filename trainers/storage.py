@@ -1,0 +1,150 @@
+"""A run's directory on any filesystem: local, S3, GCS. Nothing here assumes a shared disk."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pyarrow import fs as pafs
+
+from trainers.errors import StorageError
+
+
+class RunDir:
+    """A directory named by a path or a `pyarrow.fs` URI; cheap to make again in any process.
+
+    Args:
+        uri: local path, `file://`, `s3://`, `gs://`.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri.rstrip("/") if "://" in uri else str(Path(uri).expanduser().absolute())
+        try:
+            if "://" in self.uri:
+                self.filesystem, self.root = pafs.FileSystem.from_uri(self.uri)
+            else:
+                self.filesystem, self.root = pafs.LocalFileSystem(), self.uri
+        except (OSError, ValueError) as error:
+            raise StorageError(
+                f"storage {uri}: {error}", hint="a local path, s3://bucket/… or gs://bucket/…"
+            ) from None
+
+    def __truediv__(self, name: str) -> RunDir:
+        return RunDir(f"{self.uri}/{name}")
+
+    def __str__(self) -> str:
+        return self.uri
+
+    @property
+    def local(self) -> Path | None:
+        """The directory as a path, where it is one on this machine."""
+        return Path(self.root) if self.filesystem.type_name == "local" else None
+
+    def path(self, name: str) -> str:
+        """The filesystem's own path of a file below."""
+        return f"{self.root}/{name}" if name else self.root
+
+    def create(self) -> None:
+        """Make the directory and its parents."""
+        with storage_errors(self.uri):
+            self.filesystem.create_dir(self.root, recursive=True)
+
+    def size(self, name: str) -> int | None:
+        """Size of a file in bytes; None when there is none."""
+        with storage_errors(self.uri):
+            info = self.filesystem.get_file_info(self.path(name))
+        return int(info.size) if info.type == pafs.FileType.File else None
+
+    def exists(self, name: str = "") -> bool:
+        """Whether a file or directory is there."""
+        with storage_errors(self.uri):
+            info = self.filesystem.get_file_info(self.path(name))
+        return bool(info.type != pafs.FileType.NotFound)
+
+    def folders(self) -> list[str]:
+        """Names of the directories directly below, sorted."""
+        with storage_errors(self.uri):
+            selector = pafs.FileSelector(self.root, allow_not_found=True)
+            found = self.filesystem.get_file_info(selector)
+        return sorted(i.base_name for i in found if i.type == pafs.FileType.Directory)
+
+    def read(self, name: str) -> bytes:
+        """A whole file."""
+        with storage_errors(self.uri), self.filesystem.open_input_file(self.path(name)) as file:
+            return bytes(file.read())
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file so that readers see the old one or the new one, never a part."""
+        with storage_errors(self.uri):
+            if self.local is None:
+                # Object stores make an object visible only when it is complete.
+                with self.filesystem.open_output_stream(self.path(name)) as stream:
+                    stream.write(data)
+                return
+            target = self.local / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            aside = target.with_name(f".{target.name}.{os.getpid()}")
+            with aside.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, target)
+
+    def append(self, name: str, data: bytes) -> None:
+        """Add to the end of a file; object stores, which cannot, get it rewritten."""
+        if self.local is None:
+            before = self.read(name) if self.exists(name) else b""
+            self.write(name, before + data)
+            return
+        with storage_errors(self.uri), (self.local / name).open("ab") as file:
+            file.write(data)
+
+    def upload(self, file: Path, name: str) -> None:
+        """Copy a file of this machine into the directory."""
+        with storage_errors(self.uri):
+            pafs.copy_files(
+                str(file),
+                self.path(name),
+                source_filesystem=pafs.LocalFileSystem(),
+                destination_filesystem=self.filesystem,
+            )
+
+    def download(self, folder: Path) -> None:
+        """Copy everything below into a folder of this machine."""
+        with storage_errors(self.uri):
+            pafs.copy_files(
+                self.root,
+                str(folder),
+                source_filesystem=self.filesystem,
+                destination_filesystem=pafs.LocalFileSystem(),
+            )
+
+    def delete(self, name: str = "") -> None:
+        """Remove a directory below (or this one) and all it holds; nothing if it is not there."""
+        with storage_errors(self.uri):
+            if self.local is not None:
+                shutil.rmtree(self.path(name), ignore_errors=True)
+            elif self.exists(name):
+                self.filesystem.delete_dir(self.path(name))
+
+
+@contextmanager
+def storage_errors(uri: str) -> Iterator[None]:
+    """Turn what an operating system or an object store refuses into an error with its cure."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageError(
+                f"no space left in {uri}",
+                hint="free some, lower checkpoint.keep, or choose another --storage; "
+                "the same command then continues from the last whole checkpoint",
+            ) from error
+        reason = error.strerror or str(error).splitlines()[0]
+        raise StorageError(
+            f"{uri}: {reason}", hint="check the path, its permissions and credentials"
+        ) from error

@@ -1,0 +1,94 @@
+"""Values that pass between the rooms, and the axis legend used in all shape comments.
+
+B batch, C channels, H/W pixels, N patches (row-major over the grid), D width, h/w grid.
+`mask` is bool [B, N] everywhere and True means hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+
+class Record(NamedTuple):
+    """One stored picture: its encoded bytes and, when the dataset is labelled, its label."""
+
+    image: bytes
+    label: int | None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the loader hands to the loop; on the host, uint8.
+
+    Attributes:
+        images: uint8 [B, C, H, W].
+        mask: bool [B, N], True = hidden; None when the method wants no mask.
+        indices: int64 [B], sample indices in the dataset.
+        epoch: epoch of every sample, int64 [B].
+        problems: what was wrong with pictures that others stand in for.
+    """
+
+    images: Tensor
+    mask: Tensor | None
+    indices: np.ndarray
+    epoch: np.ndarray
+    problems: tuple[str, ...] = ()
+
+
+# Outputs of modules are named tuples: DeepSpeed's ZeRO-3 hooks look for tensors inside tuples
+# and would not find those of a dataclass.
+class MethodOutput(NamedTuple):
+    """What a method computes from a batch.
+
+    Attributes:
+        loss: scalar.
+        prediction: [B, N, P] for patch targets.
+        target: [B, N, P], what the prediction is held against.
+        mask: bool [B, N], True = hidden (all True where the method hides nothing).
+    """
+
+    loss: Tensor
+    prediction: Tensor
+    target: Tensor
+    mask: Tensor
+
+
+class Features(NamedTuple):
+    """What an encoder says about a batch of pictures.
+
+    Attributes:
+        tokens: [B, N, D], patch tokens after the final norm, row-major over the grid; under a
+            mask only the visible ones.
+        prefix: [B, T, D], tokens that stand for no place, such as the class token.
+        pooled: [B, D], mean of the patch tokens.
+        grid: (h, w); h * w == N where nothing is hidden.
+    """
+
+    tokens: Tensor
+    prefix: Tensor
+    pooled: Tensor
+    grid: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class DatasetFacts:
+    """What a dataset is, independent of where it lies.
+
+    Attributes:
+        uri: where it was read from.
+        num_samples: number of pictures.
+        fingerprint: hex digest that changes when any picture, label or their order changes.
+        class_names: names by label; empty when unlabelled.
+        kind: `parquet` or `folder`.
+    """
+
+    uri: str
+    num_samples: int
+    fingerprint: str
+    class_names: tuple[str, ...] = ()
+    kind: str = "parquet"

@@ -1,0 +1,1 @@
+"""The search over recipes: space, objective, sweep and report."""
