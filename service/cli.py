@@ -91,7 +91,7 @@ def recipes(name: str | None, as_json: bool) -> None:
     """
     import yaml
 
-    from trainers.config.run import load_recipe, shipped_recipes
+    from trainers.config.recipes import load_recipe, shipped_recipes
 
     if name is not None:
         tree = load_recipe(name).model_dump(mode="json")
@@ -111,7 +111,9 @@ def recipes(name: str | None, as_json: bool) -> None:
 @click.argument("recipe")
 @click.option("--data", required=True, help="Folder of pictures or Parquet; any pyarrow.fs URI.")
 @click.option("--name", default=None, help="Name of the run; the recipe's by default.")
-@click.option("--storage", default="runs", show_default=True, help="Where runs are kept; path or URI.")
+@click.option(
+    "--storage", default="runs", show_default=True, help="Where runs are kept; path or URI."
+)
 @click.option("--steps", type=click.IntRange(min=1), default=None, help="Length, in updates.")
 @click.option("--workers", type=click.IntRange(min=1), default=None, help="Training workers.")
 @click.option("--set", "overrides", multiple=True, metavar="A.B=VALUE", help="Override a key.")

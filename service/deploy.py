@@ -11,7 +11,7 @@ from rich.console import Console
 
 from trainers.errors import ServingError
 
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def parse_models(bundles: Sequence[str]) -> dict[str, Path]:
@@ -29,7 +29,9 @@ def parse_models(bundles: Sequence[str]) -> dict[str, Path]:
         if not equals:
             path, name = item, read_card(item).name
         if name in models:
-            raise ServingError(f"two models are named {name!r}", hint="NAME=BUNDLE names them apart")
+            raise ServingError(
+                f"two models are named {name!r}", hint="NAME=BUNDLE names them apart"
+            )
         models[name] = Path(path)
     return models
 

@@ -18,7 +18,7 @@ from trainers.errors import BundleError
 if TYPE_CHECKING:
     from trainers.bundles import FrozenEncoder
 
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def run_pretrain(
@@ -33,11 +33,11 @@ def run_pretrain(
     command: str,
 ) -> dict[str, Any]:
     """Check everything that can be checked, then start workers and train."""
-    from trainers.config.run import load_recipe
+    from trainers.config.recipes import load_recipe
 
     checked = load_recipe(recipe, overrides, steps)
 
-    from trainers.launch import Job, prepare, pretrain
+    from trainers.launch import Job, finished, prepare, pretrain
 
     job = Job(checked, data, name, storage, fresh, command)
     plan = prepare(job)
@@ -47,25 +47,26 @@ def run_pretrain(
         markup=False,
     )
     console.print(plan.batch_arithmetic, markup=False)
-    began = time.monotonic()
-    with connected(), TrainingProgress(plan.steps, console) as progress:
-        outcome = pretrain(job, plan, progress)
-    if outcome.already_done:
-        console.print(f"{job.run} is finished already; --fresh starts over", markup=False)
-    else:
+    outcome = finished(job, plan)
+    already_done = outcome is not None
+    if outcome is None:
+        began = time.monotonic()
+        with connected(), TrainingProgress(plan.steps, console) as progress:
+            outcome = pretrain(job, plan, progress)
         _draw_loss(job.run)
-    console.print(
-        f"loss {outcome.last['loss']:.4f} after {outcome.last['step']} steps, "
-        f"{duration(time.monotonic() - began)}; bundle in {job.run}/bundle",
-        markup=False,
-    )
+        console.print(f"trained in {duration(time.monotonic() - began)}", markup=False)
+    else:
+        console.print(f"{job.run} is finished already; --fresh starts over", markup=False)
+    last = outcome.last
+    console.print(f"loss {last['loss']:.4f} after {last['step']} steps", markup=False)
+    console.print(f"bundle in {job.run}/bundle", markup=False)
     return {
         "run": str(job.run),
         "bundle": f"{job.run}/bundle",
         "plan_hash": plan.hash,
         "global_batch": plan.global_batch,
-        "already_done": outcome.already_done,
-        **outcome.last,
+        "already_done": already_done,
+        **last,
     }
 
 
@@ -134,11 +135,12 @@ def run_evaluate(
     bundle: str, *, data: str, val: str | None, limit: int | None, command: str
 ) -> dict[str, Any]:
     """Score an encoder by kNN; the result goes beside the bundle when it is a trained one."""
+    from trainers.evaluation.features import extract
+    from trainers.evaluation.knn import knn, untrained
+
     from trainers.bundles import bundle_folder, load_bundle, read_card
     from trainers.data.sources import open_source
     from trainers.errors import DataError
-    from trainers.evaluation.features import extract
-    from trainers.evaluation.knn import knn, untrained
 
     fresh = bundle.startswith("untrained:")
     path = _local(bundle.removeprefix("untrained:"))
@@ -255,7 +257,9 @@ def _bundle_from_checkpoint(run: Any) -> None:
 
     checkpoint = newest_whole(run)
     if checkpoint is None:
-        raise BundleError(f"{run} has no checkpoint yet", hint="let it reach checkpoint.every_steps")
+        raise BundleError(
+            f"{run} has no checkpoint yet", hint="let it reach checkpoint.every_steps"
+        )
     plan = Plan.model_validate_json(run.read("plan.json"))
     with TemporaryDirectory(prefix="mimray-") as scratch:
         (run / f"checkpoints/{checkpoint.name}").download(Path(scratch))

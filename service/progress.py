@@ -25,7 +25,7 @@ class TrainingProgress:
 
     def __init__(self, steps: int, console: Console | None = None) -> None:
         self.steps = steps
-        self.console = console or Console(stderr=True, highlight=False)
+        self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
         self._began = time.monotonic()
         self._next_line = 0.0
         self._last_step = -1

@@ -82,7 +82,8 @@ class FrozenEncoder(torch.nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Features:
         """Features of normalised pictures, float [B, C, H, W]."""
-        return self.encoder(images)
+        features: Features = self.encoder(images)
+        return features
 
     @torch.no_grad()
     def features(
@@ -176,9 +177,7 @@ def load_bundle(path: str | Path, *, verify: bool = True) -> FrozenEncoder:
     return FrozenEncoder(encoder, card)
 
 
-def load_state(
-    module: torch.nn.Module, *files: Path, prefixes: tuple[str, ...] = ("",)
-) -> None:
+def load_state(module: torch.nn.Module, *files: Path, prefixes: tuple[str, ...] = ("",)) -> None:
     """Load safetensors into a module, every key and shape accounted for.
 
     Args:

@@ -49,9 +49,7 @@ class MimrayError(Exception):
         return _rebuild, (type(self), self.args, self.__dict__)
 
 
-def _rebuild(
-    kind: type[MimrayError], args: tuple[Any, ...], state: dict[str, Any]
-) -> MimrayError:
+def _rebuild(kind: type[MimrayError], args: tuple[Any, ...], state: dict[str, Any]) -> MimrayError:
     error = kind.__new__(kind, *args)
     error.args = args
     error.__dict__.update(state)

@@ -55,13 +55,11 @@ class Outcome:
 
     Attributes:
         last: the last row of metrics.
-        already_done: nothing was left to do.
     """
 
     run: RunDir
     plan: Plan
     last: dict[str, Any]
-    already_done: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,8 +110,6 @@ def pretrain(
     share = preflight(plan)
     if job.fresh:
         run.delete()
-    elif last := _finished(run, plan):
-        return Outcome(run, plan, last, already_done=True)
     run.create()
     run.write("plan.json", plan.model_dump_json(indent=2).encode())
 
@@ -161,6 +157,18 @@ def pretrain(
         raise state.error from failure
     run.delete(".ray")
     return Outcome(run, plan, state.row)
+
+
+def finished(job: Job, plan: Plan) -> Outcome | None:
+    """The outcome of a job that has nothing left to do; needs no cluster."""
+    from trainers.bundles import CARD
+    from trainers.engine.metrics import read_metrics
+
+    run = job.run
+    if job.fresh or not run.exists(f"bundle/{CARD}"):
+        return None
+    rows = read_metrics(run)
+    return Outcome(run, plan, rows[-1]) if rows and rows[-1]["step"] >= plan.steps else None
 
 
 def preflight(plan: Plan) -> Share:
@@ -214,15 +222,6 @@ def _autoscaler_limits() -> dict[str, float]:
     from ray._private.state import state
 
     return state.get_max_resources_from_cluster_config() or {}
-
-
-def _finished(run: RunDir, plan: Plan) -> dict[str, Any] | None:
-    from trainers.bundles import CARD
-    from trainers.engine.metrics import read_metrics
-
-    rows = read_metrics(run)
-    done = bool(rows) and rows[-1]["step"] >= plan.steps and run.exists(f"bundle/{CARD}")
-    return rows[-1] if done else None
 
 
 def _open_desk(job: Job, plan: Plan) -> Any:

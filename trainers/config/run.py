@@ -6,17 +6,13 @@ and gives the plan, which is written next to the results and never changes.
 
 from __future__ import annotations
 
-import copy
 import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from importlib import resources
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from trainers.config.base import Config, explain
@@ -210,8 +206,7 @@ def resolve(recipe: Recipe, facts: DatasetFacts, world_size: int) -> Plan:
         )
     if facts.num_samples < batch:
         raise ConfigError(
-            f"{facts.uri} has {facts.num_samples} pictures, fewer than one global batch "
-            f"of {batch}",
+            f"{facts.uri} has {facts.num_samples} pictures, fewer than one global batch of {batch}",
             hint=f"--set optim.batch_size={max(1, facts.num_samples // 2)} or more pictures",
         )
     per_epoch = facts.num_samples / batch
@@ -263,107 +258,12 @@ def differences(old: Plan, new: Plan) -> list[str]:
     return lines
 
 
-def load_recipe(name_or_path: str, overrides: Sequence[str] = (), steps: int | None = None) -> Recipe:
-    """Read a shipped recipe or a file, apply `a.b=c` overrides, and check it.
-
-    Args:
-        name_or_path: `mae-tiny`, or a path ending in .yaml or .yml.
-        overrides: dotted assignments; values are YAML.
-        steps: length of the run in steps; the warm-up keeps its proportion.
-
-    Raises:
-        ConfigError: no such recipe, a wrong key, a wrong value.
-    """
-    tree, origin = _read(name_or_path), f"recipe {name_or_path}"
-    if steps is not None:
-        tree = _with_steps(tree, steps, origin)
-    # A new architecture replaces the old one's numbers, so it goes before its own overrides.
-    for assignment in sorted(overrides, key=lambda a: not a.startswith("encoder.name=")):
-        tree = _assign(tree, assignment)
-    return parse_recipe(tree, origin)
-
-
 def parse_recipe(tree: Mapping[str, Any], origin: str = "recipe") -> Recipe:
     """Check a recipe's tree; errors name the key and what is allowed."""
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
         raise explain(error, tree, origin) from None
-
-
-def shipped_recipes() -> dict[str, Path]:
-    """Names of the recipes inside the package, with their files."""
-    folder = Path(str(resources.files("trainers.recipes")))
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-
-
-def _read(name_or_path: str) -> dict[str, Any]:
-    path = Path(name_or_path)
-    if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise ConfigError(f"no recipe file {path}", hint="a path, or a name of `mimray recipes`")
-    else:
-        known = shipped_recipes()
-        if name_or_path not in known:
-            raise ConfigError(
-                f"unknown recipe {name_or_path!r}, known: {', '.join(known)}",
-                hint="a recipe of your own is a path ending in .yaml",
-            )
-        path = known[name_or_path]
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold a mapping of sections, got {type(tree).__name__}")
-    return tree
-
-
-def _with_steps(tree: dict[str, Any], steps: int, origin: str) -> dict[str, Any]:
-    tree = copy.deepcopy(tree)
-    optim = tree.setdefault("optim", {})
-    if not isinstance(optim, dict):
-        raise ConfigError(f"{origin}: 'optim' must be a mapping")
-    length = optim.pop("epochs", None), optim.pop("steps", None)
-    warmup = optim.pop("warmup_epochs", None), optim.pop("warmup_steps", None)
-    share = 0.0
-    for whole, part in zip(length, warmup, strict=True):
-        if whole and part:
-            share = part / whole
-    optim |= {"steps": steps, "warmup_steps": min(round(steps * share), steps - 1)}
-    return tree
-
-
-def _assign(tree: dict[str, Any], assignment: str) -> dict[str, Any]:
-    key, equals, text = assignment.partition("=")
-    if not equals or not all(key.split(".")):
-        raise ConfigError(f"--set {assignment!r} is not of the form a.b=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {assignment!r}: the value is not YAML") from None
-    if isinstance(value, str):
-        # YAML 1.1 reads 1e-4 as text; people mean the number.
-        try:
-            value = float(value)
-        except ValueError:
-            pass
-    tree = copy.deepcopy(tree)
-    node = tree
-    *parents, leaf = key.split(".")
-    for parent in parents:
-        node = node.setdefault(parent, {})
-        if not isinstance(node, dict):
-            raise ConfigError(f"--set {key}: '{parent}' is a value, not a section")
-    node[leaf] = value
-    # Alternatives: setting one takes the other out.
-    for one, other in (("epochs", "steps"), ("warmup_epochs", "warmup_steps")):
-        if parents == ["optim"] and leaf in (one, other):
-            node.pop(other if leaf == one else one, None)
-    if key == "encoder.name":
-        kept = {k: v for k, v in tree["encoder"].items() if k in ("patch_size", "drop_path")}
-        tree["encoder"] = {**kept, "name": value}
-    return tree
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from jaxtyping import Bool
 
 def random_mask(
     rng: np.random.Generator, grid: tuple[int, int], mask_ratio: float
-) -> Bool[np.ndarray, "N"]:
+) -> Bool[np.ndarray, N]:
     """Hide a uniformly random subset of patches of fixed size.
 
     Args:

@@ -23,7 +23,7 @@ class SampleOrder:
     """
 
     def __init__(self, group_rows: np.ndarray, seed: int, window_rows: int) -> None:
-        assert len(group_rows) and group_rows.min() >= 0
+        assert len(group_rows)
         self.seed = seed
         self.window_rows = window_rows
         self.num_samples = int(group_rows.sum())

@@ -15,7 +15,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,21 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 FORMAT = 1
 _TAG = "state"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a checkpoint must share with the run that loads it.
+
+    Attributes:
+        plan_hash: the plan it belongs to.
+        zero_stage: ZeRO stage, which the layout of the files depends on.
+        precision: what the run computes in.
+    """
+
+    plan_hash: str
+    zero_stage: int
+    precision: str
 
 
 @dataclass(frozen=True)
@@ -60,12 +75,10 @@ def checkpoint_name(step: int) -> str:
 def save(
     run: RunDir,
     engine: Any,
+    identity: Identity,
     *,
     step: int,
     samples: int,
-    zero_stage: int,
-    precision: str,
-    plan_hash: str,
     keep: int,
 ) -> None:
     """Write a checkpoint; collective, every rank calls it.
@@ -73,11 +86,9 @@ def save(
     Args:
         run: the run's directory.
         engine: the DeepSpeed engine.
+        identity: what it belongs to.
         step: updates made.
         samples: position in the data.
-        zero_stage: ZeRO stage, which the layout of the files depends on.
-        precision: what the run computes in.
-        plan_hash: the plan it belongs to.
         keep: how many checkpoints stay.
 
     Raises:
@@ -132,9 +143,7 @@ def save(
             "step": step,
             "samples": samples,
             "world_size": world,
-            "zero_stage": zero_stage,
-            "precision": precision,
-            "plan_hash": plan_hash,
+            **asdict(identity),
             "files": files,
         }
         folder.write(MANIFEST, json.dumps(manifest, indent=1).encode())
@@ -168,9 +177,7 @@ def find(run: RunDir, *, sweep: bool = False) -> list[Checkpoint]:
     return sorted(found, key=lambda c: c.step, reverse=True)
 
 
-def load_newest(
-    run: RunDir, engine: Any, *, zero_stage: int, precision: str, plan_hash: str
-) -> Checkpoint | None:
+def load_newest(run: RunDir, engine: Any, identity: Identity) -> Checkpoint | None:
     """Load the newest checkpoint that is whole; collective.
 
     Rank 0 verifies and all ranks load the one it names.
@@ -193,13 +200,7 @@ def load_newest(
     checkpoint: Checkpoint | None = choice[0]
     if checkpoint is None:
         return None
-    _check_fits(
-        checkpoint,
-        world_size=dist.get_world_size(),
-        zero_stage=zero_stage,
-        precision=precision,
-        plan_hash=plan_hash,
-    )
+    _check_fits(checkpoint, identity, dist.get_world_size())
     folder = run / f"checkpoints/{checkpoint.name}"
     with ExitStack() as stack:
         if folder.local is not None:
@@ -245,7 +246,9 @@ def newest_whole(run: RunDir, *, sweep: bool = False) -> Checkpoint | None:
         damage = _damage(run / f"checkpoints/{checkpoint.name}", checkpoint)
         if damage is None:
             return checkpoint
-        logger.warning("checkpoint %s is damaged (%s); trying the one before", checkpoint.name, damage)
+        logger.warning(
+            "checkpoint %s is damaged (%s); trying the one before", checkpoint.name, damage
+        )
     if found:
         raise CheckpointError(
             f"none of the {len(found)} checkpoints of {run} is whole",
@@ -262,9 +265,10 @@ def _damage(folder: RunDir, checkpoint: Checkpoint) -> str | None:
         if size != facts["bytes"]:
             return f"{name} has {size} bytes, wanted {facts['bytes']}"
         digest = hashlib.sha256()
-        with storage_errors(folder.uri), folder.filesystem.open_input_stream(
-            folder.path(name)
-        ) as stream:
+        with (
+            storage_errors(folder.uri),
+            folder.filesystem.open_input_stream(folder.path(name)) as stream,
+        ):
             while chunk := stream.read(1 << 22):
                 digest.update(chunk)
         if digest.hexdigest() != facts["sha256"]:
@@ -272,24 +276,17 @@ def _damage(folder: RunDir, checkpoint: Checkpoint) -> str | None:
     return None
 
 
-def _check_fits(
-    checkpoint: Checkpoint, *, world_size: int, zero_stage: int, precision: str, plan_hash: str
-) -> None:
-    if checkpoint.plan_hash != plan_hash:
+def _check_fits(checkpoint: Checkpoint, identity: Identity, world_size: int) -> None:
+    theirs, ours = asdict(checkpoint), asdict(identity)
+    different = [
+        f"{key} {theirs[key]}, wanted {ours[key]}" for key in ours if theirs[key] != ours[key]
+    ]
+    if different:
         raise CheckpointError(
-            f"checkpoint {checkpoint.name} belongs to plan {checkpoint.plan_hash}, "
-            f"this is {plan_hash}",
+            f"checkpoint {checkpoint.name} does not fit the run: {'; '.join(different)}",
             hint="start over with --fresh or choose another --name",
         )
-    for what, theirs, ours in (
-        ("ZeRO stage", checkpoint.zero_stage, zero_stage),
-        ("precision", checkpoint.precision, precision),
-    ):
-        if theirs != ours:
-            raise CheckpointError(
-                f"checkpoint {checkpoint.name} was written with {what} {theirs}, this run has {ours}"
-            )
-    if zero_stage and checkpoint.world_size != world_size:
+    if identity.zero_stage and checkpoint.world_size != world_size:
         raise CheckpointError(
             f"checkpoint {checkpoint.name} is sharded over {checkpoint.world_size} workers, "
             f"this run has {world_size}",

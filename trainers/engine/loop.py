@@ -107,12 +107,8 @@ def train(
     if recipe.engine.activation_checkpointing:
         method.encoder.activation_checkpointing = True  # type: ignore[assignment]
     engine = initialize(method, plan, precision)
-    identity = {
-        "zero_stage": recipe.engine.zero_stage,
-        "precision": precision,
-        "plan_hash": plan.hash,
-    }
-    restored = checkpoints.load_newest(run, engine, **identity)
+    identity = checkpoints.Identity(plan.hash, recipe.engine.zero_stage, precision)
+    restored = checkpoints.load_newest(run, engine, identity)
     step = restored.step if restored else 0
     if rank == 0:
         rows = rewind_metrics(run, step)
@@ -147,10 +143,10 @@ def train(
             checkpoints.save(
                 run,
                 engine,
+                identity,
                 step=step,
                 samples=step * plan.global_batch,
                 keep=recipe.checkpoint.keep,
-                **identity,
             )
             speed.restart()
     return Trained(full_state(engine, frozen), last)
@@ -320,4 +316,3 @@ def _due(step: int, every: int) -> bool:
 def _device_seed(seed: int, step: int, rank: int) -> int:
     digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-

@@ -42,7 +42,7 @@ class Method(nn.Module, ABC):
 
     @staticmethod
     @abstractmethod
-    def draw_mask(recipe: Recipe, rng: np.random.Generator) -> Bool[np.ndarray, "N"]:
+    def draw_mask(recipe: Recipe, rng: np.random.Generator) -> Bool[np.ndarray, N]:
         """The mask of one sample, a pure function of its generator; runs in the loader."""
 
     @abstractmethod

@@ -55,7 +55,7 @@ class MAE(Method):
         return MethodOutput(loss=loss, prediction=prediction, target=target, mask=mask)
 
     @staticmethod
-    def draw_mask(recipe: Recipe, rng: np.random.Generator) -> Bool[np.ndarray, "N"]:
+    def draw_mask(recipe: Recipe, rng: np.random.Generator) -> Bool[np.ndarray, N]:
         """Uniformly random patches."""
         return random_mask(rng, recipe.grid, recipe.method.mask_ratio)
 
@@ -76,7 +76,10 @@ class MAE(Method):
             spread = patches.var(dim=-1, keepdim=True).sqrt()  # B N 1
             contrast = (spread * seen).sum(dim=1, keepdim=True) / seen.sum(dim=1, keepdim=True)
             prediction = prediction * contrast + mean
-        grid = images.shape[2] // self.encoder.patch_size, images.shape[3] // self.encoder.patch_size
+        grid = (
+            images.shape[2] // self.encoder.patch_size,
+            images.shape[3] // self.encoder.patch_size,
+        )
         return unpatchify(prediction, self.encoder.patch_size, grid)
 
     def _draw_masks(self, batch_size: int) -> Bool[Tensor, "B N"]:

@@ -9,9 +9,7 @@ if TYPE_CHECKING:
     from trainers.models.encoder import Encoder
 
 
-def build_encoder(
-    config: EncoderConfig, image_size: tuple[int, int], in_chans: int = 3
-) -> Encoder:
+def build_encoder(config: EncoderConfig, image_size: tuple[int, int], in_chans: int = 3) -> Encoder:
     """The encoder a configuration names, freshly initialised.
 
     Args:

@@ -19,7 +19,8 @@ def patchify(images: Float[Tensor, "B C H W"], patch_size: int) -> Float[Tensor,
     """
     b, c, height, width = images.shape
     p = patch_size
-    assert height % p == 0 and width % p == 0
+    assert height % p == 0
+    assert width % p == 0
     x = images.reshape(b, c, height // p, p, width // p, p)  # B C h p w q
     return x.permute(0, 2, 4, 3, 5, 1).reshape(b, -1, p * p * c)  # B (h w) (p q C)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -173,14 +174,15 @@ class ViT(Encoder):
         grid = self._grid_of(size)
         if grid == self.grid:
             return self.pos_embed
-        return resample_abs_pos_embed(
+        resampled = resample_abs_pos_embed(
             self.pos_embed, list(grid), list(self.grid), num_prefix_tokens=1
         )
+        return cast(Tensor, resampled)
 
     def _run(self, block: nn.Module, x: Tensor) -> Tensor:
         if self.activation_checkpointing and self.training:
-            return checkpoint(block, x, use_reentrant=False)  # type: ignore[no-any-return]
-        return block(x)  # type: ignore[no-any-return]
+            return cast(Tensor, checkpoint(block, x, use_reentrant=False))
+        return cast(Tensor, block(x))
 
     def _grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
         height, width = size
