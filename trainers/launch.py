@@ -19,7 +19,7 @@ from trainers.config.run import Plan, Recipe, differences, resolve
 from trainers.data.sources import open_source
 from trainers.desk import Desk, DeskState, Link
 from trainers.errors import DataError, MimrayError, ResourceError, RunConflictError
-from trainers.storage import RunDir
+from trainers.storage import RunDir, claim
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +111,8 @@ def pretrain(
     if job.fresh:
         run.delete()
     run.create()
+    launch_id = uuid.uuid4().hex
+    claim(run, launch_id)
     run.write("plan.json", plan.model_dump_json(indent=2).encode())
 
     desk = _open_desk(job, plan)
@@ -122,6 +124,7 @@ def pretrain(
             "run": run.uri,
             "name": job.name,
             "command": job.command,
+            "launch_id": launch_id,
             "desk": desk,
         },
         torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
@@ -132,7 +135,7 @@ def pretrain(
         ),
         # Ray resumes silently on a known name; resuming is ours, so each launch has its own.
         run_config=RunConfig(
-            name=uuid.uuid4().hex,
+            name=launch_id,
             storage_path=(run / ".ray").uri,
             failure_config=FailureConfig(max_failures=plan.recipe.resources.max_failures),
         ),
@@ -265,7 +268,14 @@ def _work(config: dict[str, Any]) -> None:
             )
         device = ray.train.torch.get_device()
         with link.warnings():
-            trained = train(plan, run, source, device=device, observer=link)
+            trained = train(
+                plan,
+                run,
+                source,
+                device=device,
+                observer=link,
+                launch_id=config["launch_id"],
+            )
         if rank == 0:
             write_bundle(
                 run,

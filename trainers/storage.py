@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pyarrow import fs as pafs
 
-from trainers.errors import StorageError
+from trainers.errors import RunConflictError, StorageError
 
 
 class RunDir:
@@ -130,6 +130,29 @@ class RunDir:
                 shutil.rmtree(self.path(name), ignore_errors=True)
             elif self.exists(name):
                 self.filesystem.delete_dir(self.path(name))
+
+
+OWNER = ".owner"
+
+
+def claim(run: RunDir, launch_id: str) -> None:
+    """Make a launch the owner of a run; workers of earlier launches stop at their next write."""
+    run.write(OWNER, launch_id.encode())
+
+
+def check_owner(run: RunDir, launch_id: str) -> None:
+    """Refuse to write for a launch that no longer owns the run.
+
+    The workers of a driver that was killed live on for some seconds, and two people may start
+    the same name; without a fence both would write into one directory.
+
+    Raises:
+        RunConflictError: another launch has claimed the run since.
+    """
+    if launch_id and run.read(OWNER) != launch_id.encode():
+        raise RunConflictError(
+            f"{run} was taken over by a later launch", hint="use another --name to run both"
+        )
 
 
 @contextmanager

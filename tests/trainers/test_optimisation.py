@@ -63,7 +63,7 @@ def test_parameter_groups__by_name():
         "encoder.blocks.0.attn.qkv.weight",
         "decoder.pred.weight",
     }
-    assert all(n.endswith("weight") or n.endswith("token") for n in decayed)
+    assert all(n.endswith(("weight", "token")) for n in decayed)
     assert not any("norm" in n or n.endswith("bias") for n in decayed)
     assert {n for n in names.values() if "norm" in n or n.endswith("bias")} == plain
     assert set(names.values()) - decayed - plain == {"encoder.pos_embed", "decoder.pos_embed"}

@@ -22,7 +22,7 @@ from typing import Any
 import torch.distributed as dist
 
 from trainers.errors import CheckpointError, MimrayError, StorageError
-from trainers.storage import RunDir, storage_errors
+from trainers.storage import RunDir, check_owner, storage_errors
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +80,7 @@ def save(
     step: int,
     samples: int,
     keep: int,
+    launch_id: str = "",
 ) -> None:
     """Write a checkpoint; collective, every rank calls it.
 
@@ -90,8 +91,10 @@ def save(
         step: updates made.
         samples: position in the data.
         keep: how many checkpoints stay.
+        launch_id: the launch that writes; see `storage.check_owner`.
 
     Raises:
+        RunConflictError: a later launch has taken the run over.
         StorageError: on every rank, when any rank could not write. The checkpoints before
             it are untouched.
     """
@@ -100,6 +103,7 @@ def save(
 
     def begin() -> None:
         if rank == 0:
+            check_owner(run, launch_id)
             folder.delete()  # what a crash may have left
             folder.create()
 

@@ -33,7 +33,7 @@ from trainers.engine.schedule import learning_rate
 from trainers.errors import NonFiniteLossError
 from trainers.methods import build_method, method_class
 from trainers.models.normalise import denormalise, normalise
-from trainers.storage import RunDir
+from trainers.storage import RunDir, check_owner
 from trainers.types import Batch
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,13 @@ class _StepResult:
 
 
 def train(
-    plan: Plan, run: RunDir, source: Source, *, device: torch.device, observer: Observer
+    plan: Plan,
+    run: RunDir,
+    source: Source,
+    *,
+    device: torch.device,
+    observer: Observer,
+    launch_id: str = "",
 ) -> Trained:
     """Train a plan to its end, continuing from its newest whole checkpoint.
 
@@ -89,6 +95,7 @@ def train(
         source: the pictures.
         device: this rank's device.
         observer: told of progress on rank 0.
+        launch_id: the launch these workers belong to; empty to go unchecked.
 
     Returns:
         The trained weights and the last row.
@@ -96,6 +103,7 @@ def train(
     Raises:
         NonFiniteLossError: before the update that would have spoilt the weights.
         StorageError: a checkpoint could not be written.
+        RunConflictError: a later launch has taken the run over.
     """
     recipe, rank = plan.recipe, dist.get_rank()
     prepare_process(device)
@@ -135,6 +143,7 @@ def train(
         if ended or step % recipe.logging.every_steps == 0:
             last = _row(plan, step, result, speed, device)
             if rank == 0:
+                check_owner(run, launch_id)
                 append_metrics(run, last)
                 observer.metrics(last)
         if ended or _due(step, recipe.logging.pictures_every_steps):
@@ -144,6 +153,7 @@ def train(
                 run,
                 engine,
                 identity,
+                launch_id=launch_id,
                 step=step,
                 samples=step * plan.global_batch,
                 keep=recipe.checkpoint.keep,

@@ -118,9 +118,9 @@ class _Views(Dataset["Tensor"]):
 
     def __getitem__(self, number: int) -> Tensor:
         index, card = int(self.indices[number]), self.card
-        height, width = card.image_size
         try:
-            picture = decode(self.source[index].image, draft_size=(width, height)).image
+            # Decoded in full, without a draft: a score is of the features that are served.
+            picture = decode(self.source[index].image).image
         except ImageError as error:
             raise DataError(
                 f"{self.source.name(index)}: {error}",

@@ -43,8 +43,8 @@ def knn(
 ) -> KnnScore:
     """Classify by the k most similar training pictures, each voting exp(cosine / temperature).
 
-    All of k = 1, 5, 10, 20, 200 and the one asked for are scored at once; those beyond the
-    number of training pictures are left out, and such a headline k is cut to that number.
+    All of k = 1, 5, 10, 20, 200 and the one asked for are scored at once; one beyond the number
+    of training pictures is cut to that number.
 
     Args:
         train_x: float [N, D], features to vote with; lengths do not matter.
@@ -71,9 +71,9 @@ def predict(
     ks: tuple[int, ...],
     temperature: float = 0.07,
 ) -> dict[int, np.ndarray]:
-    """Predicted labels, int64 [M], for each k that is at most N, and for N where one is above.
+    """Predicted labels, int64 [M], by k; arguments are those of `knn`.
 
-    Arguments are those of `knn`. On a tie the smallest label wins.
+    On a tie the smallest label wins.
     """
     assert len(train_x) == len(train_y) > 0
     ks = tuple(sorted({min(k, len(train_x)) for k in ks}))
@@ -82,7 +82,7 @@ def predict(
     queries = F.normalize(torch.from_numpy(np.asarray(val_x, np.float32)), dim=1)
     kinds = torch.from_numpy(votes_for)
     found: dict[int, list[np.ndarray]] = {k: [] for k in ks}
-    for rows in queries.split(_CHUNK_ROWS):
+    for rows in torch.split(queries, _CHUNK_ROWS):
         similarity, nearest = (rows @ bank.T).topk(ks[-1], dim=1)  # R K, best first
         # Less the best one's, which changes no vote's rank and cannot overflow.
         weight = ((similarity - similarity[:, :1]).double() / temperature).exp()
