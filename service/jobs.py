@@ -135,12 +135,11 @@ def run_evaluate(
     bundle: str, *, data: str, val: str | None, limit: int | None, command: str
 ) -> dict[str, Any]:
     """Score an encoder by kNN; the result goes beside the bundle when it is a trained one."""
-    from trainers.evaluation.features import extract
-    from trainers.evaluation.knn import knn, untrained
-
     from trainers.bundles import bundle_folder, load_bundle, read_card
     from trainers.data.sources import open_source
     from trainers.errors import DataError
+    from trainers.evaluation.features import extract, untrained
+    from trainers.evaluation.knn import knn
 
     fresh = bundle.startswith("untrained:")
     path = _local(bundle.removeprefix("untrained:"))

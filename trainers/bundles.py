@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from trainers.config.base import Config
@@ -25,6 +25,7 @@ from trainers.config.model import EncoderConfig
 from trainers.errors import BundleError
 from trainers.models import build_encoder
 from trainers.models.encoder import Encoder
+from trainers.storage import storage_errors
 from trainers.types import Features
 
 CARD = "bundle.json"
@@ -115,23 +116,28 @@ def save_bundle(
 
     Returns:
         The card as written.
+
+    Raises:
+        BundleError: `folder` holds something else.
+        StorageError: it cannot be written.
     """
     if folder.exists() and not (folder / CARD).is_file() and any(folder.iterdir()):
         raise BundleError(f"{folder} exists and is not a bundle", hint="choose another place")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        save_file({k: v.contiguous() for k, v in encoder.items()}, aside / ENCODER)
-        if method:
-            save_file({k: v.contiguous() for k, v in method.items()}, aside / METHOD)
-        card = card.model_copy(update={"weights_sha256": _sha256(aside / ENCODER)})
-        (aside / CARD).write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        aside.chmod(0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(aside, folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    with storage_errors(str(folder)):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            _write_tensors(aside / ENCODER, encoder)
+            if method:
+                _write_tensors(aside / METHOD, method)
+            card = card.model_copy(update={"weights_sha256": _sha256(aside / ENCODER)})
+            (aside / CARD).write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
+            aside.chmod(0o755)
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.replace(aside, folder)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
     return card
 
 
@@ -222,6 +228,11 @@ def bundle_folder(path: str | Path) -> Path:
         f"{path} is neither a bundle nor a run that has exported one",
         hint=f"`mimray export {path}` makes one from the newest checkpoint of a run",
     )
+
+
+def _write_tensors(file: Path, state: dict[str, Tensor]) -> None:
+    # Not save_file: its errors do not say that a disk is full.
+    file.write_bytes(save({name: value.contiguous() for name, value in state.items()}))
 
 
 def _sha256(file: Path) -> str:

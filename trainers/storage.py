@@ -7,10 +7,12 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 
 from pyarrow import fs as pafs
 
+from trainers.data.files import join
 from trainers.errors import RunConflictError, StorageError
 
 
@@ -18,14 +20,15 @@ class RunDir:
     """A directory named by a path or a `pyarrow.fs` URI; cheap to make again in any process.
 
     Args:
-        uri: local path, `file://`, `s3://`, `gs://`.
+        uri: local path, `file://`, `s3://`, `gs://`; options of the service follow a `?`.
     """
 
     def __init__(self, uri: str) -> None:
         self.uri = uri.rstrip("/") if "://" in uri else str(Path(uri).expanduser().absolute())
         try:
             if "://" in self.uri:
-                self.filesystem, self.root = pafs.FileSystem.from_uri(self.uri)
+                self.filesystem, root = pafs.FileSystem.from_uri(self.uri)
+                self.root = root.rstrip("/")
             else:
                 self.filesystem, self.root = pafs.LocalFileSystem(), self.uri
         except (OSError, ValueError) as error:
@@ -34,10 +37,18 @@ class RunDir:
             ) from None
 
     def __truediv__(self, name: str) -> RunDir:
-        return RunDir(f"{self.uri}/{name}")
+        # The same client: opening another may ask the service where the bucket is.
+        below = copy(self)
+        below.uri, below.root = join(self.uri, name), self.path(name)
+        return below
 
     def __str__(self) -> str:
         return self.uri
+
+    @property
+    def name(self) -> str:
+        """The last part of its path."""
+        return str(self.root.rpartition("/")[2])
 
     @property
     def local(self) -> Path | None:
@@ -88,11 +99,14 @@ class RunDir:
             target = self.local / name
             target.parent.mkdir(parents=True, exist_ok=True)
             aside = target.with_name(f".{target.name}.{os.getpid()}")
-            with aside.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, target)
+            try:
+                with aside.open("wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(aside, target)
+            finally:
+                aside.unlink(missing_ok=True)  # a part of a file on a full disk
 
     def append(self, name: str, data: bytes) -> None:
         """Add to the end of a file; object stores, which cannot, get it rewritten."""

@@ -17,6 +17,7 @@ from trainers.data.files import (
     is_picture,
     join,
     list_files,
+    parent,
 )
 from trainers.errors import DataError, EmptyDatasetError
 
@@ -115,7 +116,7 @@ def _list(uri: str) -> tuple[list[FoundFile], str]:
         raise DataError(
             f"{uri} is a file and not Parquet", hint="give a folder of pictures or Parquet files"
         )
-    return list_files(uri), uri.rpartition("/")[0] or ("/" if uri.startswith("/") else ".")
+    return list_files(uri), parent(uri)
 
 
 def _split_of_shard(path: str) -> str | None:

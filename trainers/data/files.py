@@ -111,18 +111,37 @@ def read_bytes(filesystem: pafs.FileSystem, path: str) -> bytes:
 
 
 def join(base: str, name: str) -> str:
-    """Append a relative name to a URI or path."""
-    return f"{base.rstrip('/')}/{name}" if base.rstrip("/") else f"/{name}"
+    """Append a relative name to a URI or path; a URI's options stay at its end."""
+    place, options = split_options(base)
+    return f"{place.rstrip('/')}/{name}{options}"
+
+
+def parent(uri: str) -> str:
+    """Name the folder that a file or folder lies in."""
+    place, options = split_options(uri)
+    above = place.rstrip("/").rpartition("/")[0]
+    return f"{above or ('/' if place.startswith('/') else '.')}{options}"
+
+
+def split_options(uri: str) -> tuple[str, str]:
+    """Part a URI from its `?options`, which say how the service is reached, not what is meant.
+
+    Source: https://arrow.apache.org/docs/cpp/api/filesystem.html (S3Options, GcsOptions)
+    """
+    if "://" not in uri:
+        return uri, ""
+    place, question, options = uri.partition("?")
+    return place, question + options
 
 
 def is_picture(path: str) -> bool:
     """Tell by its suffix whether a file claims to be a picture."""
-    return path.lower().endswith(PICTURE_SUFFIXES)
+    return split_options(path)[0].lower().endswith(PICTURE_SUFFIXES)
 
 
 def is_parquet(path: str) -> bool:
     """Tell by its suffix whether a file claims to be Parquet."""
-    return path.lower().endswith((".parquet", ".pq"))
+    return split_options(path)[0].lower().endswith((".parquet", ".pq"))
 
 
 def _is_hidden(path: str) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 from pyarrow import fs as pafs
 
-from trainers.data.files import absolute, join, locate
+from trainers.data.files import absolute, join, locate, parent, split_options
 from trainers.data.intake import Intake, plan_intake, read_unit
 from trainers.data.manifest import MANIFEST_NAME, REJECTED_NAME, Manifest
 from trainers.data.normalise import normalise
@@ -92,10 +92,11 @@ def ingest(
         StorageError: when `out` cannot be written.
     """
     src, out = absolute(src).rstrip("/"), absolute(out).rstrip("/")
-    if f"{out}/".startswith(f"{src}/"):
+    place = split_options(out)[0].rstrip("/")
+    if f"{place}/".startswith(f"{split_options(src)[0].rstrip('/')}/"):
         raise DataError(f"{out} lies in {src}, which is read", hint="write somewhere else")
     intake = plan_intake(src, split)
-    rejects_beside = f"{out}.{REJECTED_NAME}"
+    rejects_beside = join(parent(out), f"{place.rpartition('/')[2]}.{REJECTED_NAME}")
     with staged(out, overwrite=overwrite) as staging:
         writer = ShardWriter(
             staging.filesystem,

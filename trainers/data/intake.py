@@ -12,7 +12,16 @@ import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
 from trainers.data.discover import class_folders, discover
-from trainers.data.files import is_file, is_parquet, is_picture, join, locate, read_bytes
+from trainers.data.files import (
+    is_file,
+    is_parquet,
+    is_picture,
+    join,
+    locate,
+    parent,
+    read_bytes,
+    split_options,
+)
 from trainers.data.parquet import Layout, all_null, common_layout, leaf, read_footers
 from trainers.errors import DataError, EmptyDatasetError
 
@@ -160,13 +169,12 @@ def _bucket(root: str) -> pafs.FileSystem:
 
 def _locate(uri: str) -> tuple[pafs.FileSystem, str]:
     """Find a file, asking each bucket only once: that may cost a request to the service."""
-    scheme, separator, rest = uri.partition("://")
+    place, options = split_options(uri)
+    scheme, separator, path = place.partition("://")
     if scheme not in ("s3", "gs", "gcs"):
         return locate(uri)
-    bucket, _, _ = rest.partition("/")
-    # What follows `?` are options of the filesystem, not of the file.
-    path, question, options = rest.partition("?")
-    return _bucket(f"{scheme}{separator}{bucket}{question}{options}"), path
+    bucket, _, _ = path.partition("/")
+    return _bucket(f"{scheme}{separator}{bucket}{options}"), path
 
 
 def _from_list(src: str) -> Intake:
@@ -180,7 +188,7 @@ def _from_list(src: str) -> Intake:
             f"{src} is neither Parquet nor a text file of paths",
             hint="give a folder of pictures, Parquet, or a text file with one path or URI a line",
         ) from error
-    base = src.rpartition("/")[0]
+    base = parent(src)
     names = [name for line in lines if (name := line.strip()) and not name.startswith("#")]
     if not names:
         raise EmptyDatasetError(f"{src} names no picture", hint="write one path or URI a line")

@@ -116,23 +116,22 @@ def save(
         written: dict[str, dict[str, Any]] = {}
 
         def write() -> None:
-            target.mkdir(parents=True, exist_ok=True)
-            (target / _TAG).mkdir(exist_ok=True)
-            before = set(_files(target)) if folder.local is None else set()
-            try:
-                with storage_errors(folder.uri):
+            with storage_errors(folder.uri):
+                (target / _TAG).mkdir(parents=True, exist_ok=True)
+                before = set(_files(target)) if folder.local is None else set()
+                try:
                     engine.save_checkpoint(str(target), tag=_TAG, save_latest=False)
-            except RuntimeError as error:  # torch's zip writer hides the errno
-                raise StorageError(
-                    f"{folder}: {str(error).splitlines()[0]}",
-                    hint="is the disk full? the same command continues "
-                    "from the last whole checkpoint",
-                ) from error
-            for name in _files(target):
-                if name not in before and (folder.local is None or _is_mine(name, rank)):
-                    written[name] = _facts(target / name)
-                    if folder.local is None:
-                        folder.upload(target / name, name)
+                except RuntimeError as error:  # torch's zip writer hides the errno
+                    raise StorageError(
+                        f"{folder}: {str(error).splitlines()[0]}",
+                        hint="is the disk full? the same command continues "
+                        "from the last whole checkpoint",
+                    ) from error
+                for name in _files(target):
+                    if name not in before and (folder.local is None or _is_mine(name, rank)):
+                        written[name] = _facts(target / name)
+                        if folder.local is None:
+                            folder.upload(target / name, name)
 
         together(write)
     shares: list[Any] = [None] * world

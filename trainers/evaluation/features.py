@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 
+# Starting a decode process takes as long as decoding some thousands of small pictures.
+WORTH_WORKERS = 5_000
+
 
 def extract(
     encoder: FrozenEncoder,
@@ -29,7 +32,7 @@ def extract(
     *,
     limit: int | None = None,
     batch_size: int = 128,
-    num_workers: int = 2,
+    num_workers: int | None = None,
     device: str = "auto",
     progress: Progress | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -41,7 +44,8 @@ def extract(
         limit: take this many, evenly spread over the dataset, so that a dataset sorted by
             class keeps all its classes; None for all.
         batch_size: pictures encoded at once.
-        num_workers: decode processes; 0 decodes here.
+        num_workers: decode processes; 0 decodes here; by default 2 where the dataset is large
+            enough to be worth starting them.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, …
         progress: called with (pictures done, pictures in all).
 
@@ -63,6 +67,8 @@ def extract(
             f"{source.name(first)} has no label",
             hint="an evaluation needs a class for each picture",
         )
+    if num_workers is None:
+        num_workers = 2 if len(indices) >= WORTH_WORKERS else 0
     card = encoder.card
     loader = DataLoader(
         _Views(source, card, indices),

@@ -1,0 +1,172 @@
+"""The command line as a person meets it: help, answers, refusals. No cluster is started."""
+
+from __future__ import annotations
+
+import json
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from service.cli import cli
+
+PRETRAIN = ["pretrain", "mae-tiny", "--data"]
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(70):
+        Image.fromarray(rng.integers(0, 255, (9, 9, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
+def refused(*arguments: str) -> str:
+    """The one line a refused command prints."""
+    result = CliRunner().invoke(cli, list(arguments))
+    assert result.exit_code == 2, (result.output, result.exception)
+    assert result.stdout == ""
+    errors = [line for line in result.stderr.splitlines() if line.startswith(("error:", "Error:"))]
+    assert len(errors) == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    return errors[0]
+
+
+def test_help__imports_nothing_heavy() -> None:
+    code = (
+        "import sys; sys.argv = ['mimray', '--help']\n"
+        "from service.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code\n"
+        "heavy = {'torch', 'ray', 'deepspeed', 'timm', 'mlflow', 'numpy', 'pyarrow'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in cli.commands), ["data", "ingest"]])
+def test_help__every_command_shows_an_example(command: list[str]) -> None:
+    result = CliRunner().invoke(cli, [*command, "--help"])
+    assert result.exit_code == 0
+    if command != ["data"]:
+        assert "Example: mimray" in result.output
+
+
+def test_recipes__lists_and_prints() -> None:
+    listed = CliRunner().invoke(cli, ["recipes"]).output
+    assert "mae-tiny" in listed
+    assert "mae-vit-b" in listed
+    tree = json.loads(CliRunner().invoke(cli, ["recipes", "mae-vit-b", "--json"]).output)
+    assert tree["encoder"]["width"] == 768
+    assert tree["method"]["decoder_depth"] == 8
+
+
+@pytest.mark.parametrize(
+    ("override", "wanted"),
+    [
+        ("method.mask_rato=0.5", "did you mean 'method.mask_ratio'"),
+        ("method.mask_ratio=1.5", "'method.mask_ratio' is 1.5: input should be less than 1"),
+        ("method.mask_ratio=0.999", "leaves no visible patch of 64"),
+        ("optim.batch_size=many", "'optim.batch_size' is 'many'"),
+        ("encoder.patch_size=7", "encoder.patch_size 7 does not divide data.image_size"),
+        ("encoder.name=vit_enormous", "'encoder.name' is 'vit_enormous'"),
+        ("engine.zero_stage=4", "'engine.zero_stage' is 4"),
+        ("nonsense", "not of the form a.b=value"),
+        ("seed=-1", "'seed' is -1"),
+    ],
+)
+def test_pretrain__wrong_key_or_value(pictures: Path, override: str, wanted: str) -> None:
+    assert wanted in refused(*PRETRAIN, str(pictures), "--set", override)
+
+
+def test_pretrain__unknown_recipe(pictures: Path) -> None:
+    message = refused("pretrain", "mae-tine", "--data", str(pictures))
+    assert "unknown recipe 'mae-tine', known: mae-tiny, mae-vit-b" in message
+
+
+def test_pretrain__recipe_file_that_is_not_one(pictures: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("encoder: [unclosed")
+    assert "is not YAML" in refused("pretrain", str(broken), "--data", str(pictures))
+    assert "no recipe file" in refused("pretrain", "absent.yaml", "--data", str(pictures))
+
+
+def test_pretrain__data_that_is_not_there(tmp_path: Path) -> None:
+    assert "does not exist" in refused(*PRETRAIN, str(tmp_path / "absent"))
+    (tmp_path / "empty").mkdir()
+    assert str(tmp_path / "empty") in refused(*PRETRAIN, str(tmp_path / "empty"))
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "notes.txt").write_text("no picture here")
+    assert "picture" in refused(*PRETRAIN, str(tmp_path / "text"))
+
+
+def test_pretrain__fewer_pictures_than_a_batch(pictures: Path) -> None:
+    message = refused(*PRETRAIN, str(pictures), "--set", "optim.batch_size=128")
+    assert "70 pictures, fewer than one global batch of 128" in message
+
+
+def test_pretrain__batch_that_workers_cannot_share(pictures: Path) -> None:
+    assert "cannot be split over 3 workers" in refused(*PRETRAIN, str(pictures), "--workers", "3")
+
+
+def test_pretrain__unwritable_storage(pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    message = refused(*PRETRAIN, str(pictures), "--storage", str(tmp_path / "file"), "--steps", "1")
+    assert str(tmp_path / "file") in message
+
+
+def test_serve__what_is_not_a_bundle(tmp_path: Path) -> None:
+    assert "no bundle at" in refused("serve", str(tmp_path / "absent"))
+    assert "neither a bundle nor a run" in refused("serve", str(tmp_path))
+
+
+def test_serve__public_address_without_a_key(tmp_path: Path) -> None:
+    assert "key" in refused("serve", f"m={tmp_path}", "--host", "0.0.0.0")
+
+
+def png_header(width: int, height: int) -> bytes:
+    """The start of a PNG of that size, up to its pixels."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+
+    size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(b"\0" * 9))
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_ingest__bad_pictures_are_listed_and_too_many_refused(
+    pictures: Path, tmp_path: Path
+) -> None:
+    whole = (pictures / "0.png").read_bytes()
+    (pictures / "truncated.png").write_bytes(whole[: len(whole) // 2])
+    Image.new("RGB", (1, 1)).save(pictures / "tiny.png")
+    (pictures / "huge.png").write_bytes(png_header(30_000, 30_000))
+    message = refused("data", "ingest", str(pictures), str(tmp_path / "out"))
+    assert "3 of 73" in message
+    assert not (tmp_path / "out").exists()
+
+    result = CliRunner().invoke(
+        cli,
+        ["data", "ingest", str(pictures), str(tmp_path / "out"), "--max-rejected", "0.1", "--json"],
+    )
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["num_samples"] == 70
+    assert set(report["rejected"]) == {"truncated", "too_small", "too_large"}
+    lines = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
+    assert {Path(json.loads(line)["source"]).name for line in lines} == {
+        "truncated.png",
+        "tiny.png",
+        "huge.png",
+    }

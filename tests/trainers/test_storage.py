@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from pathlib import Path
+
+import pytest
+from pyarrow import fs as pafs
+
+from trainers.errors import StorageError
+from trainers.storage import RunDir, storage_errors
+
+
+class Remote(RunDir):
+    """A directory that is reached through pyarrow alone, as one in an object store is."""
+
+    def __init__(self, uri: str) -> None:
+        super().__init__(uri)
+        self.filesystem = pafs.SubTreeFileSystem("/", pafs.LocalFileSystem())
+        self.root = self.uri.lstrip("/")
+
+    def __truediv__(self, name: str) -> Remote:
+        return Remote(f"{self.uri}/{name}")
+
+
+@pytest.fixture(params=[RunDir, Remote], ids=["local", "remote"])
+def run(request: pytest.FixtureRequest, tmp_path: Path) -> RunDir:
+    directory: RunDir = request.param(str(tmp_path / "runs/first"))
+    assert (directory.local is None) == (request.param is Remote)
+    return directory
+
+
+def test_run_dir__files(run: RunDir):
+    assert not run.exists()
+    assert run.folders() == []
+
+    run.create()
+    run.write("plan.json", b"one")
+    run.write("plan.json", b"two!")
+    run.append("metrics.jsonl", b"a\n")
+    run.append("metrics.jsonl", b"b\n")
+
+    assert run.exists()
+    assert (run.read("plan.json"), run.size("plan.json")) == (b"two!", 4)
+    assert run.read("metrics.jsonl") == b"a\nb\n"
+    assert (run.exists("none"), run.size("none")) == (False, None)
+    assert sorted(p.name for p in Path(run.uri).iterdir()) == ["metrics.jsonl", "plan.json"]
+
+
+def test_run_dir__folders_and_deletion(run: RunDir):
+    for name in ("checkpoints/b", "checkpoints/a"):
+        (run / name).create()
+        (run / name).write("x", b"x")
+    (run / "checkpoints").write("file", b"x")
+
+    assert (run / "checkpoints").folders() == ["a", "b"]
+    assert run.size("checkpoints") is None
+    (run / "checkpoints").delete("a")
+    (run / "checkpoints/none").delete()
+    assert (run / "checkpoints").folders() == ["b"]
+    run.delete()
+    assert not run.exists()
+
+
+def test_run_dir__copies_to_and_from_this_machine(run: RunDir, tmp_path: Path):
+    run.create()
+    (tmp_path / "file").write_bytes(b"content")
+    (run / "deep").create()
+
+    run.upload(tmp_path / "file", "deep/copy")
+    run.download(tmp_path / "back")
+
+    assert (tmp_path / "back/deep/copy").read_bytes() == b"content"
+
+
+def test_run_dir__names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/somebody")
+
+    assert RunDir("runs").local == tmp_path / "runs"
+    assert RunDir("~/runs").uri == "/home/somebody/runs"
+    assert RunDir(f"file://{tmp_path}/").local == tmp_path
+    assert str(RunDir(f"file://{tmp_path}") / "a") == f"file://{tmp_path}/a"
+    assert RunDir("/runs").path("a") == "/runs/a"
+    with pytest.raises(StorageError, match=r"nowhere://x.*s3://"):
+        RunDir("nowhere://x")
+
+
+def test_run_dir__write_is_never_seen_in_part(tmp_path: Path):
+    run, texts = RunDir(str(tmp_path)), [bytes([c]) * 400_000 for c in b"ab"]
+    run.write("file", texts[0])
+    stop = threading.Event()
+
+    def keep_writing() -> None:
+        while not stop.is_set():
+            for text in texts:
+                run.write("file", text)
+
+    writer = threading.Thread(target=keep_writing)
+    writer.start()
+    try:
+        seen = {run.read("file") for _ in range(60)}
+    finally:
+        stop.set()
+        writer.join()
+
+    assert seen <= set(texts)
+
+
+def test_run_dir__a_failed_write_leaves_the_old_file(tmp_path: Path):
+    run = RunDir(str(tmp_path / "folder"))
+    run.create()
+    (tmp_path / "folder/taken").mkdir()
+
+    with pytest.raises(StorageError, match="folder: "):
+        run.write("taken", b"x")
+
+    assert [p.name for p in (tmp_path / "folder").iterdir()] == ["taken"]
+
+
+def test_run_dir__what_is_missing_is_a_storage_error(run: RunDir):
+    with pytest.raises(StorageError) as caught:
+        run.read("none")
+
+    assert run.uri in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_storage_errors__a_full_disk_says_how_to_go_on(number: int):
+    with (
+        pytest.raises(StorageError, match=r"no space left in s3://b.*the same command"),
+        storage_errors("s3://b"),
+    ):
+        raise OSError(number, os.strerror(number))
+
+
+def test_storage_errors__other_errors_pass():
+    with pytest.raises(ValueError, match="mine"), storage_errors("s3://b"):
+        raise ValueError("mine")
