@@ -15,24 +15,27 @@ console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def parse_models(bundles: Sequence[str]) -> dict[str, Path]:
-    """`NAME=BUNDLE` or `BUNDLE` (named after its card) as bundles by name.
+    """`NAME=BUNDLE` or `BUNDLE` (named after its card) as bundles by name, on this machine.
 
     Raises:
         ServingError: two bundles of one name.
         BundleError: a bundle that is not one.
     """
+    from service.fetch import fetch_bundle
     from trainers.bundles import read_card
 
     models: dict[str, Path] = {}
     for item in bundles:
         name, equals, path = item.partition("=")
-        if not equals:
-            path, name = item, read_card(item).name
+        if not equals or "/" in name:  # `=` also stands in paths and in the options of a URI
+            path, name = item, ""
+        folder = fetch_bundle(path)
+        name = name or read_card(folder).name
         if name in models:
             raise ServingError(
                 f"two models are named {name!r}", hint="NAME=BUNDLE names them apart"
             )
-        models[name] = Path(path)
+        models[name] = folder
     return models
 
 

@@ -59,10 +59,10 @@ def run_pretrain(
         console.print(f"{job.run} is finished already; --fresh starts over", markup=False)
     last = outcome.last
     console.print(f"loss {last['loss']:.4f} after {last['step']} steps", markup=False)
-    console.print(f"bundle in {job.run}/bundle", markup=False)
+    console.print(f"bundle in {job.run / 'bundle'}", markup=False)
     return {
         "run": str(job.run),
-        "bundle": f"{job.run}/bundle",
+        "bundle": str(job.run / "bundle"),
         "plan_hash": plan.hash,
         "global_batch": plan.global_batch,
         "already_done": already_done,
@@ -135,14 +135,17 @@ def run_evaluate(
     bundle: str, *, data: str, val: str | None, limit: int | None, command: str
 ) -> dict[str, Any]:
     """Score an encoder by kNN; the result goes beside the bundle when it is a trained one."""
-    from trainers.bundles import bundle_folder, load_bundle, read_card
+    from service.fetch import bundle_place, fetch_bundle
+    from trainers.bundles import load_bundle, read_card
+    from trainers.data.files import parent
     from trainers.data.sources import open_source
     from trainers.errors import DataError
     from trainers.evaluation.features import extract, untrained
     from trainers.evaluation.knn import knn
+    from trainers.storage import RunDir
 
     fresh = bundle.startswith("untrained:")
-    path = _local(bundle.removeprefix("untrained:"))
+    path = fetch_bundle(bundle.removeprefix("untrained:"))
     encoder: FrozenEncoder = untrained(read_card(path)) if fresh else load_bundle(path)
     train_source = open_source(data)
     val_source = open_source(val) if val else _own_validation(data)
@@ -168,9 +171,9 @@ def run_evaluate(
         "command": command,
     }
     if not fresh:
-        folder = bundle_folder(path).parent / "evaluation"
-        folder.mkdir(exist_ok=True)
-        (folder / "knn.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        beside = RunDir(parent(bundle_place(bundle).uri)) / "evaluation"
+        beside.create()
+        beside.write("knn.json", json.dumps(result, indent=2).encode() + b"\n")
     return result
 
 
@@ -181,6 +184,7 @@ def draw_reconstructions(
     import numpy as np
     import torch
 
+    from service.fetch import fetch_bundle
     from trainers.config.run import parse_recipe
     from trainers.data.decode import decode
     from trainers.data.rng import Stream, generator
@@ -190,7 +194,7 @@ def draw_reconstructions(
     from trainers.models.normalise import denormalise, normalise
     from trainers.pictures import hide_patches, paste_visible, reconstruction_sheet
 
-    method = load_method(_local(run))
+    method = load_method(fetch_bundle(run))
     recipe = method.recipe
     if mask_ratio is not None:
         tree = recipe.model_dump(mode="json")
@@ -227,6 +231,7 @@ def draw_reconstructions(
 
 def export_run(run: str, out: Path | None, kind: str) -> str:
     """Export an encoder; makes the run's own bundle first where training was cut short."""
+    from service.fetch import bundle_place, fetch_bundle
     from trainers.bundles import CARD
     from trainers.convert import export_timm, export_transformers
     from trainers.storage import RunDir
@@ -234,16 +239,17 @@ def export_run(run: str, out: Path | None, kind: str) -> str:
     run_dir = RunDir(run)
     if run_dir.exists("plan.json") and not run_dir.exists(f"bundle/{CARD}"):
         _bundle_from_checkpoint(run_dir)
-    folder = _local(run)
     if kind == "bundle":
-        return _copy_bundle(folder, out)
+        if out is None:
+            return f"{bundle_place(run)}: bundle"
+        return _copy_bundle(fetch_bundle(run), out)
     if out is None:
         raise BundleError(f"--format {kind} needs a place to write to", hint="export RUN OUT")
     exporters: dict[str, Callable[[Path, Path], object]] = {
         "timm": export_timm,
         "transformers": export_transformers,
     }
-    exporters[kind](folder, out)
+    exporters[kind](fetch_bundle(run), out)
     return f"{out}: {kind}"
 
 
@@ -263,22 +269,17 @@ def _bundle_from_checkpoint(run: Any) -> None:
     with TemporaryDirectory(prefix="mimray-") as scratch:
         (run / f"checkpoints/{checkpoint.name}").download(Path(scratch))
         state = read_checkpoint(Path(scratch), checkpoint, plan)
-    name = str(run).rstrip("/").rsplit("/", 1)[-1]
-    write_bundle(run, plan, state, step=checkpoint.step, name=name, command=f"mimray export {run}")
+    command = f"mimray export {run}"
+    write_bundle(run, plan, state, step=checkpoint.step, name=run.name, command=command)
 
 
-def _copy_bundle(folder: Path, out: Path | None) -> str:
+def _copy_bundle(folder: Path, out: Path) -> str:
     import shutil
 
-    from trainers.bundles import bundle_folder
-
-    source = bundle_folder(folder)
-    if out is None:
-        return f"{source}: bundle"
     if out.exists():
         raise BundleError(f"{out} exists", hint="choose another place")
     out.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(source, out)
+    shutil.copytree(folder, out)
     return f"{out}: bundle"
 
 
@@ -291,24 +292,6 @@ def _own_validation(data: str) -> Any:
         if split in ("val", "valid", "validation", "test"):
             return open_source(data, split=split)
     raise DataError(f"{data} has no validation or test split", hint="give one with --val")
-
-
-def _local(path: str) -> Path:
-    """A bundle or run as a folder of this machine, fetched when it lies elsewhere."""
-    from trainers.storage import RunDir
-
-    if "://" not in path:
-        return Path(path)
-    import atexit
-    import shutil
-    import tempfile
-
-    scratch = Path(tempfile.mkdtemp(prefix="mimray-"))
-    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
-    run = RunDir(path)
-    inside = run / "bundle" if (run / "bundle").exists("bundle.json") else run
-    inside.download(scratch)
-    return scratch
 
 
 def _draw_loss(run: Any) -> None:

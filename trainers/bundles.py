@@ -59,6 +59,7 @@ class BundleCard(Config):
     plan_hash: str = ""
     data_fingerprint: str = ""
     weights_sha256: str = ""
+    method_sha256: str = ""
     created_by: str = ""
     recipe: dict[str, Any] = Field(default_factory=dict)
     scores: dict[str, Any] = Field(default_factory=dict)
@@ -84,6 +85,8 @@ class FrozenEncoder(torch.nn.Module):
     def forward(self, images: Tensor) -> Features:
         """Features of normalised pictures, float [B, C, H, W]."""
         features: Features = self.encoder(images)
+        if self.card.pooling == "cls":
+            return features._replace(pooled=features.prefix[:, 0])
         return features
 
     @torch.no_grad()
@@ -110,7 +113,7 @@ def save_bundle(
 
     Args:
         folder: where to; replaced if it is a bundle already.
-        card: its description; `weights_sha256` is filled in.
+        card: its description; the checksums are filled in.
         encoder: the encoder's state, fp32, on the host.
         method: the rest of the method's state, to reconstruct or train on with.
 
@@ -130,7 +133,10 @@ def save_bundle(
             _write_tensors(aside / ENCODER, encoder)
             if method:
                 _write_tensors(aside / METHOD, method)
-            card = card.model_copy(update={"weights_sha256": _sha256(aside / ENCODER)})
+            digests = {"weights_sha256": _sha256(aside / ENCODER)}
+            if method:
+                digests["method_sha256"] = _sha256(aside / METHOD)
+            card = card.model_copy(update=digests)
             (aside / CARD).write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
             aside.chmod(0o755)
             if folder.exists():
@@ -171,16 +177,32 @@ def load_bundle(path: str | Path, *, verify: bool = True) -> FrozenEncoder:
     """
     folder = bundle_folder(path)
     card = read_card(folder)
-    weights = folder / ENCODER
-    if not weights.is_file():
-        raise BundleError(f"{folder} has no {ENCODER}", hint="export the run again")
-    if verify and _sha256(weights) != card.weights_sha256:
-        raise BundleError(
-            f"{weights} does not match its checksum in {CARD}", hint="export the run again"
-        )
+    if verify:
+        verify_weights(folder, card, ENCODER)
     encoder = build_encoder(card.encoder, card.image_size, card.channels)
-    load_state(encoder, weights)
+    load_state(encoder, folder / ENCODER)
     return FrozenEncoder(encoder, card)
+
+
+def verify_weights(folder: Path, card: BundleCard, name: str) -> None:
+    """Hold a file of a bundle against its checksum.
+
+    Args:
+        folder: the bundle's.
+        card: its card.
+        name: `ENCODER` or `METHOD`.
+
+    Raises:
+        BundleError: the file is missing or damaged.
+    """
+    file = folder / name
+    if not file.is_file():
+        raise BundleError(f"{folder} has no {name}", hint="export the run again")
+    wanted = {ENCODER: card.weights_sha256, METHOD: card.method_sha256}[name]
+    if _sha256(file) != wanted:
+        raise BundleError(
+            f"{file} does not match its checksum in {CARD}", hint="export the run again"
+        )
 
 
 def load_state(module: torch.nn.Module, *files: Path, prefixes: tuple[str, ...] = ("",)) -> None:

@@ -4,6 +4,8 @@ Ranks write their files into `checkpoints/step-NNNNNNNN/`; when all are there, r
 `manifest.json` with every file's size and SHA-256, atomically and last. A directory without a
 manifest is no checkpoint and is swept away. Before loading, the manifest is held against the
 files; a damaged checkpoint is passed over for the one before it, and the log says so.
+
+A checkpoint fits any number of workers: what ZeRO has sharded over others is cut anew.
 """
 
 from __future__ import annotations
@@ -13,14 +15,15 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from trainers.engine import reshard
 from trainers.errors import CheckpointError, MimrayError, StorageError
 from trainers.storage import RunDir, check_owner, storage_errors
 
@@ -181,7 +184,7 @@ def find(run: RunDir, *, sweep: bool = False) -> list[Checkpoint]:
 
 
 def load_newest(run: RunDir, engine: Any, identity: Identity) -> Checkpoint | None:
-    """Load the newest checkpoint that is whole; collective.
+    """Load the newest checkpoint that is whole, whatever number of workers wrote it; collective.
 
     Rank 0 verifies and all ranks load the one it names.
 
@@ -190,7 +193,7 @@ def load_newest(run: RunDir, engine: Any, identity: Identity) -> Checkpoint | No
 
     Raises:
         CheckpointError: checkpoints are there but none is whole, or it was written by
-            another number of workers, stage or precision.
+            another plan, stage or precision.
     """
     choice: list[Any] = [None]
 
@@ -203,17 +206,46 @@ def load_newest(run: RunDir, engine: Any, identity: Identity) -> Checkpoint | No
     checkpoint: Checkpoint | None = choice[0]
     if checkpoint is None:
         return None
-    _check_fits(checkpoint, identity, dist.get_world_size())
+    _check_fits(checkpoint, identity)
     folder = run / f"checkpoints/{checkpoint.name}"
     with ExitStack() as stack:
-        if folder.local is not None:
-            source = folder.local
+        source = folder.local or stack.enter_context(_once_a_node(folder.download))
+        # Without ZeRO nothing is sharded, and the file fits as it is.
+        if identity.zero_stage and checkpoint.world_size != dist.get_world_size():
+            logger.info(
+                "%s was written by %d workers; cut anew", checkpoint.name, checkpoint.world_size
+            )
+            whole = stack.enter_context(
+                _once_a_node(lambda scratch: reshard.convert(source / _TAG, scratch / _TAG))
+            )
+            reshard.load(engine, whole, _TAG)
         else:
-            source = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mimray-")))
-            together(lambda: folder.download(source))
-        engine.load_checkpoint(str(source), tag=_TAG)
-        dist.barrier()
+            engine.load_checkpoint(str(source), tag=_TAG)
     return checkpoint
+
+
+@contextmanager
+def _once_a_node(fill: Callable[[Path], None]) -> Iterator[Path]:
+    """A scratch directory that one rank of each node fills and all of them read; collective."""
+    node = os.environ.get("NODE_RANK", "0")  # set by Ray; without it there is one node
+    nodes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(nodes, node)
+    first = nodes.index(node)
+    with ExitStack() as stack:
+        mine: list[Path] = []
+
+        def prepare() -> None:
+            if dist.get_rank() == first:
+                with storage_errors(tempfile.gettempdir()):
+                    scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="mimray-"))
+                mine.append(Path(scratch))
+                fill(mine[0])
+
+        together(prepare)
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+        yield everyone[first][0]
+        dist.barrier()  # nobody reads on when it is removed
 
 
 def together(action: Callable[[], None]) -> None:
@@ -279,7 +311,7 @@ def _damage(folder: RunDir, checkpoint: Checkpoint) -> str | None:
     return None
 
 
-def _check_fits(checkpoint: Checkpoint, identity: Identity, world_size: int) -> None:
+def _check_fits(checkpoint: Checkpoint, identity: Identity) -> None:
     theirs, ours = asdict(checkpoint), asdict(identity)
     different = [
         f"{key} {theirs[key]}, wanted {ours[key]}" for key in ours if theirs[key] != ours[key]
@@ -288,12 +320,6 @@ def _check_fits(checkpoint: Checkpoint, identity: Identity, world_size: int) -> 
         raise CheckpointError(
             f"checkpoint {checkpoint.name} does not fit the run: {'; '.join(different)}",
             hint="start over with --fresh or choose another --name",
-        )
-    if identity.zero_stage and checkpoint.world_size != world_size:
-        raise CheckpointError(
-            f"checkpoint {checkpoint.name} is sharded over {checkpoint.world_size} workers, "
-            f"this run has {world_size}",
-            hint=f"--workers {checkpoint.world_size}; only ZeRO 0 continues on another number",
         )
 
 

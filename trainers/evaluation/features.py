@@ -83,8 +83,7 @@ def extract(
     done = 0
     for pixels in loader:
         found = encoder(normalise(pixels.to(where, non_blocking=True), card.mean, card.std))
-        pooled = found.pooled if card.pooling == "mean" else found.prefix[:, 0]
-        parts.append(pooled.float().cpu().numpy())
+        parts.append(found.pooled.float().cpu().numpy())
         done += len(pixels)
         if progress is not None:
             progress(done, len(indices))

@@ -34,9 +34,16 @@ def load_method(path: str | Path) -> Method:
         The method on the CPU in fp32, in evaluation mode.
 
     Raises:
-        BundleError: no bundle there, or one exported without its decoder.
+        BundleError: no bundle there, a damaged one, or one exported without its decoder.
     """
-    from trainers.bundles import ENCODER, METHOD, bundle_folder, load_state, read_card
+    from trainers.bundles import (
+        ENCODER,
+        METHOD,
+        bundle_folder,
+        load_state,
+        read_card,
+        verify_weights,
+    )
     from trainers.config.run import parse_recipe
     from trainers.errors import BundleError
 
@@ -46,6 +53,8 @@ def load_method(path: str | Path) -> Method:
         raise BundleError(
             f"{folder} holds the encoder alone", hint="use the run's own folder, or export again"
         )
+    for name in (ENCODER, METHOD):
+        verify_weights(folder, card, name)
     method = build_method(parse_recipe(card.recipe, f"{folder}/bundle.json"))
     load_state(method, folder / ENCODER, folder / METHOD, prefixes=("encoder.", ""))
     return method.eval()

@@ -1,0 +1,195 @@
+"""Ray nodes as an administrator starts them, and commands that run against them."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+BIN = Path(sys.executable).parent
+TINY = [
+    "encoder.depth=1", "method.decoder_depth=1", "optim.batch_size=16", "data.num_workers=1",
+    "data.image_size=32", "checkpoint.every_steps=2", "logging.every_steps=1",
+    "logging.num_pictures=2",
+]  # fmt: skip
+
+
+class Workbench:
+    """A cluster of `ray start` nodes with a token of its own, and processes beside it.
+
+    Whatever is started here is ended with all that descends from it, and nothing else:
+    `ray stop` would end every Ray on the machine.
+
+    Attributes:
+        folder: holds everything; its name leaves room for the paths of sockets, which are short.
+        environment: what a process needs in order to be let into the cluster.
+        address: of the cluster, for `RAY_ADDRESS`.
+        dashboard: URL that takes jobs.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        token = folder / "token"
+        token.write_text(secrets.token_hex(32))
+        token.chmod(0o600)
+        foreign = ("RAY_", "MLFLOW_", "AWS_")
+        self.environment = {
+            **{k: v for k, v in os.environ.items() if not k.startswith(foreign)},
+            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
+        }
+        port, dashboard = self.free_ports(2)
+        self.address = f"127.0.0.1:{port}"
+        self.dashboard = f"http://127.0.0.1:{dashboard}"
+        self._started: list[subprocess.Popen[bytes]] = []
+
+    def start_head(self, num_cpus: int) -> None:
+        """Start the head node."""
+        port, dashboard = (url.rpartition(":")[2] for url in (self.address, self.dashboard))
+        self._start_node(
+            "--head", f"--port={port}", f"--dashboard-port={dashboard}",
+            f"--temp-dir={self.folder}", f"--num-cpus={num_cpus}",
+        )  # fmt: skip
+
+    def add_node(self, num_cpus: int) -> subprocess.Popen[bytes]:
+        """Start another node; `kill` takes it down."""
+        return self._start_node(f"--address={self.address}", f"--num-cpus={num_cpus}")
+
+    def _start_node(self, *options: str) -> subprocess.Popen[bytes]:
+        node = self.start(
+            "ray", "start", "--block", "--node-ip-address=127.0.0.1",
+            "--object-store-memory=100000000", *options,
+        )  # fmt: skip
+
+        def ready() -> bool:
+            assert node.poll() is None, self.output(node)
+            return "Ray runtime started" in self.output(node)
+
+        self.wait_until(ready)
+        return node
+
+    def start(self, *command: str, cwd: Path | None = None) -> subprocess.Popen[bytes]:
+        """Start a command of this environment."""
+        number = len(self._started)
+        with (self.folder / f"{number}.log").open("wb") as log:
+            process = subprocess.Popen(
+                [str(BIN / command[0]), *command[1:]],
+                env=self.environment, cwd=cwd or self.folder, stdout=log, stderr=log,
+            )  # fmt: skip
+        self._started.append(process)
+        return process
+
+    def output(self, process: subprocess.Popen[bytes]) -> str:
+        """What a process has printed."""
+        return (self.folder / f"{self._started.index(process)}.log").read_text()
+
+    def finish(self, process: subprocess.Popen[bytes], timeout_s: float = 200) -> str:
+        """Wait for a process to end well; gives what it printed."""
+        try:
+            process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.kill(process)
+        assert process.returncode == 0, self.output(process)
+        return self.output(process)
+
+    def mimray(self, *arguments: str) -> subprocess.Popen[bytes]:
+        """Start `mimray …` on the cluster."""
+        self.environment["RAY_ADDRESS"] = self.address
+        return self.start("mimray", *arguments)
+
+    def pretrain(
+        self, data: object, storage: object, name: str, steps: int, *extra: str
+    ) -> subprocess.Popen[bytes]:
+        """Start a short `mimray pretrain` on the cluster."""
+        return self.mimray(*self.pretraining(data, storage, name, steps, *extra))
+
+    @staticmethod
+    def pretraining(data: object, storage: object, name: str, steps: int, *extra: str) -> list[str]:
+        """Arguments of a short `pretrain`, with a checkpoint every second step."""
+        sets = [argument for item in TINY for argument in ("--set", item)]
+        return [
+            "pretrain", "mae-tiny", "--data", str(data), "--storage", str(storage),
+            "--name", name, "--steps", str(steps), *sets, *extra,
+        ]  # fmt: skip
+
+    def kill(self, process: subprocess.Popen[bytes]) -> None:
+        """SIGKILL to a process and all below it, as when a machine goes down."""
+        if process.poll() is not None:
+            return
+        top = psutil.Process(process.pid)
+        family = [*top.children(recursive=True), top]
+        for member in family:
+            if member.is_running():
+                member.kill()
+        process.wait()
+        psutil.wait_procs(family, timeout=20)
+
+    def close(self) -> None:
+        """End everything that was started."""
+        for process in reversed(self._started):
+            self.kill(process)
+
+    @staticmethod
+    def wait_until(ready: Callable[[], bool], timeout_s: float = 120) -> None:
+        """Wait until something is so."""
+        deadline = time.monotonic() + timeout_s
+        while not ready():
+            assert time.monotonic() < deadline, "it never came"
+            time.sleep(0.05)
+
+    @staticmethod
+    def free_ports(count: int) -> list[int]:
+        """Ports of the loopback interface that nobody listens on."""
+        with ExitStack() as stack:
+            sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+            for one in sockets:
+                one.bind(("127.0.0.1", 0))
+            return [one.getsockname()[1] for one in sockets]
+
+    @staticmethod
+    def losses(metrics: bytes) -> dict[int, float]:
+        """Loss by step; a step that was logged twice fails."""
+        rows = [json.loads(line) for line in metrics.splitlines()]
+        found = {row["step"]: row["loss"] for row in rows}
+        assert len(found) == len(rows)
+        return found
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[Workbench]:
+    """A workbench without a node yet."""
+    folder = Path(tempfile.mkdtemp(prefix="mr-"))
+    workbench = Workbench(folder)
+    yield workbench
+    workbench.close()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 smooth pictures in two class folders."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for i in range(48):
+        smooth = rng.integers(0, 255, (6, 5, 3), dtype=np.uint8)
+        place = folder / "ab"[i % 2]
+        place.mkdir(exist_ok=True)
+        Image.fromarray(smooth).resize((50, 60)).save(place / f"{i:02d}.png")
+    return folder

@@ -1,0 +1,141 @@
+"""Data and runs in an object store: SeaweedFS, which speaks S3, on the loopback interface."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from pyarrow import fs as pafs
+
+from trainers.storage import RunDir
+
+STEPS = 8
+IDENTITY = {"accessKey": "somebody", "secretKey": "a-secret"}
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def bucket(bench: Any) -> Iterator[str]:
+    """URI of a bucket to append paths to, before the `?`; opens to this process too."""
+    names = ("master", "volume", "filer", "s3")
+    ports = dict(zip(names, bench.free_ports(4), strict=True))
+    grpc = dict(zip(names, bench.free_ports(4), strict=True))
+    identity = {"name": "somebody", "credentials": [IDENTITY], "actions": ["Admin"]}
+    config = bench.folder / "s3.json"
+    config.write_text(json.dumps({"identities": [identity]}))
+    bench.environment["AWS_ACCESS_KEY_ID"] = IDENTITY["accessKey"]
+    bench.environment["AWS_SECRET_ACCESS_KEY"] = IDENTITY["secretKey"]
+    (bench.folder / "weed").mkdir()
+    bench.start(
+        "weed", "server", "-dir=weed", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
+        "-s3", f"-s3.config={config}", "-s3.iam=false", "-s3.port.iceberg=0", "-s3.port.lance=0",
+        "-master.volumeSizeLimitMB=64", "-volume.max=0",
+        *(f"-{name}.port={port}" for name, port in ports.items()),
+        *(f"-{name}.port.grpc={port}" for name, port in grpc.items()),
+    )  # fmt: skip
+    options = f"endpoint_override=127.0.0.1:{ports['s3']}&scheme=http&allow_bucket_creation=true"
+    with pytest.MonkeyPatch.context() as patch:
+        for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(key, bench.environment[key])
+        filesystem, _ = pafs.FileSystem.from_uri(f"s3://photos/?{options}")
+
+        def answers() -> bool:
+            try:
+                filesystem.create_dir("photos")
+            except OSError:
+                return False
+            return True
+
+        bench.wait_until(answers)
+        yield f"s3://photos/{{}}?{options}"
+
+
+@pytest.fixture(scope="module")
+def cluster(bench: Any, bucket: str) -> Any:
+    bench.start_head(num_cpus=1)
+    return bench
+
+
+@pytest.fixture(scope="module")
+def dataset(cluster: Any, bucket: str, photos: Path) -> str:
+    uri = bucket.format("data")
+    cluster.finish(cluster.mimray("data", "ingest", str(photos), uri))
+    return uri
+
+
+@pytest.fixture(scope="module")
+def run(cluster: Any, bucket: str, dataset: str) -> str:
+    """A run whose driver was killed half-way and started again."""
+    storage, directory = bucket.format("runs"), RunDir(bucket.format("runs/first"))
+
+    def has_step_5() -> bool:
+        assert driver.poll() is None, cluster.output(driver)
+        return directory.exists("metrics.jsonl") and len(losses(cluster, directory)) >= 5
+
+    driver = cluster.pretrain(dataset, storage, "first", STEPS)
+    cluster.wait_until(has_step_5)
+    driver.kill()
+    driver.wait()
+    cluster.finish(cluster.pretrain(dataset, storage, "first", STEPS))
+    return directory.uri
+
+
+def losses(cluster: Any, run: RunDir) -> dict[int, float]:
+    found: dict[int, float] = cluster.losses(run.read("metrics.jsonl"))
+    return found
+
+
+def test_ingest__is_whole_and_not_overwritten(cluster: Any, dataset: str, photos: Path) -> None:
+    printed = cluster.finish(cluster.mimray("data", "inspect", dataset, "--json"))
+    found = json.loads(printed.splitlines()[-1])
+    assert found["facts"]["num_samples"] == 48
+    assert list(found["facts"]["class_names"]) == ["a", "b"]
+    again = cluster.mimray("data", "ingest", str(photos), dataset)
+    again.wait(60)
+    assert again.returncode == 2
+    assert "holds a dataset already" in cluster.output(again)
+
+
+def test_killed_driver__continued_run_equals_one_on_a_local_disk(
+    cluster: Any, dataset: str, run: str
+) -> None:
+    local = cluster.folder / "runs"
+    cluster.finish(cluster.pretrain(dataset, local, "first", STEPS))
+    assert losses(cluster, RunDir(run)) == losses(cluster, RunDir(str(local / "first")))
+    for name in ("plan.json", "loss.png", "reconstruction.png", "bundle/bundle.json"):
+        assert RunDir(run).exists(name), name
+    assert ".ray" not in RunDir(run).folders(), [i.path for i in RunDir(run).filesystem.get_file_info(pafs.FileSelector(RunDir(run).root, recursive=True))]
+
+
+def test_finished_run__is_known_and_exported(cluster: Any, dataset: str, run: str) -> None:
+    storage = run.replace("/first?", "?")
+    assert "finished already" in cluster.finish(cluster.pretrain(dataset, storage, "first", STEPS))
+    cluster.finish(cluster.mimray("export", run, "copy"))
+    assert (cluster.folder / "copy/encoder.safetensors").is_file()
+
+
+def test_evaluate__puts_the_score_beside_the_bundle(cluster: Any, dataset: str, run: str) -> None:
+    cluster.finish(cluster.mimray("evaluate", run, "--data", dataset, "--val", dataset))
+    score = json.loads(RunDir(run).read("evaluation/knn.json"))
+    assert score["num_val"] == 48
+
+
+def test_serve__fetches_the_bundle(cluster: Any, run: str) -> None:
+    [port] = cluster.free_ports(1)
+    server = cluster.mimray("serve", run, "--port", str(port))
+
+    def ready() -> bool:
+        assert server.poll() is None, cluster.output(server)
+        try:
+            return bool(httpx2.get(f"http://127.0.0.1:{port}/v2/models/first/ready").is_success)
+        except httpx2.TransportError:
+            return False
+
+    cluster.wait_until(ready)
+    server.terminate()
+    cluster.finish(server, timeout_s=60)
