@@ -47,6 +47,12 @@ def run_pretrain(
         markup=False,
     )
     console.print(plan.batch_arithmetic, markup=False)
+    if "/_ray_pkg_" in job.run.uri:  # where `ray job submit --working-dir` unpacks
+        console.print(
+            "warning: this --storage lies in the job's own copy of the code, which Ray deletes; "
+            "give an absolute path that every node sees, or s3://…",
+            markup=False,
+        )
     outcome = finished(job, plan)
     already_done = outcome is not None
     if outcome is None:

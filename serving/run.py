@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ API_KEY_VARIABLE = "MIMRAY_API_KEY"
 # Ray keeps a replica for 30 s after it was told to stop, for load balancers that poll; ours is
 # told at once.
 _DRAIN_S = 1
+_SHUTDOWN_TIMEOUT_S = 30
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -291,11 +293,34 @@ def _shut_down(state: HAProxyState, *, owns_ray: bool) -> None:
     with _signals_handled_by(signal.SIG_IGN):
         try:
             if ray.is_initialized():
+                _end_controller()
                 serve.shutdown()
         finally:
             if owns_ray:
                 ray.shutdown()
             state.release()
+
+
+def _end_controller() -> None:
+    """Ask Serve's controller to take everything down, and wait until it is gone.
+
+    `serve.shutdown` waits inside a call to the controller, which ends by killing itself; Ray
+    then reports that call as failed on the terminal.
+    """
+    import ray
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+
+    deadline = time.monotonic() + _SHUTDOWN_TIMEOUT_S
+    try:
+        controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+        ray.get(controller.graceful_shutdown.remote(wait=False), timeout=_SHUTDOWN_TIMEOUT_S)
+        while time.monotonic() < deadline:
+            ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+            time.sleep(0.1)
+    except ValueError:
+        return  # there is no controller, or not any more
+    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+        logger.warning("Serve's controller did not end by itself: %s", error)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from trainers.config.run import Plan, Recipe, differences, resolve
 from trainers.data.sources import open_source
 from trainers.desk import Desk, DeskState, Link
 from trainers.errors import DataError, MimrayError, ResourceError, RunConflictError
-from trainers.storage import RunDir, claim
+from trainers.storage import RunDir, check_seen, claim
 
 logger = logging.getLogger(__name__)
 
@@ -260,6 +260,7 @@ def _work(config: dict[str, Any]) -> None:
     run = RunDir(config["run"])
     rank = ray.train.get_context().get_world_rank()
     try:
+        check_seen(run)
         source = open_source(plan.data.uri, cache_mib=plan.recipe.data.cache_mib)
         if source.facts.fingerprint != plan.data.fingerprint:
             raise DataError(

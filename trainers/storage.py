@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
@@ -152,6 +153,19 @@ OWNER = ".owner"
 def claim(run: RunDir, launch_id: str) -> None:
     """Make a launch the owner of a run; workers of earlier launches stop at their next write."""
     run.write(OWNER, launch_id.encode())
+
+
+def check_seen(run: RunDir) -> None:
+    """Refuse to work on a node that has another disk under the run's path than the driver.
+
+    Raises:
+        StorageError: what the driver wrote there is not seen from here.
+    """
+    if not run.exists(OWNER):
+        raise StorageError(
+            f"{run} is not seen from {socket.gethostname()}",
+            hint="every node needs the same --storage: a shared folder, s3://… or gs://…",
+        )
 
 
 def check_owner(run: RunDir, launch_id: str) -> None:

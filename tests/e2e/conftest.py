@@ -68,13 +68,14 @@ class Workbench:
             f"--temp-dir={self.folder}", f"--num-cpus={num_cpus}",
         )  # fmt: skip
 
-    def add_node(self, num_cpus: int) -> subprocess.Popen[bytes]:
-        """Start another node; `kill` takes it down."""
-        return self._start_node(f"--address={self.address}", f"--num-cpus={num_cpus}")
+    def add_node(self, num_cpus: int, *wrapper: str) -> subprocess.Popen[bytes]:
+        """Start another node, perhaps by a command around it; `kill` takes it down."""
+        options = (f"--address={self.address}", f"--num-cpus={num_cpus}")
+        return self._start_node(*options, wrapper=wrapper)
 
-    def _start_node(self, *options: str) -> subprocess.Popen[bytes]:
+    def _start_node(self, *options: str, wrapper: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
         node = self.start(
-            "ray", "start", "--block", "--node-ip-address=127.0.0.1",
+            *wrapper, "ray", "start", "--block", "--node-ip-address=127.0.0.1",
             "--object-store-memory=100000000", *options,
         )  # fmt: skip
 
@@ -90,8 +91,7 @@ class Workbench:
         number = len(self._started)
         with (self.folder / f"{number}.log").open("wb") as log:
             process = subprocess.Popen(
-                [str(BIN / command[0]), *command[1:]],
-                env=self.environment, cwd=cwd or self.folder, stdout=log, stderr=log,
+                command, env=self.environment, cwd=cwd or self.folder, stdout=log, stderr=log,
             )  # fmt: skip
         self._started.append(process)
         return process

@@ -158,12 +158,12 @@ def test_load_bundle__a_whole_wrong_model_is_told_in_one_line(tmp_path: Path, me
 
 
 @pytest.mark.parametrize("file", [ENCODER, METHOD])
-def test_load_method__a_cut_off_file_is_a_bundle_error(tmp_path: Path, method: Method, file: str):
+def test_load_method__a_cut_off_file_is_refused(tmp_path: Path, method: Method, file: str):
     save(method, tmp_path / "bundle")
     path = tmp_path / "bundle" / file
     path.write_bytes(path.read_bytes()[:-50])
 
-    with pytest.raises(BundleError, match=f"{file} cannot be read"):
+    with pytest.raises(BundleError, match=f"{file} does not match its checksum"):
         load_method(tmp_path / "bundle")
 
 

@@ -26,16 +26,23 @@ from trainers.methods import build_method
 from trainers.storage import RunDir
 from trainers.types import DatasetFacts
 
-GLOBAL_BATCH, SAVED, STEPS = 4, 4, 8
+GLOBAL_BATCH, GROWN, SHRUNK, STEPS = 4, 3, 6, 9
 
 
 @dataclass(frozen=True)
 class Job:
-    """Train from `start` (a run's directory, or the beginning) to the end; save at `SAVED`."""
+    """Train to `stop` from the run in `start`, or from the beginning; save as `out` on the way.
+
+    Attributes:
+        remote: reach the run as if it were in an object store.
+        forget: lose the moments, to see that it shows.
+    """
 
     out: str
     zero_stage: int
-    precision: str = "fp32"
+    precision: str
+    save: int
+    stop: int
     start: str | None = None
     remote: bool = False
     forget: bool = False
@@ -83,18 +90,19 @@ def train(job: Job) -> None:
     frozen = {n: p.detach().clone() for n, p in method.named_parameters() if not p.requires_grad}
     engine = initialize(method, plan, job.precision)
     identity = checkpoints.Identity(plan.hash, job.zero_stage, job.precision)
-    step = 0
+    first = 0
     if job.start is not None:
         loaded = checkpoints.load_newest(
             (Remote if job.remote else RunDir)(job.start), engine, identity
         )
         assert loaded is not None
-        step = loaded.step
+        first = loaded.step
         if job.forget:
             for state in engine.optimizer.optimizer.state.values():
                 state["exp_avg"].zero_()
+                state["exp_avg_sq"].zero_()
     losses = {}
-    for step in range(step, STEPS):
+    for step in range(first, job.stop):
         rng = torch.Generator().manual_seed(step)
         images = torch.randn(GLOBAL_BATCH, 3, 16, 16, generator=rng).chunk(world_size)[rank]
         mask = torch.tensor([[True, False, True, True]] * len(images))
@@ -105,9 +113,10 @@ def train(job: Job) -> None:
         total = loss.detach().float()
         dist.all_reduce(total)
         losses[step + 1] = float(total) / world_size
-        if step + 1 == SAVED:
+        if step + 1 == job.save:
+            samples = job.save * GLOBAL_BATCH
             checkpoints.save(
-                RunDir(job.out), engine, identity, step=SAVED, samples=SAVED * 4, keep=1
+                RunDir(job.out), engine, identity, step=job.save, samples=samples, keep=1
             )
     state = full_state(engine, frozen)
     if rank == 0:
@@ -148,9 +157,61 @@ def run(folder: Path, world_size: int, *jobs: Job) -> None:
             process.kill()
 
 
-def result(folder: Path, name: str) -> dict[str, Any]:
-    found: dict[str, Any] = torch.load(folder / f"{name}.pt")
-    return found
+def journeys(folder: Path, kinds: list[tuple[int, str]], remote: bool) -> None:
+    """One rank all the way; two ranks from its third step; one again from their sixth."""
+    names = {kind: str(folder / "{}-{}-".format(*kind)) for kind in kinds}
+    run(folder, 1, *[Job(n + "whole", *kind, save=GROWN, stop=STEPS) for kind, n in names.items()])
+    grown = [
+        Job(n + "grown", *kind, save=SHRUNK, stop=SHRUNK, start=n + "whole", remote=remote)
+        for kind, n in names.items()
+    ]
+    run(folder, 2, *grown)
+    shrunk = [
+        Job(n + name, *kind, save=STEPS, stop=STEPS, start=n + "grown", forget=name == "forgot")
+        for kind, n in names.items()
+        for name in ("shrunk", "forgot")
+        if kind[0] or name == "shrunk"  # without ZeRO nothing is converted
+    ]
+    run(folder, 1, *shrunk)
+
+
+def deviation(found: dict[int, float], wanted: dict[int, float]) -> float:
+    return max(abs(loss / wanted[step] - 1) for step, loss in found.items())
+
+
+@pytest.mark.parametrize(
+    ("kinds", "remote"),
+    [
+        ([(1, "fp32"), (3, "fp32")], True),
+        pytest.param(
+            [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32")], False, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            [(0, "bf16"), (1, "bf16"), (2, "bf16"), (3, "bf16")], False, marks=pytest.mark.slow
+        ),
+    ],
+    ids=["fp32-remote", "fp32", "bf16"],
+)
+def test_resize__goes_on_as_if_it_had_never_been(
+    tmp_path: Path, kinds: list[tuple[int, str]], remote: bool
+) -> None:
+    journeys(tmp_path, kinds, remote)
+
+    for stage, precision in kinds:
+
+        def result(name: str, kind: str = f"{stage}-{precision}") -> Any:
+            return torch.load(tmp_path / f"{kind}-{name}.pt")
+
+        whole, grown, shrunk = result("whole"), result("grown"), result("shrunk")
+        assert [*grown["losses"], *shrunk["losses"]] == list(range(GROWN + 1, STEPS + 1))
+        # fp32 differs in the order of sums; lost moments cost a hundred times the tolerance.
+        rtol = 1e-5 if precision == "fp32" else 1e-3
+        assert deviation({**grown["losses"], **shrunk["losses"]}, whole["losses"]) < rtol, stage
+        if stage:
+            assert deviation(result("forgot")["losses"], whole["losses"]) > 3 * rtol, stage
+        assert shrunk["state"]["updates"] == STEPS
+        for name in ("encoder.pos_embed", "updates"):
+            assert torch.equal(shrunk["state"][name], whole["state"][name]), name
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def load(engine: Any, folder: Path, tag: str) -> None:
         engine.load_checkpoint(str(folder), tag=tag)
     finally:
         engine._config.load_universal_checkpoint = False
-    # _repair(engine, ours)
+    _repair(engine, ours)
     _load_buffers(engine, folder / tag)
 
 
