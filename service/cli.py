@@ -48,7 +48,7 @@ def cli(debug: bool) -> None:
 
 @cli.command()
 @click.option("--out", default="runs/demo", show_default=True, help="Directory of everything made.")
-@click.option("--steps", default=300, show_default=True, type=click.IntRange(min=2))
+@click.option("--steps", default=800, show_default=True, type=click.IntRange(min=2))
 @click.option("--fresh", is_flag=True, help="Start over instead of reusing what is there.")
 @json_option
 def demo(out: str, steps: int, fresh: bool, as_json: bool) -> None:

@@ -64,23 +64,20 @@ class MAE(Method):
     ) -> Float[Tensor, "B C H W"]:
         """Predicted pixels.
 
-        Normalised targets carry no mean and contrast of their own; those of the picture's
-        *visible* patches are lent to them, since a hidden patch's own would leak the answer.
+        Normalised targets carry no mean and contrast of their own. Those of the visible patches
+        around are lent to them, since a hidden patch's own would leak the answer.
         """
-        prediction = output.prediction.float()
+        patch = self.encoder.patch_size
+        grid = images.shape[2] // patch, images.shape[3] // patch
+        prediction = output.prediction.float()  # B N P
         if self.norm_pix_loss:
-            patches = patchify(images, self.encoder.patch_size).float()  # B N P
-            seen = (~output.mask).unsqueeze(-1)  # B N 1
-            count = seen.sum(dim=(1, 2), keepdim=True) * patches.shape[-1]
-            mean = (patches * seen).sum(dim=(1, 2), keepdim=True) / count
-            spread = patches.var(dim=-1, keepdim=True).sqrt()  # B N 1
-            contrast = (spread * seen).sum(dim=1, keepdim=True) / seen.sum(dim=1, keepdim=True)
-            prediction = prediction * contrast + mean
-        grid = (
-            images.shape[2] // self.encoder.patch_size,
-            images.shape[3] // self.encoder.patch_size,
-        )
-        return unpatchify(prediction, self.encoder.patch_size, grid)
+            patches = patchify(images, patch).float()  # B N P
+            variance, mean = torch.var_mean(patches, dim=-1)  # B N
+            weights = _nearness(grid, images.device) * (~output.mask).unsqueeze(1)  # B N N
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+            borrowed = weights @ torch.stack([variance.sqrt(), mean], dim=-1)  # B N 2
+            prediction = prediction * borrowed[..., :1] + borrowed[..., 1:]
+        return unpatchify(prediction, patch, grid)
 
     def _draw_masks(self, batch_size: int) -> Bool[Tensor, "B N"]:
         seed = int(torch.randint(2**62, ()))
@@ -98,3 +95,12 @@ def normalise_patches(patches: Float[Tensor, "B N P"]) -> Float[Tensor, "B N P"]
     mean = patches.mean(dim=-1, keepdim=True)
     variance = patches.var(dim=-1, keepdim=True)
     return (patches - mean) / (variance + NORM_PIX_EPS).sqrt()
+
+
+def _nearness(grid: tuple[int, int], device: torch.device) -> Float[Tensor, "N N"]:
+    """How much one patch says about another's brightness: the inverse cube of their distance."""
+    rows, columns = torch.meshgrid(
+        torch.arange(grid[0], device=device), torch.arange(grid[1], device=device), indexing="ij"
+    )
+    places = torch.stack([rows.flatten(), columns.flatten()], dim=-1).float()  # N 2
+    return torch.cdist(places, places).clamp(min=0.5) ** -3
