@@ -19,6 +19,7 @@ from trainers.data.order import SampleOrder
 from trainers.data.rng import Stream, generator
 from trainers.data.sources import Source
 from trainers.data.transforms import random_crop_box, to_array, view_of
+from trainers.data.workers import decode_workers
 from trainers.errors import DataError, ImageError
 from trainers.types import Batch
 
@@ -169,16 +170,13 @@ def make_loader(
     """
     data = plan.recipe.data
     order = SampleOrder(source.group_rows, plan.recipe.seed, data.shuffle_window)
-    workers = data.num_workers
     loader = DataLoader(
         Views(source, plan.recipe, draw_mask),
         batch_sampler=MicroBatches(plan, order, rank, first_step),
-        num_workers=workers,
         collate_fn=collate,
         pin_memory=pin_memory,
-        prefetch_factor=data.prefetch_batches if workers else None,
-        # A forked copy of a process with Ray's and Arrow's threads may deadlock.
-        multiprocessing_context="forkserver" if workers else None,
+        prefetch_factor=data.prefetch_batches if data.num_workers else None,
+        **decode_workers(data.num_workers),
     )
     return iter(loader)
 

@@ -13,6 +13,7 @@ from trainers.bundles import BundleCard, FrozenEncoder
 from trainers.data.decode import decode
 from trainers.data.sources import Source
 from trainers.data.transforms import inference_view
+from trainers.data.workers import decode_workers
 from trainers.errors import DataError, ImageError
 from trainers.models import build_encoder
 from trainers.models.normalise import normalise
@@ -73,9 +74,7 @@ def extract(
     loader = DataLoader(
         _Views(source, card, indices),
         batch_size=batch_size,
-        num_workers=num_workers,
-        # A forked copy of a process with Arrow's threads may deadlock.
-        multiprocessing_context="forkserver" if num_workers else None,
+        **decode_workers(num_workers),
     )
     where = torch.device(_available() if device == "auto" else device)
     encoder = encoder.to(where)
