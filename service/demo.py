@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import socket
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -64,15 +65,15 @@ def run_demo(out: Path, *, steps: int, fresh: bool) -> dict[str, Any]:
         answer = _serve_and_call(out)
     _step("5/5 done")
     total_s = time.monotonic() - began
-    name = out.relative_to(Path.cwd()) if out.is_relative_to(Path.cwd()) else out
+    name, mimray = _shown(out), _own_command()
     console.print(
         f"{duration(total_s)} in all. Look at:\n"
         f"  {name}/reconstruction.png   original | masked | reconstruction\n"
         f"  {name}/loss.png             how the loss fell\n"
         "Next:\n"
-        "  mimray data ingest YOUR_PICTURES dataset\n"
-        "  mimray pretrain mae-tiny --data dataset --steps 1000\n"
-        f"  mimray serve {name}",
+        f"  {mimray} data ingest YOUR_PICTURES dataset\n"
+        f"  {mimray} pretrain mae-tiny --data dataset --steps 1000\n"
+        f"  {mimray} serve {name}",
         markup=False,
     )
     return {"knn": scores, "loss": trained["loss"], "seconds": round(total_s, 1), **answer}
@@ -111,6 +112,20 @@ def _serve_and_call(out: Path) -> dict[str, Any]:
             markup=False,
         )
     return {"pooled_shape": list(vectors.shape), "tokens_shape": list(dense.tokens.shape)}
+
+
+def _own_command() -> str:
+    """How to call mimray the way this process was called."""
+    program = Path(sys.argv[0])
+    if program.name == "__main__.py":
+        return "python -m service"
+    if shutil.which("mimray") == str(program.absolute()):
+        return "mimray"
+    return str(_shown(program.absolute()))
+
+
+def _shown(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _free_port() -> int:

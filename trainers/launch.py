@@ -289,8 +289,8 @@ def _work(config: dict[str, Any]) -> None:
             link.flush()
     except MimrayError as error:
         link.fail(error)
-        if not error.on_every_rank:
-            raise
+        if plan.world_size > 1 and not error.on_every_rank:
+            raise  # others may be waiting for this rank; Ray Train ends the group
 
 
 class _Watcher:

@@ -193,3 +193,33 @@ def test_diverging_run__stops_before_the_update_and_says_where(
     assert "samples" in err
     assert "Traceback" not in err
     assert all(np.isfinite(list(losses(storage / "diverging").values())))
+
+
+@pytest.mark.slow
+def test_full_disk__last_whole_checkpoint_survives_and_the_run_goes_on(
+    start: Callable[..., subprocess.Popen[str]],
+    storage: Path,
+    tmp_path: Path,
+    undisturbed: dict[int, float],
+) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(small)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small disk is not permitted here")
+    keep_all = ["--storage", str(small)]
+    for item in ("checkpoint.every_steps=1", "checkpoint.keep=100"):
+        keep_all += ["--set", item]
+    try:
+        process = start("full", *keep_all)
+        _, err = process.communicate(timeout=240)
+        assert process.returncode == 2, err
+        assert "space" in err or "disk full" in err, err
+        assert "Traceback" not in err
+        whole = [p.parent.name for p in (small / "full").glob("checkpoints/*/manifest.json")]
+        assert whole
+        subprocess.run(["mount", "-o", "remount,size=256m", str(small)], check=True)
+        finish(start("full", *keep_all))
+        assert losses(small / "full") == undisturbed
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=True)

@@ -98,8 +98,8 @@ def save(
 
     Raises:
         RunConflictError: a later launch has taken the run over.
-        StorageError: on every rank, when any rank could not write. The checkpoints before
-            it are untouched.
+        StorageError: this rank could not write. The others may wait for it inside DeepSpeed,
+            so the whole group has to be ended. The checkpoints before it are untouched.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     folder = run / f"checkpoints/{checkpoint_name(step)}"
@@ -117,26 +117,22 @@ def save(
         else:
             target = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mimray-")))
         written: dict[str, dict[str, Any]] = {}
-
-        def write() -> None:
-            with storage_errors(folder.uri):
-                (target / _TAG).mkdir(parents=True, exist_ok=True)
-                before = set(_files(target)) if folder.local is None else set()
-                try:
-                    engine.save_checkpoint(str(target), tag=_TAG, save_latest=False)
-                except RuntimeError as error:  # torch's zip writer hides the errno
-                    raise StorageError(
-                        f"{folder}: {str(error).splitlines()[0]}",
-                        hint="is the disk full? the same command continues "
-                        "from the last whole checkpoint",
-                    ) from error
-                for name in _files(target):
-                    if name not in before and (folder.local is None or _is_mine(name, rank)):
-                        written[name] = _facts(target / name)
-                        if folder.local is None:
-                            folder.upload(target / name, name)
-
-        together(write)
+        with storage_errors(folder.uri):
+            (target / _TAG).mkdir(parents=True, exist_ok=True)
+            try:
+                engine.save_checkpoint(str(target), tag=_TAG, save_latest=False)
+            except RuntimeError as error:  # torch's zip writer hides the errno
+                raise StorageError(
+                    f"{folder}: {str(error).splitlines()[0]}",
+                    hint="is the disk full? the same command continues "
+                    "from the last whole checkpoint",
+                ) from error
+            for name in _files(target):
+                if folder.local is None:
+                    folder.upload(target / name, name)
+                elif not _is_mine(name, rank):
+                    continue
+                written[name] = _facts(target / name)
     shares: list[Any] = [None] * world
     dist.all_gather_object(shares, written)
 

@@ -1,0 +1,60 @@
+"""What only a GPU shows: nccl, bf16 and fp16 engines, activation checkpointing on the device."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+from trainers.config.recipes import load_recipe
+from trainers.config.run import resolve
+from trainers.data.sources import open_source
+from trainers.engine.loop import train
+from trainers.storage import RunDir
+
+pytestmark = pytest.mark.gpu
+
+
+class Watch:
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def resumed(self, step: int) -> None:
+        pass
+
+    def metrics(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+
+    def pictures(self, *_: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("precision", ["auto", "fp16", "fp32"])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_train__on_a_gpu(tmp_path: Path, precision: str, zero_stage: int) -> None:
+    rng = np.random.default_rng(0)
+    (tmp_path / "pictures").mkdir()
+    for i in range(32):
+        pixels = rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "pictures" / f"{i}.png")
+    source = open_source(str(tmp_path / "pictures"))
+    overrides = [
+        f"engine.precision={precision}", f"engine.zero_stage={zero_stage}", "data.num_workers=0",
+        "engine.activation_checkpointing=true", "optim.batch_size=16", "logging.every_steps=1",
+    ]  # fmt: skip
+    plan = resolve(load_recipe("mae-tiny", overrides, steps=6), source.facts, 1)
+    run, watch = RunDir(str(tmp_path / "run")), Watch()
+    run.create()
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        trained = train(plan, run, source, device=torch.device("cuda", 0), observer=watch)
+    finally:
+        dist.destroy_process_group()
+    assert all(math.isfinite(row["loss"]) for row in watch.rows)
+    assert all(value.dtype == torch.float32 for value in trained.state.values())
