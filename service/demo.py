@@ -12,6 +12,7 @@ from typing import Any
 from service.cluster import connected
 from service.jobs import console, run_evaluate, run_ingest, run_pretrain
 from service.progress import duration
+from trainers.errors import RunConflictError
 
 RECIPE = "mae-tiny"
 
@@ -30,7 +31,7 @@ def run_demo(out: Path, *, steps: int, fresh: bool) -> dict[str, Any]:
     began = time.monotonic()
     out = out.absolute()
     if fresh and out.exists():
-        shutil.rmtree(out)
+        _start_over(out)
     data = out / "data"
     with connected():
         _step("1/5 photographs from scikit-image and scikit-learn, cut into tiles")
@@ -77,6 +78,16 @@ def run_demo(out: Path, *, steps: int, fresh: bool) -> dict[str, Any]:
         markup=False,
     )
     return {"knn": scores, "loss": trained["loss"], "seconds": round(total_s, 1), **answer}
+
+
+def _start_over(out: Path) -> None:
+    """Remove what an earlier demo made; anything else is left alone."""
+    if not (out / "plan.json").is_file() and {p.name for p in out.iterdir()} - {"data"}:
+        raise RunConflictError(
+            f"{out} exists and is not a demo's, so --fresh will not delete it",
+            hint="choose another --out",
+        )
+    shutil.rmtree(out)
 
 
 def _make_datasets(data: Path) -> None:

@@ -47,9 +47,9 @@ def run_serve(bundles: Sequence[str], **options: Any) -> None:
 
     logging.getLogger("ray").setLevel(logging.ERROR)
     console.print("starting…", markup=False)
-    endpoint = serve_bundles(models, **options)
-    console.print(f"serving {', '.join(endpoint.models)} at {endpoint.url}; Ctrl-C ends it")
-    for name in endpoint.models:
-        console.print(f"  POST {endpoint.url}/v2/models/{name}/infer", markup=False)
-    endpoint.wait()
+    with serve_bundles(models, **options) as endpoint:
+        console.print(f"serving {', '.join(endpoint.models)} at {endpoint.url}; Ctrl-C ends it")
+        for name in endpoint.models:
+            console.print(f"  POST {endpoint.url}/v2/models/{name}/infer", markup=False)
+        endpoint.wait()
     console.print("stopped", markup=False)

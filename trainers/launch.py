@@ -76,8 +76,14 @@ def prepare(job: Job) -> Plan:
     Needs no cluster. Writes nothing.
 
     Raises:
-        RunConflictError: the directory holds a run of another recipe or other data.
+        RunConflictError: the directory holds a run of another recipe or other data, or is to be
+            started over and is no run.
     """
+    if job.fresh and job.run.exists() and not job.run.exists("plan.json"):
+        raise RunConflictError(
+            f"{job.run} exists and is not a run, so --fresh will not delete it",
+            hint="choose another --name, or remove it yourself",
+        )
     facts = open_source(job.data).facts
     plan = resolve(job.recipe, facts, job.recipe.resources.num_workers)
     if job.fresh or not job.run.exists("plan.json"):

@@ -123,13 +123,39 @@ def test_pretrain__unwritable_storage(pictures: Path, tmp_path: Path) -> None:
     assert str(tmp_path / "file") in message
 
 
+def test_fresh__deletes_runs_only(pictures: Path, tmp_path: Path) -> None:
+    message = refused(
+        *PRETRAIN, str(pictures), "--storage", str(tmp_path), "--name", "pictures", "--fresh"
+    )
+    assert "is not a run" in message
+    assert "is not a demo's" in refused("demo", "--out", str(pictures), "--fresh")
+    assert len(list(pictures.iterdir())) == 70
+
+
 def test_serve__what_is_not_a_bundle(tmp_path: Path) -> None:
     assert "no bundle at" in refused("serve", str(tmp_path / "absent"))
     assert "neither a bundle nor a run" in refused("serve", str(tmp_path))
 
 
 def test_serve__public_address_without_a_key(tmp_path: Path) -> None:
-    assert "key" in refused("serve", f"m={tmp_path}", "--host", "0.0.0.0")
+    from trainers.bundles import BundleCard, save_bundle
+    from trainers.config.recipes import load_recipe
+    from trainers.models import build_encoder
+
+    recipe = load_recipe("mae-tiny", ["encoder.depth=1"])
+    encoder = build_encoder(recipe.encoder, (64, 64))
+    card = BundleCard(
+        name="m",
+        encoder=recipe.encoder,
+        image_size=(64, 64),
+        channels=3,
+        mean=recipe.data.mean,
+        std=recipe.data.std,
+    )
+    save_bundle(tmp_path / "bundle", card, encoder.state_dict())
+    message = refused("serve", str(tmp_path / "bundle"), "--host", "0.0.0.0")
+    assert "no API key is set" in message
+    assert "MIMRAY_API_KEY" in message
 
 
 def png_header(width: int, height: int) -> bytes:
