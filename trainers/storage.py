@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -144,7 +145,9 @@ class RunDir:
             if self.local is not None:
                 shutil.rmtree(self.path(name), ignore_errors=True)
             elif self.exists(name):
-                self.filesystem.delete_dir(self.path(name))
+                # A store may drop an emptied folder by itself at any time; gone is gone.
+                with contextlib.suppress(FileNotFoundError):
+                    self.filesystem.delete_dir(self.path(name))
 
 
 OWNER = ".owner"
