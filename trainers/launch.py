@@ -200,9 +200,7 @@ def preflight(plan: Plan) -> Share:
             f"{plan.world_size} workers need {plan.world_size} GPUs, the cluster has {most_gpus}",
             hint=f"--workers {max(1, most_gpus)}, or --set resources.device=cpu",
         )
-    per_node = [
-        min(n.get("CPU", 0) / 1, n.get("GPU", 0)) if on_gpu else n.get("CPU", 0) for n in nodes
-    ]
+    per_node = [min(n.get("CPU", 0), n.get("GPU", 0)) if on_gpu else n.get("CPU", 0) for n in nodes]
     cpus = wanted.cpus_per_worker or _fair_cpus(nodes, plan.world_size, on_gpu)
     fits = sum(
         int(min(n.get("CPU", 0) // cpus, n.get("GPU", 0) if on_gpu else 1_000_000)) for n in nodes

@@ -17,7 +17,6 @@ from trainers.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-COLLECTIVE_TIMEOUT_S = 1800
 
 
 def choose_precision(wanted: str, device: torch.device) -> str:
