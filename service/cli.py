@@ -157,17 +157,27 @@ def pretrain(
 @click.argument("pictures", nargs=-1, required=True)
 @click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--mask-ratio", type=click.FloatRange(0, 1, min_open=True, max_open=True))
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", default=0, show_default=True, help="Of the masks and of drawn samples.")
+@click.option(
+    "--oracle", is_flag=True, help="Lend normalised targets the hidden patches' own colours."
+)
 def reconstruct(
-    run: str, pictures: tuple[str, ...], out: Path, mask_ratio: float | None, seed: int
+    run: str,
+    pictures: tuple[str, ...],
+    out: Path,
+    mask_ratio: float | None,
+    seed: int,
+    oracle: bool,
 ) -> None:
-    """Draw original | masked | reconstruction for pictures of yours.
+    """Draw what the method makes of pictures of yours, beside the originals.
 
     Example: mimray reconstruct runs/demo a.jpg b.jpg --out sheet.png
     """
     from service.jobs import draw_reconstructions
 
-    count = draw_reconstructions(run, pictures, out, mask_ratio=mask_ratio, seed=seed)
+    count = draw_reconstructions(
+        run, pictures, out, mask_ratio=mask_ratio, seed=seed, oracle=oracle
+    )
     click.echo(f"{out}: {count} pictures")
 
 

@@ -184,9 +184,15 @@ def run_evaluate(
 
 
 def draw_reconstructions(
-    run: str, pictures: Sequence[str], out: Path, *, mask_ratio: float | None, seed: int
+    run: str,
+    pictures: Sequence[str],
+    out: Path,
+    *,
+    mask_ratio: float | None,
+    seed: int,
+    oracle: bool,
 ) -> int:
-    """Draw original | masked | reconstruction of pictures; returns how many."""
+    """Draw what a method makes of pictures, column by column; returns how many."""
     import numpy as np
     import torch
 
@@ -195,18 +201,20 @@ def draw_reconstructions(
     from trainers.data.decode import decode
     from trainers.data.rng import Stream, generator
     from trainers.data.transforms import inference_view
-    from trainers.errors import DataError
+    from trainers.errors import ConfigError, DataError
     from trainers.methods import load_method
-    from trainers.models.normalise import denormalise, normalise
-    from trainers.pictures import hide_patches, paste_visible, reconstruction_sheet
+    from trainers.models.normalise import normalise
+    from trainers.pictures import panel_sheet
 
     method = load_method(fetch_bundle(run))
     recipe = method.recipe
     if mask_ratio is not None:
         tree = recipe.model_dump(mode="json")
+        if "mask_ratio" not in tree["method"]:
+            raise ConfigError(f"method {recipe.method.name} hides nothing, so it has no mask ratio")
         tree["method"]["mask_ratio"] = mask_ratio
         recipe = parse_recipe(tree, "reconstruct")
-    views, masks = [], []
+    views: dict[str, list[np.ndarray]] = {"images": [], "tokenizer_images": [], "mask": []}
     for number, name in enumerate(pictures):
         file = Path(name)
         if not file.is_file():
@@ -214,22 +222,22 @@ def draw_reconstructions(
         image = decode(file.read_bytes()).image
         if recipe.data.channels == 1:
             image = image.convert("L")
-        views.append(inference_view(image, recipe.data.image_size, recipe.data.interpolation))
-        masks.append(method.draw_mask(recipe, generator(seed, Stream.MASK, number)))
-    pixels = torch.from_numpy(np.stack(views))
-    images = normalise(pixels, recipe.data.mean, recipe.data.std)
+        views["images"].append(
+            inference_view(image, recipe.data.image_size, recipe.data.interpolation)
+        )
+        if recipe.tokenizer_size is not None:
+            views["tokenizer_images"].append(
+                inference_view(image, recipe.tokenizer_size, "lanczos")
+            )
+        mask = method.draw_mask(recipe, generator(seed, Stream.MASK, number))
+        if mask is not None:
+            views["mask"].append(mask)
+    inputs = {name: torch.from_numpy(np.stack(found)) for name, found in views.items() if found}
+    inputs["images"] = normalise(inputs["images"], recipe.data.mean, recipe.data.std)
+    torch.manual_seed(seed)
     with torch.no_grad():
-        output = method(images, torch.from_numpy(np.stack(masks)))
-        restored = method.reconstruct(images, output)
-    original = pixels.permute(0, 2, 3, 1).numpy()
-    drawn = denormalise(restored, recipe.data.mean, recipe.data.std).permute(0, 2, 3, 1).numpy()
-    patch, mask = recipe.encoder.patch_size, np.stack(masks)
-    sheet = reconstruction_sheet(
-        original,
-        hide_patches(original, mask, patch),
-        paste_visible(drawn, original, mask, patch),
-        captions=[Path(p).name for p in pictures],
-    )
+        panels = method.panels(inputs["images"], method(**inputs), oracle=oracle)
+    sheet = panel_sheet(panels, captions=[Path(p).name for p in pictures])
     out.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(out)
     return len(pictures)

@@ -43,11 +43,12 @@ class ModelHandler:
         """The protocol's description of the model."""
         card, width = self._predictor.card, self._predictor.width
         height_px, width_px = card.image_size
-        patch_px = self._predictor.patch_size
-        grid = [height_px // patch_px, width_px // patch_px]
+        stride_px = self._predictor.stride
+        num_tokens = (height_px // stride_px) * (width_px // stride_px)
+        sizes = zip(self._predictor.layer_widths, self._predictor.layer_strides, strict=True)
         layers = [
-            _tensor(f"layer_{layer}", "FP32", [-1, width, *grid])
-            for layer in range(self._predictor.depth)
+            _tensor(f"layer_{i}", "FP32", [-1, channels, height_px // px, width_px // px])
+            for i, (channels, px) in enumerate(sizes)
         ]
         return {
             "name": self.name,
@@ -56,14 +57,14 @@ class ModelHandler:
             "inputs": [_tensor("image", "BYTES", [-1])],
             "outputs": [
                 _tensor("pooled", "FP32", [-1, width]),
-                _tensor("tokens", "FP32", [-1, grid[0] * grid[1], width]),
+                _tensor("tokens", "FP32", [-1, num_tokens, width]),
                 _tensor("source_size", "INT64", [-1, 2]),
                 *layers,
             ],
             "parameters": {
                 "max_pictures": self._max_pictures,
                 "image_size": [height_px, width_px],
-                "patch_size": patch_px,
+                "patch_size": stride_px,
                 "layers": list(card.layers),
                 **card.model_dump(
                     mode="json",

@@ -120,7 +120,9 @@ class Predictor:
         self.card: BundleCard = self._encoder.card
         self.depth: int = self._encoder.encoder.depth
         self.width: int = self._encoder.encoder.width
-        self.patch_size: int = self._encoder.encoder.patch_size
+        self.stride: int = self._encoder.encoder.stride
+        self.layer_widths: tuple[int, ...] = self._encoder.encoder.widths
+        self.layer_strides: tuple[int, ...] = self._encoder.encoder.strides
         self._mean, self._std = (
             torch.tensor(values, device=self._device).view(1, -1, 1, 1)
             for values in (self.card.mean, self.card.std)

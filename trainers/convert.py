@@ -18,6 +18,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from trainers.bundles import METHOD, BundleCard, bundle_folder, load_bundle, load_state
+from trainers.config.method import MAEConfig
+from trainers.config.model import ViTConfig
 from trainers.config.run import Recipe, parse_recipe
 from trainers.errors import BundleError
 from trainers.models.decoders import MAEDecoder
@@ -72,6 +74,7 @@ def export_timm(bundle: Path, out: Path) -> None:
     frozen = load_bundle(bundle)
     card = frozen.card
     shape, pool = card.encoder, "avg" if card.pooling == "mean" else "token"
+    assert isinstance(shape, ViTConfig)
     config = {
         # Any classic ViT entry point does: model_args replaces every number of its shape.
         "architecture": "vit_base_patch16_224",
@@ -131,14 +134,16 @@ def export_transformers(bundle: Path, out: Path) -> None:
     frozen = load_bundle(bundle)
     card, folder = frozen.card, bundle_folder(bundle)
     recipe = _vitmae_recipe(folder, card)
-    method = recipe.method
+    method, shape = recipe.method, card.encoder
+    assert isinstance(method, MAEConfig)
+    assert isinstance(shape, ViTConfig)
     decoder = MAEDecoder(
-        encoder_width=card.encoder.width,
+        encoder_width=shape.width,
         width=method.decoder_width,
         depth=method.decoder_depth,
         num_heads=method.decoder_num_heads,
         grid=recipe.grid,
-        out_dim=card.encoder.patch_size**2 * card.channels,
+        out_dim=shape.patch_size**2 * card.channels,
     )
     load_state(nn.ModuleDict({"decoder": decoder}), folder / METHOD)
     state = dict(_renamed(frozen.encoder.state_dict(), _ENCODER, "vit.encoder.layer"))
@@ -148,17 +153,17 @@ def export_transformers(bundle: Path, out: Path) -> None:
         "architectures": ["ViTMAEForPreTraining"],
         "model_type": "vit_mae",
         "dtype": "float32",
-        "hidden_size": card.encoder.width,
-        "num_hidden_layers": card.encoder.depth,
-        "num_attention_heads": card.encoder.num_heads,
-        "intermediate_size": int(card.encoder.width * card.encoder.mlp_ratio),
+        "hidden_size": shape.width,
+        "num_hidden_layers": shape.depth,
+        "num_attention_heads": shape.num_heads,
+        "intermediate_size": int(shape.width * shape.mlp_ratio),
         "hidden_act": "gelu",
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
         "initializer_range": 0.02,
         "layer_norm_eps": LAYER_NORM_EPS,
         "image_size": card.image_size[0],
-        "patch_size": card.encoder.patch_size,
+        "patch_size": shape.patch_size,
         "num_channels": card.channels,
         "qkv_bias": True,
         "decoder_num_attention_heads": method.decoder_num_heads,
@@ -257,8 +262,8 @@ def _write_folder(out: Path, state: dict[str, Tensor], files: dict[str, str]) ->
 def _readme(card: BundleCard, library: str, usage: str) -> str:
     height, width = card.image_size
     facts = {
-        "Encoder": f"{card.encoder.name}, patch {card.encoder.patch_size}, "
-        f"depth {card.encoder.depth}, width {card.encoder.width}",
+        "Encoder": f"{card.encoder.name}, stride {card.encoder.stride} px, "
+        f"{card.encoder.num_layers} layers, width {card.encoder.out_width}",
         "Input": f"{card.channels} x {height} x {width}, resized whole ({card.interpolation}), "
         f"mean {list(card.mean)}, std {list(card.std)}",
         "Pre-training": f"{card.method or 'unknown'}, {card.step} updates, {card.samples} pictures",

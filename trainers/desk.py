@@ -14,13 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import numpy as np
-
 from trainers.config.run import Plan
 from trainers.errors import MimrayError
-from trainers.pictures import hide_patches, paste_visible, reconstruction_sheet
+from trainers.pictures import panel_sheet
 from trainers.storage import RunDir
 from trainers.tracking import Tracker
+from trainers.types import Panel
 
 RECONSTRUCTION = "reconstruction.png"
 
@@ -94,20 +93,10 @@ class Desk:
         values = {k: v for k, v in row.items() if k not in ("step", "time")}
         self._tracker.log(row["step"], values)
 
-    def pictures(
-        self, step: int, original: np.ndarray, mask: np.ndarray, restored: np.ndarray
-    ) -> None:
-        """Draw original | masked | reconstruction and keep it."""
-        patch = self._plan.recipe.encoder.patch_size
-        sheet = reconstruction_sheet(
-            original,
-            hide_patches(original, mask, patch),
-            paste_visible(restored, original, mask, patch),
-            captions=None,
-            scale=None,
-        )
+    def pictures(self, step: int, panels: list[Panel]) -> None:
+        """Draw them side by side and keep the sheet."""
         stream = io.BytesIO()
-        sheet.save(stream, format="PNG")
+        panel_sheet(panels).save(stream, format="PNG")
         self._run.write(RECONSTRUCTION, stream.getvalue())
         self._tracker.picture("reconstruction", stream.getvalue(), step)
 
@@ -151,11 +140,9 @@ class Link:
         """A row went into `metrics.jsonl`."""
         self._desk.metrics.remote(row)
 
-    def pictures(
-        self, step: int, original: np.ndarray, mask: np.ndarray, restored: np.ndarray
-    ) -> None:
-        """Reconstructions at a step."""
-        self._desk.pictures.remote(step, original, mask, restored)
+    def pictures(self, step: int, panels: list[Panel]) -> None:
+        """What the method draws at a step."""
+        self._desk.pictures.remote(step, panels)
 
     def flush(self) -> None:
         """Return when the desk has taken everything sent so far."""

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from trainers.errors import DataError
+from trainers.types import Panel
 
 Pixels = NDArray[np.uint8]
 Flags = NDArray[np.bool_]
@@ -93,24 +94,15 @@ def paste_visible(reconstruction: Pixels, original: Pixels, mask: Flags, patch_s
     return np.where(hidden, reconstruction, original)
 
 
-def reconstruction_sheet(
-    original: Pixels,
-    masked: Pixels,
-    reconstruction: Pixels,
-    *more: Pixels,
-    titles: Sequence[str] = ("original", "masked", "reconstruction"),
-    captions: Sequence[str] | None = None,
-    scale: int | None = None,
+def panel_sheet(
+    panels: Sequence[Panel], *, captions: Sequence[str] | None = None, scale: int | None = None
 ) -> Image.Image:
-    """Lay pictures out for the eye: one row a picture, one column a stage, headings on top.
+    """Lay pictures out for the eye: one row a picture, one column a panel, headings on top.
 
     Args:
-        original: uint8 [B, H, W, C]. One channel is shown as grey; of any other number than
-            three the first three channels are shown, or the first of two.
-        masked: uint8 [B, H, W, C].
-        reconstruction: uint8 [B, H, W, C].
-        more: further columns of the same shape.
-        titles: one heading a column.
+        panels: headings and uint8 [B, H, W, C]. One channel is shown as grey; of any other
+            number than three the first three channels are shown, or the first of two. Pictures
+            of a size other than the first panel's are brought to its size.
         captions: one line under each row.
         scale: enlargement without smoothing, a whole number; by default the one that brings the
             longer side closest to `CELL_PX`, and pictures far larger than that are reduced.
@@ -119,12 +111,13 @@ def reconstruction_sheet(
         An RGB picture.
 
     Raises:
-        DataError: when shapes, titles or captions do not agree.
+        DataError: when shapes or captions do not agree.
     """
-    columns = (original, masked, reconstruction, *more)
-    _check_sheet(columns, titles, captions)
+    titles = [panel.title for panel in panels]
+    columns = [panel.pixels for panel in panels]
+    _check_sheet(columns, captions)
 
-    rows, height, width, _ = original.shape
+    rows, height, width, _ = columns[0].shape
     cell = _cell_size((width, height), scale)
     heading_font = ImageFont.load_default(_HEADING_PX)
     caption_font = ImageFont.load_default(_CAPTION_PX)
@@ -232,17 +225,13 @@ def smoothed(values: NDArray[np.float64], *, window: int | None = None) -> NDArr
     return np.concatenate([head, middle, tail])
 
 
-def _check_sheet(
-    columns: Sequence[Pixels], titles: Sequence[str], captions: Sequence[str] | None
-) -> None:
-    shape = columns[0].shape
-    if len(shape) != 4 or not shape[0] or any(images.shape != shape for images in columns):
+def _check_sheet(columns: Sequence[Pixels], captions: Sequence[str] | None) -> None:
+    rows = columns[0].shape[0] if columns else 0
+    if not rows or any(c.ndim != 4 or c.shape[0] != rows or not c.size for c in columns):
         shapes = ", ".join(str(images.shape) for images in columns)
-        raise DataError(f"the columns of a sheet must share one shape [B, H, W, C], not {shapes}")
-    if len(titles) != len(columns):
-        raise DataError(f"{len(columns)} columns need as many titles, not {len(titles)}")
-    if captions is not None and len(captions) != shape[0]:
-        raise DataError(f"{shape[0]} rows need as many captions, not {len(captions)}")
+        raise DataError(f"the columns of a sheet must all be [B, H, W, C] of one B, not {shapes}")
+    if captions is not None and len(captions) != rows:
+        raise DataError(f"{rows} rows need as many captions, not {len(captions)}")
 
 
 def _cell_size(size: tuple[int, int], scale: int | None) -> tuple[int, int]:

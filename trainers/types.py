@@ -28,6 +28,8 @@ class Batch:
     Attributes:
         images: uint8 [B, C, H, W].
         mask: bool [B, N], True = hidden; None when the method wants no mask.
+        tokenizer_images: uint8 [B, C, h, w], the same crops at the tokenizer's size; None when
+            the method has no tokenizer.
         indices: int64 [B], sample indices in the dataset.
         epoch: epoch of every sample, int64 [B].
         problems: what was wrong with pictures that others stand in for.
@@ -38,6 +40,14 @@ class Batch:
     indices: np.ndarray
     epoch: np.ndarray
     problems: tuple[str, ...] = ()
+    tokenizer_images: Tensor | None = None
+
+
+class Panel(NamedTuple):
+    """One column of a sheet of pictures: a heading and uint8 [B, H, W, C]."""
+
+    title: str
+    pixels: np.ndarray
 
 
 # Outputs of modules are named tuples: DeepSpeed's ZeRO-3 hooks look for tensors inside tuples
@@ -47,15 +57,18 @@ class MethodOutput(NamedTuple):
 
     Attributes:
         loss: scalar.
-        prediction: [B, N, P] for patch targets.
-        target: [B, N, P], what the prediction is held against.
+        prediction: [B, N, P] for patch targets; for codes the logits [M, K] of the M hidden
+            tokens, in row-major order.
+        target: what the prediction is held against: [B, N, P], or int64 [M].
         mask: bool [B, N], True = hidden (all True where the method hides nothing).
+        terms: scalars worth a curve of their own beside the loss, by name.
     """
 
     loss: Tensor
     prediction: Tensor
     target: Tensor
     mask: Tensor
+    terms: dict[str, Tensor] = {}
 
 
 class Features(NamedTuple):

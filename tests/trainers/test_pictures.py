@@ -11,15 +11,20 @@ from trainers.errors import DataError
 from trainers.pictures import (
     hide_patches,
     loss_chart,
+    panel_sheet,
     paste_visible,
     pixel_mask,
-    reconstruction_sheet,
     smoothed,
 )
+from trainers.types import Panel
 
 
 def pictures(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def sheet_of(*columns: np.ndarray, **options: object) -> Image.Image:
+    return panel_sheet([Panel(f"column {i}", c) for i, c in enumerate(columns)], **options)
 
 
 def cell(sheet: Image.Image, row: int, column: int, size: tuple[int, int]) -> np.ndarray:
@@ -66,7 +71,7 @@ def test_hide_and_paste__are_complements(channels: int):
 def test_sheet__every_cell_is_its_picture_enlarged_without_smoothing():
     columns = [pictures(2, 32, 48, 3, seed=seed) for seed in range(3)]
 
-    sheet = reconstruction_sheet(*columns)
+    sheet = sheet_of(*columns)
 
     for column, images in enumerate(columns):
         for row, image in enumerate(images):
@@ -77,8 +82,8 @@ def test_sheet__every_cell_is_its_picture_enlarged_without_smoothing():
 def test_sheet__headings_and_captions_leave_ink_outside_the_cells():
     white = np.full((1, 192, 192, 3), 255, dtype=np.uint8)
 
-    plain = np.asarray(reconstruction_sheet(white, white, white))
-    captioned = np.asarray(reconstruction_sheet(white, white, white, captions=["loss 0.1"]))
+    plain = np.asarray(sheet_of(white, white, white))
+    captioned = np.asarray(sheet_of(white, white, white, captions=["loss 0.1"]))
 
     assert plain[:53].min() < 100  # headings
     assert plain[53:].min() == 255
@@ -89,7 +94,7 @@ def test_sheet__headings_and_captions_leave_ink_outside_the_cells():
 def test_sheet__shows_any_number_of_channels(channels: int, first: list[int]):
     images = pictures(1, 16, 16, channels)
 
-    sheet = reconstruction_sheet(images, images, images, scale=12)
+    sheet = sheet_of(images, images, images, scale=12)
 
     expected = images[0][..., first].repeat(12, axis=0).repeat(12, axis=1)
     np.testing.assert_array_equal(cell(sheet, 0, 0, (192, 192)), expected)
@@ -99,30 +104,36 @@ def test_sheet__shows_any_number_of_channels(channels: int, first: list[int]):
 def test_sheet__cells_have_a_size_people_can_see(size: tuple[int, int]):
     images = pictures(1, *size, 3)
 
-    sheet = reconstruction_sheet(images, images, images)
+    sheet = sheet_of(images, images, images)
 
     cell_height = sheet.height - 53 - 24
     cell_width = (sheet.width - 48 - 20) / 3
     assert 150 <= max(cell_height, cell_width) <= 256
 
 
-def test_sheet__takes_more_columns_with_their_titles():
+def test_sheet__takes_any_number_of_columns():
     images = pictures(1, 192, 192, 3)
 
-    sheet = reconstruction_sheet(images, images, images, images, titles=("a", "b", "c", "d"))
+    assert sheet_of(images).width == 48 + 192
+    assert sheet_of(images, images, images, images).width == 48 + 4 * 192 + 30
 
-    assert sheet.width == 48 + 4 * 192 + 30
-    with pytest.raises(DataError, match="4 columns need as many titles, not 3"):
-        reconstruction_sheet(images, images, images, images)
+
+def test_sheet__brings_other_sizes_to_that_of_the_first_column():
+    images, small = pictures(1, 192, 192, 3), pictures(1, 48, 48, 3, seed=1)
+
+    sheet = sheet_of(images, small)
+
+    shown = cell(sheet, 0, 1, (192, 192))
+    np.testing.assert_array_equal(shown, small[0].repeat(4, axis=0).repeat(4, axis=1))
 
 
 def test_sheet__refuses_columns_that_do_not_match():
     images = pictures(2, 16, 16, 3)
 
-    with pytest.raises(DataError, match="share one shape"):
-        reconstruction_sheet(images, images[:1], images)
+    with pytest.raises(DataError, match="of one B"):
+        sheet_of(images, images[:1], images)
     with pytest.raises(DataError, match="2 rows need as many captions"):
-        reconstruction_sheet(images, images, images, captions=["only one"])
+        sheet_of(images, images, images, captions=["only one"])
 
 
 def test_smoothed__keeps_a_line_and_takes_out_noise():

@@ -28,6 +28,12 @@ class DataConfig(Config):
         default=(3 / 4, 4 / 3), description="aspect (width over height) of the random crop"
     )
     hflip: float = Field(default=0.5, ge=0, le=1, description="probability of a horizontal flip")
+    color_jitter: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="brightness, contrast and saturation by up to this share, in random order",
+    )
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     num_workers: NonNegativeInt = Field(
         default=2, description="decode processes a training worker; 0 decodes in the loop"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from trainers.config.base import Config
 
@@ -27,7 +27,7 @@ VIT_SHAPES: dict[str, _Shape] = {
 
 
 class ViTConfig(Config):
-    """A plain vision transformer with a class token and fixed 2-D sin-cos positions.
+    """A plain vision transformer with a class token.
 
     `name` picks a published shape, of which any part may be overridden; `vit` leaves all of
     width, depth and num_heads to the recipe.
@@ -40,6 +40,20 @@ class ViTConfig(Config):
     patch_size: PositiveInt = Field(description="side of a square patch, pixels")
     mlp_ratio: float = Field(default=4.0, gt=0, description="hidden width of the MLP over width")
     drop_path: float = Field(default=0.0, ge=0, lt=1, description="stochastic depth, last block")
+    positions: Literal["sincos", "learned", "none"] = Field(
+        default="sincos", description="absolute positions added to the patches"
+    )
+    rel_pos_bias: Literal["none", "shared", "per_block"] = Field(
+        default="none", description="relative position bias in attention; shared as in BEiT"
+    )
+    layer_scale: PositiveFloat | None = Field(
+        default=None, description="initial scale of each residual branch; off by default"
+    )
+    init: Literal["mae", "beit"] = Field(
+        default="mae",
+        description="mae: xavier-uniform; beit: normal .02 cut at one std, rescaled by depth",
+    )
+    norm_eps: PositiveFloat = Field(default=1e-6, description="epsilon of every LayerNorm")
 
     @model_validator(mode="before")
     @classmethod
@@ -56,13 +70,125 @@ class ViTConfig(Config):
             raise ValueError(
                 f"encoder.width {self.width} is not a multiple of num_heads {self.num_heads}"
             )
-        if self.width % 4:
+        if self.width % 4 and self.positions == "sincos":
             raise ValueError(
                 f"encoder.width {self.width} is not a multiple of 4, "
                 "which 2-D sin-cos positions need"
             )
         return self
 
+    @property
+    def stride(self) -> int:
+        """Pixels between neighbouring output tokens."""
+        return self.patch_size
 
-# Grows into a union told apart by `name` when a second family arrives.
-EncoderConfig = ViTConfig
+    @property
+    def num_layers(self) -> int:
+        """Layers whose feature maps can be asked for."""
+        return self.depth
+
+    @property
+    def out_width(self) -> int:
+        """Width of the output tokens."""
+        return self.width
+
+
+class _SwinShape(NamedTuple):
+    width: int
+    depths: tuple[int, ...]
+    num_heads: tuple[int, ...]
+
+
+# Liu et al. 2021, sec. 3.3.
+SWIN_SHAPES: dict[str, _SwinShape] = {
+    "swin_tiny": _SwinShape(96, (2, 2, 6, 2), (3, 6, 12, 24)),
+    "swin_small": _SwinShape(96, (2, 2, 18, 2), (3, 6, 12, 24)),
+    "swin_base": _SwinShape(128, (2, 2, 18, 2), (4, 8, 16, 32)),
+    "swin_large": _SwinShape(192, (2, 2, 18, 2), (6, 12, 24, 48)),
+}
+
+
+class SwinConfig(Config):
+    """A Swin transformer: attention in shifted windows, four stages, each of half the grid.
+
+    `name` picks a published shape, of which any part may be overridden; `swin` leaves width,
+    depths and num_heads to the recipe.
+    """
+
+    name: Literal["swin", "swin_tiny", "swin_small", "swin_base", "swin_large"]
+    width: PositiveInt = Field(description="token width of the first stage; doubles at each next")
+    depths: tuple[PositiveInt, ...] = Field(description="transformer blocks of each stage")
+    num_heads: tuple[PositiveInt, ...] = Field(description="attention heads of each stage")
+    patch_size: PositiveInt = Field(default=4, description="side of a square patch, pixels")
+    window_size: PositiveInt = Field(default=7, description="side of a window, tokens")
+    mlp_ratio: float = Field(default=4.0, gt=0, description="hidden width of the MLP over width")
+    drop_path: float = Field(default=0.0, ge=0, lt=1, description="stochastic depth, last block")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_name(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("name") in SWIN_SHAPES:
+            return {**SWIN_SHAPES[data["name"]]._asdict(), **data}
+        return data
+
+    @model_validator(mode="after")
+    def _check_shape(self) -> SwinConfig:
+        if len(self.depths) != len(self.num_heads) or not self.depths:
+            raise ValueError(
+                f"encoder.depths {self.depths} and num_heads {self.num_heads} must name "
+                "the same stages"
+            )
+        for stage, heads in enumerate(self.num_heads):
+            if self.width * 2**stage % heads:
+                raise ValueError(
+                    f"width {self.width * 2**stage} of stage {stage} is not a multiple of its "
+                    f"num_heads {heads}"
+                )
+        return self
+
+    @property
+    def stride(self) -> int:
+        """Pixels between neighbouring output tokens."""
+        return int(self.patch_size * 2 ** (len(self.depths) - 1))
+
+    @property
+    def num_layers(self) -> int:
+        """Layers whose feature maps can be asked for: the stages."""
+        return len(self.depths)
+
+    @property
+    def out_width(self) -> int:
+        """Width of the output tokens."""
+        return int(self.width * 2 ** (len(self.depths) - 1))
+
+
+class ConvConfig(Config):
+    """A residual convolutional encoder; every stage halves the picture."""
+
+    name: Literal["conv"]
+    widths: tuple[PositiveInt, ...] = Field(description="channels of each stage")
+    depth: PositiveInt = Field(default=2, description="residual blocks a stage")
+
+    @model_validator(mode="after")
+    def _check_shape(self) -> ConvConfig:
+        if not self.widths:
+            raise ValueError("encoder.widths names no stage")
+        return self
+
+    @property
+    def stride(self) -> int:
+        """Pixels between neighbouring output tokens."""
+        return int(2 ** len(self.widths))
+
+    @property
+    def num_layers(self) -> int:
+        """Layers whose feature maps can be asked for: the stages."""
+        return len(self.widths)
+
+    @property
+    def out_width(self) -> int:
+        """Width of the output tokens."""
+        return self.widths[-1]
+
+
+EncoderConfig = Annotated[ViTConfig | SwinConfig | ConvConfig, Field(discriminator="name")]

@@ -10,7 +10,7 @@ from trainers.config.base import Config
 
 
 class OptimConfig(Config):
-    """AdamW with linear warm-up and a per-step half-cosine.
+    """AdamW with linear warm-up, then a per-step half-cosine or steps.
 
     Length is given either in epochs or in steps, and so is the warm-up.
     """
@@ -25,6 +25,18 @@ class OptimConfig(Config):
     betas: tuple[float, float] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     weight_decay: float = Field(default=0.05, ge=0)
+    no_decay: tuple[str, ...] = Field(
+        default=(),
+        description="parameters that do not decay beside biases and norms, by the last part of "
+        "their name, e.g. cls_token",
+    )
+    schedule: Literal["cosine", "multistep"] = Field(
+        default="cosine", description="after the warm-up"
+    )
+    milestones: tuple[float, ...] = Field(
+        default=(), description="multistep: shares of the run at which the rate falls"
+    )
+    gamma: float = Field(default=0.1, gt=0, lt=1, description="multistep: factor of each fall")
     min_lr: float = Field(default=0.0, ge=0, description="learning rate at the end")
     epochs: PositiveFloat | None = None
     steps: PositiveInt | None = None
@@ -40,4 +52,12 @@ class OptimConfig(Config):
             raise ValueError("optim: give exactly one of 'epochs' and 'steps'")
         if self.warmup_epochs is not None and self.warmup_steps is not None:
             raise ValueError("optim: give only one of 'warmup_epochs' and 'warmup_steps'")
+        if (self.schedule == "multistep") != bool(self.milestones):
+            raise ValueError("optim: 'milestones' and schedule 'multistep' go together")
+        if any(not 0 < m < 1 for m in self.milestones) or list(self.milestones) != sorted(
+            self.milestones
+        ):
+            raise ValueError(
+                f"optim.milestones {self.milestones} must rise and lie between 0 and 1"
+            )
         return self

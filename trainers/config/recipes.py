@@ -31,8 +31,9 @@ def load_recipe(
     tree, origin = _read(name_or_path), f"recipe {name_or_path}"
     if steps is not None:
         tree = _with_steps(tree, steps, origin)
-    # A new architecture replaces the old one's numbers, so it goes before its own overrides.
-    for assignment in sorted(overrides, key=lambda a: not a.startswith("encoder.name=")):
+    # A new architecture or method replaces the old one's numbers, so it goes before its own.
+    named = ("encoder.name=", "method.name=")
+    for assignment in sorted(overrides, key=lambda a: not a.startswith(named)):
         tree = _assign(tree, assignment)
     return parse_recipe(tree, origin)
 
@@ -106,7 +107,8 @@ def _assign(tree: dict[str, Any], assignment: str) -> dict[str, Any]:
     for one, other in (("epochs", "steps"), ("warmup_epochs", "warmup_steps")):
         if parents == ["optim"] and leaf in (one, other):
             node.pop(other if leaf == one else one, None)
-    if key == "encoder.name":
-        kept = {k: v for k, v in tree["encoder"].items() if k in ("patch_size", "drop_path")}
-        tree["encoder"] = {**kept, "name": value}
+    kept = {"encoder.name": ("patch_size", "drop_path"), "method.name": ()}.get(key)
+    if kept is not None:
+        section = parents[0]
+        tree[section] = {k: v for k, v in tree[section].items() if k in kept} | {"name": value}
     return tree

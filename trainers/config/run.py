@@ -11,11 +11,12 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from trainers.config.base import Config, explain
+from trainers.config.composition import check_composition
 from trainers.config.data import DataConfig
 from trainers.config.method import MethodConfig
 from trainers.config.model import EncoderConfig
@@ -99,33 +100,19 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _check_composition(self) -> Recipe:
-        patch = self.encoder.patch_size
-        for side, size in zip(("height", "width"), self.data.image_size, strict=True):
-            if size % patch:
-                below, above = size // patch * patch, (size // patch + 1) * patch
-                raise ValueError(
-                    f"encoder.patch_size {patch} does not divide data.image_size {side} {size}; "
-                    f"nearest sizes are {below or above} and {above}"
-                )
-        height, width = self.grid
-        num_visible = int(height * width * (1 - self.method.mask_ratio))
-        if num_visible < 1:
-            raise ValueError(
-                f"method.mask_ratio {self.method.mask_ratio} leaves no visible patch of "
-                f"{height * width} at this image and patch size"
-            )
-        if num_visible == height * width:
-            raise ValueError(
-                f"method.mask_ratio {self.method.mask_ratio} hides no patch of "
-                f"{height * width} at this image and patch size"
-            )
+        check_composition(self.encoder, self.method, self.data.image_size)
         return self
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Patches down and across."""
+        """Output tokens of the encoder, down and across; masks are over this grid."""
         height, width = self.data.image_size
-        return height // self.encoder.patch_size, width // self.encoder.patch_size
+        return height // self.encoder.stride, width // self.encoder.stride
+
+    @property
+    def tokenizer_size(self) -> tuple[int, int] | None:
+        """Size of the second view that the loader makes, for methods that want one."""
+        return getattr(self.method, "tokenizer_image_size", None)
 
 
 # May differ when a run is continued: they change neither what is learnt nor its files.
@@ -269,17 +256,20 @@ def parse_recipe(tree: Mapping[str, Any], origin: str = "recipe") -> Recipe:
 @functools.cache
 def known_keys() -> tuple[str, ...]:
     """Every dotted key a recipe may hold."""
-    return tuple(_keys_of(Recipe))
+    return tuple(dict.fromkeys(_keys_of(Recipe)))
 
 
 def _keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in model.model_fields.items():
-        annotation: Any = field.annotation
-        nested = annotation if isinstance(annotation, type) else None
-        if nested is not None and issubclass(nested, BaseModel):
-            yield from _keys_of(nested, f"{prefix}{name}.")
-        else:
+        nested = [
+            kind
+            for kind in (field.annotation, *get_args(field.annotation))
+            if isinstance(kind, type) and issubclass(kind, BaseModel)
+        ]
+        if not nested:
             yield f"{prefix}{name}"
+        for kind in nested:
+            yield from _keys_of(kind, f"{prefix}{name}.")
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -18,12 +18,13 @@ from trainers.data.decode import decode, read_size
 from trainers.data.order import SampleOrder
 from trainers.data.rng import Stream, generator
 from trainers.data.sources import Source
-from trainers.data.transforms import random_crop_box, to_array, view_of
+from trainers.data.transforms import color_jitter, random_crop_box, to_array, view_of
 from trainers.data.workers import decode_workers
 from trainers.errors import DataError, ImageError
 from trainers.types import Batch
 
-DrawMask = Callable[[Recipe, np.random.Generator], np.ndarray]
+DrawMask = Callable[[Recipe, np.random.Generator], np.ndarray | None]
+View = tuple[np.ndarray, np.ndarray | None]
 # How many following samples are tried in place of one that cannot be decoded.
 MAX_SUBSTITUTES = 8
 
@@ -40,13 +41,15 @@ class Place:
 class Sample:
     """One made sample: the picture uint8 [C, H, W], its mask bool [N], and where it came from.
 
-    `problems` says why other pictures could not be used in its place.
+    `tokenizer_pixels` is the same crop at the tokenizer's size; `problems` says why other
+    pictures could not be used in its place.
     """
 
     pixels: np.ndarray
     mask: np.ndarray | None
     place: Place
     problems: tuple[str, ...] = ()
+    tokenizer_pixels: np.ndarray | None = None
 
 
 class Views(Dataset[Sample]):
@@ -71,10 +74,10 @@ class Views(Dataset[Sample]):
             mask = self.draw_mask(
                 self.recipe, generator(seed, Stream.MASK, place.epoch, place.index)
             )
-        pixels, problems = self._pixels(place)
-        return Sample(pixels, mask, place, problems)
+        (pixels, tokenizer_pixels), problems = self._pixels(place)
+        return Sample(pixels, mask, place, problems, tokenizer_pixels)
 
-    def _pixels(self, place: Place) -> tuple[np.ndarray, tuple[str, ...]]:
+    def _pixels(self, place: Place) -> tuple[View, tuple[str, ...]]:
         problems: list[str] = []
         for offset in range(MAX_SUBSTITUTES + 1):
             index = (place.index + offset) % len(self.source)
@@ -95,8 +98,8 @@ class Views(Dataset[Sample]):
             hint="`mimray data ingest` sorts such pictures out",
         )
 
-    def _view(self, image: bytes, place: Place) -> np.ndarray:
-        config = self.recipe.data
+    def _view(self, image: bytes, place: Place) -> View:
+        config, tokenizer_size = self.recipe.data, self.recipe.tokenizer_size
         rng = generator(self.recipe.seed, Stream.VIEW, place.epoch, place.index)
         size = read_size(image)
         box = random_crop_box(rng, size, config.crop_scale, config.crop_ratio)
@@ -112,7 +115,12 @@ class Views(Dataset[Sample]):
         box = (box[0] * scale_x, box[1] * scale_y, box[2] * scale_x, box[3] * scale_y)
         if config.channels == 1:
             picture = picture.convert("L")
-        return to_array(view_of(picture, config.image_size, config.interpolation, box, flip))
+        if config.color_jitter:
+            picture = color_jitter(rng, picture, config.color_jitter)
+        pixels = to_array(view_of(picture, config.image_size, config.interpolation, box, flip))
+        if tokenizer_size is None:
+            return pixels, None
+        return pixels, to_array(view_of(picture, tokenizer_size, "lanczos", box, flip))
 
 
 class MicroBatches(Sampler[list[Place]]):
@@ -183,11 +191,16 @@ def make_loader(
 
 def collate(samples: list[Sample]) -> Batch:
     """Stack samples into a batch."""
-    masks = [s.mask for s in samples if s.mask is not None]
     return Batch(
         images=torch.from_numpy(np.stack([s.pixels for s in samples])),
-        mask=torch.from_numpy(np.stack(masks)) if masks else None,
+        mask=_stacked([s.mask for s in samples]),
         indices=np.array([s.place.index for s in samples], dtype=np.int64),
         epoch=np.array([s.place.epoch for s in samples], dtype=np.int64),
         problems=tuple(problem for s in samples for problem in s.problems),
+        tokenizer_images=_stacked([s.tokenizer_pixels for s in samples]),
     )
+
+
+def _stacked(arrays: list[np.ndarray | None]) -> torch.Tensor | None:
+    there = [array for array in arrays if array is not None]
+    return torch.from_numpy(np.stack(there)) if there else None

@@ -5,9 +5,14 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageEnhance
 
-_RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+_RESAMPLING = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+_JITTERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 Box = tuple[float, float, float, float]
 
 
@@ -48,6 +53,24 @@ def random_crop_box(
         w = max(1, round(height * ratio[1]))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
+
+
+def color_jitter(rng: np.random.Generator, image: Image.Image, strength: float) -> Image.Image:
+    """Brightness, contrast and saturation by factors in [1 - strength, 1 + strength].
+
+    Args:
+        rng: a generator of this sample's own.
+        image: the whole picture, since contrast is about its mean.
+        strength: in [0, 1).
+
+    Source: Krizhevsky et al. 2012 in spirit; the procedure torchvision names ColorJitter: the
+        three in random order, a factor each.
+    """
+    order = np.argsort(rng.random(len(_JITTERS)), kind="stable")
+    factors = rng.uniform(1 - strength, 1 + strength, len(_JITTERS))
+    for i in order:
+        image = _JITTERS[i](image).enhance(float(factors[i]))
+    return image
 
 
 def inference_view(

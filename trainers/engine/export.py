@@ -39,7 +39,7 @@ def write_bundle(
         mean=recipe.data.mean,
         std=recipe.data.std,
         interpolation=recipe.data.interpolation,
-        layers=spread_layers(recipe.encoder.depth),
+        layers=spread_layers(recipe.encoder.num_layers),
         method=recipe.method.name,
         step=step,
         samples=step * plan.global_batch,

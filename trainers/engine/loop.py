@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -32,9 +31,9 @@ from trainers.engine.metrics import append_metrics, rewind_metrics
 from trainers.engine.schedule import learning_rate
 from trainers.errors import NonFiniteLossError
 from trainers.methods import build_method, method_class
-from trainers.models.normalise import denormalise, normalise
+from trainers.models.normalise import normalise
 from trainers.storage import RunDir, check_owner
-from trainers.types import Batch
+from trainers.types import Batch, Panel
 
 logger = logging.getLogger(__name__)
 
@@ -50,10 +49,8 @@ class Observer(Protocol):
     def metrics(self, row: Row) -> None:
         """A row went into `metrics.jsonl`."""
 
-    def pictures(
-        self, step: int, original: np.ndarray, mask: np.ndarray, restored: np.ndarray
-    ) -> None:
-        """Reconstructions: uint8 [B, H, W, C], bool [B, N], uint8 [B, H, W, C]."""
+    def pictures(self, step: int, panels: list[Panel]) -> None:
+        """What the method draws of its first pictures, column by column."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +71,7 @@ class _StepResult:
     loss: float
     grad_norm: float
     data_wait_s: float
+    figures: dict[str, float]  # the method's own
 
 
 def train(
@@ -113,7 +111,7 @@ def train(
     method = build_method(recipe)
     frozen = {n: p.detach().clone() for n, p in method.named_parameters() if not p.requires_grad}
     if recipe.engine.activation_checkpointing:
-        method.encoder.activation_checkpointing = True  # type: ignore[assignment]
+        method.encoder.activation_checkpointing = True
     engine = initialize(method, plan, precision)
     identity = checkpoints.Identity(plan.hash, recipe.engine.zero_stage, precision)
     restored = checkpoints.load_newest(run, engine, identity)
@@ -147,7 +145,7 @@ def train(
                 append_metrics(run, last)
                 observer.metrics(last)
         if ended or _due(step, recipe.logging.pictures_every_steps):
-            _show(engine, shown, step, device, DTYPES[precision], observer)
+            _show(engine, plan, shown, step, device, DTYPES[precision], observer)
         if ended or _due(step, recipe.checkpoint.every_steps):
             checkpoints.save(
                 run,
@@ -175,7 +173,8 @@ def _update(
         group["lr"] = learning_rate(plan, step)
     # Drop path and the like depend on the step alone, so a continued run repeats them.
     torch.manual_seed(_device_seed(plan.recipe.seed, step, dist.get_rank()))
-    total = torch.zeros(2, device=device)  # summed loss; micro batches whose loss is not finite
+    engine.module.at_step(step, plan.steps)
+    sums = _Sums(device)
     suspects: list[int] = []
     waited = 0.0
     for micro in range(plan.accumulation):
@@ -184,37 +183,70 @@ def _update(
         waited += time.perf_counter() - began
         for problem in batch.problems:
             logger.warning("%s", problem)
-        images, mask = _to_device(batch, plan, device, dtype)
-        loss = engine(images, mask).loss
-        engine.backward(loss)
-        value = loss.detach().float()
-        finite = torch.isfinite(value)
-        total += torch.stack([torch.where(finite, value, 0.0), (~finite).float()])
-        if micro == plan.accumulation - 1:
-            dist.all_reduce(total)
-            if total[1] > 0:
-                suspects.extend(batch.indices.tolist() if not finite else [])
-                _refuse_update(step, suspects)
-        elif not finite:
+        output = engine(**_inputs(batch, plan, device, dtype))
+        engine.backward(output.loss)
+        if not sums.add({"loss": output.loss, **output.terms}):
             suspects.extend(batch.indices.tolist())
+        if micro == plan.accumulation - 1:
+            sums.reduce()
+            if sums.not_finite:
+                _refuse_update(step, suspects, sums.not_finite)
         norm = _plain_grad_norm(engine) if engine.is_gradient_accumulation_boundary() else None
         engine.step()
     if norm is None:
         norm = engine.get_global_grad_norm()
+    means = sums.means(plan.accumulation * plan.world_size)
     return _StepResult(
-        loss=float(total[0]) / (plan.accumulation * plan.world_size),
+        loss=means.pop("loss"),
         grad_norm=float(norm) if norm is not None else math.nan,
         data_wait_s=waited,
+        figures=means | engine.module.after_step(step + 1),
     )
 
 
-def _refuse_update(step: int, suspects: list[int]) -> None:
+class _Sums:
+    """The loss and its terms, summed over micro batches and ranks; which were not finite."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._names: list[str] = []
+        self._totals = torch.zeros(0)
+
+    def add(self, values: dict[str, Tensor]) -> bool:
+        """Take a micro batch's; says whether its loss is finite."""
+        if not self._names:
+            self._names = list(values)
+            self._totals = torch.zeros(2, len(values), device=self._device)
+        found = torch.stack([v.detach().float().reshape(()) for v in values.values()])
+        finite = torch.isfinite(found)
+        self._totals += torch.stack([torch.where(finite, found, 0.0), (~finite).float()])
+        return bool(finite[0])
+
+    def reduce(self) -> None:
+        """Sum over ranks; collective."""
+        dist.all_reduce(self._totals)
+
+    @property
+    def not_finite(self) -> list[str]:
+        """Names of what was not finite anywhere, where the loss is among them."""
+        bad = [n for n, count in zip(self._names, self._totals[1].tolist(), strict=True) if count]
+        return bad if "loss" in bad else []
+
+    def means(self, count: int) -> dict[str, float]:
+        """Mean over micro batches and ranks."""
+        totals = self._totals[0].tolist()
+        return {name: total / count for name, total in zip(self._names, totals, strict=True)}
+
+
+def _refuse_update(step: int, suspects: list[int], names: list[str]) -> None:
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, suspects)
     samples = sorted({index for share in everyone for index in share})
     shown = ", ".join(map(str, samples[:8])) + (", …" if len(samples) > 8 else "")
+    terms = [name for name in names if name != "loss"]
+    where = f" ({', '.join(terms)})" if terms else ""
     error = NonFiniteLossError(
-        f"the loss is not finite at step {step + 1}, in the batches of samples {shown}; "
+        f"the loss{where} is not finite at step {step + 1}, in the batches of samples {shown}; "
         "the weights are those of the step before",
         hint="lower optim.base_lr, set optim.clip_grad_norm=1.0, or engine.precision=fp32; "
         "with a changed recipe use --fresh or another --name",
@@ -231,13 +263,20 @@ def _plain_grad_norm(engine: Any) -> Tensor | None:
     return torch.nn.utils.get_total_norm(gradients)
 
 
-def _to_device(
+def _inputs(
     batch: Batch, plan: Plan, device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
+) -> dict[str, Tensor | None]:
+    """What a method is called with, on the device."""
     data = plan.recipe.data
     images = batch.images.to(device, non_blocking=True)
-    mask = None if batch.mask is None else batch.mask.to(device, non_blocking=True)
-    return normalise(images, data.mean, data.std).to(dtype), mask
+    inputs = {
+        "images": normalise(images, data.mean, data.std).to(dtype),
+        "mask": None if batch.mask is None else batch.mask.to(device, non_blocking=True),
+    }
+    if batch.tokenizer_images is not None:
+        # As stored: the tokenizer has a normalisation and a precision of its own.
+        inputs["tokenizer_images"] = batch.tokenizer_images.to(device, non_blocking=True)
+    return inputs
 
 
 def _shown_batch(plan: Plan, source: Source) -> Batch:
@@ -251,29 +290,23 @@ def _shown_batch(plan: Plan, source: Source) -> Batch:
 
 def _show(
     engine: Any,
+    plan: Plan,
     batch: Batch,
     step: int,
     device: torch.device,
     dtype: torch.dtype,
     observer: Observer,
 ) -> None:
-    method = engine.module
-    data = method.recipe.data
-    images = normalise(batch.images.to(device), data.mean, data.std)
-    mask = None if batch.mask is None else batch.mask.to(device)
+    inputs = _inputs(batch, plan, device, dtype)
+    images = inputs["images"]
+    assert images is not None
+    torch.manual_seed(_device_seed(plan.recipe.seed, step, dist.get_rank()))
     engine.eval()
     with torch.no_grad():
-        output = engine(images.to(dtype), mask)
-        restored = method.reconstruct(images, output)
+        panels = engine.module.panels(images.float(), engine(**inputs))
     engine.train()
     if dist.get_rank() == 0:
-        pixels = denormalise(restored, data.mean, data.std)
-        observer.pictures(
-            step,
-            batch.images.permute(0, 2, 3, 1).numpy(),
-            output.mask.cpu().numpy(),
-            pixels.permute(0, 2, 3, 1).cpu().numpy(),
-        )
+        observer.pictures(step, panels)
 
 
 class _Speed:
@@ -312,6 +345,7 @@ def _row(plan: Plan, step: int, result: _StepResult, speed: _Speed, device: torc
         "loss": result.loss,
         "lr": learning_rate(plan, step - 1),
         "grad_norm": result.grad_norm,
+        **result.figures,
         "images_per_s": round(images_per_s, 2),
         "data_wait": round(data_wait, 4),
         "memory_mib": round(memory, 1),

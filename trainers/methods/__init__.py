@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -11,12 +12,23 @@ if TYPE_CHECKING:
     from trainers.methods.base import Method
 
 
+# Heavy imports stay in the leaves: a method's file is read when a recipe names it.
+METHODS = {
+    "ae": "AE",
+    "vae": "VAE",
+    "dvae": "DVAE",
+    "beit": "BEiT",
+    "mae": "MAE",
+    "simmim": "SimMIM",
+    "maskfeat": "MaskFeat",
+}
+
+
 def method_class(name: str) -> type[Method]:
     """The class of the method a recipe names; configs have checked the name already."""
-    from trainers.methods.mae import MAE
-
-    methods: dict[str, type[Method]] = {"mae": MAE}
-    return methods[name]
+    module = importlib.import_module(f"trainers.methods.{name}")
+    found: type[Method] = getattr(module, METHODS[name])
+    return found
 
 
 def build_method(recipe: Recipe) -> Method:

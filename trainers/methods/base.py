@@ -5,12 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from trainers.config.run import Recipe
 from trainers.models.encoder import Encoder
-from trainers.types import MethodOutput
+from trainers.models.normalise import denormalise
+from trainers.pictures import hide_patches, paste_visible
+from trainers.types import MethodOutput, Panel
 
 
 class Method(nn.Module, ABC):
@@ -41,12 +44,79 @@ class Method(nn.Module, ABC):
         """
 
     @staticmethod
-    @abstractmethod
-    def draw_mask(recipe: Recipe, rng: np.random.Generator) -> Bool[np.ndarray, N]:
-        """The mask of one sample, a pure function of its generator; runs in the loader."""
+    def draw_mask(recipe: Recipe, rng: np.random.Generator) -> Bool[np.ndarray, N] | None:
+        """The mask of one sample, a pure function of its generator; runs in the loader.
+
+        None where the method hides nothing.
+        """
+        return None
+
+    def at_step(self, step: int, num_steps: int) -> None:
+        """Told before each update, on every rank; for what changes over a run.
+
+        Args:
+            step: updates made so far.
+            num_steps: of the whole run.
+        """
+
+    def after_step(self, step: int) -> dict[str, float]:
+        """Called after each update, on every rank; may be collective.
+
+        For state that is not learnt by gradient. Counts what the micro batches of all ranks
+        brought since the last call.
+
+        Args:
+            step: updates made, this one included.
+
+        Returns:
+            Figures for the row of metrics, the same on every rank.
+        """
+        return {}
 
     @abstractmethod
     def reconstruct(
-        self, images: Float[Tensor, "B C H W"], output: MethodOutput
+        self, images: Float[Tensor, "B C H W"], output: MethodOutput, *, oracle: bool = False
     ) -> Float[Tensor, "B C H W"]:
-        """The prediction as normalised pictures, hidden and visible patches alike."""
+        """The prediction as normalised pictures, hidden and visible patches alike.
+
+        Args:
+            images: what was encoded.
+            output: of `forward` on them.
+            oracle: where targets were normalised by a hidden patch's own statistics, use those,
+                which leaks the answer; elsewhere it changes nothing.
+        """
+
+    def panels(
+        self, images: Float[Tensor, "B C H W"], output: MethodOutput, *, oracle: bool = False
+    ) -> list[Panel]:
+        """The pictures people look at, column by column.
+
+        Args:
+            images: what was encoded.
+            output: of `forward` on them.
+            oracle: as for `reconstruct`; the headings say so.
+        """
+        original = self.pixels(images)
+        drawn = self.pixels(self.reconstruct(images, output, oracle=oracle))
+        suffix = " (oracle)" if oracle else ""
+        mask = output.mask.cpu().numpy()
+        if mask.all():
+            return [Panel("original", original), Panel("reconstruction" + suffix, drawn)]
+        stride = self.encoder.stride
+        return [
+            Panel("original", original),
+            Panel("masked", hide_patches(original, mask, stride)),
+            Panel("reconstruction" + suffix, paste_visible(drawn, original, mask, stride)),
+            Panel("prediction alone" + suffix, drawn),
+        ]
+
+    def pixels(self, images: Float[Tensor, "B C H W"]) -> np.ndarray:
+        """Normalised pictures as uint8 [B, H, W, C] on the host."""
+        data = self.recipe.data
+        return denormalise(images, data.mean, data.std).permute(0, 2, 3, 1).cpu().numpy()
+
+    def draw_masks(self, images: Float[Tensor, "B C H W"]) -> Bool[Tensor, "B N"]:
+        """A mask for each picture, from torch's generator."""
+        rng = np.random.default_rng(int(torch.randint(2**62, ())))
+        masks = [self.draw_mask(self.recipe, rng) for _ in range(images.shape[0])]
+        return torch.from_numpy(np.stack([m for m in masks if m is not None])).to(images.device)

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from trainers.config.method import MAEConfig
 from trainers.config.run import Recipe
 from trainers.data.masks import random_mask
 from trainers.methods.base import Method
@@ -27,6 +28,7 @@ class MAE(Method):
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
         config, data = recipe.method, recipe.data
+        assert isinstance(config, MAEConfig)
         self.encoder = build_encoder(recipe.encoder, data.image_size, data.channels)
         self.decoder = MAEDecoder(
             encoder_width=self.encoder.width,
@@ -34,7 +36,7 @@ class MAE(Method):
             depth=config.decoder_depth,
             num_heads=config.decoder_num_heads,
             grid=recipe.grid,
-            out_dim=self.encoder.patch_size**2 * data.channels,
+            out_dim=self.encoder.stride**2 * data.channels,
         )
         self.norm_pix_loss = config.norm_pix_loss
 
@@ -43,10 +45,10 @@ class MAE(Method):
     ) -> MethodOutput:
         """Mean squared error over hidden patches only (He et al. 2022, sec. 3)."""
         if mask is None:
-            mask = self._draw_masks(images.shape[0]).to(images.device)
+            mask = self.draw_masks(images)
         visible = self.encoder(images, mask)
         prediction = self.decoder(visible.tokens, visible.prefix, mask)  # B N P
-        target = patchify(images, self.encoder.patch_size)  # B N P
+        target = patchify(images, self.encoder.stride)  # B N P
         if self.norm_pix_loss:
             target = normalise_patches(target)
         # The reduction stays in fp32 whatever the model computes in.
@@ -57,34 +59,31 @@ class MAE(Method):
     @staticmethod
     def draw_mask(recipe: Recipe, rng: np.random.Generator) -> Bool[np.ndarray, N]:
         """Uniformly random patches."""
+        assert isinstance(recipe.method, MAEConfig)
         return random_mask(rng, recipe.grid, recipe.method.mask_ratio)
 
     def reconstruct(
-        self, images: Float[Tensor, "B C H W"], output: MethodOutput
+        self, images: Float[Tensor, "B C H W"], output: MethodOutput, *, oracle: bool = False
     ) -> Float[Tensor, "B C H W"]:
         """Predicted pixels.
 
         Normalised targets carry no mean and contrast of their own. Those of the visible patches
-        around are lent to them, since a hidden patch's own would leak the answer.
+        around are lent to them, since a hidden patch's own, the oracle's, leak the answer.
         """
-        patch = self.encoder.patch_size
+        patch = self.encoder.stride
         grid = images.shape[2] // patch, images.shape[3] // patch
         prediction = output.prediction.float()  # B N P
         if self.norm_pix_loss:
             patches = patchify(images, patch).float()  # B N P
             variance, mean = torch.var_mean(patches, dim=-1)  # B N
+            if oracle:
+                prediction = prediction * variance.sqrt().unsqueeze(-1) + mean.unsqueeze(-1)
+                return unpatchify(prediction, patch, grid)
             weights = _nearness(grid, images.device) * (~output.mask).unsqueeze(1)  # B N N
             weights = weights / weights.sum(dim=-1, keepdim=True)
             borrowed = weights @ torch.stack([variance.sqrt(), mean], dim=-1)  # B N 2
             prediction = prediction * borrowed[..., :1] + borrowed[..., 1:]
         return unpatchify(prediction, patch, grid)
-
-    def _draw_masks(self, batch_size: int) -> Bool[Tensor, "B N"]:
-        seed = int(torch.randint(2**62, ()))
-        rng = np.random.default_rng(seed)
-        return torch.from_numpy(
-            np.stack([self.draw_mask(self.recipe, rng) for _ in range(batch_size)])
-        )
 
 
 def normalise_patches(patches: Float[Tensor, "B N P"]) -> Float[Tensor, "B N P"]:

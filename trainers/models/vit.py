@@ -12,7 +12,6 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from trainers.config.model import ViTConfig
 from trainers.models.encoder import Encoder
@@ -110,11 +109,11 @@ class ViT(Encoder):
         super().__init__()
         self.width = config.width
         self.depth = config.depth
-        self.patch_size = config.patch_size
+        self.stride = config.patch_size
         self.in_chans = in_chans
         self.image_size = image_size
         self.strides = (config.patch_size,) * config.depth
-        self.activation_checkpointing = False
+        self.widths = (config.width,) * config.depth
 
         self.grid = self._grid_of(image_size)
         self.patch_embed = PatchEmbed(config.patch_size, in_chans, config.width)
@@ -129,12 +128,20 @@ class ViT(Encoder):
         self.blocks.apply(init_transformer)
         nn.init.normal_(self.cls_token, std=0.02)
 
+    @property
+    def embed_width(self) -> int:
+        """Width of the patch embedding, and so of a mask token."""
+        return self.width
+
     def forward(
-        self, images: Float[Tensor, "B C H W"], mask: Bool[Tensor, "B N"] | None = None
+        self,
+        images: Float[Tensor, "B C H W"],
+        mask: Bool[Tensor, "B N"] | None = None,
+        mask_token: Float[Tensor, "1 1 W"] | None = None,
     ) -> Features:
-        """Encode pictures, or their visible patches; hidden ones are not even projected."""
+        """Encode pictures; without a mask token hidden patches are not even projected."""
         size = images.shape[2], images.shape[3]
-        x = self._embed(images, mask)
+        x = self._embed(images, mask, mask_token)
         for block in self.blocks:
             x = self._run(block, x)
         x = self.norm(x)  # B 1+N D
@@ -143,11 +150,9 @@ class ViT(Encoder):
 
     def features(
         self, images: Float[Tensor, "B C H W"], layers: Sequence[int], norm: bool = True
-    ) -> tuple[Float[Tensor, "B D h w"], ...]:
+    ) -> tuple[Float[Tensor, "B _ _ _"], ...]:
         """Maps after the given blocks; blocks past the last one asked for are not run."""
-        wanted = [layer + self.depth if layer < 0 else layer for layer in layers]
-        if not wanted or min(wanted) < 0 or max(wanted) >= self.depth:
-            raise ValueError(f"layers {tuple(layers)} must lie in 0..{self.depth - 1}")
+        wanted = self._wanted(layers)
         h, w = self._grid_of((images.shape[2], images.shape[3]))
         x = self._embed(images)
         maps: dict[int, Tensor] = {}
@@ -158,17 +163,21 @@ class ViT(Encoder):
                 maps[i] = tokens.transpose(1, 2).unflatten(2, (h, w))  # B D h w
         return tuple(maps[i] for i in wanted)
 
-    def _embed(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
+    def _embed(
+        self, images: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None
+    ) -> Tensor:
         positions = self._positions((images.shape[2], images.shape[3])).to(images.dtype)
-        patches = patchify(images, self.patch_size)  # B N P
+        patches = patchify(images, self.stride)  # B N P
         places = positions[:, 1:]  # 1 N D
-        if mask is not None:
+        if mask is not None and mask_token is None:
             keep = visible_indices(mask)  # B K
             patches = take_tokens(patches, keep)
             places = take_tokens(places.expand(images.shape[0], -1, -1), keep)
-        x = self.patch_embed(patches) + places
+        x = self.patch_embed(patches)
+        if mask is not None and mask_token is not None:
+            x = torch.where(mask.unsqueeze(-1), mask_token.to(x.dtype), x)
         first = (self.cls_token + positions[:, :1]).expand(x.shape[0], -1, -1)
-        return torch.cat([first, x], dim=1)  # B 1+N D
+        return torch.cat([first, x + places], dim=1)  # B 1+N D
 
     def _positions(self, size: tuple[int, int]) -> Tensor:
         grid = self._grid_of(size)
@@ -178,15 +187,3 @@ class ViT(Encoder):
             self.pos_embed, list(grid), list(self.grid), num_prefix_tokens=1
         )
         return cast(Tensor, resampled)
-
-    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
-        if self.activation_checkpointing and self.training:
-            return cast(Tensor, checkpoint(block, x, use_reentrant=False))
-        return cast(Tensor, block(x))
-
-    def _grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
-        height, width = size
-        p = self.patch_size
-        if height % p or width % p or not height or not width:
-            raise ValueError(f"input of {height}x{width} pixels is not a multiple of patch {p}")
-        return height // p, width // p
