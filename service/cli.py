@@ -101,10 +101,11 @@ def recipes(name: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({n: a.model_dump() if a else None for n, a in summaries.items()}))
         return
+    width = max(map(len, summaries))
     for n, about in summaries.items():
-        click.echo(f"{n:12} {about.summary if about else ''}")
+        click.echo(f"{n:{width}}  {about.summary if about else ''}")
         if about:
-            click.echo(f"{'':12} {about.command}  ({about.cost})")
+            click.echo(f"{'':{width}}  {about.command}")
 
 
 @cli.command()

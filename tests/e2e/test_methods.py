@@ -1,0 +1,128 @@
+"""Every method through the same life: two workers, a kill, a bundle, features."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from trainers import load_bundle, load_method
+from trainers.config.recipes import load_recipe
+from trainers.data.loader import Place, Views, collate
+from trainers.data.sources import open_source
+from trainers.launch import Job, Outcome, prepare, pretrain
+from trainers.models.normalise import normalise
+
+STEPS = 8
+SHORT = [
+    "optim.batch_size=16", "data.num_workers=0", "checkpoint.every_steps=2",
+    "logging.every_steps=1", "logging.num_pictures=2", "resources.num_workers=2",
+]  # fmt: skip
+# A codebook that 16 small pictures can fill.
+FEW_CODES = {"dvae-tiny": ["method.codebook_size=32"], "beit-tiny": ["method.vocab_size=32"]}
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+Launch = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="module")
+def launch(ray_session: str, photos: Path, storage: Path) -> Launch:
+    """Trains a recipe for a few steps under a name; a finished name is not trained again."""
+    done: dict[str, Outcome] = {}
+
+    def run(recipe: str, name: str, attempts: list[int] | None = None) -> Outcome:
+        if name in done:
+            return done[name]
+        sets = [*SHORT, *FEW_CODES.get(recipe, [])]
+        if recipe == "beit-tiny":
+            sets.append(f"method.tokenizer={run('dvae-tiny', 'dvae-tiny').run}")
+        job = Job(load_recipe(recipe, sets, STEPS), str(photos), name, str(storage))
+        watch = None if attempts is None else lambda state: attempts.append(state.attempts)
+        done[name] = pretrain(job, prepare(job), watch)
+        return done[name]
+
+    return run
+
+
+def rows(run: Path) -> list[dict[str, float]]:
+    """Metrics without what depends on the clock or the machine."""
+    unsteady = {"images_per_s", "data_wait", "memory_mib", "time"}
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in unsteady} for line in lines]
+
+
+def kill_a_worker(run: Path, step: int, over: threading.Event) -> None:
+    """SIGKILL one training worker once the run has come to a step."""
+    while not over.wait(0.02):
+        if (run / "metrics.jsonl").is_file() and len(rows(run)) >= step:
+            break
+    for process in psutil.process_iter(["cmdline"]):
+        if any("RayTrainWorker" in part for part in process.info["cmdline"] or []):
+            process.kill()
+            return
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param("dvae-tiny"),
+        pytest.param("beit-tiny"),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in (
+                "ae-tiny", "vae-tiny", "mae-tiny", "simmim-tiny", "simmim-swin-tiny",
+                "maskfeat-tiny",
+            )
+        ),
+    ],
+)  # fmt: skip
+def test_method__lives_through_a_kill_and_leaves_a_bundle(
+    recipe: str, launch: Launch, photos: Path, storage: Path
+) -> None:
+    undisturbed = launch(recipe, recipe)
+    over = threading.Event()
+    killed = storage / f"{recipe}-killed"
+    killer = threading.Thread(target=kill_a_worker, args=(killed, 3, over))
+    killer.start()
+    attempts: list[int] = []
+    launch(recipe, killed.name, attempts)
+    over.set()
+    killer.join()
+    assert attempts[-1] == 2, "the kill came too late to matter"
+
+    # It resumed: the same figures to the last bit, though some steps were made twice.
+    assert rows(killed) == rows(Path(undisturbed.run.uri))
+    assert [row["step"] for row in rows(killed)] == list(range(1, STEPS + 1))
+
+    # It exported, and what it exported is what it trained.
+    assert (killed / "reconstruction.png").stat().st_size > 1000
+    method, twin = load_method(killed), load_method(undisturbed.run.uri)
+    for (name, value), other in zip(
+        method.state_dict().items(), twin.state_dict().values(), strict=True
+    ):
+        assert torch.equal(value, other), name
+
+    # Features: the same whatever the picture is batched with, and those of the method's encoder.
+    source = open_source(str(photos))
+    views = Views(source, method.recipe, method.draw_mask)
+    batch = collate([views[Place(0, i)] for i in range(4)])
+    images = normalise(batch.images, method.recipe.data.mean, method.recipe.data.std)
+    encoder = load_bundle(killed)
+    features = encoder(images)
+    torch.testing.assert_close(encoder(images[2:3]).tokens, features.tokens[2:3])
+    assert torch.equal(encoder(images).tokens, features.tokens)
+    assert torch.equal(method.encoder(images).pooled, features.pooled)
+    for layer, found in zip(encoder.card.layers, encoder.features(images), strict=True):
+        height, width = method.recipe.data.image_size
+        stride = encoder.strides[layer]
+        assert found.shape[2:] == (height // stride, width // stride)
