@@ -44,7 +44,7 @@ class Encoder(nn.Module, ABC):
         self,
         images: Float[Tensor, "B C H W"],
         mask: Bool[Tensor, "B N"] | None = None,
-        mask_token: Float[Tensor, "1 1 W"] | None = None,
+        mask_token: Float[Tensor, "1 1 D"] | None = None,
     ) -> Features:
         """Encode pictures.
 
@@ -94,7 +94,7 @@ class Encoder(nn.Module, ABC):
             raise ValueError(f"input of {height}x{width} pixels is not a multiple of patch {s}")
         return height // s, width // s
 
-    def _run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
+    def _run(self, block: nn.Module, *inputs: object) -> Tensor:
         """Call a block, trading memory for time where asked to."""
         if self.activation_checkpointing and self.training:
             return cast(Tensor, checkpoint(block, *inputs, use_reentrant=False))

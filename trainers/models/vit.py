@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import cast
@@ -17,15 +18,27 @@ from trainers.config.model import ViTConfig
 from trainers.models.encoder import Encoder
 from trainers.models.patches import patchify, take_tokens, visible_indices
 from trainers.models.positions import sincos_2d
+from trainers.models.rel_pos import RelPosBias, RelPosBlock
 from trainers.types import Features
 
 LAYER_NORM_EPS = 1e-6
 
 
 def transformer_blocks(
-    width: int, depth: int, num_heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0
+    width: int,
+    depth: int,
+    num_heads: int,
+    mlp_ratio: float = 4.0,
+    drop_path: float = 0.0,
+    *,
+    layer_scale: float | None = None,
+    norm_eps: float = LAYER_NORM_EPS,
+    rel_pos_grid: tuple[int, int] | None = None,
 ) -> nn.ModuleList:
-    """Pre-norm transformer blocks with biased qkv and LayerNorm eps 1e-6.
+    """Pre-norm transformer blocks with biased qkv.
+
+    BEiT gives its keys no bias. Here they have one without effect: it adds the same to every
+    score of a query, which the softmax cancels, and its gradient is zero up to rounding.
 
     Args:
         width: token width.
@@ -33,14 +46,19 @@ def transformer_blocks(
         num_heads: attention heads.
         mlp_ratio: hidden width of the MLP over width.
         drop_path: rate of the last block; earlier ones rise to it linearly from 0.
+        layer_scale: initial scale of each residual branch; None leaves them unscaled.
+        norm_eps: epsilon of every LayerNorm.
+        rel_pos_grid: (rows, columns) of patches; gives each block relative positions of its own.
     """
+    block = Block if rel_pos_grid is None else partial(RelPosBlock, grid=rel_pos_grid)
     return nn.ModuleList(
-        Block(
+        block(
             width,
             num_heads,
             mlp_ratio,
             qkv_bias=True,
-            norm_layer=partial(nn.LayerNorm, eps=LAYER_NORM_EPS),
+            init_values=layer_scale,
+            norm_layer=partial(nn.LayerNorm, eps=norm_eps),
             drop_path=drop_path * i / max(1, depth - 1),
         )
         for i in range(depth)
@@ -56,6 +74,11 @@ def init_transformer(module: nn.Module) -> None:
     elif isinstance(module, nn.LayerNorm):
         nn.init.ones_(module.weight)
         nn.init.zeros_(module.bias)
+
+
+def init_cut_normal_(tensor: Tensor) -> None:
+    """Fill with a normal of std .02 cut at one std, as the official BEiT code does."""
+    nn.init.trunc_normal_(tensor, std=0.02, a=-0.02, b=0.02)
 
 
 class PatchProjection(nn.Module):
@@ -93,14 +116,20 @@ class PatchEmbed(nn.Module):
 
 
 class ViT(Encoder):
-    """ViT with a class token and fixed sin-cos positions.
+    """A plain vision transformer with a class token.
+
+    Parameters are named as in timm's vit. Relative positions that all blocks share are
+    `rel_pos_bias.relative_position_bias_table`, as in the official BEiT code; those of one block
+    are `blocks.i.rel_pos_bias.relative_position_bias_table`.
 
     Args:
-        config: shape.
+        config: shape, positions, initialisation.
         image_size: (height, width) in pixels, multiples of the patch size.
         in_chans: channels of the input, any number.
 
-    Source: Dosovitskiy et al. 2021; positions and initialisation as He et al. 2022, A.1.
+    Source: Dosovitskiy et al. 2021; sin-cos positions and initialisation `mae` as He et al.
+    2022, A.1; relative positions, layer scale and initialisation `beit` as Bao et al. 2022,
+    sec. 2.3 and 2.5.
     """
 
     num_prefix_tokens = 1
@@ -118,15 +147,50 @@ class ViT(Encoder):
         self.grid = self._grid_of(image_size)
         self.patch_embed = PatchEmbed(config.patch_size, in_chans, config.width)
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.width))
-        self.pos_embed = nn.Parameter(
-            sincos_2d(config.width, self.grid, num_prefix=1).unsqueeze(0), requires_grad=False
+        self.pos_embed = _position_table(config, self.grid)
+        self.rel_pos_bias = (
+            RelPosBias(self.grid, config.num_heads) if config.rel_pos_bias == "shared" else None
         )
+        self.per_block = config.rel_pos_bias == "per_block"
         self.blocks = transformer_blocks(
-            config.width, config.depth, config.num_heads, config.mlp_ratio, config.drop_path
+            config.width,
+            config.depth,
+            config.num_heads,
+            config.mlp_ratio,
+            config.drop_path,
+            layer_scale=config.layer_scale,
+            norm_eps=config.norm_eps,
+            rel_pos_grid=self.grid if self.per_block else None,
         )
-        self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        if config.init == "mae":
+            self._init_as_mae()
+        else:
+            self._init_as_beit()
+
+    def _init_as_mae(self) -> None:
         self.blocks.apply(init_transformer)
-        nn.init.normal_(self.cls_token, std=0.02)
+        for token in self._trained_tokens():
+            nn.init.normal_(token, std=0.02)
+
+    def _init_as_beit(self) -> None:
+        for token in self._trained_tokens():
+            init_cut_normal_(token)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | PatchProjection):
+                init_cut_normal_(module.weight)
+                nn.init.zeros_(module.bias)
+        with torch.no_grad():
+            # The ends of the two residual branches, so that their sum keeps its scale with depth.
+            for i, block in enumerate(self.blocks, start=1):
+                block.get_parameter("attn.proj.weight").div_(math.sqrt(2 * i))
+                block.get_parameter("mlp.fc2.weight").div_(math.sqrt(2 * i))
+
+    def _trained_tokens(self) -> list[nn.Parameter]:
+        tokens = [self.cls_token]
+        if self.pos_embed is not None and self.pos_embed.requires_grad:
+            tokens.append(self.pos_embed)
+        return tokens
 
     @property
     def embed_width(self) -> int:
@@ -137,53 +201,81 @@ class ViT(Encoder):
         self,
         images: Float[Tensor, "B C H W"],
         mask: Bool[Tensor, "B N"] | None = None,
-        mask_token: Float[Tensor, "1 1 W"] | None = None,
+        mask_token: Float[Tensor, "1 1 D"] | None = None,
     ) -> Features:
         """Encode pictures; without a mask token hidden patches are not even projected."""
-        size = images.shape[2], images.shape[3]
-        x = self._embed(images, mask, mask_token)
+        grid = self._grid_of((images.shape[2], images.shape[3]))
+        x = self._embed(images, grid, mask, mask_token)
+        relative = self._relative(grid, x.dtype)
         for block in self.blocks:
-            x = self._run(block, x)
+            x = self._run(block, x, relative)
         x = self.norm(x)  # B 1+N D
         prefix, tokens = x[:, :1], x[:, 1:]
-        return Features(tokens, prefix, pooled=tokens.mean(dim=1), grid=self._grid_of(size))
+        return Features(tokens, prefix, pooled=tokens.mean(dim=1), grid=grid)
 
     def features(
         self, images: Float[Tensor, "B C H W"], layers: Sequence[int], norm: bool = True
     ) -> tuple[Float[Tensor, "B _ _ _"], ...]:
         """Maps after the given blocks; blocks past the last one asked for are not run."""
         wanted = self._wanted(layers)
-        h, w = self._grid_of((images.shape[2], images.shape[3]))
-        x = self._embed(images)
+        grid = self._grid_of((images.shape[2], images.shape[3]))
+        x = self._embed(images, grid)
+        relative = self._relative(grid, x.dtype)
         maps: dict[int, Tensor] = {}
         for i, block in enumerate(self.blocks[: max(wanted) + 1]):
-            x = self._run(block, x)
+            x = self._run(block, x, relative)
             if i in wanted:
                 tokens = (self.norm(x) if norm else x)[:, 1:]  # B N D
-                maps[i] = tokens.transpose(1, 2).unflatten(2, (h, w))  # B D h w
+                maps[i] = tokens.transpose(1, 2).unflatten(2, grid)  # B D h w
         return tuple(maps[i] for i in wanted)
 
     def _embed(
-        self, images: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None
+        self,
+        images: Tensor,
+        grid: tuple[int, int],
+        mask: Tensor | None = None,
+        mask_token: Tensor | None = None,
     ) -> Tensor:
-        positions = self._positions((images.shape[2], images.shape[3])).to(images.dtype)
         patches = patchify(images, self.stride)  # B N P
-        places = positions[:, 1:]  # 1 N D
+        keep = None
         if mask is not None and mask_token is None:
             keep = visible_indices(mask)  # B K
             patches = take_tokens(patches, keep)
-            places = take_tokens(places.expand(images.shape[0], -1, -1), keep)
         x = self.patch_embed(patches)
         if mask is not None and mask_token is not None:
             x = torch.where(mask.unsqueeze(-1), mask_token.to(x.dtype), x)
-        first = (self.cls_token + positions[:, :1]).expand(x.shape[0], -1, -1)
-        return torch.cat([first, x + places], dim=1)  # B 1+N D
+        first: Tensor = self.cls_token
+        if self.pos_embed is not None:
+            positions = self._positions(self.pos_embed, grid).to(x.dtype)
+            first = first + positions[:, :1]
+            places = positions[:, 1:].expand(x.shape[0], -1, -1)  # B N D
+            x = x + (places if keep is None else take_tokens(places, keep))
+        return torch.cat([first.expand(x.shape[0], -1, -1), x], dim=1)  # B 1+N D
 
-    def _positions(self, size: tuple[int, int]) -> Tensor:
-        grid = self._grid_of(size)
+    def _positions(self, table: Tensor, grid: tuple[int, int]) -> Tensor:
         if grid == self.grid:
-            return self.pos_embed
-        resampled = resample_abs_pos_embed(
-            self.pos_embed, list(grid), list(self.grid), num_prefix_tokens=1
-        )
+            return table
+        resampled = resample_abs_pos_embed(table, list(grid), list(self.grid), num_prefix_tokens=1)
         return cast(Tensor, resampled)
+
+    def _relative(
+        self, grid: tuple[int, int], dtype: torch.dtype
+    ) -> Tensor | tuple[int, int] | None:
+        """What each block is told about relative positions.
+
+        The bias they share, or the grid from which each makes its own, or nothing.
+        """
+        if self.rel_pos_bias is not None:
+            shared: Tensor = self.rel_pos_bias(grid).to(dtype)
+            return shared
+        return grid if self.per_block else None
+
+
+def _position_table(config: ViTConfig, grid: tuple[int, int]) -> nn.Parameter | None:
+    """Absolute positions [1, 1 + N, D], the class token's first; sin-cos ones are not trained."""
+    if config.positions == "none":
+        return None
+    if config.positions == "sincos":
+        table = sincos_2d(config.width, grid, num_prefix=1).unsqueeze(0)
+        return nn.Parameter(table, requires_grad=False)
+    return nn.Parameter(torch.empty(1, 1 + grid[0] * grid[1], config.width))
