@@ -38,6 +38,9 @@ class OptimConfig(Config):
     )
     gamma: float = Field(default=0.1, gt=0, lt=1, description="multistep: factor of each fall")
     min_lr: float = Field(default=0.0, ge=0, description="learning rate at the end")
+    warmup_lr: float = Field(
+        default=0.0, ge=0, description="learning rate at the start, where there is a warm-up"
+    )
     epochs: PositiveFloat | None = None
     steps: PositiveInt | None = None
     warmup_epochs: float | None = Field(default=None, ge=0)

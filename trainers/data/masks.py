@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from jaxtyping import Bool
+
+BLOCK_TRIES = 10
 
 
 def random_mask(
@@ -24,5 +28,112 @@ def random_mask(
     n = grid[0] * grid[1]
     num_visible = int(n * (1 - mask_ratio))
     mask = np.ones(n, dtype=bool)
-    mask[np.argsort(rng.random(n), kind="stable")[:num_visible]] = False
+    mask[_shuffled(rng, n)[:num_visible]] = False
     return mask
+
+
+def unit_mask(
+    rng: np.random.Generator, grid: tuple[int, int], unit_patches: int, mask_ratio: float
+) -> Bool[np.ndarray, N]:
+    """Hide a uniformly random subset of square units of patches.
+
+    Args:
+        rng: a generator of this sample's own.
+        grid: (rows, columns) of patches, multiples of `unit_patches`.
+        unit_patches: side of a unit in patches; 1 hides single patches.
+        mask_ratio: share of units hidden; ceil(units * mask_ratio) of them are.
+
+    Returns:
+        bool [N], True = hidden, row-major over the patches.
+
+    Source: Xie et al. 2022, sec. 3.2; the rounding is the official code's (`data_simmim.py`).
+    """
+    rows, columns = grid[0] // unit_patches, grid[1] // unit_patches
+    num_hidden = math.ceil(rows * columns * mask_ratio)
+    units = np.zeros(rows * columns, dtype=bool)
+    units[_shuffled(rng, rows * columns)[:num_hidden]] = True
+    patches = units.reshape(rows, columns).repeat(unit_patches, axis=0)
+    return patches.repeat(unit_patches, axis=1).ravel()
+
+
+def block_mask(
+    rng: np.random.Generator,
+    grid: tuple[int, int],
+    *,
+    max_hidden: int,
+    min_block_patches: int,
+    min_block_aspect: float,
+) -> Bool[np.ndarray, N]:
+    """Hide rectangles of patches, one after another, until the budget is spent or none fits.
+
+    So the number hidden varies from sample to sample. Grids on which no rectangle fits, such as
+    those of one row, lose one patch chosen at random instead, for there is always something to
+    predict.
+
+    Args:
+        rng: a generator of this sample's own.
+        grid: (rows, columns).
+        max_hidden: most patches hidden, 1 to N - 1.
+        min_block_patches: least area drawn for a block before rounding; smaller ones appear where
+            less of the budget is left.
+        min_block_aspect: least height over width of a block, at most 1; the largest is its
+            inverse.
+
+    Returns:
+        bool [N], True = hidden.
+
+    Source: Bao et al. 2022, Algorithm 1 and the official code (`masking_generator.py`).
+    """
+    rows, columns = grid
+    assert 0 < max_hidden < rows * columns
+    hidden = np.zeros(grid, dtype=bool)
+    while (budget := max_hidden - int(hidden.sum())) > 0:
+        block = place_block(rng, hidden, budget, min_block_patches, min_block_aspect)
+        if block is None:
+            break
+        hidden[block] = True
+    if not hidden.any():
+        hidden.flat[rng.integers(hidden.size)] = True
+    return hidden.ravel()
+
+
+def place_block(
+    rng: np.random.Generator,
+    hidden: Bool[np.ndarray, "h w"],
+    budget: int,
+    min_block_patches: int,
+    min_block_aspect: float,
+) -> tuple[slice, slice] | None:
+    """Find a rectangle that hides something new, yet no more than the budget.
+
+    Args:
+        rng: a generator of this sample's own.
+        hidden: patches hidden so far.
+        budget: most patches it may newly hide.
+        min_block_patches: as for `block_mask`.
+        min_block_aspect: as for `block_mask`.
+
+    Returns:
+        Rows and columns of the rectangle, which is always smaller than the grid along both;
+        None when ten tries found none.
+    """
+    rows, columns = hidden.shape
+    widest = math.log(1 / min_block_aspect)
+    for _ in range(BLOCK_TRIES):
+        # The budget may be the smaller of the two, which the generator's `uniform` would refuse.
+        area = min_block_patches + (budget - min_block_patches) * rng.random()
+        aspect = math.exp(rng.uniform(-widest, widest))
+        height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if height >= rows or width >= columns:
+            continue
+        top = rng.integers(rows - height, endpoint=True)
+        left = rng.integers(columns - width, endpoint=True)
+        block = slice(top, top + height), slice(left, left + width)
+        if 0 < height * width - hidden[block].sum() <= budget:
+            return block
+    return None
+
+
+def _shuffled(rng: np.random.Generator, n: int) -> np.ndarray:
+    """0 to n - 1 in random order."""
+    return np.argsort(rng.random(n), kind="stable")

@@ -8,18 +8,18 @@ from trainers.config.run import Plan
 
 
 def learning_rate(plan: Plan, step: int) -> float:
-    """Linear warm-up from zero, then half a cosine down to `min_lr` or falls at milestones.
+    """Linear warm-up, then half a cosine down to `min_lr`, or falls at milestones.
 
     Args:
         plan: peak, warm-up and length.
         step: updates made so far.
 
-    Source: Loshchilov & Hutter 2017; per update rather than per epoch, as He et al. 2022, A.1.
-        Falls by `gamma` at shares of the run as in SimMIM (Xie et al. 2022, sec. 4.1.2).
+    Source: Loshchilov & Hutter 2017; per update rather than per epoch, as the official MAE code.
+        Falls by `gamma` at shares of the run as the official SimMIM code (`lr_scheduler.py`).
     """
     optim = plan.recipe.optim
     if step < plan.warmup_steps:
-        return plan.lr * step / plan.warmup_steps
+        return optim.warmup_lr + (plan.lr - optim.warmup_lr) * step / plan.warmup_steps
     if optim.schedule == "multistep":
         falls = sum(step >= round(share * plan.steps) for share in optim.milestones)
         return max(optim.min_lr, plan.lr * optim.gamma**falls)
