@@ -73,11 +73,12 @@ class Method(nn.Module, ABC):
         """
         return {}
 
-    @abstractmethod
     def reconstruct(
         self, images: Float[Tensor, "B C H W"], output: MethodOutput, *, oracle: bool = False
     ) -> Float[Tensor, "B C H W"]:
         """The prediction as normalised pictures, hidden and visible patches alike.
+
+        A method whose predictions are no pixels has none, and draws its `panels` itself.
 
         Args:
             images: what was encoded.
@@ -85,6 +86,7 @@ class Method(nn.Module, ABC):
             oracle: where targets were normalised by a hidden patch's own statistics, use those,
                 which leaks the answer; elsewhere it changes nothing.
         """
+        raise NotImplementedError(f"{type(self).__name__} predicts no pixels")
 
     def panels(
         self, images: Float[Tensor, "B C H W"], output: MethodOutput, *, oracle: bool = False

@@ -11,9 +11,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from trainers.config.method import MAEConfig
+from trainers.config.model import ViTConfig
 from trainers.config.run import Recipe
 from trainers.data.masks import random_mask
 from trainers.methods.base import Method
+from trainers.methods.losses import masked_mean
 from trainers.models import build_encoder
 from trainers.models.decoders import MAEDecoder
 from trainers.models.patches import patchify, unpatchify
@@ -29,6 +31,7 @@ class MAE(Method):
         super().__init__(recipe)
         config, data = recipe.method, recipe.data
         assert isinstance(config, MAEConfig)
+        assert isinstance(recipe.encoder, ViTConfig)
         self.encoder = build_encoder(recipe.encoder, data.image_size, data.channels)
         self.decoder = MAEDecoder(
             encoder_width=self.encoder.width,
@@ -37,6 +40,7 @@ class MAE(Method):
             num_heads=config.decoder_num_heads,
             grid=recipe.grid,
             out_dim=self.encoder.stride**2 * data.channels,
+            norm_eps=recipe.encoder.norm_eps,
         )
         self.norm_pix_loss = config.norm_pix_loss
 
@@ -51,10 +55,8 @@ class MAE(Method):
         target = patchify(images, self.encoder.stride)  # B N P
         if self.norm_pix_loss:
             target = normalise_patches(target)
-        # The reduction stays in fp32 whatever the model computes in.
         error = (prediction.float() - target.float()).square().mean(dim=-1)  # B N
-        loss = (error * mask).sum() / mask.sum()
-        return MethodOutput(loss=loss, prediction=prediction, target=target, mask=mask)
+        return MethodOutput(masked_mean(error, mask), prediction, target, mask)
 
     @staticmethod
     def draw_mask(recipe: Recipe, rng: np.random.Generator) -> Bool[np.ndarray, N]:

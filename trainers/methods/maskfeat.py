@@ -1,0 +1,116 @@
+"""MaskFeat: predict what the hidden patches' edges look like.
+
+Source: Wei et al. 2022, "Masked Feature Prediction for Self-Supervised Visual Pre-Training".
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from trainers.config.method import MaskFeatConfig
+from trainers.config.run import Recipe
+from trainers.data.masks import block_mask, random_mask
+from trainers.glyphs import draw_glyphs
+from trainers.methods.base import Method
+from trainers.methods.losses import masked_mean
+from trainers.models import build_encoder
+from trainers.models.decoders import MAEDecoder
+from trainers.models.hog import HOG
+from trainers.pictures import hide_patches
+from trainers.types import MethodOutput, Panel
+
+
+class MaskFeat(Method):
+    """Score histograms of oriented gradients on the hidden patches.
+
+    Without a decoder (the paper) mask tokens go through the encoder and a linear head predicts;
+    with one the encoder sees the visible patches alone, as in MAE.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(recipe)
+        config, data = recipe.method, recipe.data
+        assert isinstance(config, MaskFeatConfig)
+        self.encoder = build_encoder(recipe.encoder, data.image_size, data.channels)
+        self.hog = HOG(data.channels, config.hog_bins, config.hog_cell_px, self.encoder.stride)
+        self.decoder: MAEDecoder | None = None
+        if config.decoder_depth:
+            self.decoder = MAEDecoder(
+                encoder_width=self.encoder.width,
+                width=config.decoder_width,
+                depth=config.decoder_depth,
+                num_heads=config.decoder_num_heads,
+                grid=recipe.grid,
+                out_dim=self.hog.out_dim,
+            )
+        else:
+            self.mask_token = nn.Parameter(torch.empty(1, 1, self.encoder.embed_width))
+            self.head = nn.Linear(self.encoder.width, self.hog.out_dim)
+            nn.init.trunc_normal_(self.mask_token, std=0.02)
+            nn.init.trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
+
+    def forward(
+        self, images: Float[Tensor, "B C H W"], mask: Bool[Tensor, "B N"] | None = None
+    ) -> MethodOutput:
+        """Mean squared error over hidden patches only.
+
+        The mean is over the values of a patch too, as in the official code. Targets are cut from
+        the HOG of the whole picture, so that those at a patch's border know its neighbours.
+
+        Source: Wei et al. 2022, sec. 3.
+        """
+        if mask is None:
+            mask = self.draw_masks(images)
+        prediction = self._predict(images, mask)  # B N P
+        target = self.hog(images)  # B N P
+        error = (prediction.float() - target).square().mean(dim=-1)  # B N
+        return MethodOutput(masked_mean(error, mask), prediction, target, mask)
+
+    @staticmethod
+    def draw_mask(recipe: Recipe, rng: np.random.Generator) -> Bool[np.ndarray, N]:
+        """Blocks of patches as in BEiT, or uniformly random patches."""
+        config, (rows, columns) = recipe.method, recipe.grid
+        assert isinstance(config, MaskFeatConfig)
+        if config.masking == "random":
+            return random_mask(rng, recipe.grid, config.mask_ratio)
+        return block_mask(
+            rng,
+            recipe.grid,
+            max_hidden=int(rows * columns * config.mask_ratio),
+            min_block_patches=config.min_block_patches,
+            min_block_aspect=config.min_block_aspect,
+        )
+
+    def panels(
+        self, images: Float[Tensor, "B C H W"], output: MethodOutput, *, oracle: bool = False
+    ) -> list[Panel]:
+        """Histograms as strokes along the edges; where patches were visible, their true ones."""
+        original = self.pixels(images)
+        mask, stride = output.mask, self.encoder.stride
+        grid = images.shape[2] // stride, images.shape[3] // stride
+        predicted = output.prediction.detach().float()
+        filled = torch.where(mask.unsqueeze(-1), predicted, output.target)  # B N P
+        return [
+            Panel("original", original),
+            Panel("masked", hide_patches(original, mask.cpu().numpy(), stride)),
+            Panel("HOG of the original", self._glyphs(output.target, grid)),
+            Panel("predicted HOG", self._glyphs(filled, grid)),
+        ]
+
+    def _predict(self, images: Tensor, mask: Tensor) -> Tensor:
+        if self.decoder is None:
+            encoded = self.encoder(images, mask, self.mask_token)
+            prediction: Tensor = self.head(encoded.tokens)
+        else:
+            encoded = self.encoder(images, mask)
+            prediction = self.decoder(encoded.tokens, encoded.prefix, mask)
+        return prediction
+
+    def _glyphs(self, patches: Float[Tensor, "B N P"], grid: tuple[int, int]) -> np.ndarray:
+        """Histograms, the mean over channels, as uint8 [B, _, _, 1]."""
+        cells = self.hog.to_cells(patches, grid).mean(dim=1)  # B K R S
+        return draw_glyphs(cells.permute(0, 2, 3, 1).cpu().numpy())
