@@ -12,6 +12,7 @@
     ├── CheckpointError        a checkpoint that is damaged or does not fit
     ├── BundleError            a frozen encoder that cannot be loaded or written
     ├── NonFiniteLossError     training diverged
+    ├── CodebookCollapseError  a tokenizer uses next to none of its codes
     └── ServingError           the endpoint (its own leaves live in `serving.errors`)
 
 Everything a person can cause is one of these; the command line prints it in one line
@@ -136,6 +137,13 @@ class NonFiniteLossError(MimrayError):
     """The loss became NaN or infinite; the update was not made."""
 
     code = "non_finite_loss"
+    exit_code = 1
+
+
+class CodebookCollapseError(MimrayError):
+    """Too few codes of a tokenizer are in use for it to be worth training on."""
+
+    code = "codebook_collapse"
     exit_code = 1
 
 

@@ -82,6 +82,15 @@ class MaskFeatConfig(BlockMasking, _TransformerDecoder):
     hog_bins: PositiveInt = Field(default=9, description="unsigned orientations over 180 degrees")
     hog_cell_px: PositiveInt = Field(default=8, description="side of a histogram's cell, pixels")
 
+    @model_validator(mode="after")
+    def _check_masking(self) -> MaskFeatConfig:
+        if self.decoder_depth and self.masking == "block":
+            raise ValueError(
+                "method.masking block hides another number of patches in each picture, which an "
+                "encoder of visible patches cannot batch; with method.decoder_depth take random"
+            )
+        return self
+
 
 class BEiTConfig(BlockMasking):
     """BEiT (Bao et al. 2022): the tokenizer's codes of what is hidden."""
@@ -142,6 +151,11 @@ class VAEConfig(_Autoencoder):
     )
 
 
+# What only one of the quantizers of a dvae looks at.
+_VQ_KEYS = ("beta", "ema_decay", "l2_normalize", "kmeans_init", "revive_below")
+_GUMBEL_KEYS = ("temperature", "min_temperature", "temperature_steps", "kl_weight")
+
+
 class DVAEConfig(_Autoencoder):
     """Discrete tokenizer: VQ-VAE (van den Oord et al. 2017), or Gumbel-softmax (Ramesh 2021)."""
 
@@ -158,7 +172,7 @@ class DVAEConfig(_Autoencoder):
     )
     l2_normalize: bool = Field(default=False, description="vq: codes on the unit sphere")
     kmeans_init: bool = Field(
-        default=False, description="vq: codebook from k-means over the first global batch"
+        default=False, description="vq: codebook from k-means over the first batch of all workers"
     )
     revive_below: float = Field(
         default=0.0,
@@ -183,6 +197,20 @@ class DVAEConfig(_Autoencoder):
     kl_weight: float = Field(
         default=0.0, ge=0, description="gumbel: weight of KL(codes | uniform), nats a place"
     )
+
+    @model_validator(mode="after")
+    def _check_quantizer(self) -> DVAEConfig:
+        keys = _GUMBEL_KEYS if self.quantizer == "vq" else _VQ_KEYS
+        fields = type(self).model_fields
+        foreign = [f"method.{k}" for k in keys if getattr(self, k) != fields[k].default]
+        if foreign:
+            raise ValueError(f"{', '.join(foreign)}: of no use to quantizer {self.quantizer}")
+        if self.min_temperature > self.temperature:
+            raise ValueError(
+                f"method.min_temperature {self.min_temperature} is above "
+                f"method.temperature {self.temperature}"
+            )
+        return self
 
 
 AutoencoderConfig = AEConfig | VAEConfig | DVAEConfig

@@ -20,6 +20,7 @@ class Stream(IntEnum):
     WINDOW_ORDER = 2
     VIEW = 3
     MASK = 4
+    CODEBOOK = 5
 
 
 def generator(seed: int, stream: Stream, a: int, b: int = 0) -> np.random.Generator:

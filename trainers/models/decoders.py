@@ -21,6 +21,7 @@ class MAEDecoder(nn.Module):
         num_heads: attention heads.
         grid: (rows, columns) of patches.
         out_dim: values predicted a patch.
+        norm_eps: epsilon of every LayerNorm.
 
     Source: He et al. 2022, sec. 3 "MAE decoder".
     """
@@ -33,6 +34,7 @@ class MAEDecoder(nn.Module):
         num_heads: int,
         grid: tuple[int, int],
         out_dim: int,
+        norm_eps: float = LAYER_NORM_EPS,
     ) -> None:
         super().__init__()
         self.embed = nn.Linear(encoder_width, width)
@@ -40,8 +42,8 @@ class MAEDecoder(nn.Module):
         self.pos_embed = nn.Parameter(
             sincos_2d(width, grid, num_prefix=1).unsqueeze(0), requires_grad=False
         )
-        self.blocks = transformer_blocks(width, depth, num_heads)
-        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.blocks = transformer_blocks(width, depth, num_heads, norm_eps=norm_eps)
+        self.norm = nn.LayerNorm(width, eps=norm_eps)
         self.pred = nn.Linear(width, out_dim)
         self.apply(init_transformer)
         nn.init.normal_(self.mask_token, std=0.02)

@@ -1,0 +1,75 @@
+"""What the autoencoders share: a whole picture into a map of latents, and back out of it."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from trainers.config.method import AEConfig, DVAEConfig, VAEConfig
+from trainers.config.run import Recipe
+from trainers.methods.base import Method
+from trainers.models import build_encoder
+from trainers.models.conv import ConvDecoder
+from trainers.models.patches import patchify, unpatchify
+from trainers.types import MethodOutput
+
+
+class Autoencoding(Method):
+    """An encoder and a convolutional decoder; subclasses put the bottleneck in between.
+
+    Args:
+        recipe: the checked recipe.
+        latent_dim: channels of the latent that the decoder takes.
+    """
+
+    def __init__(self, recipe: Recipe, latent_dim: int) -> None:
+        super().__init__(recipe)
+        config, data = recipe.method, recipe.data
+        assert isinstance(config, AEConfig | VAEConfig | DVAEConfig)
+        self.encoder = build_encoder(recipe.encoder, data.image_size, data.channels)
+        self.decoder = ConvDecoder(
+            latent_dim,
+            config.decoder_widths,
+            config.decoder_blocks,
+            stride=self.encoder.stride,
+            out_chans=data.channels,
+        )
+
+    def encode(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
+        """The encoder's tokens as a map; nothing is hidden."""
+        features = self.encoder(images)
+        return torch.unflatten(features.tokens.transpose(1, 2), 2, features.grid)
+
+    def decode(self, latent: Float[Tensor, "B L h w"]) -> Float[Tensor, "B C H W"]:
+        """Normalised pictures from latents."""
+        images: Tensor = self.decoder(latent)
+        return images
+
+    def output(
+        self,
+        images: Float[Tensor, "B C H W"],
+        decoded: Float[Tensor, "B C H W"],
+        loss: Float[Tensor, ""],
+        terms: dict[str, Tensor] | None = None,
+    ) -> MethodOutput:
+        """What `forward` returns: pictures as patches of the encoder's stride, all scored.
+
+        Args:
+            images: what was encoded.
+            decoded: what came back.
+            loss: scalar.
+            terms: scalars worth a curve of their own.
+        """
+        prediction = patchify(decoded, self.encoder.stride)  # B N P
+        target = patchify(images, self.encoder.stride)  # B N P
+        mask = torch.ones(prediction.shape[:2], dtype=torch.bool, device=images.device)
+        return MethodOutput(loss, prediction, target, mask, terms or {})
+
+    def reconstruct(
+        self, images: Float[Tensor, "B C H W"], output: MethodOutput, *, oracle: bool = False
+    ) -> Float[Tensor, "B C H W"]:
+        """What came back."""
+        stride = self.encoder.stride
+        grid = images.shape[2] // stride, images.shape[3] // stride
+        return unpatchify(output.prediction.float(), stride, grid)

@@ -1,0 +1,124 @@
+"""Discrete tokenizer: a picture as a grid of codes out of a vocabulary, and back.
+
+Source: van den Oord et al. 2017, "Neural Discrete Representation Learning"; with Gumbel-softmax
+Ramesh et al. 2021, "Zero-Shot Text-to-Image Generation"; as BEiT's tokenizer Bao et al. 2022,
+sec. 2.1, and Peng et al. 2022 (BEiT v2), sec. 3.1.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+from torch.nn import functional as F
+
+from trainers.config.method import DVAEConfig
+from trainers.config.run import Recipe
+from trainers.data.rng import Stream, generator
+from trainers.errors import CodebookCollapseError
+from trainers.methods.autoencoding import Autoencoding
+from trainers.models.quantizer import GumbelQuantizer, Quantizer, VectorQuantizer
+from trainers.types import MethodOutput, Panel
+
+
+class DVAE(Autoencoding):
+    """Every place is one of K codes; the decoder gets nothing else.
+
+    `codes` and `decode_codes` are the tokenizer: pictures to codes and back.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        config = recipe.method
+        assert isinstance(config, DVAEConfig)
+        super().__init__(recipe, config.code_dim)
+        self.config = config
+        self.quantizer: Quantizer
+        if config.quantizer == "gumbel":
+            self.quantizer = GumbelQuantizer(config, self.encoder.width)
+        else:
+            rng = partial(generator, recipe.seed, Stream.CODEBOOK)
+            self.quantizer = VectorQuantizer(config, self.encoder.width, rng)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of codes K."""
+        return self.config.codebook_size
+
+    def forward(
+        self, images: Float[Tensor, "B C H W"], mask: Bool[Tensor, "B N"] | None = None
+    ) -> MethodOutput:
+        """Mean squared error of the pixels, and what the quantizer adds.
+
+        Source: van den Oord et al. 2017, eq. 3.
+        """
+        quantized = self.quantizer(self.encode(images))
+        decoded = self.decode(quantized.latent)
+        reconstruction = F.mse_loss(decoded.float(), images.float())
+        terms = {"reconstruction": reconstruction, **quantized.terms}
+        return self.output(images, decoded, reconstruction + quantized.loss, terms)
+
+    def at_step(self, step: int, num_steps: int) -> None:
+        """Anneal the temperature, where there is one."""
+        self.quantizer.at_step(step, num_steps)
+
+    def after_step(self, step: int) -> dict[str, float]:
+        """Settle the codebook; usage and perplexity over all ranks.
+
+        Raises:
+            CodebookCollapseError: too few codes were used over the last window; on every rank.
+        """
+        figures = self.quantizer.after_step(step)
+        usage, window = figures["codebook_usage"], self.config.usage_window_steps
+        if step >= window and usage < self.config.min_usage:
+            error = CodebookCollapseError(
+                f"step {step}: {round(usage * self.vocab_size)} of {self.vocab_size} codes "
+                f"({usage:.2%}) were used over the last {window} steps, less than "
+                f"method.min_usage {self.config.min_usage:.2%}",
+                hint=self._cures(),
+            )
+            error.on_every_rank = True
+            raise error
+        return figures
+
+    @torch.no_grad()
+    def codes(self, images: Float[Tensor, "B C H W"]) -> Int64[Tensor, "B h w"]:
+        """The codes of normalised pictures, in evaluation mode the same every time."""
+        return self.quantizer.codes(self.encode(images))
+
+    @torch.no_grad()
+    def decode_codes(self, codes: Int64[Tensor, "B h w"]) -> Float[Tensor, "B C H W"]:
+        """Normalised pictures of codes."""
+        return self.decode(self.quantizer.embed(codes))
+
+    def panels(
+        self, images: Float[Tensor, "B C H W"], output: MethodOutput, *, oracle: bool = False
+    ) -> list[Panel]:
+        """Originals, what came back, and the codes in false colours: near codes look alike."""
+        codes = self.codes(images.to(output.prediction.dtype)).cpu().numpy()  # B h w
+        colours = false_colours(self.quantizer.table().detach())[codes]  # B h w 3
+        stride = self.encoder.stride
+        enlarged = colours.repeat(stride, axis=1).repeat(stride, axis=2)
+        return [*super().panels(images, output, oracle=oracle), Panel("codes", enlarged)]
+
+    def _cures(self) -> str:
+        if self.config.quantizer == "gumbel":
+            return (
+                "start over with --fresh and a higher method.temperature, a method.kl_weight, "
+                "a lower optim.base_lr or a smaller method.codebook_size"
+            )
+        return (
+            "start over with --fresh and method.ema_decay=0.99, method.l2_normalize=true, "
+            "method.kmeans_init=true, method.revive_below=0.1 or a smaller method.codebook_size"
+        )
+
+
+def false_colours(table: Float[Tensor, "K D"]) -> np.ndarray:
+    """A colour for each code, uint8 [K, 3]: its rank along the three widest axes of the codes."""
+    centred = table.double().cpu() - table.double().mean(dim=0).cpu()
+    axes = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -3:]  # D 3, the widest last
+    ranks = (centred @ axes).argsort(dim=0).argsort(dim=0)  # K 3
+    colours: np.ndarray = (255 * ranks / (len(table) - 1)).round().byte().numpy()
+    return colours

@@ -1,0 +1,339 @@
+"""Quantizers: from a map of features to one of K codes a place, and to the codes' vectors.
+
+What is not learnt by gradient (moving averages, last uses) is gathered by `forward` over the
+micro batches of a step and settled once, by `after_step`, over all ranks. So it does not depend
+on how many ranks or micro batches share the work, and is the same on every rank.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trainers.config.method import DVAEConfig
+from trainers.errors import ConfigError
+from trainers.models.codebook import Codebook, Fp32Buffers
+from trainers.models.kmeans import cluster, kmeans, nearest_codes
+
+# Laplace smoothing of the moving counts, as in the code of van den Oord et al. (Sonnet).
+SMOOTHING = 1e-5
+# Of the moving average of uses where `ema_decay` does not say.
+USES_DECAY = 0.99
+
+
+class Quantized(NamedTuple):
+    """What a quantizer makes of a map of features.
+
+    Attributes:
+        latent: [B, D, h, w], what the decoder gets; its gradient reaches the features.
+        codes: int64 [B, h, w].
+        loss: scalar in fp32, what the quantizer adds to the loss of the reconstruction.
+        terms: scalars worth a curve; parts of the loss before they are weighted.
+    """
+
+    latent: Tensor
+    codes: Tensor
+    loss: Tensor
+    terms: dict[str, Tensor]
+
+
+class Quantizer(Fp32Buffers, ABC):
+    """What quantizers share: a codebook, and a record of which codes are in use.
+
+    Args:
+        config: number of codes and length of the window of usage.
+        codebook: the codes' vectors.
+
+    Attributes:
+        counts: [K], uses since the last `after_step` on this rank.
+        last_used: [K], the last step that used a code; 0 for none. In fp32, exact to 2^24.
+    """
+
+    counts: Tensor
+    last_used: Tensor
+
+    def __init__(self, config: DVAEConfig, codebook: Codebook) -> None:
+        super().__init__()
+        self.config = config
+        self.codebook = codebook
+        self.register_buffer("counts", torch.zeros(config.codebook_size), persistent=False)
+        self.register_buffer("last_used", torch.zeros(config.codebook_size))
+
+    @abstractmethod
+    def forward(self, features: Float[Tensor, "B W h w"]) -> Quantized:
+        """Quantize, and while training keep what `after_step` needs."""
+
+    @abstractmethod
+    def codes(self, features: Float[Tensor, "B W h w"]) -> Int64[Tensor, "B h w"]:
+        """The code of each place."""
+
+    def table(self) -> Float[Tensor, "K D"]:
+        """The vectors of all codes, in fp32."""
+        vectors: Tensor = self.codebook()
+        return vectors
+
+    def embed(self, codes: Int64[Tensor, "B h w"]) -> Float[Tensor, "B D h w"]:
+        """The vectors of a map of codes, in fp32."""
+        return F.embedding(codes, self.table()).movedim(3, 1)
+
+    def at_step(self, step: int, num_steps: int) -> None:
+        """Told before each update; see `Method.at_step`."""
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> dict[str, float]:
+        """Settle what a step brought; collective, and the same on every rank.
+
+        Args:
+            step: updates made, this one included.
+
+        Returns:
+            The share of codes used over the window, and the perplexity of the step's codes.
+        """
+        counts = _over_ranks(self.counts)
+        self._settle(step, counts)
+        self.last_used.masked_fill_(counts > 0, step)
+        window_start = max(0, step - self.config.usage_window_steps)
+        usage = (self.last_used > window_start).float().mean()
+        perplexity = torch.special.entr(counts / counts.sum()).sum().exp()
+        counts.zero_()
+        return {"codebook_usage": float(usage), "codebook_perplexity": float(perplexity)}
+
+    def _settle(self, step: int, counts: Float[Tensor, " K"]) -> None:
+        """Bring the codebook up to date with the counts of all ranks."""
+
+    def _count(self, codes: Int64[Tensor, "B h w"]) -> None:
+        self.counts += torch.bincount(codes.flatten(), minlength=len(self.counts))
+
+
+class VectorQuantizer(Quantizer):
+    """Each place takes the nearest code; gradients pass straight through.
+
+    Args:
+        config: codes, weights and options.
+        width: width of the features W.
+        rng: a generator a counter; the same on every rank. 0 serves k-means, each step its own.
+
+    Attributes:
+        moving: whether codes follow moving averages in place of gradients.
+        uses: [K], moving average of how often a step uses a code.
+        sums: [K, D], of the encodings of a code since the last `after_step` on this rank.
+        moving_sums: [K, D], their moving average.
+        ready: 0 while the codebook waits for k-means over the first batch.
+
+    Source: van den Oord et al. 2017, sec. 3.2; moving averages: appendix A.1; narrow codes on
+    the unit sphere: Yu et al. 2022 (ViT-VQGAN), sec. 3.2; revival: Zeghidour et al. 2021
+    (SoundStream), sec. III-C.
+    """
+
+    uses: Tensor
+    sums: Tensor
+    moving_sums: Tensor
+    ready: Tensor
+
+    def __init__(
+        self, config: DVAEConfig, width: int, rng: Callable[[int], np.random.Generator]
+    ) -> None:
+        size, dim = config.codebook_size, config.code_dim
+        moving = config.ema_decay is not None
+        # Near the origin codes are told apart by direction, so that none is left out; on the
+        # sphere all are, and a longer vector turns less under a step of the optimiser.
+        std = 1.0 if config.l2_normalize else 1 / size
+        super().__init__(config, Codebook(size, dim, std=std, learnt=not moving))
+        self.moving = moving
+        self.rng = rng
+        self.project = nn.Conv2d(width, dim, kernel_size=1)
+        self.register_buffer("uses", torch.ones(size))
+        if moving:
+            self.register_buffer("moving_sums", self.table().clone())
+            self.register_buffer("sums", torch.zeros(size, dim), persistent=False)
+        self.register_buffer("ready", torch.tensor(float(not config.kmeans_init)))
+        self._seen: list[Tensor] = []
+
+    def forward(self, features: Float[Tensor, "B W h w"]) -> Quantized:
+        """Codebook term (unless it follows averages) + beta * commitment, means over values."""
+        vectors = self._vectors(features)  # B h w D
+        if self.training and not self.ready:
+            self._start(vectors.detach().flatten(0, 2))
+        table = self.table()
+        codes = self._nearest(vectors, table)
+        if self.training:
+            self._remember(vectors.detach(), codes)
+        chosen = F.embedding(codes, table)  # B h w D
+        commitment = F.mse_loss(vectors, chosen.detach())
+        loss, terms = self.config.beta * commitment, {"commitment": commitment}
+        if not self.moving:
+            terms["codebook"] = F.mse_loss(chosen, vectors.detach())
+            loss = loss + terms["codebook"]
+        latent = vectors + (chosen - vectors).detach()
+        return Quantized(latent.movedim(3, 1).to(features.dtype), codes, loss, terms)
+
+    def codes(self, features: Float[Tensor, "B W h w"]) -> Int64[Tensor, "B h w"]:
+        """The nearest code of each place."""
+        return self._nearest(self._vectors(features), self.table())
+
+    def table(self) -> Float[Tensor, "K D"]:
+        """The vectors of all codes, in fp32."""
+        return self._on_sphere(super().table())
+
+    def _vectors(self, features: Tensor) -> Float[Tensor, "B h w D"]:
+        return self._on_sphere(self.project(features).float().movedim(1, 3))
+
+    def _on_sphere(self, vectors: Tensor) -> Tensor:
+        return F.normalize(vectors, dim=-1) if self.config.l2_normalize else vectors
+
+    def _nearest(self, vectors: Tensor, table: Tensor) -> Int64[Tensor, "B h w"]:
+        flat = nearest_codes(vectors.detach().flatten(0, 2), table.detach())
+        return flat.view(vectors.shape[:3])
+
+    @torch.no_grad()
+    def _start(self, vectors: Float[Tensor, "M D"]) -> None:
+        """K-means over the encodings of all ranks; collective."""
+        everyone = _gather(vectors)
+        size = len(self.uses)
+        if len(everyone) < size:
+            error = ConfigError(
+                f"k-means cannot make method.codebook_size {size} codes of the {len(everyone)} "
+                "encodings of the first batch",
+                hint="a larger batch or engine.micro_batch_size, fewer codes, "
+                "or method.kmeans_init=false",
+            )
+            error.on_every_rank = True
+            raise error
+        # The first K of a permutation; argsort of uniform draws, which numpy keeps stable.
+        picked = np.argsort(self.rng(0).random(len(everyone)), kind="stable")[:size]
+        means = everyone[torch.from_numpy(picked).to(everyone.device)]
+        if _rank_of_ranks()[0] == 0:
+            means = kmeans(everyone, means, spherical=self.config.l2_normalize)
+        if dist.is_initialized():
+            dist.broadcast(means, 0)
+        self._replace(torch.ones_like(self.uses, dtype=torch.bool), means, len(everyone) / size)
+        self.ready.fill_(1)
+
+    @torch.no_grad()
+    def _remember(self, vectors: Float[Tensor, "B h w D"], codes: Int64[Tensor, "B h w"]) -> None:
+        self._count(codes)
+        flat = vectors.flatten(0, 2)
+        if self.moving:
+            self.sums += cluster(flat, codes.flatten(), len(self.sums)).sums
+        if self.config.revive_below:
+            self._seen.append(flat)
+
+    def _settle(self, step: int, counts: Float[Tensor, " K"]) -> None:
+        decay = self.config.ema_decay or USES_DECAY
+        self.uses.lerp_(counts, 1 - decay)
+        if self.moving:
+            self.moving_sums.lerp_(_over_ranks(self.sums), 1 - decay)
+            self.sums.zero_()
+            total = self.uses.sum()
+            smoothed = (self.uses + SMOOTHING) / (total + len(counts) * SMOOTHING) * total  # K
+            # Nothing has moved the average of a code without uses; only smoothing would.
+            used = counts > 0
+            self.codebook.replace(used, (self.moving_sums / smoothed.unsqueeze(1))[used])
+        if self.config.revive_below:
+            rare = self.uses < self.config.revive_below
+            if count := int(rare.sum()):
+                share = float(counts.sum()) / len(counts)
+                self._replace(rare, self._draw(count, self.rng(step)), share)
+            self._seen.clear()
+
+    def _draw(self, count: int, rng: np.random.Generator) -> Float[Tensor, "n D"]:
+        """Encodings of the step, from any rank; collective."""
+        mine = torch.cat(self._seen)  # M D
+        rank, ranks = _rank_of_ranks()
+        drawn_at = (rng.random(count) * ranks * len(mine)).astype(np.int64)
+        places = torch.from_numpy(drawn_at).to(mine.device) - rank * len(mine)
+        here = (places >= 0) & (places < len(mine))
+        drawn = mine.new_zeros(count, mine.shape[1])
+        drawn[here] = mine[places[here]]
+        return _over_ranks(drawn)
+
+    def _replace(self, chosen: Bool[Tensor, " K"], vectors: Tensor, uses: float) -> None:
+        """Put codes elsewhere, as if each had been used so often a step."""
+        self.codebook.replace(chosen, vectors)
+        self.uses[chosen] = uses
+        if self.moving:
+            self.moving_sums[chosen] = uses * vectors
+
+
+class GumbelQuantizer(Quantizer):
+    """Each place is a mixture of codes, drawn by Gumbel-softmax; outside training, one code.
+
+    Args:
+        config: codes, temperatures and the weight of the KL term.
+        width: width of the features W.
+
+    Attributes:
+        temperature: at the present step.
+
+    Source: Jang et al. 2017; Ramesh et al. 2021 (DALL-E), sec. 2.1 and appendix A.2.
+    """
+
+    def __init__(self, config: DVAEConfig, width: int) -> None:
+        size = config.codebook_size
+        super().__init__(config, Codebook(size, config.code_dim, std=1.0, learnt=True))
+        self.to_logits = nn.Conv2d(width, size, kernel_size=1)
+        self.temperature = config.temperature
+
+    def at_step(self, step: int, num_steps: int) -> None:
+        """Lower the temperature by a half-cosine."""
+        config = self.config
+        progress = min(1.0, step / (config.temperature_steps or num_steps))
+        above = 0.5 * (1 + math.cos(math.pi * progress))
+        self.temperature = (
+            config.min_temperature + (config.temperature - config.min_temperature) * above
+        )
+
+    def forward(self, features: Float[Tensor, "B W h w"]) -> Quantized:
+        """kl_weight * KL(codes | uniform), nats a place, a mean over places."""
+        logits = self.to_logits(features).float().movedim(1, 3)  # B h w K
+        codes = logits.detach().argmax(dim=-1)
+        if self.training:
+            self._count(codes)
+            soft = F.gumbel_softmax(logits, tau=self.temperature)  # B h w K
+            latent = (soft @ self.table()).movedim(3, 1)
+        else:
+            latent = self.embed(codes)
+        kl = kl_from_uniform(logits).mean()
+        terms = {"kl": kl, "temperature": torch.tensor(self.temperature, device=kl.device)}
+        return Quantized(latent.to(features.dtype), codes, self.config.kl_weight * kl, terms)
+
+    def codes(self, features: Float[Tensor, "B W h w"]) -> Int64[Tensor, "B h w"]:
+        """The likeliest code of each place."""
+        logits: Tensor = self.to_logits(features)
+        return logits.float().argmax(dim=1)
+
+
+def kl_from_uniform(logits: Float[Tensor, "*P K"]) -> Float[Tensor, "*P"]:
+    """KL divergence of categorical distributions from the uniform one, nats."""
+    log_q = logits.log_softmax(dim=-1)
+    return (log_q.exp() * log_q).sum(dim=-1) + math.log(logits.shape[-1])
+
+
+def _rank_of_ranks() -> tuple[int, int]:
+    """This rank, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _over_ranks(values: Tensor) -> Tensor:
+    """Sum in place over ranks; collective."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def _gather(values: Float[Tensor, "M D"]) -> Float[Tensor, "_ D"]:
+    """The rows of all ranks, in the order of ranks; collective."""
+    if not dist.is_initialized():
+        return values
+    shares = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+    dist.all_gather(shares, values.contiguous())
+    return torch.cat(shares)
