@@ -21,8 +21,7 @@ def parse_models(bundles: Sequence[str]) -> dict[str, Path]:
         ServingError: two bundles of one name.
         BundleError: a bundle that is not one.
     """
-    from service.fetch import fetch_bundle
-    from trainers.bundles import read_card
+    from trainers.bundles import fetch_bundle, read_card
 
     models: dict[str, Path] = {}
     for item in bundles:

@@ -141,8 +141,7 @@ def run_evaluate(
     bundle: str, *, data: str, val: str | None, limit: int | None, command: str
 ) -> dict[str, Any]:
     """Score an encoder by kNN; the result goes beside the bundle when it is a trained one."""
-    from service.fetch import bundle_place, fetch_bundle
-    from trainers.bundles import load_bundle, read_card
+    from trainers.bundles import bundle_place, fetch_bundle, load_bundle, read_card
     from trainers.data.files import parent
     from trainers.data.sources import open_source
     from trainers.errors import DataError
@@ -196,7 +195,7 @@ def draw_reconstructions(
     import numpy as np
     import torch
 
-    from service.fetch import fetch_bundle
+    from trainers.bundles import fetch_bundle
     from trainers.config.run import parse_recipe
     from trainers.data.decode import decode
     from trainers.data.rng import Stream, generator
@@ -245,8 +244,7 @@ def draw_reconstructions(
 
 def export_run(run: str, out: Path | None, kind: str) -> str:
     """Export an encoder; makes the run's own bundle first where training was cut short."""
-    from service.fetch import bundle_place, fetch_bundle
-    from trainers.bundles import CARD
+    from trainers.bundles import CARD, bundle_place, fetch_bundle
     from trainers.convert import export_timm, export_transformers
     from trainers.storage import RunDir
 
@@ -259,12 +257,11 @@ def export_run(run: str, out: Path | None, kind: str) -> str:
         return _copy_bundle(fetch_bundle(run), out)
     if out is None:
         raise BundleError(f"--format {kind} needs a place to write to", hint="export RUN OUT")
-    exporters: dict[str, Callable[[Path, Path], object]] = {
+    exporters: dict[str, Callable[[Path, Path], str]] = {
         "timm": export_timm,
         "transformers": export_transformers,
     }
-    exporters[kind](fetch_bundle(run), out)
-    return f"{out}: {kind}"
+    return f"{out}: {kind}, {exporters[kind](fetch_bundle(run), out)}"
 
 
 def _bundle_from_checkpoint(run: Any) -> None:

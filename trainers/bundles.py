@@ -1,11 +1,13 @@
 """The frozen encoder as files: `encoder.safetensors` and `bundle.json`; no pickle, ever.
 
 A bundle knows no method. It carries the recipe it was trained by, and beside the encoder the
-rest of the method's weights (`method.safetensors`) when they were kept, both opaque here.
+rest of the method's weights (`method.safetensors`) and its tokenizer (`tokenizer/`, a bundle
+itself) where there are any, all opaque here.
 """
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import os
@@ -25,12 +27,13 @@ from trainers.config.model import EncoderConfig
 from trainers.errors import BundleError
 from trainers.models import build_encoder
 from trainers.models.encoder import Encoder
-from trainers.storage import storage_errors
+from trainers.storage import RunDir, storage_errors
 from trainers.types import Features
 
 CARD = "bundle.json"
 ENCODER = "encoder.safetensors"
 METHOD = "method.safetensors"
+TOKENIZER = "tokenizer"
 
 
 class BundleCard(Config):
@@ -40,6 +43,7 @@ class BundleCard(Config):
         image_size: (height, width) of the input it was trained at, pixels.
         mean: a value a channel, of pixels in [0, 1].
         layers: layers worth asking for, evenly spread over the depth.
+        source: where imported weights came from, with the digest of their file.
         scores: headline figures by task, each with its command and data.
     """
 
@@ -61,6 +65,7 @@ class BundleCard(Config):
     weights_sha256: str = ""
     method_sha256: str = ""
     created_by: str = ""
+    source: str = ""
     recipe: dict[str, Any] = Field(default_factory=dict)
     scores: dict[str, Any] = Field(default_factory=dict)
 
@@ -108,6 +113,7 @@ def save_bundle(
     card: BundleCard,
     encoder: dict[str, Tensor],
     method: dict[str, Tensor] | None = None,
+    tokenizer: Path | None = None,
 ) -> BundleCard:
     """Write a bundle; it is whole or not there.
 
@@ -116,6 +122,7 @@ def save_bundle(
         card: its description; the checksums are filled in.
         encoder: the encoder's state, fp32, on the host.
         method: the rest of the method's state, to reconstruct or train on with.
+        tokenizer: the folder of a bundle to carry along, for methods that need one.
 
     Returns:
         The card as written.
@@ -136,6 +143,8 @@ def save_bundle(
             digests = {"weights_sha256": _sha256(aside / ENCODER)}
             if method:
                 digests["method_sha256"] = _sha256(aside / METHOD)
+            if tokenizer is not None:
+                shutil.copytree(tokenizer, aside / TOKENIZER)
             card = card.model_copy(update=digests)
             (aside / CARD).write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
             aside.chmod(0o755)
@@ -240,7 +249,7 @@ def load_state(module: torch.nn.Module, *files: Path, prefixes: tuple[str, ...] 
 
 def bundle_folder(path: str | Path) -> Path:
     """The folder that holds the card: the path itself, or `bundle/` inside a run."""
-    path = Path(path)
+    path = Path(path).expanduser()
     for folder in (path, path / "bundle"):
         if (folder / CARD).is_file():
             return folder
@@ -250,6 +259,41 @@ def bundle_folder(path: str | Path) -> Path:
         f"{path} is neither a bundle nor a run that has exported one",
         hint=f"`mimray export {path}` makes one from the newest checkpoint of a run",
     )
+
+
+def bundle_place(path: str) -> RunDir:
+    """The directory of a bundle: the path or URI itself, or `bundle/` inside a run.
+
+    Raises:
+        BundleError: there is none.
+    """
+    if "://" not in path:
+        return RunDir(str(bundle_folder(path)))
+    place = RunDir(path)
+    for folder in (place, place / "bundle"):
+        if folder.exists(CARD):
+            return folder
+    raise BundleError(
+        f"no bundle at {path}", hint=f"`mimray export {path}` makes one from a run's checkpoint"
+    )
+
+
+def fetch_bundle(path: str) -> Path:
+    """A bundle's folder on this machine; a remote one is copied until the process ends.
+
+    Args:
+        path: path or URI of a bundle, or of a run that has one.
+
+    Raises:
+        BundleError: there is none.
+    """
+    place = bundle_place(path)
+    if place.local is not None:
+        return place.local
+    scratch = Path(tempfile.mkdtemp(prefix="mimray-"))
+    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    place.download(scratch)
+    return scratch
 
 
 def _write_tensors(file: Path, state: dict[str, Tensor]) -> None:

@@ -20,6 +20,7 @@ from trainers.data.sources import open_source
 from trainers.desk import Desk, DeskState, Link
 from trainers.errors import DataError, MimrayError, ResourceError, RunConflictError
 from trainers.storage import RunDir, check_seen, claim
+from trainers.tokenizers import keep_tokenizer, tokenizer_within, with_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -76,16 +77,24 @@ def prepare(job: Job) -> Plan:
     Needs no cluster. Writes nothing.
 
     Raises:
+        ConfigError: the recipe does not fit the data, the workers or its tokenizer.
+        BundleError: its tokenizer is not there, or damaged.
         RunConflictError: the directory holds a run of another recipe or other data, or is to be
-            started over and is no run.
+            started over and is no run, or holds the tokenizer.
     """
     if job.fresh and job.run.exists() and not job.run.exists("plan.json"):
         raise RunConflictError(
             f"{job.run} exists and is not a run, so --fresh will not delete it",
             hint="choose another --name, or remove it yourself",
         )
+    recipe = with_tokenizer(job.recipe)
+    if job.fresh and tokenizer_within(recipe, job.run):
+        raise RunConflictError(
+            f"--fresh would delete {job.run} and method.tokenizer with it",
+            hint="choose another --name, or copy the tokenizer first",
+        )
     facts = open_source(job.data).facts
-    plan = resolve(job.recipe, facts, job.recipe.resources.num_workers)
+    plan = resolve(recipe, facts, recipe.resources.num_workers)
     if job.fresh or not job.run.exists("plan.json"):
         return plan
     before = Plan.model_validate_json(job.run.read("plan.json"))
@@ -120,6 +129,7 @@ def pretrain(
     launch_id = uuid.uuid4().hex
     claim(run, launch_id)
     run.write("plan.json", plan.model_dump_json(indent=2).encode())
+    keep_tokenizer(plan.recipe, run)
 
     desk = _open_desk(job, plan)
     watcher = _Watcher(desk, on_progress)

@@ -32,7 +32,7 @@ def check_composition(
     Raises:
         ValueError: they do not compose.
     """
-    _check_size(encoder, image_size)
+    check_size(encoder, image_size)
     if isinstance(method, MASKING) and isinstance(encoder, ConvConfig):
         raise ValueError(
             f"method {method.name} hides tokens, which encoder conv does not have; "
@@ -83,7 +83,16 @@ def drops_hidden(method: MethodConfig) -> bool:
     )
 
 
-def _check_size(encoder: EncoderConfig, image_size: tuple[int, int]) -> None:
+def check_size(encoder: EncoderConfig, image_size: tuple[int, int]) -> None:
+    """Refuse a size of input that an encoder cannot cut into tokens.
+
+    Args:
+        encoder: architecture.
+        image_size: (height, width) in pixels.
+
+    Raises:
+        ValueError: its stride or its windows do not divide it.
+    """
     stride = encoder.stride
     named = (
         f"encoder.patch_size {stride}"

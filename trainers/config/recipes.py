@@ -31,11 +31,20 @@ def load_recipe(
     tree, origin = _read(name_or_path), f"recipe {name_or_path}"
     if steps is not None:
         tree = _with_steps(tree, steps, origin)
+    return parse_recipe(override(tree, overrides), origin)
+
+
+def override(tree: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """A recipe's tree with `a.b=c` assignments made; values are YAML.
+
+    Raises:
+        ConfigError: one of another form.
+    """
     # A new architecture or method replaces the old one's numbers, so it goes before its own.
     named = ("encoder.name=", "method.name=")
-    for assignment in sorted(overrides, key=lambda a: not a.startswith(named)):
+    for assignment in sorted(assignments, key=lambda a: not a.startswith(named)):
         tree = _assign(tree, assignment)
-    return parse_recipe(tree, origin)
+    return tree
 
 
 def shipped_recipes() -> dict[str, Path]:

@@ -122,6 +122,7 @@ OPERATIONAL_KEYS = (
     "data.prefetch_batches",
     "data.cache_mib",
     "engine.micro_batch_size",
+    "method.tokenizer",  # where it lies; what it is, its digest says
 )
 
 
@@ -224,7 +225,7 @@ def essential(recipe: Recipe) -> dict[str, Any]:
     tree = recipe.model_dump(mode="json", exclude=set(OPERATIONAL))
     for dotted in OPERATIONAL_KEYS:
         section, key = dotted.split(".")
-        tree[section].pop(key)
+        tree[section].pop(key, None)
     return tree
 
 

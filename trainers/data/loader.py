@@ -104,8 +104,8 @@ class Views(Dataset[Sample]):
         size = read_size(image)
         box = random_crop_box(rng, size, config.crop_scale, config.crop_ratio)
         flip = bool(rng.random() < config.hflip)
-        # Decoding at a lower DCT scale is enough as long as the crop is not upsampled by it.
-        height, width = config.image_size
+        # Decoding at a lower DCT scale is enough as long as no view is upsampled by it.
+        height, width = map(max, zip(config.image_size, tokenizer_size or (0, 0), strict=True))
         enough = (
             int(np.ceil(size[0] * width / (box[2] - box[0]))),
             int(np.ceil(size[1] * height / (box[3] - box[1]))),

@@ -128,8 +128,10 @@ def full_state(engine: Any, frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if value is None:  # no optimiser wrapper: the parameter itself is the fp32 master
             value = parameter.detach()
         state[name] = value.detach().float().cpu().clone().reshape(_shape(parameter))
+    kept = engine.module.state_dict().keys()  # buffers that are made anew are not among them
     for name, buffer in engine.module.named_buffers():
-        state[name] = buffer.detach().float().cpu().clone()
+        if name in kept:
+            state[name] = buffer.detach().float().cpu().clone()
     return state
 
 

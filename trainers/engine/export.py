@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trainers.bundles import BundleCard, save_bundle, spread_layers
+from trainers.bundles import CARD, TOKENIZER, BundleCard, fetch_bundle, save_bundle, spread_layers
 from trainers.config.run import Plan
 from trainers.engine.checkpoints import Checkpoint
 from trainers.methods import build_method
@@ -20,7 +20,7 @@ _ENCODER = "encoder."
 def write_bundle(
     run: RunDir, plan: Plan, state: dict[str, Tensor], *, step: int, name: str, command: str
 ) -> BundleCard:
-    """Write `bundle/` of a run.
+    """Write `bundle/` of a run, with the run's tokenizer in it where there is one.
 
     Args:
         run: the run's directory.
@@ -50,14 +50,17 @@ def write_bundle(
     )
     encoder = {k.removeprefix(_ENCODER): v for k, v in state.items() if k.startswith(_ENCODER)}
     rest = {k: v for k, v in state.items() if not k.startswith(_ENCODER)}
+    kept = run.exists(f"{TOKENIZER}/{CARD}")
+    tokenizer = fetch_bundle((run / TOKENIZER).uri) if kept else None
     if run.local is not None:
-        return save_bundle(run.local / "bundle", card, encoder, rest)
+        return save_bundle(run.local / "bundle", card, encoder, rest, tokenizer)
     with tempfile.TemporaryDirectory(prefix="mimray-") as scratch:
         folder = Path(scratch) / "bundle"
-        card = save_bundle(folder, card, encoder, rest)
+        card = save_bundle(folder, card, encoder, rest, tokenizer)
+        files = [file for file in folder.rglob("*") if file.is_file()]
         # The card is what makes a folder a bundle, so it goes last.
-        for file in sorted(folder.iterdir(), key=lambda f: f.suffix == ".json"):
-            run.upload(file, f"bundle/{file.name}")
+        for file in sorted(files, key=lambda f: f == folder / CARD):
+            run.upload(file, f"bundle/{file.relative_to(folder).as_posix()}")
     return card
 
 
@@ -79,5 +82,4 @@ def read_checkpoint(folder: Path, checkpoint: Checkpoint, plan: Plan) -> dict[st
         file = folder / "state" / "mp_rank_00_model_states.pt"
         # Written by DeepSpeed in this run's own directory; holds more than tensors.
         state = torch.load(file, map_location="cpu", weights_only=False)["module"]
-    names = [n for n, _ in method.named_parameters()] + [n for n, _ in method.named_buffers()]
-    return {n: frozen[n] if n in frozen else state[n].float().clone() for n in names}
+    return {n: frozen[n] if n in frozen else state[n].float().clone() for n in method.state_dict()}

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trainers.bundles import TOKENIZER, fetch_bundle
 from trainers.config.run import Plan
 from trainers.data.loader import Place, Views, collate, make_loader
 from trainers.data.order import SampleOrder
@@ -30,7 +31,7 @@ from trainers.engine.deepspeed import (
 from trainers.engine.metrics import append_metrics, rewind_metrics
 from trainers.engine.schedule import learning_rate
 from trainers.errors import NonFiniteLossError
-from trainers.methods import build_method, method_class
+from trainers.methods import attach_tokenizer, build_method, method_class
 from trainers.models.normalise import normalise
 from trainers.storage import RunDir, check_owner
 from trainers.types import Batch, Panel
@@ -89,7 +90,7 @@ def train(
 
     Args:
         plan: what to run.
-        run: its directory; checkpoints and metrics go there.
+        run: its directory; checkpoints and metrics go there, the tokenizer comes from there.
         source: the pictures.
         device: this rank's device.
         observer: told of progress on rank 0.
@@ -102,6 +103,7 @@ def train(
         NonFiniteLossError: before the update that would have spoilt the weights.
         StorageError: a checkpoint could not be written.
         RunConflictError: a later launch has taken the run over.
+        BundleError: the run's tokenizer is damaged or another one than the plan's.
     """
     recipe, rank = plan.recipe, dist.get_rank()
     prepare_process(device)
@@ -109,6 +111,8 @@ def train(
 
     torch.manual_seed(recipe.seed)
     method = build_method(recipe)
+    if recipe.tokenizer_size is not None:
+        attach_tokenizer(method, fetch_bundle((run / TOKENIZER).uri))
     frozen = {n: p.detach().clone() for n, p in method.named_parameters() if not p.requires_grad}
     if recipe.engine.activation_checkpointing:
         method.encoder.activation_checkpointing = True

@@ -43,7 +43,7 @@ def load_method(path: str | Path) -> Method:
         path: a run's folder, or a bundle's that kept its decoder.
 
     Returns:
-        The method on the CPU in fp32, in evaluation mode.
+        The method on the CPU in fp32, in evaluation mode, with its tokenizer if it has one.
 
     Raises:
         BundleError: no bundle there, a damaged one, or one exported without its decoder.
@@ -51,6 +51,7 @@ def load_method(path: str | Path) -> Method:
     from trainers.bundles import (
         ENCODER,
         METHOD,
+        TOKENIZER,
         bundle_folder,
         load_state,
         read_card,
@@ -69,4 +70,31 @@ def load_method(path: str | Path) -> Method:
         verify_weights(folder, card, name)
     method = build_method(parse_recipe(card.recipe, f"{folder}/bundle.json"))
     load_state(method, folder / ENCODER, folder / METHOD, prefixes=("encoder.", ""))
+    if (folder / TOKENIZER).is_dir():
+        attach_tokenizer(method, folder / TOKENIZER)
     return method.eval()
+
+
+def attach_tokenizer(method: Method, path: str | Path) -> None:
+    """Give a BEiT the tokenizer it learns from.
+
+    Args:
+        method: a BEiT, which neither owns nor trains it.
+        path: a bundle's folder of method dvae, or the folder of a run that has one.
+
+    Raises:
+        BundleError: no tokenizer there, a damaged one, or not the one of the method's plan.
+    """
+    from trainers.bundles import bundle_folder
+    from trainers.errors import BundleError
+    from trainers.methods.beit import BEiT, Tokenizer
+    from trainers.tokenizers import check_digest
+
+    assert isinstance(method, BEiT)
+    folder = bundle_folder(path)
+    if method.config.tokenizer_sha256:
+        check_digest(folder, method.config.tokenizer_sha256)
+    tokenizer = load_method(folder)
+    if not isinstance(tokenizer, Tokenizer):
+        raise BundleError(f"{folder} is no tokenizer", hint="a bundle of method dvae")
+    method.attach(tokenizer)

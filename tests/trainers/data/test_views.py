@@ -1,0 +1,165 @@
+"""The view the tokenizer sees, and the jitter of colours both views share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import functional as tv
+
+from trainers.config.run import Recipe, parse_recipe, resolve
+from trainers.data.loader import Place, Views, make_loader
+from trainers.data.sources import Source, open_source
+from trainers.data.transforms import color_jitter, to_array, view_of
+
+JITTERS = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation)
+
+
+def smooth(number: int, size: tuple[int, int] = (90, 70)) -> Image.Image:
+    pixels = np.random.default_rng(number).integers(0, 256, (6, 5, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    folder = tmp_path_factory.mktemp("views")
+    for i in range(8):
+        smooth(i).save(folder / f"{i}.png")
+    return open_source(str(folder))
+
+
+def recipe_of(tokenizer_size: tuple[int, int] | None = (16, 24), **data: Any) -> Recipe:
+    method = {"name": "mae"}
+    if tokenizer_size is not None:
+        method = {
+            "name": "beit",
+            "tokenizer_image_size": tokenizer_size,
+            "min_block_patches": 2,
+        }
+    return parse_recipe(
+        {
+            "encoder": {"name": "vit_tiny", "depth": 1, "patch_size": 8},
+            "method": method,
+            "data": {"image_size": [32, 48], "num_workers": 0, **data},
+            "optim": {"batch_size": 4, "steps": 2},
+            "seed": 5,
+        }
+    )
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("seed", range(6))
+def test_color_jitter__is_torchvisions_in_the_order_and_by_the_factors_drawn(mode: str, seed: int):
+    image = smooth(seed).convert(mode)
+
+    ours = to_array(color_jitter(np.random.default_rng(seed), image, 0.4))
+
+    rng = np.random.default_rng(seed)
+    order = np.argsort(rng.random(3))
+    factors = 0.6 + 0.8 * rng.random(3)
+    pixels = torch.from_numpy(to_array(image).copy())
+    for i in order:
+        pixels = JITTERS[i](pixels, float(factors[i]))
+    # Pillow's mean and its grey are whole numbers, torchvision's are not.
+    np.testing.assert_allclose(ours.astype(int), pixels.numpy().astype(int), atol=3)
+
+
+def test_color_jitter__factors_are_uniform():
+    draws = []
+    for seed in range(3000):
+        rng = np.random.default_rng(seed)
+        grey = Image.new("RGB", (2, 1), (128, 128, 128))
+        grey.putpixel((0, 0), (64, 64, 64))
+        draws.append(np.asarray(color_jitter(rng, grey, 0.4), dtype=float).mean())
+
+    # Of a grey picture saturation changes nothing and contrast keeps the mean: what is left of
+    # the mean, 96, is the factor of brightness.
+    factors = np.sort(np.array(draws) / 96)
+    np.testing.assert_allclose(
+        np.quantile(factors, [0.0, 0.25, 0.5, 0.75, 1.0]), [0.6, 0.8, 1.0, 1.2, 1.4], atol=0.03
+    )
+
+
+def test_color_jitter__strength_zero_changes_nothing():
+    image = smooth(1)
+
+    assert color_jitter(np.random.default_rng(0), image, 0.0).tobytes() == image.tobytes()
+
+
+def test_views__crop_and_flip_do_not_depend_on_the_jitter(source: Source):
+    plain, jittered = (Views(source, recipe_of(color_jitter=s), None) for s in (0.0, 0.4))
+
+    for i in range(8):
+        a, b = plain[Place(0, i)].pixels, jittered[Place(0, i)].pixels
+        # Colours change, edges stay: the same crop correlates, another one does not.
+        assert np.corrcoef(a.mean(axis=0).ravel(), b.mean(axis=0).ravel())[0, 1] > 0.9
+        assert not np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("jitter", [0.0, 0.4])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_views__the_tokenizer_sees_the_same_crop_flip_and_colours(
+    source: Source, jitter: float, channels: int
+):
+    views = Views(source, recipe_of((32, 48), color_jitter=jitter, channels=channels), None)
+
+    for i in range(8):
+        sample = views[Place(0, i)]
+        assert sample.tokenizer_pixels is not None
+        assert sample.tokenizer_pixels.shape == (channels, 32, 48)
+        # At one size the views differ by their filters alone.
+        apart = np.abs(sample.pixels.astype(int) - sample.tokenizer_pixels.astype(int))
+        assert apart.max() <= 12
+
+
+def test_views__the_tokenizers_view_is_the_box_resized_by_lanczos(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+):
+    seen = []
+    monkeypatch.setattr("trainers.data.loader.view_of", lambda *a: seen.append(a) or view_of(*a))
+
+    sample = Views(source, recipe_of(), None)[Place(0, 3)]
+
+    (image, size, how, box, flip), second = seen
+    assert (size, how) == ((32, 48), "bicubic")
+    assert second == (image, (16, 24), "lanczos", box, flip)
+    expected = image.resize((24, 16), Image.Resampling.LANCZOS, box=box)
+    if flip:
+        expected = expected.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    np.testing.assert_array_equal(sample.tokenizer_pixels, to_array(expected))
+
+
+def test_views__a_larger_tokenizer_view_is_not_blurred_by_draft_decoding(tmp_path: Path):
+    stripes = np.tile(np.array([0, 255], dtype=np.uint8).repeat(4), 64)  # 512, period 8
+    pixels = np.broadcast_to(stripes[None, :, None], (512, 512, 3)).copy()
+    Image.fromarray(pixels).save(tmp_path / "stripes.jpg", quality=95)
+    recipe = recipe_of((256, 256), crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), hflip=0.0)
+
+    sample = Views(open_source(str(tmp_path)), recipe, None)[Place(0, 0)]
+
+    assert sample.tokenizer_pixels is not None
+    # Stripes of two pixels are left; decoded for 32 x 48 they would be a flat grey.
+    assert sample.tokenizer_pixels.std() > 90
+
+
+def test_loader__hands_over_both_views(source: Source):
+    plan = resolve(recipe_of(), source.facts, 1)
+
+    batch = next(make_loader(source, plan, None))
+
+    assert batch.tokenizer_images is not None
+    assert (batch.tokenizer_images.dtype, batch.tokenizer_images.shape) == (
+        torch.uint8,
+        (4, 3, 16, 24),
+    )
+    assert batch.images.shape == (4, 3, 32, 48)
+
+
+def test_loader__makes_no_second_view_for_methods_without_a_tokenizer(source: Source):
+    plan = resolve(recipe_of(None), source.facts, 1)
+
+    assert next(make_loader(source, plan, None)).tokenizer_images is None

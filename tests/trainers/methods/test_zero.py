@@ -1,0 +1,166 @@
+"""Every method under every ZeRO stage: two ranks, sharded or not, learn the same."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from trainers.config.recipes import load_recipe
+from trainers.config.run import Plan, Recipe, resolve
+from trainers.data.rng import Stream, generator
+from trainers.engine.deepspeed import DTYPES, full_state, initialize, prepare_process
+from trainers.methods import build_method
+from trainers.types import DatasetFacts
+
+# All of them in one pair of processes, some minutes on two cores.
+pytestmark = pytest.mark.slow
+
+RECIPES = (
+    "ae-tiny", "vae-tiny", "dvae-tiny", "beit-tiny", "mae-tiny", "simmim-tiny",
+    "simmim-swin-tiny", "maskfeat-tiny",
+)  # fmt: skip
+BATCH, STEPS = 8, 3
+SMALL = {"dvae-tiny": ["method.codebook_size=32"], "beit-tiny": ["method.vocab_size=16"]}
+
+
+class Codes:
+    """A tokenizer whose code is the brightness of the place."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+
+    def to(self, device: torch.device) -> Codes:
+        return self
+
+    def codes(self, images: torch.Tensor) -> torch.Tensor:
+        bright = torch.nn.functional.adaptive_avg_pool2d(images.mean(1), self.recipe.grid)
+        return (bright.sigmoid() * 16).long().clamp(0, 15)
+
+    def decode_codes(self, codes: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
+def plan_of(name: str, stage: int, world_size: int, checkpointing: bool) -> Plan:
+    overrides = [
+        f"optim.batch_size={BATCH}", f"engine.zero_stage={stage}",
+        f"engine.activation_checkpointing={checkpointing}", *SMALL.get(name, []),
+    ]  # fmt: skip
+    recipe = load_recipe(name, overrides, steps=20)
+    return resolve(recipe, DatasetFacts("here", 100, "f1"), world_size)
+
+
+def train(name: str, stage: int, precision: str) -> dict[str, Any]:
+    """Losses of a few steps, and the weights after them."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    plan = plan_of(name, stage, world_size, checkpointing=stage == 2)
+    recipe = plan.recipe
+    torch.manual_seed(0)
+    method = build_method(recipe).train()
+    method.encoder.activation_checkpointing = recipe.engine.activation_checkpointing
+    if name == "beit-tiny":
+        method.attach(Codes(recipe))
+    frozen = {n: p.detach().clone() for n, p in method.named_parameters() if not p.requires_grad}
+    engine = initialize(method, plan, precision)
+    losses = []
+    for step in range(STEPS):
+        rng = torch.Generator().manual_seed(step)
+        images = torch.randn(BATCH, 3, *recipe.data.image_size, generator=rng)
+        drawn = [method.draw_mask(recipe, generator(0, Stream.MASK, step, i)) for i in range(BATCH)]
+        mask = None if drawn[0] is None else torch.from_numpy(np.stack(drawn))
+        share = slice(rank * BATCH // world_size, (rank + 1) * BATCH // world_size)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = 1e-3
+        torch.manual_seed(step + 100 * rank)
+        method.at_step(step, plan.steps)
+        output = engine(images[share].to(DTYPES[precision]), None if mask is None else mask[share])
+        engine.backward(output.loss)
+        engine.step()
+        method.after_step(step + 1)
+        total = output.loss.detach().float()
+        dist.all_reduce(total)
+        losses.append(float(total) / world_size)
+    return {"losses": losses, "state": full_state(engine, frozen)}
+
+
+def work(out: Path, rank: str, world_size: str, *cases: str) -> None:
+    """What the subprocesses do."""
+    os.environ["LOCAL_RANK"] = rank
+    prepare_process(torch.device("cpu"))
+    dist.init_process_group(
+        "gloo", init_method=f"file://{out}.meeting", rank=int(rank), world_size=int(world_size)
+    )
+    found = {case: train(*json.loads(case)) for case in cases}
+    torch.save(found, f"{out}.{rank}")
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads now and then abort an orderly end
+
+
+@pytest.fixture(scope="module")
+def results(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> list[dict[str, Any]]:
+    """By rank and case; all cases in one pair of processes."""
+    out = tmp_path_factory.mktemp("zero") / "out"
+    stages = [(name, stage, "fp32") for name in RECIPES for stage in (0, 1, 2, 3)]
+    cases = [json.dumps(c) for c in (*stages, *((name, 3, "bf16") for name in RECIPES))]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(out), str(rank), "2", *cases],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(2)
+    ]
+    try:
+        for process in processes:
+            said, _ = process.communicate(timeout=280)
+            assert process.returncode == 0, said[-4000:]
+    finally:
+        for process in processes:
+            process.kill()
+    return [torch.load(f"{out}.{rank}") for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_method__learns_the_same_however_it_is_sharded(
+    name: str, results: list[dict[str, Any]]
+) -> None:
+    plain = results[0][json.dumps((name, 0, "fp32"))]
+    assert all(math.isfinite(loss) for loss in plain["losses"])
+    assert len(set(plain["losses"])) == STEPS
+    for stage in (1, 2, 3):
+        case = json.dumps((name, stage, "fp32"))
+        sharded = results[0][case]
+        np.testing.assert_allclose(sharded["losses"], plain["losses"], rtol=1e-4)
+        for key, value in plain["state"].items():
+            torch.testing.assert_close(
+                sharded["state"][key], value, rtol=1e-2, atol=2e-3, msg=f"{stage} {key}"
+            )
+            assert torch.equal(results[1][case]["state"][key], sharded["state"][key]), key
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_method__computes_in_bf16_and_keeps_fp32_masters(
+    name: str, results: list[dict[str, Any]]
+) -> None:
+    plain = results[0][json.dumps((name, 0, "fp32"))]
+    half = results[0][json.dumps((name, 3, "bf16"))]
+    np.testing.assert_allclose(half["losses"], plain["losses"], rtol=0.1)
+    assert all(value.dtype == torch.float32 for value in half["state"].values())
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]), *sys.argv[2:])

@@ -1,0 +1,197 @@
+"""BEiT: BERT's pre-training, of pictures.
+
+Source: Bao et al. 2022, "BEiT: BERT Pre-Training of Image Transformers".
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64, UInt8
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trainers.config.method import BEiTConfig
+from trainers.config.run import Recipe
+from trainers.data.masks import block_mask
+from trainers.errors import BundleError
+from trainers.methods.base import Method
+from trainers.models import build_encoder
+from trainers.models.normalise import denormalise, normalise
+from trainers.models.patches import patchify, unpatchify
+from trainers.models.vit import init_cut_normal_
+from trainers.pictures import hide_patches
+from trainers.types import MethodOutput, Panel
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What BEiT asks of a tokenizer; a trained `dvae` has it."""
+
+    recipe: Recipe
+
+    def codes(self, images: Tensor) -> Tensor:
+        """Codes int64 [B, h, w] of pictures in the tokenizer's own normalisation."""
+
+    def decode_codes(self, codes: Tensor) -> Tensor:
+        """Pictures [B, C, H, W], so normalised, of codes [B, h, w]."""
+
+    def to(self, device: torch.device) -> Tokenizer:
+        """Move it, in place."""
+
+
+class BEiT(Method):
+    """Hide blocks of patches behind a mask token; predict the tokenizer's codes of them.
+
+    The tokenizer is attached, not owned: it is in no state dict, no checkpoint and no
+    optimiser, and stays in fp32 and evaluation mode whatever becomes of the method.
+
+    Attributes:
+        config: the method's part of the recipe.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(recipe)
+        config, data = recipe.method, recipe.data
+        assert isinstance(config, BEiTConfig)
+        self.config = config
+        self.encoder = build_encoder(recipe.encoder, data.image_size, data.channels)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, self.encoder.embed_width))
+        self.head = nn.Linear(self.encoder.width, config.vocab_size)
+        init_cut_normal_(self.mask_token)
+        init_cut_normal_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        self._tokenizer: Tokenizer | None = None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer.
+
+        Raises:
+            BundleError: none is attached.
+        """
+        if self._tokenizer is None:
+            raise BundleError(
+                "this BEiT has no tokenizer",
+                hint="load a bundle that holds one, or trainers.methods.attach_tokenizer",
+            )
+        return self._tokenizer
+
+    def attach(self, tokenizer: Tokenizer) -> None:
+        """Take a tokenizer, which is in evaluation mode and stays so."""
+        # Past nn.Module, which would make it a part of this module.
+        self.__dict__["_tokenizer"] = tokenizer
+
+    def forward(
+        self,
+        images: Float[Tensor, "B C H W"],
+        mask: Bool[Tensor, "B N"] | None = None,
+        tokenizer_images: UInt8[Tensor, "B C h w"] | None = None,
+    ) -> MethodOutput:
+        """Mean cross-entropy over all hidden patches of the batch (Bao et al. 2022, eq. 3).
+
+        Args:
+            images: normalised pictures.
+            mask: True = hidden; drawn from torch's generator when left out.
+            tokenizer_images: the same crops as stored pixels, at the tokenizer's size. Left
+                out, they are made from `images`, which comes close: training resizes the
+                picture itself, by another filter.
+        """
+        if mask is None:
+            mask = self.draw_masks(images)
+        if tokenizer_images is None:
+            tokenizer_images = self._second_view(images)
+        target = self.codes(tokenizer_images)[mask]  # M
+        features = self.encoder(images, mask, self.mask_token)
+        logits = self.head(features.tokens[mask])  # M K
+        loss = F.cross_entropy(logits.float(), target)
+        accuracy = (logits.argmax(dim=-1) == target).float().mean()
+        return MethodOutput(loss, logits, target, mask, {"accuracy": accuracy})
+
+    @staticmethod
+    def draw_mask(recipe: Recipe, rng: np.random.Generator) -> Bool[np.ndarray, N]:
+        """Blocks of patches, of a number that varies."""
+        config = recipe.method
+        assert isinstance(config, BEiTConfig)
+        return block_mask(
+            rng,
+            recipe.grid,
+            max_hidden=int(recipe.grid[0] * recipe.grid[1] * config.mask_ratio),
+            min_block_patches=config.min_block_patches,
+            min_block_aspect=config.min_block_aspect,
+        )
+
+    @torch.no_grad()
+    def codes(self, tokenizer_images: UInt8[Tensor, "B C h w"]) -> Int64[Tensor, "B N"]:
+        """The tokenizer's codes of pictures of its size, row-major over the grid."""
+        tokenizer = self.tokenizer.to(tokenizer_images.device)
+        data = tokenizer.recipe.data
+        return tokenizer.codes(normalise(tokenizer_images, data.mean, data.std)).flatten(1)
+
+    def reconstruct(
+        self, images: Float[Tensor, "B C H W"], output: MethodOutput, *, oracle: bool = False
+    ) -> Float[Tensor, "B C H W"]:
+        """The likeliest codes of hidden patches and the codes of visible ones, decoded.
+
+        The tokenizer's field of view is wider than a patch, so hidden pixels would show in the
+        codes of their neighbours. It is shown the prediction in their place, which a first
+        round with the mean colour there has drawn.
+        """
+        predicted = output.prediction.argmax(dim=-1)  # M
+        drawn = torch.zeros_like(images)
+        for _ in range(2):
+            codes = self.codes(self._second_view(self._behind(images, drawn, output.mask)))
+            codes[output.mask] = predicted
+            drawn = self._decoded(codes)
+        return drawn
+
+    def panels(
+        self, images: Float[Tensor, "B C H W"], output: MethodOutput, *, oracle: bool = False
+    ) -> list[Panel]:
+        """What was shown, what the tokenizer can say of it at best, and what was predicted."""
+        original = self.pixels(images)
+        best = self._decoded(self.codes(self._second_view(images)))
+        mask = output.mask.cpu().numpy()
+        return [
+            Panel("original", original),
+            Panel("masked", hide_patches(original, mask, self.encoder.stride)),
+            Panel("codes of the original", self.pixels(best)),
+            Panel("prediction", self.pixels(self.reconstruct(images, output))),
+        ]
+
+    def _second_view(self, images: Float[Tensor, "B C H W"]) -> UInt8[Tensor, "B C h w"]:
+        """Normalised pictures as pixels of the tokenizer's size."""
+        data = self.recipe.data
+        pixels = denormalise(images, data.mean, data.std).float()
+        return _resize(pixels, self.config.tokenizer_image_size).clamp(0, 255).round().byte()
+
+    @torch.no_grad()
+    def _decoded(self, codes: Int64[Tensor, "B N"]) -> Float[Tensor, "B C H W"]:
+        """Codes as pictures of the encoder's size and normalisation."""
+        ours, theirs = self.recipe.data, self.tokenizer.recipe.data
+        maps = codes.reshape(-1, *self.recipe.grid)  # B h w
+        drawn = self.tokenizer.to(codes.device).decode_codes(maps)
+        pixels = denormalise(_resize(drawn, ours.image_size), theirs.mean, theirs.std)
+        return normalise(pixels, ours.mean, ours.std)
+
+    def _behind(
+        self,
+        images: Float[Tensor, "B C H W"],
+        drawn: Float[Tensor, "B C H W"],
+        mask: Bool[Tensor, "B N"],
+    ) -> Float[Tensor, "B C H W"]:
+        """Pictures whose hidden patches are taken from `drawn`."""
+        stride = self.encoder.stride
+        patches = torch.where(
+            mask.unsqueeze(-1), patchify(drawn, stride), patchify(images, stride)
+        )  # B N P
+        return unpatchify(patches, stride, self.recipe.grid)
+
+
+def _resize(images: Float[Tensor, "B C H W"], size: tuple[int, int]) -> Float[Tensor, "B C _ _"]:
+    """Bicubic, low-passed where it shrinks."""
+    if images.shape[2:] == size:
+        return images
+    return F.interpolate(images, size, mode="bicubic", antialias=True)
