@@ -204,6 +204,50 @@ def export(run: str, out: Path | None, kind: str) -> None:
     click.echo(export_run(run, out, kind))
 
 
+@cli.command("import")
+@click.argument("checkpoint")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--image-size", default=None, metavar="N|HxW", help="Pixels; the weights' own.")
+@click.option(
+    "--as", "architecture", default=None, metavar="ARCH", help="timm's name of the model."
+)
+@click.option("--set", "overrides", multiple=True, metavar="A.B=VALUE", help="What it leaves open.")
+@click.option("--partial", is_flag=True, help="Keep what fits, list what does not.")
+@click.option("--name", default="", help="Name of the encoder; the checkpoint's by default.")
+@json_option
+def import_(
+    checkpoint: str,
+    out: Path,
+    image_size: str | None,
+    architecture: str | None,
+    overrides: tuple[str, ...],
+    partial: bool,
+    name: str,
+    as_json: bool,
+) -> None:
+    """Turn public weights into a bundle.
+
+    CHECKPOINT is a file of the official MAE, BEiT, SimMIM or MaskFeat code, a folder of timm or
+    transformers, a bare file of timm's weights (--as says of what), or timm:NAME.
+
+    Example: mimray import mae_pretrain_vit_base.pth mae-vit-b --image-size 448
+    """
+    from service.weights import run_import
+
+    result = run_import(
+        checkpoint,
+        out,
+        architecture=architecture,
+        image_size=image_size,
+        overrides=overrides,
+        partial=partial,
+        name=name,
+        command=command_line(),
+    )
+    if as_json:
+        click.echo(json.dumps(result))
+
+
 @cli.command()
 @click.argument("bundle")
 @click.option("--task", type=click.Choice(["knn"]), default="knn", show_default=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from trainers.config.model import ViTConfig
 from trainers.config.run import Recipe, parse_recipe
 from trainers.convert import export_timm, export_transformers
 from trainers.data.rng import Stream, generator
-from trainers.errors import BundleError
 from trainers.methods import build_method, load_method
 from trainers.methods.mae import MAE
 from trainers.models import build_encoder
@@ -115,26 +113,6 @@ def test_mae__equals_transformers(tmp_path: Path, norm_pix_loss: bool, channels:
     assert torch.equal(reloaded.prediction, ours.prediction)
 
 
-def test_export_transformers__preprocessor_gives_our_inference_view(tmp_path: Path):
-    from PIL import Image
-    from transformers import ViTImageProcessorPil
-
-    from trainers.data.transforms import inference_view
-    from trainers.models.normalise import normalise
-
-    recipe = recipe_of()
-    export_transformers(bundle_of(trained_like(recipe), tmp_path / "bundle"), tmp_path / "out")
-    pixels = np.random.default_rng(0).integers(0, 256, (50, 41, 3), dtype=np.uint8)
-    picture = Image.fromarray(pixels)
-
-    processor = ViTImageProcessorPil.from_pretrained(tmp_path / "out")
-    theirs = processor(picture, return_tensors="pt")["pixel_values"]
-    view = torch.from_numpy(inference_view(picture, (32, 32), "bicubic"))[None]
-
-    ours = normalise(view, recipe.data.mean, recipe.data.std)
-    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
-
-
 @pytest.mark.parametrize("size", [(32, 32), (24, 48)])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_encoder__equals_timm(tmp_path: Path, size: tuple[int, int], channels: int):
@@ -158,30 +136,6 @@ def test_encoder__equals_timm(tmp_path: Path, size: tuple[int, int], channels: i
     assert data["input_size"] == (channels, *size)
     assert (tuple(data["mean"]), tuple(data["std"])) == (recipe.data.mean, recipe.data.std)
     assert (data["crop_mode"], data["crop_pct"]) == ("squash", 1.0)
-
-
-def test_export_transformers__refuses_what_vitmae_cannot_hold(tmp_path: Path):
-    wide = bundle_of(trained_like(recipe_of(data={"image_size": (24, 48)})), tmp_path / "wide")
-    alone = bundle_of(trained_like(recipe_of()), tmp_path / "alone", decoder=False)
-
-    with pytest.raises(BundleError, match="24x48"):
-        export_transformers(wide, tmp_path / "out")
-    with pytest.raises(BundleError, match="encoder alone"):
-        export_transformers(alone, tmp_path / "out")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["alone", "wide"]
-
-
-def test_export__replaces_nothing(tmp_path: Path):
-    bundle = bundle_of(trained_like(recipe_of()), tmp_path / "bundle")
-    (tmp_path / "out").mkdir()
-
-    export_timm(bundle, tmp_path / "out")
-
-    with pytest.raises(BundleError, match="not empty"):
-        export_transformers(bundle, tmp_path / "out")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle", "out"]
-    assert "f1n9e2" in (tmp_path / "out/README.md").read_text()
-    json.loads((tmp_path / "out/config.json").read_text())
 
 
 class Reference:

@@ -1,0 +1,9 @@
+"""Bundles from and for other libraries: the papers' own code, timm, Hugging Face transformers."""
+
+from __future__ import annotations
+
+from trainers.convert.importing import Imported, import_weights
+from trainers.convert.to_timm import export_timm
+from trainers.convert.to_transformers import export_transformers
+
+__all__ = ["Imported", "export_timm", "export_transformers", "import_weights"]

@@ -1,0 +1,94 @@
+"""What was found in a checkpoint, whoever wrote it, under our names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+from trainers.convert.names import from_pixel_shuffle
+from trainers.errors import BundleError
+
+# Pixels to [-1, 1], as many libraries do and BEiT by default.
+HALF: dict[str, Any] = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+
+
+@dataclass
+class Found:
+    """Weights and what their source tells of them.
+
+    Attributes:
+        encoder: parameters under our encoders' names; what has no place there keeps its own.
+        method: the rest of the method's parameters, under the method's names.
+        tree: sections `encoder`, `method` and `data` of a recipe, as far as the source tells.
+            Weights of an encoder alone have no `method`.
+        pooling: what stands for a whole picture.
+        notes: what a person should know.
+    """
+
+    encoder: dict[str, Tensor]
+    method: dict[str, Tensor] = field(default_factory=dict)
+    tree: dict[str, dict[str, Any]] = field(default_factory=dict)
+    pooling: Literal["mean", "cls"] = "mean"
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def channels(self) -> int:
+        """Channels of the pictures.
+
+        Raises:
+            BundleError: the weights are of no encoder of ours.
+        """
+        if "patch_embed.proj.weight" not in self.encoder:
+            raise BundleError(
+                "these are weights of neither a vit nor a swin: no patch_embed.proj.weight"
+            )
+        return self.encoder["patch_embed.proj.weight"].shape[1]
+
+
+def take(state: dict[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """Move parameters out of a state; those that are not there stay missing.
+
+    Args:
+        state: loses them.
+        names: theirs to ours.
+    """
+    return {ours: state.pop(theirs) for theirs, ours in names.items() if theirs in state}
+
+
+def take_pixel_head(state: dict[str, Tensor], patch_embed: str) -> dict[str, Tensor]:
+    """Move SimMIM's `decoder.0`, a 1x1 convolution before a pixel shuffle, out as our `head`.
+
+    Args:
+        state: loses it.
+        patch_embed: name of the convolution that shows the channels of the pictures.
+    """
+    head = take(state, {"decoder.0.weight": "head.weight", "decoder.0.bias": "head.bias"})
+    channels = state[patch_embed].shape[1] if patch_embed in state else 0
+    for key, value in head.items():
+        rows = value.flatten(1) if value.ndim > 1 else value
+        if channels and rows.shape[0] == channels * math.isqrt(rows.shape[0] // channels) ** 2:
+            rows = from_pixel_shuffle(rows, channels)
+        head[key] = rows
+    return head
+
+
+def norm_before_pooling(state: dict[str, Tensor], norm: str, notes: list[str]) -> dict[str, Tensor]:
+    """Where a model only normalises pooled tokens, take that norm for the one of all tokens.
+
+    Args:
+        state: an encoder's.
+        norm: what it is called there.
+        notes: is told.
+    """
+    if "norm.weight" in state or f"{norm}.weight" not in state:
+        return state
+    notes.append(
+        f"the source averages tokens before its last norm ({norm}); here the norm comes first, so "
+        "pooled features differ from its own"
+    )
+    moved = take(state, {f"{norm}.weight": "norm.weight", f"{norm}.bias": "norm.bias"})
+    return state | moved

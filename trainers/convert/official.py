@@ -1,0 +1,105 @@
+"""Checkpoints of the papers' own code: MAE, BEiT, SimMIM, MaskFeat, and encoders in their style.
+
+Sources of the names: facebookresearch/mae `models_mae.py`, microsoft/unilm `beit/`,
+microsoft/SimMIM `models/`, facebookresearch/SlowFast `slowfast/models/masked.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+from torch import Tensor
+
+from trainers.convert.found import HALF, Found, norm_before_pooling, take, take_pixel_head
+from trainers.convert.names import BEIT, inverse, join_qkv, rename, shift_downsample
+
+
+def from_official(state: dict[str, Tensor], settings: Mapping[str, Any]) -> Found:
+    """Recognise a checkpoint by its names.
+
+    Args:
+        state: as saved.
+        settings: what else the file holds.
+    """
+    state = {k: v for k, v in state.items() if not k.startswith("hogs.")}
+    if "decoder_embed.weight" in state:
+        found = _from_mae(state, settings.get("args"))
+    elif "encoder.mask_token" in state:
+        found = _from_simmim(state, settings.get("config"))
+    elif "pred_head.projections.0.weight" in state:
+        found = _from_maskfeat(state, settings.get("cfg"))
+    elif "lm_head.weight" in state:
+        found = _from_beit(state)
+    else:
+        beit_like = any(k.endswith(".attn.q_bias") for k in state)
+        found = Found(state, tree={"data": HALF if beit_like else {}})
+    found.encoder = our_encoder(found.encoder, found.notes)
+    return found
+
+
+def our_encoder(state: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
+    """A vit, BEiT or Swin under the names of its own code or of timm's, under ours."""
+    state = rename(state, inverse(BEIT))
+    if "layers.0.downsample.reduction.weight" in state:
+        state = shift_downsample(state, by=1)
+    return norm_before_pooling(join_qkv(state), "fc_norm", notes)
+
+
+def _from_mae(state: dict[str, Tensor], arguments: Any) -> Found:
+    names = {k: k.replace("decoder_", "decoder.", 1) for k in state if k.startswith("decoder_")}
+    rest = take(state, names | {"mask_token": "decoder.mask_token"})
+    method: dict[str, Any] = {"name": "mae"}
+    found = Found(state, rest, {"method": method})
+    if rest["decoder.embed.weight"].shape[0] == 512:
+        method["decoder_num_heads"] = 16  # as every published one
+    if hasattr(arguments, "norm_pix_loss"):
+        method["norm_pix_loss"] = arguments.norm_pix_loss
+    else:
+        found.notes.append(
+            "the file does not say whether targets were normalised, taken as not; else "
+            "--set method.norm_pix_loss=true"
+        )
+    return found
+
+
+def _from_simmim(state: dict[str, Tensor], config: Any) -> Found:
+    rest = take(state, {"encoder.mask_token": "mask_token"})
+    rest |= take_pixel_head(state, "encoder.patch_embed.proj.weight")
+    tree: dict[str, dict[str, Any]] = {"method": {"name": "simmim"}}
+    if isinstance(config, Mapping):
+        data, model = config["DATA"], config["MODEL"]
+        tree["data"] = {"image_size": data["IMG_SIZE"]}
+        tree["method"] |= {
+            "mask_ratio": data["MASK_RATIO"],
+            "mask_unit_px": data["MASK_PATCH_SIZE"],
+        }
+        if model["TYPE"] == "vit":
+            tree["encoder"] = {"num_heads": model["VIT"]["NUM_HEADS"]}
+    return Found({k.removeprefix("encoder."): v for k, v in state.items()}, rest, tree)
+
+
+def _from_maskfeat(state: dict[str, Tensor], config: Any) -> Found:
+    rest = take(
+        state,
+        {
+            "mask_token": "mask_token",
+            "pred_head.projections.0.weight": "head.weight",
+            "pred_head.projections.0.bias": "head.bias",
+        },
+    )
+    norm = {f"pred_head.transforms.0.0.{kind}": f"norm.{kind}" for kind in ("weight", "bias")}
+    tree: dict[str, dict[str, Any]] = {"method": {"name": "maskfeat"}}
+    if isinstance(config, str):
+        settings = yaml.safe_load(config)
+        tree["encoder"] = {"num_heads": settings["MVIT"]["NUM_HEADS"]}
+        tree["method"]["mask_ratio"] = settings["AUG"]["MASK_RATIO"]
+    return Found(state | take(state, norm), rest, tree)
+
+
+def _from_beit(state: dict[str, Tensor]) -> Found:
+    head = {"lm_head.weight": "head.weight", "lm_head.bias": "head.bias"}
+    rest = take(state, {"mask_token": "mask_token"} | head)
+    tree: dict[str, dict[str, Any]] = {"method": {"name": "beit"}, "encoder": {"init": "beit"}}
+    return Found(state, rest, tree | {"data": HALF})

@@ -1,0 +1,243 @@
+"""What weights show of the model they belong to: widths, depths, grids, what they cannot be."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from trainers.config.data import DataConfig
+from trainers.config.method import BEiTConfig, BlockMasking, MaskFeatConfig
+from trainers.config.model import SWIN_SHAPES, VIT_SHAPES, EncoderConfig
+from trainers.errors import BundleError
+from trainers.models.positions import sincos_2d
+
+_CONV = "patch_embed.proj.weight"
+_TABLE = "relative_position_bias_table"
+_SWIN_EPS = 1e-5
+
+# Parts that our encoders do not have, so that the rest would not compute what it was trained to.
+_FOREIGN = {
+    r"(^|\.)(reg_token|register_tokens|storage_tokens)$": "register tokens",
+    r"(^|\.)dist_token$|(^|\.)distillation_token$": "a distillation token",
+    r"\.attn\.(q|k)_norm\.|\.attn\.norm\.": "norms inside attention",
+    r"^norm_pre\.": "a norm before the first block",
+    r"^patch_embed\.(backbone|conv|blocks|stem|norm_)": "a convolutional stem",
+    r"^attn_pool\.": "pooling by attention",
+    r"absolute_pos_embed$|^embeddings\.position_embeddings$": "absolute positions in a swin",
+    r"\.(cpb_mlp|logit_scale|continuous_position_bias_mlp)\b": "the attention of Swin V2",
+    r"\.rel_pos_(h|w|t)$": "relative positions of another kind (MViT)",
+    r"^pos_embed_(spatial|temporal|class)$": "positions in space and time (video)",
+    r"\.mlp\.(w12|fc1_g|gate_proj|weights_in)": "a gated MLP",
+}
+
+
+def encoder_section(
+    state: dict[str, Tensor], known: Mapping[str, Any], size: tuple[int, int] | None
+) -> tuple[dict[str, Any], tuple[int, int]]:
+    """The recipe's section `encoder`, and the size of the input.
+
+    Args:
+        state: the encoder's; gains a row of positions where the class token has none.
+        known: what a source or a person says; goes before what the weights show.
+        size: (height, width) of the input, or None where it is not known.
+
+    Returns:
+        The section, and (height, width) in pixels.
+
+    Raises:
+        BundleError: the weights are of no vit or swin, of one that ours are not, or do not show
+            enough.
+    """
+    for pattern, what in _FOREIGN.items():
+        if any(re.search(pattern, key) for key in state):
+            raise BundleError(f"the model has {what}, which our encoders do not have")
+    conv = state[_CONV]
+    if conv.ndim != 4 or conv.shape[2] != conv.shape[3]:
+        raise BundleError(f"its patches are {tuple(conv.shape[2:])}; our encoders have squares")
+    if any(k.startswith("layers.0.blocks.") for k in state):
+        return _swin(state, known), size or _swin_size(state)
+    size, patch_size = size or _vit_size(state), conv.shape[2]
+    return _vit(state, known, (size[0] // patch_size, size[1] // patch_size)), size
+
+
+def method_section(
+    method: Mapping[str, Tensor], known: Mapping[str, Any], encoder: EncoderConfig, data: DataConfig
+) -> dict[str, Any]:
+    """The recipe's section `method`.
+
+    Args:
+        method: its weights beside the encoder's.
+        known: what a source or a person says, the name at least; goes before what they show.
+        encoder: architecture.
+        data: size and channels of the input.
+
+    Raises:
+        BundleError: it cannot be told from the weights.
+    """
+    head, stride = method.get("head.weight"), encoder.stride
+    grid = data.image_size[0] // stride, data.image_size[1] // stride
+    shown: dict[str, Any] = {}
+    if known["name"] == "mae":
+        if "decoder.embed.weight" in method:
+            shown["decoder_width"] = method["decoder.embed.weight"].shape[0]
+        shown["decoder_depth"] = _count(method, "decoder.blocks")
+        if "decoder_num_heads" not in known:
+            raise BundleError(
+                "weights do not show the attention heads of their decoder",
+                hint="--set method.decoder_num_heads=…",
+            )
+    elif known["name"] == "simmim":
+        fits = 32 % stride == 0 and not any(side % 32 for side in data.image_size)
+        shown["mask_unit_px"] = 32 if fits and max(data.image_size) > 32 else None
+    elif known["name"] == "beit":
+        shown["tokenizer_image_size"] = [8 * side for side in grid]
+        shown["min_block_patches"] = _least_block(BEiTConfig, known, grid)
+        if head is not None:
+            shown["vocab_size"] = head.shape[0]
+    elif known["name"] == "maskfeat":
+        shown["min_block_patches"] = _least_block(MaskFeatConfig, known, grid)
+        if head is not None:
+            cells = math.isqrt(head.shape[0] // (9 * data.channels))
+            shown["hog_cell_px"] = stride // max(1, cells)
+    return shown | dict(known)
+
+
+def _least_block(
+    method: type[BlockMasking], known: Mapping[str, Any], grid: tuple[int, int]
+) -> int:
+    """The published least block of a mask, or all that may be hidden of a small picture."""
+    published = method.model_fields
+    ratio = known.get("mask_ratio", published["mask_ratio"].default)
+    least: int = published["min_block_patches"].default
+    return max(1, min(least, int(grid[0] * grid[1] * ratio)))
+
+
+def _vit(
+    state: dict[str, Tensor], known: Mapping[str, Any], grid: tuple[int, int]
+) -> dict[str, Any]:
+    if "cls_token" not in state:
+        raise BundleError("the model has no class token, which our vit has")
+    width, _, patch_size = state[_CONV].shape[:3]
+    depth, num_heads = _count(state, "blocks"), known.get("num_heads") or _vit_heads(state, width)
+    shared, own = f"rel_pos_bias.{_TABLE}" in state, f"blocks.0.rel_pos_bias.{_TABLE}" in state
+    named = [n for n, shape in VIT_SHAPES.items() if shape[:3] == (width, depth, num_heads)]
+    shown: dict[str, Any] = {
+        "name": named[0] if named else "vit",
+        "width": width,
+        "depth": depth,
+        "num_heads": num_heads,
+        "patch_size": patch_size,
+        "mlp_ratio": _mlp_ratio(state.get("blocks.0.mlp.fc1.weight"), width),
+        "positions": _positions(state, grid),
+        "rel_pos_bias": "shared" if shared else "per_block" if own else "none",
+    }
+    # Its first value matters to a fresh model only.
+    scaled = "blocks.0.ls1.gamma" in state
+    scale = {"layer_scale": (known.get("layer_scale") or 0.1) if scaled else None}
+    return shown | dict(known) | scale
+
+
+def _positions(state: dict[str, Tensor], grid: tuple[int, int]) -> str:
+    table = state.get("pos_embed")
+    if table is None:
+        return "none"
+    if table.shape[1] == grid[0] * grid[1]:
+        # No position for the class token is one of zeros.
+        table = state["pos_embed"] = F.pad(table, (0, 0, 1, 0))
+    width = table.shape[2]
+    if width % 4 == 0 and table.shape[1] == 1 + grid[0] * grid[1]:
+        fixed = sincos_2d(width, grid, num_prefix=1)
+        if torch.allclose(table[0], fixed, rtol=0, atol=1e-6):
+            return "sincos"
+    return "learned"
+
+
+def _vit_heads(state: Mapping[str, Tensor], width: int) -> int:
+    tables = [v for k, v in state.items() if k.endswith(_TABLE)]
+    if tables:
+        return tables[0].shape[1]
+    published = {shape.width: shape.num_heads for shape in VIT_SHAPES.values()}
+    if width not in published:
+        raise BundleError(
+            f"weights do not show their attention heads, and width {width} is of no published vit",
+            hint="--set encoder.num_heads=…",
+        )
+    return published[width]
+
+
+def _vit_size(state: Mapping[str, Tensor]) -> tuple[int, int]:
+    """The square input that positions were made for."""
+    patch_size = state[_CONV].shape[2]
+    tables = [v for k, v in state.items() if k.endswith(_TABLE)]
+    if "pos_embed" in state:
+        rows = state["pos_embed"].shape[1]
+        sides = [math.isqrt(n) for n in (rows - 1, rows) if math.isqrt(n) ** 2 == n]
+    elif tables:
+        offsets = math.isqrt(tables[0].shape[0] - 3)
+        sides = [(offsets + 1) // 2] if offsets**2 == tables[0].shape[0] - 3 else []
+    else:
+        sides = []
+    if not sides:
+        raise BundleError(
+            "weights do not show the size of their input", hint="--set data.image_size=[H,W]"
+        )
+    return sides[0] * patch_size, sides[0] * patch_size
+
+
+def _swin(state: Mapping[str, Tensor], known: Mapping[str, Any]) -> dict[str, Any]:
+    if known.get("norm_eps", _SWIN_EPS) != _SWIN_EPS:
+        raise BundleError(f"its norms have epsilon {known['norm_eps']}; our swin has {_SWIN_EPS}")
+    if "patch_embed.norm.weight" not in state:
+        raise BundleError("the model does not normalise its patches, as our swin does")
+    width, _, patch_size = state[_CONV].shape[:3]
+    num_stages = _count(state, "layers")
+    tables = [state.get(f"layers.{i}.blocks.0.attn.{_TABLE}") for i in range(num_stages)]
+    shapes = [table.shape for table in tables if table is not None]
+    if len(shapes) < num_stages:
+        raise BundleError("a stage has no relative positions, which our swin has")
+    depths = tuple(_count(state, f"layers.{i}.blocks") for i in range(num_stages))
+    heads = tuple(shape[1] for shape in shapes)
+    named = [n for n, shape in SWIN_SHAPES.items() if shape == (width, depths, heads)]
+    shown: dict[str, Any] = {
+        "name": named[0] if named else "swin",
+        "width": width,
+        "depths": depths,
+        "num_heads": heads,
+        "patch_size": patch_size,
+        # A late stage may be smaller than a window.
+        "window_size": max((math.isqrt(shape[0]) + 1) // 2 for shape in shapes),
+        "mlp_ratio": _mlp_ratio(state.get("layers.0.blocks.0.mlp.fc1.weight"), width),
+    }
+    return shown | {k: v for k, v in known.items() if k != "norm_eps"}
+
+
+def _swin_size(state: Mapping[str, Tensor]) -> tuple[int, int]:
+    """The square input that the mask of a shifted block was made for."""
+    mask = state.get("layers.0.blocks.1.attn_mask")
+    if mask is None:
+        raise BundleError(
+            "weights of a swin do not show the size of their input",
+            hint="--set data.image_size=224, or --as NAME for what timm knows",
+        )
+    side = math.isqrt(mask.shape[0] * mask.shape[1])  # windows x tokens of each
+    return side * state[_CONV].shape[2], side * state[_CONV].shape[2]
+
+
+def _mlp_ratio(first: Tensor | None, width: int) -> float:
+    """Hidden width over width, such that int(width x ratio) gives the hidden one back."""
+    if first is None:
+        return 4.0
+    ratio: float = first.shape[0] / width
+    return ratio if int(width * ratio) == first.shape[0] else math.nextafter(ratio, math.inf)
+
+
+def _count(state: Mapping[str, Tensor], modules: str) -> int:
+    """How many numbered modules there are."""
+    found = [re.match(rf"{re.escape(modules)}\.(\d+)\.", key) for key in state]
+    return 1 + max((int(match[1]) for match in found if match), default=-1)

@@ -1,0 +1,279 @@
+"""A bundle in the layout of Hugging Face transformers, which need not be installed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from trainers.bundles import METHOD, BundleCard, bundle_folder, load_bundle, verify_weights
+from trainers.config.method import BEiTConfig, MAEConfig, SimMIMConfig
+from trainers.config.model import SwinConfig, ViTConfig
+from trainers.config.run import Recipe, parse_recipe
+from trainers.convert.folder import as_json, model_card, write_folder
+from trainers.convert.names import (
+    HF_DECODER,
+    HF_SWIN,
+    HF_VIT,
+    rename,
+    shift_downsample,
+    split_qkv,
+    to_pixel_shuffle,
+    without_key_bias,
+)
+from trainers.errors import BundleError
+
+_RESAMPLE = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers, which preprocessor files hold
+_SWIN_EPS = 1e-5
+_State = dict[str, Tensor]
+
+
+class _Model(NamedTuple):
+    """A model of transformers: its class, its parameters, its configuration."""
+
+    name: str
+    state: dict[str, Tensor]
+    config: dict[str, Any]
+
+
+def export_transformers(bundle: Path, out: Path) -> str:
+    """Write a folder that `from_pretrained(OUT)` of a class of transformers loads.
+
+    mae becomes ViTMAEForPreTraining, decoder included; beit BeitForMaskedImageModeling; simmim
+    SwinForMaskedImageModeling or, with absolute positions alone, ViTForMaskedImageModeling.
+    Everything else, and what these cannot hold, becomes its encoder alone: ViTModel, BeitModel
+    or SwinModel.
+
+    Args:
+        bundle: a bundle's folder, or a run's that holds one.
+        out: the folder to write; new or empty.
+
+    Returns:
+        The name of the class.
+
+    Raises:
+        BundleError: no sound bundle there, one that no class can hold, or `out` holds files.
+        StorageError: `out` cannot be written.
+    """
+    frozen = load_bundle(bundle)
+    card, folder = frozen.card, bundle_folder(bundle)
+    recipe, rest = _method(folder, card)
+    state, shape = frozen.encoder.state_dict(), card.encoder
+    if card.method == "mae":
+        model = _vit_mae(card, state, recipe, rest, folder)
+    elif isinstance(shape, SwinConfig):
+        model = _swin(card, shape, state, recipe, rest)
+    elif isinstance(shape, ViTConfig) and _is_plain(shape):
+        model = _vit(card, shape, state, recipe, rest)
+    elif isinstance(shape, ViTConfig):
+        model = _beit(card, shape, state, recipe, rest)
+    else:
+        raise BundleError(
+            f"transformers has no encoder {shape.name}; it holds vit and swin",
+            hint="export the bundle",
+        )
+    config = {"architectures": [model.name], "dtype": "float32"} | model.config
+    alone = model.name.endswith("Model")
+    holds = "the encoder alone, without head" if alone else f"encoder and head ({model.name})"
+    files = {
+        "config.json": as_json(config),
+        "preprocessor_config.json": as_json(_preprocessor(card)),
+        "README.md": model_card(card, "transformers", holds, _usage(model.name)),
+    }
+    write_folder(out, model.state, files)
+    return model.name
+
+
+def _method(folder: Path, card: BundleCard) -> tuple[Recipe | None, _State]:
+    """The recipe and the method's weights beside the encoder; nothing of an encoder alone."""
+    if not (folder / METHOD).is_file() or not card.recipe:
+        return None, {}
+    verify_weights(folder, card, METHOD)
+    return parse_recipe(card.recipe, f"{folder}/bundle.json"), load_file(folder / METHOD)
+
+
+def _vit_mae(
+    card: BundleCard, state: _State, recipe: Recipe | None, rest: _State, folder: Path
+) -> _Model:
+    _check_square(card, "ViTMAE")
+    if recipe is None:
+        raise BundleError(
+            f"{folder} holds the encoder alone; transformers' ViTMAE needs the decoder",
+            hint="use the run's own folder, or export for timm",
+        )
+    shape, method = recipe.encoder, recipe.method
+    assert isinstance(shape, ViTConfig)
+    assert isinstance(method, MAEConfig)
+    if not _is_plain(shape):
+        raise BundleError(
+            f"{folder} scales its layers, which transformers' ViTMAE does not",
+            hint="export for timm",
+        )
+    config = _vit_config(card, shape, "vit_mae") | {
+        "decoder_num_attention_heads": method.decoder_num_heads,
+        "decoder_hidden_size": method.decoder_width,
+        "decoder_num_hidden_layers": method.decoder_depth,
+        "decoder_intermediate_size": rest["decoder.blocks.0.mlp.fc1.bias"].numel(),
+        "mask_ratio": method.mask_ratio,
+        "norm_pix_loss": method.norm_pix_loss,
+    }
+    encoder = rename(split_qkv(state), HF_VIT)
+    decoder = rename(split_qkv(rest), HF_DECODER)
+    return _Model("ViTMAEForPreTraining", _within("vit", encoder) | decoder, config)
+
+
+def _vit(
+    card: BundleCard, shape: ViTConfig, state: _State, recipe: Recipe | None, rest: _State
+) -> _Model:
+    encoder = rename(split_qkv(state), HF_VIT)
+    config = _vit_config(card, shape, "vit") | {"encoder_stride": shape.patch_size}
+    # Its head puts together squares only.
+    if not _is_simmim(recipe) or not _is_square(card):
+        return _Model("ViTModel", encoder, config)
+    head = _pixel_head("vit", rest, card.channels)
+    return _Model("ViTForMaskedImageModeling", _within("vit", encoder) | head, config)
+
+
+def _beit(
+    card: BundleCard, shape: ViTConfig, state: _State, recipe: Recipe | None, rest: _State
+) -> _Model:
+    _check_square(card, "Beit")
+    encoder = rename(without_key_bias(split_qkv(state)), HF_VIT)
+    whole = recipe is not None and isinstance(recipe.method, BEiTConfig)
+    config = _vit_config(card, shape, "beit") | {
+        "use_mask_token": whole,
+        "use_absolute_position_embeddings": shape.positions != "none",
+        "use_relative_position_bias": shape.rel_pos_bias == "per_block",
+        "use_shared_relative_position_bias": shape.rel_pos_bias == "shared",
+        "layer_scale_init_value": shape.layer_scale or 0.0,
+        # Else the norm of tokens would be one of their mean; the head has a norm of its own.
+        "use_mean_pooling": whole,
+    }
+    if not whole:
+        return _Model("BeitModel", encoder, config)
+    norm = {k: encoder.pop(k) for k in ("layernorm.weight", "layernorm.bias")}
+    head = {
+        "beit.embeddings.mask_token": rest["mask_token"],
+        "lm_head.weight": rest["head.weight"],
+        "lm_head.bias": rest["head.bias"],
+    }
+    config["vocab_size"] = rest["head.bias"].numel()
+    state = _within("beit", encoder) | norm | head
+    return _Model("BeitForMaskedImageModeling", state, config)
+
+
+def _swin(
+    card: BundleCard, shape: SwinConfig, state: _State, recipe: Recipe | None, rest: _State
+) -> _Model:
+    # Where one side of a grid is no longer than a window, its Swin shifts along neither.
+    _check_square(card, "Swin")
+    encoder = rename(split_qkv(shift_downsample(state, by=-1)), HF_SWIN)
+    config = _common_config(card, "swin") | {
+        "embed_dim": shape.width,
+        "depths": list(shape.depths),
+        "num_heads": list(shape.num_heads),
+        "window_size": shape.window_size,
+        "mlp_ratio": shape.mlp_ratio,
+        "patch_size": shape.patch_size,
+        "layer_norm_eps": _SWIN_EPS,
+        "use_absolute_embeddings": False,
+        "encoder_stride": shape.stride,
+    }
+    if not _is_simmim(recipe):
+        return _Model("SwinModel", encoder, config)
+    head = _pixel_head("swin", rest, card.channels)
+    return _Model("SwinForMaskedImageModeling", _within("swin", encoder) | head, config)
+
+
+def _is_plain(shape: ViTConfig) -> bool:
+    """Whether transformers' ViT can hold it; what it cannot, its Beit can."""
+    return shape.positions != "none" and shape.rel_pos_bias == "none" and shape.layer_scale is None
+
+
+def _is_simmim(recipe: Recipe | None) -> bool:
+    return recipe is not None and isinstance(recipe.method, SimMIMConfig)
+
+
+def _is_square(card: BundleCard) -> bool:
+    return card.image_size[0] == card.image_size[1]
+
+
+def _check_square(card: BundleCard, theirs: str) -> None:
+    if not _is_square(card):
+        height, width = card.image_size
+        raise BundleError(
+            f"{card.name} takes pictures of {height}x{width}; transformers' {theirs} takes "
+            "squares only",
+            hint="export for timm",
+        )
+
+
+def _within(name: str, state: _State) -> _State:
+    return {f"{name}.{key}": value for key, value in state.items()}
+
+
+def _pixel_head(inside: str, rest: _State, channels: int) -> _State:
+    weight, bias = (to_pixel_shuffle(rest[f"head.{kind}"], channels) for kind in ("weight", "bias"))
+    return {
+        f"{inside}.embeddings.mask_token": rest["mask_token"],
+        "decoder.0.weight": weight[:, :, None, None],  # a 1x1 convolution
+        "decoder.0.bias": bias,
+    }
+
+
+def _vit_config(card: BundleCard, shape: ViTConfig, model_type: str) -> dict[str, Any]:
+    return _common_config(card, model_type) | {
+        "hidden_size": shape.width,
+        "num_hidden_layers": shape.depth,
+        "num_attention_heads": shape.num_heads,
+        "intermediate_size": int(shape.width * shape.mlp_ratio),
+        "patch_size": shape.patch_size,
+        "layer_norm_eps": shape.norm_eps,
+    }
+
+
+def _common_config(card: BundleCard, model_type: str) -> dict[str, Any]:
+    height, width = card.image_size
+    return {
+        "model_type": model_type,
+        "image_size": height if height == width else [height, width],
+        "num_channels": card.channels,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "initializer_range": 0.02,
+        "qkv_bias": True,
+    }
+
+
+def _preprocessor(card: BundleCard) -> dict[str, Any]:
+    height, width = card.image_size
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": height, "width": width},
+        "resample": _RESAMPLE[card.interpolation],
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(card.mean),
+        "image_std": list(card.std),
+    }
+
+
+def _usage(name: str) -> str:
+    options = ", add_pooling_layer=False" if name == "ViTModel" else ""
+    inputs, result = {
+        "ViTMAEForPreTraining": ("", "loss, logits, mask"),
+        "BeitForMaskedImageModeling": (", bool_masked_pos=mask", "logits"),
+        "ViTForMaskedImageModeling": (", bool_masked_pos=mask", "loss, reconstruction"),
+        "SwinForMaskedImageModeling": (", bool_masked_pos=mask", "loss, reconstruction"),
+    }.get(name, ("", "last_hidden_state"))
+    return (
+        f"from transformers import AutoImageProcessor, {name}\n\n"
+        'processor = AutoImageProcessor.from_pretrained("PATH/TO/THIS/FOLDER")\n'
+        f'model = {name}.from_pretrained("PATH/TO/THIS/FOLDER"{options}).eval()\n'
+        f'output = model(**processor(images, return_tensors="pt"){inputs})  # {result}'
+    )
