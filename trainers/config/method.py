@@ -181,7 +181,7 @@ class DVAEConfig(_Autoencoder):
         "by an encoding of the batch; 0 never",
     )
     min_usage: float = Field(
-        default=0.01,
+        default=0.05,
         ge=0,
         le=1,
         description="share of codes in use below which the run stops; 0 never",

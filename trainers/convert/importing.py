@@ -13,6 +13,7 @@ from torch import Tensor
 from trainers.bundles import BundleCard, save_bundle, spread_layers
 from trainers.config.base import Config, explain
 from trainers.config.data import DataConfig
+from trainers.config.method import BEiTConfig
 from trainers.config.model import EncoderConfig, SwinConfig
 from trainers.config.recipes import override
 from trainers.config.run import Recipe, parse_recipe
@@ -133,6 +134,8 @@ def import_weights(
         source=origin,
         recipe=recipe.model_dump(mode="json") if recipe else {},
     )
+    if recipe and isinstance(recipe.method, BEiTConfig):
+        found.notes.append("its tokenizer is not in the checkpoint; head and codes fit no other")
     if wanted != size:
         found.notes.append(_resizing(model, target))
     return Imported(

@@ -35,6 +35,11 @@ def from_official(state: dict[str, Tensor], settings: Mapping[str, Any]) -> Foun
     else:
         beit_like = any(k.endswith(".attn.q_bias") for k in state)
         found = Found(state, tree={"data": HALF if beit_like else {}})
+    if found.tree.get("data") is HALF:
+        found.notes.append(
+            "pictures taken as normalised to [-1, 1], that code's default; its ImageNet-1k runs "
+            "were not: --set data.mean=[0.485,0.456,0.406] --set data.std=[0.229,0.224,0.225]"
+        )
     found.encoder = our_encoder(found.encoder, found.notes)
     return found
 
@@ -102,4 +107,4 @@ def _from_beit(state: dict[str, Tensor]) -> Found:
     head = {"lm_head.weight": "head.weight", "lm_head.bias": "head.bias"}
     rest = take(state, {"mask_token": "mask_token"} | head)
     tree: dict[str, dict[str, Any]] = {"method": {"name": "beit"}, "encoder": {"init": "beit"}}
-    return Found(state, rest, tree | {"data": HALF})
+    return Found(state, rest, {**tree, "data": HALF})

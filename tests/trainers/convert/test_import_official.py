@@ -152,6 +152,10 @@ def test_official_beit__loss_is_the_published(tmp_path: Path, zoo: Any, key: str
     zoo.same_loss(tmp_path / "b", "beit", theirs)
     card = imported.card
     assert (card.mean, card.method) == (HALF, "beit")
+    assert [n.partition(",")[0] for n in imported.notes] == [
+        "pictures taken as normalised to [-1",
+        "its tokenizer is not in the checkpoint; head and codes fit no other",
+    ]
     assert card.encoder.rel_pos_bias == "shared"
     assert card.encoder.num_heads == 4  # the table shows it
     assert card.recipe["method"]["vocab_size"] == 11

@@ -104,7 +104,7 @@ def test_unit_mask__every_unit_and_every_pair_alike():
 
 
 class Draw(NamedTuple):
-    """One sample of the published procedure: its mask and (top, left, height, width) of blocks."""
+    """One sample: its mask, and (top, left, height, width) of the blocks placed."""
 
     mask: np.ndarray
     blocks: list[tuple[int, int, int, int]]
