@@ -89,7 +89,7 @@ def test_pretrain__wrong_key_or_value(pictures: Path, override: str, wanted: str
 
 def test_pretrain__unknown_recipe(pictures: Path) -> None:
     message = refused("pretrain", "mae-tine", "--data", str(pictures))
-    assert "unknown recipe 'mae-tine', known: mae-tiny, mae-vit-b" in message
+    assert "unknown recipe 'mae-tine', did you mean 'mae-tiny'?" in message
 
 
 def test_pretrain__recipe_file_that_is_not_one(pictures: Path, tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ def test_load_recipe__refuses_unknown_names_and_broken_files(tmp_path: Any):
     broken.write_text("a: [")
     listing.write_text("- a")
 
-    with pytest.raises(ConfigError, match="'mae-tinny', known: .*mae-tiny"):
+    with pytest.raises(ConfigError, match="'mae-tinny', did you mean 'mae-tiny'"):
         load_recipe("mae-tinny")
     with pytest.raises(ConfigError, match="no recipe file"):
         load_recipe(str(tmp_path / "none.yaml"))
@@ -213,6 +213,22 @@ def test_resolve__arithmetic(world_size: int):
 def test_resolve__refuses(changes: dict[str, Any], world_size: int, message: str):
     with pytest.raises(ConfigError, match=message):
         resolve(parse_recipe(tree_of(**changes)), FACTS, world_size)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["method.codebook_size=1000000"], "10000 pictures x 64 places = 640000"),
+        (
+            ["method.codebook_size=4096", "optim.batch_size=32"],
+            "codes of the first 32 pictures x 64 places = 2048 encodings",
+        ),
+    ],
+)
+def test_resolve__refuses_more_codes_than_there_are_encodings(overrides: list[str], message: str):
+    recipe = load_recipe("dvae-tiny", [*overrides, "method.kmeans_init=true"])
+    with pytest.raises(ConfigError, match=message):
+        resolve(recipe, FACTS, 1)
 
 
 OPERATIONAL_CHANGES: list[dict[str, Any]] = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import difflib
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -63,9 +64,11 @@ def _read(name_or_path: str) -> dict[str, Any]:
     else:
         known = shipped_recipes()
         if name_or_path not in known:
+            close = difflib.get_close_matches(name_or_path, known, n=1)
+            suggestion = f", did you mean {close[0]!r}?" if close else ""
             raise ConfigError(
-                f"unknown recipe {name_or_path!r}, known: {', '.join(known)}",
-                hint="a recipe of your own is a path ending in .yaml",
+                f"unknown recipe {name_or_path!r}{suggestion}",
+                hint="`mimray recipes` lists them; one of your own is a path ending in .yaml",
             )
         path = known[name_or_path]
     try:

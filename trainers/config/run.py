@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationEr
 from trainers.config.base import Config, explain
 from trainers.config.composition import check_composition
 from trainers.config.data import DataConfig
-from trainers.config.method import MethodConfig
+from trainers.config.method import DVAEConfig, MethodConfig
 from trainers.config.model import EncoderConfig
 from trainers.config.optim import OptimConfig
 from trainers.errors import ConfigError
@@ -197,6 +197,8 @@ def resolve(recipe: Recipe, facts: DatasetFacts, world_size: int) -> Plan:
             f"{facts.uri} has {facts.num_samples} pictures, fewer than one global batch of {batch}",
             hint=f"--set optim.batch_size={max(1, facts.num_samples // 2)} or more pictures",
         )
+    if isinstance(recipe.method, DVAEConfig):
+        _check_codebook(recipe, recipe.method, facts, micro * world_size)
     per_epoch = facts.num_samples / batch
     steps = optim.steps or max(1, math.floor((optim.epochs or 0) * per_epoch))
     warmup = optim.warmup_steps or round((optim.warmup_epochs or 0) * per_epoch)
@@ -218,6 +220,26 @@ def resolve(recipe: Recipe, facts: DatasetFacts, world_size: int) -> Plan:
         lr=optim.base_lr * batch / 256,
         hash=_digest({**essential(recipe), "data_fingerprint": facts.fingerprint, "steps": steps}),
     )
+
+
+def _check_codebook(
+    recipe: Recipe, method: DVAEConfig, facts: DatasetFacts, first_batch: int
+) -> None:
+    """Refuse more codes than there are places to code, in the data or for k-means to begin with."""
+    places = recipe.grid[0] * recipe.grid[1]
+    if facts.num_samples * places < method.codebook_size:
+        raise ConfigError(
+            f"method.codebook_size {method.codebook_size} is more than the {facts.num_samples} "
+            f"pictures x {places} places = {facts.num_samples * places} of {facts.uri}",
+            hint="fewer codes, or more pictures",
+        )
+    if method.kmeans_init and first_batch * places < method.codebook_size:
+        raise ConfigError(
+            f"k-means cannot make method.codebook_size {method.codebook_size} codes of the first "
+            f"{first_batch} pictures x {places} places = {first_batch * places} encodings",
+            hint="a larger optim.batch_size or engine.micro_batch_size, fewer codes, "
+            "or method.kmeans_init=false",
+        )
 
 
 def essential(recipe: Recipe) -> dict[str, Any]:

@@ -223,9 +223,7 @@ def _as_numbers(index: Tensor | None) -> list[Tensor | None]:
 def _without_values(tensor: Tensor) -> Tensor:
     if tensor.is_meta:
         return tensor
-    return torch.empty_strided(
-        tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"
-    )
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 def _fused_attention(on_gpu: bool) -> Callable[..., Tensor]:
