@@ -66,8 +66,8 @@ def kill_a_worker(run: Path, step: int, over: threading.Event) -> None:
     while not over.wait(0.02):
         if (run / "metrics.jsonl").is_file() and len(rows(run)) >= step:
             break
-    for process in psutil.process_iter(["cmdline"]):
-        if any("RayTrainWorker" in part for part in process.info["cmdline"] or []):
+    for process in psutil.Process().children(recursive=True):
+        if any("RayTrainWorker" in part for part in process.cmdline()):
             process.kill()
             return
 

@@ -51,7 +51,7 @@ def override(tree: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]
 def shipped_recipes() -> dict[str, Path]:
     """Names of the recipes inside the package, with their files."""
     folder = Path(str(resources.files("trainers.recipes")))
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"), key=lambda path: path.stem)}
 
 
 def _read(name_or_path: str) -> dict[str, Any]:

@@ -1,1 +1,111 @@
-"""What a run costs before it is started: operations, memory, time."""
+"""What a plan costs before it runs: parameters, FLOPs, tokens, memory of a device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from trainers.config.run import Plan, Recipe
+from trainers.cost.memory import KEPT_WHOLE, REDUCE_BUCKET, Memory, Setting, Weights, memory_of
+from trainers.cost.step import PARTS, Step, parts_of, shape_of, trace
+from trainers.engine.deepspeed import DTYPES, deepspeed_config
+from trainers.methods.base import Method
+
+ZERO_STAGES = (0, 1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a plan costs.
+
+    Attributes:
+        parameters: by part of the method (`PARTS`), frozen ones included.
+        plain: one step as it is.
+        checkpointed: one step that computes the encoder's activations twice.
+        memory: of one device, by ZeRO stage and whether activations are computed twice.
+        reduce_bucket: elements of DeepSpeed's bucket for gradients.
+        trained: elements that the optimiser updates.
+    """
+
+    parameters: dict[str, int]
+    plain: Step
+    checkpointed: Step
+    memory: dict[tuple[int, bool], Memory]
+    reduce_bucket: int
+    trained: int
+
+
+def estimate(
+    plan: Plan, precision: str, *, on_gpu: bool = True, tokenizer: Recipe | None = None
+) -> Cost:
+    """Count what a plan's step computes and holds, at its micro batch and number of workers.
+
+    Nothing is allocated and nothing is run, so that any model can be asked about anywhere.
+
+    Args:
+        plan: what to run.
+        precision: fp32, bf16 or fp16.
+        on_gpu: memory of a GPU, or of a CPU worker.
+        tokenizer: recipe of a BEiT's tokenizer; without it, it costs nothing.
+    """
+    dtype = DTYPES[precision]
+    method = shape_of(plan.recipe, dtype, tokenizer)
+    steps = {
+        again: trace(method, plan.micro_batch_size, checkpointing=again, on_gpu=on_gpu)
+        for again in (False, True)
+    }
+    config: dict[str, Any] = deepspeed_config(plan, precision)["zero_optimization"]
+    bucket = int(config.get("reduce_bucket_size", REDUCE_BUCKET))
+    weights = _weights(method)
+    memory = {
+        (stage, again): memory_of(
+            weights,
+            step,
+            Setting(
+                zero_stage=stage,
+                num_workers=plan.world_size,
+                element_bytes=dtype.itemsize,
+                accumulation=plan.accumulation,
+                reduce_bucket=bucket,
+                on_gpu=on_gpu,
+            ),
+        )
+        for again, step in steps.items()
+        for stage in ZERO_STAGES
+    }
+    return Cost(
+        parameters=_by_part(method),
+        plain=steps[False],
+        checkpointed=steps[True],
+        memory=memory,
+        reduce_bucket=bucket,
+        trained=weights.trained,
+    )
+
+
+def _weights(method: Method) -> Weights:
+    sizes = [(p.numel(), p.requires_grad) for p in method.parameters()]
+    fixed = [*method.buffers()]
+    for tokenizer in parts_of(method)["tokenizer"]:
+        fixed += [*tokenizer.parameters(), *tokenizer.buffers()]
+    return Weights(
+        trained=sum(n for n, trained in sizes if trained),
+        frozen=sum(n for n, trained in sizes if not trained),
+        small=sum(n for n, _ in sizes if n <= KEPT_WHOLE),
+        fixed_bytes=sum(tensor.nbytes for tensor in fixed),
+    )
+
+
+def _by_part(method: Method) -> dict[str, int]:
+    counts = {
+        part: sum(_count(module) for module in modules)
+        for part, modules in parts_of(method).items()
+    }
+    counts["decoder"] = _count(method) - counts["encoder"] - counts["head"]
+    return {part: counts[part] for part in PARTS}
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

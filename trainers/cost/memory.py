@@ -168,6 +168,7 @@ def _all_split(weights: Weights, step: Step, setting: Setting) -> Memory:
     small = 0 if alone else weights.small * size
     gathered = 0 if alone else min(every - weights.small, MOST_GATHERED) * size
     in_flight = min(gathered, PREFETCH_BUCKET * size)
+    flattened = s.filled if setting.on_gpu else 2 * s.filled  # gloo scatters out of a copy
     parameters = every * size // s.n + small + weights.fixed_bytes
     # The bucket and the owned gradients are never given back.
     states = parameters + s.optimizer + s.bucket + s.share
@@ -178,7 +179,7 @@ def _all_split(weights: Weights, step: Step, setting: Setting) -> Memory:
         communication=s.bucket + gathered,
         activations=step.activations,
         backward=states + gathered + max(step.activations, in_flight),
-        reduction=states + gathered + s.filled,
+        reduction=states + gathered + flattened,
         update=states + s.update - s.share,
     )
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -25,14 +26,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 from trainers.config.run import Recipe
 from trainers.methods import build_method
 from trainers.methods.base import Method
-from trainers.methods.beit import BEiT
+from trainers.methods.beit import BEiT, Tokenizer
 from trainers.models.decoders import MAEDecoder
 
 aten = torch.ops.aten
 
+PARTS = ("encoder", "decoder", "head", "tokenizer")
 # Modules that turn the last tokens or maps into predictions, by their names in a method.
 HEADS = ("head", "decoder.pred", "decoder.to_pixels")
-PARTS = ("encoder", "decoder", "head", "tokenizer")
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Step:
         encoder_tokens: that leave the encoder for a picture, class token included.
         decoder_tokens: in a transformer decoder, class token included; 0 without one.
         activations: the most bytes held at once beside parameters and their gradients.
-        with_gradients: the same, gradients included, which grow while activations go.
+        with_gradients: the same, gradients included, which come while activations go.
     """
 
     forward_flops: dict[str, float]
@@ -70,16 +71,17 @@ def shape_of(recipe: Recipe, dtype: torch.dtype, tokenizer: Recipe | None = None
             parameter.data = parameter.data.to(dtype)
         if isinstance(method, BEiT):
             found = build_method(tokenizer).eval() if tokenizer else _NoTokenizer(recipe)
-            method.attach(found)  # type: ignore[arg-type]
+            assert isinstance(found, Tokenizer)
+            method.attach(found)
     return method
 
 
 def parts_of(method: Method) -> dict[str, list[nn.Module]]:
-    """The modules of each part but the decoder, which is all the rest."""
+    """The modules of each part; the decoder is all that is in none of them."""
     heads = [module for name, module in method.named_modules() if name in HEADS]
-    parts = {"encoder": [method.encoder], "head": heads}
     tokenizer = method.tokenizer if isinstance(method, BEiT) else None
-    return {**parts, "tokenizer": [tokenizer] if isinstance(tokenizer, nn.Module) else []}
+    apart: list[nn.Module] = [tokenizer] if isinstance(tokenizer, nn.Module) else []
+    return {"encoder": [method.encoder], "head": heads, "tokenizer": apart}
 
 
 def trace(method: Method, batch: int, *, checkpointing: bool, on_gpu: bool) -> Step:
@@ -91,65 +93,60 @@ def trace(method: Method, batch: int, *, checkpointing: bool, on_gpu: bool) -> S
         checkpointing: compute the encoder's activations again in the backward pass.
         on_gpu: attention as GPUs compute it; on CPUs a learnt bias keeps it from being fused.
     """
-    recipe = method.recipe
     method.train()
     method.encoder.activation_checkpointing = checkpointing
-    dtype = next(method.parameters()).dtype
-    height, width = recipe.data.image_size
-    images = torch.empty(batch, recipe.data.channels, height, width, dtype=dtype, device="meta")
-    inputs = {"images": images, **_masks(recipe, method.draw_mask, batch)}
-    if recipe.tokenizer_size is not None:
-        shape = (batch, recipe.data.channels, *recipe.tokenizer_size)
-        inputs["tokenizer_images"] = torch.empty(shape, dtype=torch.uint8, device="meta")
-
-    ledger = _Ledger()
-    ledger.ignore([*method.parameters(), *method.buffers()])
+    inputs = _inputs(method, batch)
+    ledger = _Ledger(ignored=[*method.parameters(), *method.buffers()])
     ledger.hold(inputs)
-    handles = [p.register_post_accumulate_grad_hook(ledger.gradient) for p in _trained(method)]
-    for part, modules in parts_of(method).items():
-        for module in modules:
-            handles.append(module.register_forward_pre_hook(ledger.enter(part)))
-            handles.append(module.register_forward_hook(ledger.leave, always_call=True))
     tokens: list[int] = []
 
     def count_tokens(_: nn.Module, __: Any, output: Any) -> None:
         tokens.append(output.tokens.shape[1] + output.prefix.shape[1])
 
-    handles.append(method.encoder.register_forward_hook(count_tokens))
-    attention = _fused_attention(on_gpu)
-    try:
-        with mock.patch.object(F, "scaled_dot_product_attention", attention), ledger:
+    with ExitStack() as stack:
+        stack.callback(method.zero_grad, set_to_none=True)
+        for handle in (
+            method.encoder.register_forward_hook(count_tokens),
+            *_watch_parts(method, ledger),
+            *_watch_gradients(method, ledger),
+        ):
+            stack.callback(handle.remove)
+        attention = _fused_attention(on_gpu)
+        stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", attention))
+        if isinstance(method, BEiT):
+            codes = ledger.within("tokenizer", method.codes)
+            stack.enter_context(mock.patch.object(method, "codes", codes))
+        with ledger:
             output = method(**inputs)
             forward = {part: flops / batch for part, flops in ledger.flops.items()}
             output.loss.backward()
-    finally:
-        for handle in handles:
-            handle.remove()
-        method.zero_grad(set_to_none=True)
-    decoder = getattr(method, "decoder", None)
+    in_decoder = isinstance(getattr(method, "decoder", None), MAEDecoder)
     return Step(
         forward_flops=forward,
         training_flops=sum(ledger.flops.values()) / batch,
         encoder_tokens=tokens[0],
-        decoder_tokens=math.prod(recipe.grid) + 1 if isinstance(decoder, MAEDecoder) else 0,
+        decoder_tokens=math.prod(method.recipe.grid) + 1 if in_decoder else 0,
         activations=ledger.most_beside_gradients,
         with_gradients=ledger.most,
     )
 
 
-class _Ledger(TorchDispatchMode):
-    """Sees every operation: counts its FLOPs and the bytes that are alive.
+class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees every operation: counts its FLOPs, and the bytes that are alive.
 
-    An operation on both kinds of tensors, with and without values, is run without.
+    Args:
+        ignored: tensors whose memory does not count.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, ignored: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
         self.flops = dict.fromkeys(PARTS, 0.0)
         self.most = self.most_beside_gradients = 0
         self._live = self._gradients = 0
         self._known = WeakIdKeyDictionary()
-        self._inside: list[str] = []
+        self._parts = ["decoder"]
+        for tensor in ignored:
+            self._known[tensor.untyped_storage()] = True
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -158,8 +155,7 @@ class _Ledger(TorchDispatchMode):
         output = _run(func, args, kwargs)
         formula = flop_registry.get(func.overloadpacket)
         if formula is not None:
-            part = self._inside[-1] if self._inside else "decoder"
-            self.flops[part] += formula(*args, **kwargs, out_val=output)
+            self.flops[self._parts[-1]] += formula(*args, **kwargs, out_val=output)
         self.hold(output)
         return output
 
@@ -176,36 +172,59 @@ class _Ledger(TorchDispatchMode):
         self.most = max(self.most, self._live)
         self.most_beside_gradients = max(self.most_beside_gradients, self._live - self._gradients)
 
-    def ignore(self, tensors: list[Tensor]) -> None:
-        """Leave the memory behind tensors out."""
-        for tensor in tensors:
-            self._known[tensor.untyped_storage()] = True
-
     def gradient(self, parameter: Tensor) -> None:
         """A parameter has got its gradient."""
         assert parameter.grad is not None
         self._gradients += parameter.grad.untyped_storage().nbytes()
 
-    def enter(self, part: str) -> Callable[..., None]:
-        """A hook: what follows belongs to this part."""
-        return lambda *_: self._inside.append(part)
+    def enter(self, part: str) -> None:
+        """What follows belongs to this part."""
+        self._parts.append(part)
 
-    def leave(self, *_: Any) -> None:
-        """A hook: the part has ended."""
-        self._inside.pop()
+    def leave(self) -> None:
+        """The part has ended."""
+        self._parts.pop()
+
+    def within(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function, as a part."""
+
+        def wrapped(*args: Any) -> Any:
+            self.enter(part)
+            try:
+                return function(*args)
+            finally:
+                self.leave()
+
+        return wrapped
 
     def _drop(self, size: int) -> None:
         self._live -= size
 
 
+def _watch_parts(method: Method, ledger: _Ledger) -> Iterator[Any]:
+    parts = parts_of(method)
+    for part in ("encoder", "head"):
+        for module in parts[part]:
+            yield module.register_forward_pre_hook(lambda *_, part=part: ledger.enter(part))
+            yield module.register_forward_hook(lambda *_: ledger.leave())
+
+
+def _watch_gradients(method: Method, ledger: _Ledger) -> Iterator[Any]:
+    for parameter in method.parameters():
+        if parameter.requires_grad:
+            hook = parameter.register_post_accumulate_grad_hook
+            yield hook(ledger.gradient)  # type: ignore[no-untyped-call]
+
+
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """An operation, on shapes where any of its tensors is one."""
+    """An operation; without values where any of its tensors has none."""
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     kinds = {tensor.is_meta for tensor in tensors}
     if func is aten._local_scalar_dense.default and kinds == {True}:
-        return tensors[0].dtype.is_floating_point * 1.0 or 1  # a value that nobody knows: yes
+        return 1  # of a value that nobody knows; where it is asked for, it says yes
     if func is aten.bincount.default and kinds == {True}:
-        return torch.empty(kwargs.get("minlength", args[-1]), dtype=torch.int64, device="meta")
+        _, _, size = (*args, None, 0)[:3]
+        return torch.empty(size, dtype=torch.int64, device="meta")
     if kinds == {True, False}:
         if func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
             # Only a real mask says how many it chooses.
@@ -215,7 +234,7 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _as_numbers(index: Tensor | None) -> list[Tensor | None]:
-    if index is None or index.dtype != torch.bool or index.is_meta:
+    if index is None or index.dtype != torch.bool:
         return [index]
     return list(index.nonzero().unbind(dim=1))
 
@@ -227,7 +246,7 @@ def _without_values(tensor: Tensor) -> Tensor:
 
 
 def _fused_attention(on_gpu: bool) -> Callable[..., Tensor]:
-    """Attention that never holds its scores; torch has none for shapes alone."""
+    """Attention that never holds its scores; by itself torch has none for shapes alone."""
     plain = F.scaled_dot_product_attention
 
     def attention(
@@ -235,36 +254,44 @@ def _fused_attention(on_gpu: bool) -> Callable[..., Tensor]:
     ) -> Tensor:
         if attn_mask is not None and attn_mask.requires_grad and not on_gpu:
             return plain(q, k, v, attn_mask=attn_mask, **options)
-        if attn_mask is not None:
-            attn_mask = attn_mask.expand(*q.shape[:-1], k.shape[-2])
-        return aten._scaled_dot_product_efficient_attention(  # type: ignore[no-any-return]
-            q, k, v, attn_mask, True, scale=options.get("scale")
+        bias = None if attn_mask is None else attn_mask.expand(*q.shape[:-1], k.shape[-2])
+        mixed: Tensor = aten._scaled_dot_product_efficient_attention(
+            q, k, v, bias, compute_log_sumexp=True, scale=options.get("scale")
         )[0]
+        return mixed
 
     return attention
 
 
-def _masks(
-    recipe: Recipe, draw_mask: Callable[..., np.ndarray | None], batch: int
-) -> dict[str, Tensor]:
+def _inputs(method: Method, batch: int) -> dict[str, Tensor]:
+    """What the loop hands to a method, in its precision; one mask for each picture."""
+    recipe, dtype = method.recipe, next(method.parameters()).dtype
+    chans = recipe.data.channels
+    inputs = {
+        "images": torch.empty(batch, chans, *recipe.data.image_size, dtype=dtype, device="meta")
+    }
     rng = np.random.default_rng(0)
-    drawn = [draw_mask(recipe, rng) for _ in range(batch)]
+    drawn = [method.draw_mask(recipe, rng) for _ in range(batch)]
     masks = [mask for mask in drawn if mask is not None]
-    return {"mask": torch.from_numpy(np.stack(masks))} if masks else {}
+    if masks:
+        inputs["mask"] = torch.from_numpy(np.stack(masks))
+    if recipe.tokenizer_size is not None:
+        shape = (batch, chans, *recipe.tokenizer_size)
+        inputs["tokenizer_images"] = torch.empty(shape, dtype=torch.uint8, device="meta")
+    return inputs
 
 
-def _trained(method: nn.Module) -> list[nn.Parameter]:
-    return [p for p in method.parameters() if p.requires_grad]
-
-
-class _NoTokenizer:
-    """Stands in for a tokenizer that is not there: its codes cost nothing."""
+class _NoTokenizer(Tokenizer):
+    """Stands in for a tokenizer that is not there; its codes cost nothing."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
 
     def codes(self, images: Tensor) -> Tensor:
         return torch.zeros(len(images), *self.recipe.grid, dtype=torch.int64)
+
+    def decode_codes(self, codes: Tensor) -> Tensor:
+        raise NotImplementedError("no training step decodes codes")
 
     def to(self, device: torch.device) -> _NoTokenizer:
         return self

@@ -22,7 +22,6 @@ from trainers.data.order import SampleOrder
 from trainers.data.sources import Source
 from trainers.engine import checkpoints
 from trainers.engine.deepspeed import (
-    DTYPES,
     choose_precision,
     full_state,
     initialize,
@@ -138,7 +137,7 @@ def train(
     speed = _Speed(plan)
     last: Row = {}
     while step < plan.steps:
-        result = _update(engine, plan, batches, step, device, DTYPES[precision])
+        result = _update(engine, plan, batches, step, device)
         step += 1
         speed.add(result)
         ended = step == plan.steps
@@ -149,7 +148,7 @@ def train(
                 append_metrics(run, last)
                 observer.metrics(last)
         if ended or _due(step, recipe.logging.pictures_every_steps):
-            _show(engine, plan, shown, step, device, DTYPES[precision], observer)
+            _show(engine, plan, shown, step, device, observer)
         if ended or _due(step, recipe.checkpoint.every_steps):
             checkpoints.save(
                 run,
@@ -170,7 +169,6 @@ def _update(
     batches: Iterator[Batch],
     step: int,
     device: torch.device,
-    dtype: torch.dtype,
 ) -> _StepResult:
     """One update: `accumulation` micro batches, one optimiser step."""
     for group in engine.optimizer.param_groups:
@@ -187,7 +185,7 @@ def _update(
         waited += time.perf_counter() - began
         for problem in batch.problems:
             logger.warning("%s", problem)
-        output = engine(**_inputs(batch, plan, device, dtype))
+        output = engine(**_inputs(batch, plan, device))
         engine.backward(output.loss)
         if not sums.add({"loss": output.loss, **output.terms}):
             suspects.extend(batch.indices.tolist())
@@ -267,14 +265,13 @@ def _plain_grad_norm(engine: Any) -> Tensor | None:
     return torch.nn.utils.get_total_norm(gradients)
 
 
-def _inputs(
-    batch: Batch, plan: Plan, device: torch.device, dtype: torch.dtype
-) -> dict[str, Tensor | None]:
+def _inputs(batch: Batch, plan: Plan, device: torch.device) -> dict[str, Tensor | None]:
     """What a method is called with, on the device."""
     data = plan.recipe.data
     images = batch.images.to(device, non_blocking=True)
     inputs = {
-        "images": normalise(images, data.mean, data.std).to(dtype),
+        # In fp32, as targets are; encoders cast what they compute with.
+        "images": normalise(images, data.mean, data.std),
         "mask": None if batch.mask is None else batch.mask.to(device, non_blocking=True),
     }
     if batch.tokenizer_images is not None:
@@ -298,16 +295,15 @@ def _show(
     batch: Batch,
     step: int,
     device: torch.device,
-    dtype: torch.dtype,
     observer: Observer,
 ) -> None:
-    inputs = _inputs(batch, plan, device, dtype)
+    inputs = _inputs(batch, plan, device)
     images = inputs["images"]
     assert images is not None
     torch.manual_seed(_device_seed(plan.recipe.seed, step, dist.get_rank()))
     engine.eval()
     with torch.no_grad():
-        panels = engine.module.panels(images.float(), engine(**inputs))
+        panels = engine.module.panels(images, engine(**inputs))
     engine.train()
     if dist.get_rank() == 0:
         observer.pictures(step, panels)

@@ -43,7 +43,8 @@ class Autoencoding(Method):
 
     def decode(self, latent: Float[Tensor, "B L h w"]) -> Float[Tensor, "B C H W"]:
         """Normalised pictures from latents."""
-        images: Tensor = self.decoder(latent)
+        weights = next(self.decoder.parameters())  # latents may be kept in fp32
+        images: Tensor = self.decoder(latent.to(weights.dtype))
         return images
 
     def output(

@@ -97,7 +97,7 @@ class DVAE(Autoencoding):
         self, images: Float[Tensor, "B C H W"], output: MethodOutput, *, oracle: bool = False
     ) -> list[Panel]:
         """Originals, what came back, and the codes in false colours: near codes look alike."""
-        codes = self.codes(images.to(output.prediction.dtype)).cpu().numpy()  # B h w
+        codes = self.codes(images).cpu().numpy()  # B h w
         colours = false_colours(self.quantizer.table().detach())[codes]  # B h w 3
         stride = self.encoder.stride
         enlarged = colours.repeat(stride, axis=1).repeat(stride, axis=2)

@@ -48,7 +48,7 @@ class VAE(Autoencoding):
         latent = mean
         if self.training:
             latent = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
-        decoded = self.decode(latent.to(images.dtype))
+        decoded = self.decode(latent)
         reconstruction = self.reconstruction_error(decoded, images).mean()
         kl = gaussian_kl(mean, log_variance).mean()
         loss = reconstruction + self.beta * kl
@@ -84,7 +84,7 @@ class VAE(Autoencoding):
         noise = torch.randn(
             (b, self.config.latent_dim, height // stride, width // stride), device=images.device
         )
-        invented = self.decode(noise.to(output.prediction.dtype)).float()
+        invented = self.decode(noise).float()
         columns = super().panels(images, output, oracle=oracle)
         return [*columns, Panel("sample from the prior", self.pixels(invented))]
 

@@ -93,7 +93,7 @@ class ConvEncoder(Encoder):
         """Encode whole pictures; convolutions cannot hide any part."""
         assert mask is None, "a convolution sees every pixel"
         grid = self._grid_of((images.shape[2], images.shape[3]))
-        x = self.stem(images)
+        x = self.stem(self._cast(images))
         for stage in self.stages:
             x = self._run(stage, x)
         tokens = self.norm(x.flatten(2).transpose(1, 2))  # B N D
@@ -105,7 +105,7 @@ class ConvEncoder(Encoder):
         """Maps after the given stages; stages past the last one asked for are not run."""
         wanted = self._wanted(layers)
         self._grid_of((images.shape[2], images.shape[3]))
-        x = self.stem(images)
+        x = self.stem(self._cast(images))
         maps: dict[int, Tensor] = {}
         for i, stage in enumerate(self.stages[: max(wanted) + 1]):
             x = self._run(stage, x)

@@ -94,6 +94,10 @@ class Encoder(nn.Module, ABC):
             raise ValueError(f"input of {height}x{width} pixels is not a multiple of patch {s}")
         return height // s, width // s
 
+    def _cast(self, images: Tensor) -> Tensor:
+        """Pictures in the precision of the weights; methods keep their targets in fp32."""
+        return images.to(next(self.parameters()).dtype)
+
     def _run(self, block: nn.Module, *inputs: object) -> Tensor:
         """Call a block, trading memory for time where asked to."""
         if self.activation_checkpointing and self.training:

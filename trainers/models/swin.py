@@ -122,7 +122,7 @@ class Swin(Encoder):
     ) -> Features:
         """Encode pictures; a hidden output token hides every patch that lies under it."""
         grid = self._grid_of((images.shape[2], images.shape[3]))
-        x = self.patch_embed(images)  # B h w D, of the first stage
+        x = self.patch_embed(self._cast(images))  # B h w D, of the first stage
         if mask is not None:
             assert mask_token is not None, "windows need every token"
             patches = 2 ** (self.depth - 1)  # along the side of an output token
@@ -140,7 +140,7 @@ class Swin(Encoder):
         """Maps after the given stages; stages past the last one asked for are not run."""
         wanted = self._wanted(layers)
         self._grid_of((images.shape[2], images.shape[3]))
-        x = self.patch_embed(images)
+        x = self.patch_embed(self._cast(images))
         maps: dict[int, Tensor] = {}
         for i, stage in enumerate(self.layers[: max(wanted) + 1]):
             x = self._run_stage(stage, x)

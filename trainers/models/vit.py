@@ -236,7 +236,7 @@ class ViT(Encoder):
         mask: Tensor | None = None,
         mask_token: Tensor | None = None,
     ) -> Tensor:
-        patches = patchify(images, self.stride)  # B N P
+        patches = patchify(self._cast(images), self.stride)  # B N P
         keep = None
         if mask is not None and mask_token is None:
             keep = visible_indices(mask)  # B K

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from trainers.config.recipes import load_recipe
 from trainers.config.run import Plan, Recipe, resolve
 from trainers.data.rng import Stream, generator
-from trainers.engine.deepspeed import DTYPES, full_state, initialize, prepare_process
+from trainers.engine.deepspeed import full_state, initialize, prepare_process
 from trainers.methods import build_method
 from trainers.types import DatasetFacts
 
@@ -82,7 +82,7 @@ def train(name: str, stage: int, precision: str) -> dict[str, Any]:
             group["lr"] = 1e-3
         torch.manual_seed(step + 100 * rank)
         method.at_step(step, plan.steps)
-        output = engine(images[share].to(DTYPES[precision]), None if mask is None else mask[share])
+        output = engine(images[share], None if mask is None else mask[share])
         engine.backward(output.loss)
         engine.step()
         method.after_step(step + 1)

@@ -1,0 +1,113 @@
+"""The table of docs/methods.md: what each recipe costs, beside MAE on the same machine.
+
+    python benchmarks/methods.py [--batch 4] [--rounds 3] [RECIPE…]
+
+Parameters and FLOPs are counted; speed is measured: forward, backward and fused AdamW in fp32,
+the recipe and its MAE (mae-vit-b, or mae-tiny for the tiny ones) taking turns in one process.
+Prints rows of Markdown: encoder and other parameters, forward GFLOPs a picture, and images a
+second as a share of MAE's (median of the pairs).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from trainers.config.recipes import load_recipe, shipped_recipes
+from trainers.config.run import Recipe
+from trainers.cost.step import shape_of, trace
+from trainers.methods import build_method
+from trainers.methods.beit import BEiT
+
+TOKENIZERS = {"beit-tiny": "dvae-tiny", "beit-vit-b": "dvae-vq-8192"}
+
+
+def recipe_of(name: str) -> Recipe:
+    """A shipped recipe; a codebook is not begun by k-means, which a small batch cannot fill."""
+    return load_recipe(name, ["method.kmeans_init=false"] if name.startswith("dvae") else [])
+
+
+def step_of(name: str, batch: int) -> Callable[[], None]:
+    """One whole update of a recipe on random pictures."""
+    recipe = recipe_of(name)
+    torch.manual_seed(0)
+    method = build_method(recipe).train()
+    if isinstance(method, BEiT):
+        tokenizer = build_method(recipe_of(TOKENIZERS[name])).eval()
+        method.attach(tokenizer)  # type: ignore[arg-type]
+    optimizer = torch.optim.AdamW(method.parameters(), lr=1e-5, fused=True)
+    images = torch.randn(batch, recipe.data.channels, *recipe.data.image_size)
+    rng = np.random.default_rng(0)
+    masks = [mask for _ in range(batch) if (mask := method.draw_mask(recipe, rng)) is not None]
+    mask = torch.from_numpy(np.stack(masks)) if masks else None
+    inputs = {"images": images, "mask": mask}
+    if recipe.tokenizer_size is not None:
+        size = (batch, recipe.data.channels, *recipe.tokenizer_size)
+        inputs["tokenizer_images"] = torch.randint(0, 256, size, dtype=torch.uint8)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        method(**inputs).loss.backward()
+        optimizer.step()
+        method.after_step(1)
+
+    return step
+
+
+def counts(name: str) -> tuple[float, float, float]:
+    """Millions of parameters of the encoder and of the rest, forward GFLOPs a picture."""
+    recipe = recipe_of(name)
+    tokenizer = recipe_of(TOKENIZERS[name]) if name in TOKENIZERS else None
+    method = shape_of(recipe, torch.float32, tokenizer)
+    encoder = sum(p.numel() for p in method.encoder.parameters())
+    rest = sum(p.numel() for p in method.parameters()) - encoder
+    flops = trace(method, 2, checkpointing=False, on_gpu=False).forward_flops
+    return encoder / 1e6, rest / 1e6, sum(flops.values()) / 1e9
+
+
+def speed(name: str, batch: int, rounds: int) -> tuple[float, float, float]:
+    """Images a second over those of MAE: median, least and most of the pairs."""
+    tiny = name.endswith("-tiny")
+    batch *= 8 if tiny else 1
+    reference = "mae-tiny" if tiny else "mae-vit-b"
+    if name == reference:
+        return 1.0, 1.0, 1.0
+    steps = step_of(reference, batch), step_of(name, batch)
+    for step in steps:
+        step()  # warm up
+    ratios = []
+    for _ in range(rounds):
+        seconds = []
+        for step in steps:
+            began = time.perf_counter()
+            step()
+            seconds.append(time.perf_counter() - began)
+        ratios.append(seconds[0] / seconds[1])
+    return statistics.median(ratios), min(ratios), max(ratios)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipes", nargs="*", default=list(shipped_recipes()))
+    parser.add_argument("--batch", type=int, default=4, help="pictures; the tiny recipes take 8 x")
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    print("| recipe | encoder, M | rest, M | GFLOPs a picture | images/s over MAE's |")
+    print("|---|---|---|---|---|")
+    for name in arguments.recipes:
+        encoder, rest, gflops = counts(name)
+        ratio, least, most = speed(name, arguments.batch, arguments.rounds)
+        print(
+            f"| `{name}` | {encoder:.2f} | {rest:.2f} | {gflops:.3g} "
+            f"| {ratio:.2f} ({least:.2f} to {most:.2f}) |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""What a checked plan may still trip over: allowed, and worth a line before hours are spent."""
+
+from __future__ import annotations
+
+from trainers.config.run import Plan
+
+# Peaks of the published recipes: SimMIM 4e-4 (2048 pictures), BEiT 1.5e-3, MAE 2.4e-3 (4096).
+PUBLISHED_LR = (4e-4, 2.4e-3)
+LOWEST_LR, HIGHEST_LR = 1e-4, 5e-3
+FEWEST_STEPS_AN_EPOCH = 4
+
+
+def advice(plan: Plan) -> list[str]:
+    """Warnings, a sentence each, with the numbers and what to set instead.
+
+    Args:
+        plan: resolved, so that nothing in it is impossible.
+
+    Returns:
+        Empty where there is nothing to say.
+    """
+    return [*_on_precision(plan), *_on_lr(plan), *_on_length(plan)]
+
+
+def _on_precision(plan: Plan) -> list[str]:
+    if plan.recipe.engine.precision != "fp16":
+        return []
+    return [
+        "engine.precision fp16 ends at 65504, which attention scores and gradients of masked "
+        "image models pass, and the loss becomes NaN; bf16 has the range of fp32: "
+        "--set engine.precision=bf16"
+    ]
+
+
+def _on_lr(plan: Plan) -> list[str]:
+    optim, low, high = plan.recipe.optim, *PUBLISHED_LR
+    reached = (
+        f"the peak learning rate is {plan.lr:.2g} = optim.base_lr {optim.base_lr:g} x "
+        f"batch {plan.global_batch} / 256"
+    )
+    published = f"published recipes peak between {low:g} and {high:g}"
+    if plan.lr < LOWEST_LR:
+        return [
+            f"{reached}; {published}. The batch is too small for this base_lr and little will be "
+            f"learnt: a larger optim.batch_size, or --set optim.base_lr={_base_lr(plan, low)}"
+        ]
+    if plan.lr > HIGHEST_LR:
+        return [
+            f"{reached}; {published}. AdamW is likely to diverge: "
+            f"--set optim.base_lr={_base_lr(plan, high)}"
+        ]
+    return []
+
+
+def _base_lr(plan: Plan, lr: float) -> str:
+    return f"{lr * 256 / plan.global_batch:.1e}"
+
+
+def _on_length(plan: Plan) -> list[str]:
+    found = []
+    if plan.steps_per_epoch < FEWEST_STEPS_AN_EPOCH:
+        found.append(
+            f"a global batch of {plan.global_batch} is {1 / plan.steps_per_epoch:.0%} of the "
+            f"{plan.data.num_samples} pictures, so that an epoch is {plan.steps_per_epoch:.1f} "
+            f"updates: a smaller optim.batch_size makes more of the same pictures"
+        )
+    if plan.warmup_steps > plan.steps / 2:
+        found.append(
+            f"{plan.warmup_steps} of {plan.steps} steps are warm-up, so that the peak learning "
+            "rate is hardly used: --set optim.warmup_steps="
+            f"{plan.steps // 10}, or a longer run"
+        )
+    return found
