@@ -13,11 +13,11 @@ from typing import Any
 
 import click
 
+from service.cli_data import data
+from service.options import json_option
 from trainers.errors import MimrayError
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
-
-json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 
 class _Group(click.Group):
@@ -106,6 +106,51 @@ def recipes(name: str | None, as_json: bool) -> None:
         click.echo(f"{n:{width}}  {about.summary if about else ''}")
         if about:
             click.echo(f"{'':{width}}  {about.command}")
+
+
+@cli.command()
+@click.argument("recipe", required=False)
+@click.option("--data", default=None, help="Dataset to plan for; ImageNet-1k's size by default.")
+@click.option("--steps", type=click.IntRange(min=1), default=None, help="Length, in updates.")
+@click.option("--workers", type=click.IntRange(min=1), default=None, help="Training workers.")
+@click.option("--set", "overrides", multiple=True, metavar="A.B=VALUE", help="Override a key.")
+@click.option(
+    "--tflops", type=click.FloatRange(min=0, min_open=True), help="Sustained by a device, for time."
+)
+@json_option
+def plan(
+    recipe: str | None,
+    data: str | None,
+    steps: int | None,
+    workers: int | None,
+    overrides: tuple[str, ...],
+    tflops: float | None,
+    as_json: bool,
+) -> None:
+    """Count what a recipe would cost, before anything runs: parameters, FLOPs, memory, time.
+
+    Without RECIPE, a guide to which method serves what.
+
+    Example: mimray plan mae-vit-b --workers 8
+    """
+    from rich.console import Console
+
+    from service import guide, planning
+
+    console = Console(highlight=False)
+    if recipe is None:
+        if as_json:
+            click.echo(json.dumps(guide.as_rows()))
+        else:
+            console.print(guide.render())
+        return
+    if workers is not None:
+        overrides = (*overrides, f"resources.num_workers={workers}")
+    found = planning.forecast(recipe, data=data, steps=steps, overrides=overrides, tflops=tflops)
+    if as_json:
+        click.echo(json.dumps(found))
+    else:
+        console.print(planning.render(found))
 
 
 @cli.command()
@@ -276,76 +321,6 @@ def evaluate(
         )
 
 
-@cli.group()
-def data() -> None:
-    """Datasets: ingest, inspect, sample."""
-
-
-@data.command("ingest")
-@click.argument("src")
-@click.argument("out")
-@click.option("--short-side", default=256, show_default=True, help="Pixels; 0 keeps the size.")
-@click.option("--shard-mib", default=64, show_default=True, type=click.IntRange(min=1))
-@click.option("--max-rejected", default=0.01, show_default=True, type=click.FloatRange(0, 1))
-@click.option("--overwrite", is_flag=True, help="Replace OUT.")
-@json_option
-def data_ingest(
-    src: str,
-    out: str,
-    short_side: int,
-    shard_mib: int,
-    max_rejected: float,
-    overwrite: bool,
-    as_json: bool,
-) -> None:
-    """Verify pictures and write them as Parquet.
-
-    SRC is a folder (class folders give labels), Parquet, or a text file of URIs.
-
-    Example: mimray data ingest pictures dataset --short-side 256
-    """
-    from service.jobs import run_ingest
-
-    result = run_ingest(
-        src,
-        out,
-        short_side_px=short_side or None,
-        shard_mib=shard_mib,
-        max_rejected=max_rejected,
-        overwrite=overwrite,
-    )
-    if as_json:
-        click.echo(json.dumps(result))
-
-
-@data.command("inspect")
-@click.argument("uri")
-@click.option("--sheet", type=click.Path(dir_okay=False, path_type=Path), help="Contact sheet PNG.")
-@json_option
-def data_inspect(uri: str, sheet: Path | None, as_json: bool) -> None:
-    """Count a dataset's pictures, sizes and labels; draw a contact sheet.
-
-    Example: mimray data inspect dataset --sheet sheet.png
-    """
-    from service.jobs import run_inspect
-
-    click.echo(run_inspect(uri, sheet, as_json=as_json))
-
-
-@data.command("sample")
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option("--size", default=64, show_default=True, help="Side of a tile, pixels.")
-def data_sample(out: Path, size: int) -> None:
-    """Write tiles of the photographs that come with the installation, train and val.
-
-    Example: mimray data sample photos
-    """
-    from trainers.data.samples import write_photo_tiles
-
-    train, val = write_photo_tiles(out, size_px=size)
-    click.echo(f"{train}\n{val}")
-
-
 @cli.command()
 @click.argument("bundles", nargs=-1, required=True, metavar="[NAME=]BUNDLE…")
 @click.option("--host", default="127.0.0.1", show_default=True, help="A public one needs a key.")
@@ -364,6 +339,9 @@ def serve(
     from service.deploy import run_serve
 
     run_serve(bundles, host=host, port=port, num_replicas=replicas, max_batch_size=max_batch_size)
+
+
+cli.add_command(data)
 
 
 def command_line() -> str:

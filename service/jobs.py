@@ -33,6 +33,7 @@ def run_pretrain(
     command: str,
 ) -> dict[str, Any]:
     """Check everything that can be checked, then start workers and train."""
+    from trainers.config.advice import advice
     from trainers.config.recipes import load_recipe
 
     checked = load_recipe(recipe, overrides, steps)
@@ -47,6 +48,8 @@ def run_pretrain(
         markup=False,
     )
     console.print(plan.batch_arithmetic, markup=False)
+    for warning in advice(plan):
+        console.print(f"warning: {warning}", style="yellow", markup=False)
     if "/_ray_pkg_" in job.run.uri:  # where `ray job submit --working-dir` unpacks
         console.print(
             "warning: this --storage lies in the job's own copy of the code, which Ray deletes; "

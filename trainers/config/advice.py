@@ -26,8 +26,8 @@ def _on_precision(plan: Plan) -> list[str]:
     if plan.recipe.engine.precision != "fp16":
         return []
     return [
-        "engine.precision fp16 ends at 65504, which attention scores and gradients of masked "
-        "image models pass, and the loss becomes NaN; bf16 has the range of fp32: "
+        "engine.precision fp16 overflows at 65504, which attention scores reach in masked image "
+        "modelling, and the loss becomes NaN; bf16 has the range of fp32: "
         "--set engine.precision=bf16"
     ]
 

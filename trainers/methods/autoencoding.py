@@ -11,7 +11,7 @@ from trainers.config.run import Recipe
 from trainers.methods.base import Method
 from trainers.models import build_encoder
 from trainers.models.conv import ConvDecoder
-from trainers.models.patches import patchify, unpatchify
+from trainers.models.patches import patchify
 from trainers.types import MethodOutput
 
 
@@ -66,11 +66,3 @@ class Autoencoding(Method):
         target = patchify(images, self.encoder.stride)  # B N P
         mask = torch.ones(prediction.shape[:2], dtype=torch.bool, device=images.device)
         return MethodOutput(loss, prediction, target, mask, terms or {})
-
-    def reconstruct(
-        self, images: Float[Tensor, "B C H W"], output: MethodOutput, *, oracle: bool = False
-    ) -> Float[Tensor, "B C H W"]:
-        """What came back."""
-        stride = self.encoder.stride
-        grid = images.shape[2] // stride, images.shape[3] // stride
-        return unpatchify(output.prediction.float(), stride, grid)

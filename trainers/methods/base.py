@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from trainers.config.run import Recipe
 from trainers.models.encoder import Encoder
 from trainers.models.normalise import denormalise
+from trainers.models.patches import unpatchify
 from trainers.pictures import hide_patches, paste_visible
 from trainers.types import MethodOutput, Panel
 
@@ -78,7 +79,8 @@ class Method(nn.Module, ABC):
     ) -> Float[Tensor, "B C H W"]:
         """The prediction as normalised pictures, hidden and visible patches alike.
 
-        A method whose predictions are no pixels has none, and draws its `panels` itself.
+        Here: predictions that are pixels. A method whose predictions are something else says how
+        they become pixels, or draws its `panels` itself.
 
         Args:
             images: what was encoded.
@@ -86,7 +88,9 @@ class Method(nn.Module, ABC):
             oracle: where targets were normalised by a hidden patch's own statistics, use those,
                 which leaks the answer; elsewhere it changes nothing.
         """
-        raise NotImplementedError(f"{type(self).__name__} predicts no pixels")
+        stride = self.encoder.stride
+        grid = images.shape[2] // stride, images.shape[3] // stride
+        return unpatchify(output.prediction.float(), stride, grid)
 
     def panels(
         self, images: Float[Tensor, "B C H W"], output: MethodOutput, *, oracle: bool = False

@@ -16,7 +16,7 @@ from trainers.data.masks import unit_mask
 from trainers.methods.base import Method
 from trainers.methods.losses import masked_mean
 from trainers.models import build_encoder
-from trainers.models.patches import patchify, unpatchify
+from trainers.models.patches import patchify
 from trainers.types import MethodOutput
 
 
@@ -62,11 +62,3 @@ class SimMIM(Method):
         assert isinstance(config, SimMIMConfig)
         unit_px = config.mask_unit_px or stride
         return unit_mask(rng, recipe.grid, unit_px // stride, config.mask_ratio)
-
-    def reconstruct(
-        self, images: Float[Tensor, "B C H W"], output: MethodOutput, *, oracle: bool = False
-    ) -> Float[Tensor, "B C H W"]:
-        """Predicted pixels."""
-        stride = self.encoder.stride
-        grid = images.shape[2] // stride, images.shape[3] // stride
-        return unpatchify(output.prediction.float(), stride, grid)

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import pytest
+
+from trainers.config.advice import advice
+from trainers.config.recipes import load_recipe, shipped_recipes
+from trainers.config.run import resolve
+from trainers.types import DatasetFacts
+
+
+def given(name: str, *overrides: str, pictures: int = 1_281_167) -> list[str]:
+    return advice(resolve(load_recipe(name, overrides), DatasetFacts("here", pictures, "f"), 1))
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_advice__has_nothing_against_shipped_recipes(name: str) -> None:
+    assert given(name) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "wanted"),
+    [
+        # 1.5e-4 x 64 / 256 = 3.75e-5, and 4e-4 is reached with 4e-4 x 256 / 64.
+        ("optim.batch_size=64", ("3.8e-05", "batch 64 / 256", "optim.base_lr=1.6e-03")),
+        # 1e-3 x 4096 / 256 = 0.016, and 2.4e-3 is reached with 2.4e-3 x 256 / 4096.
+        ("optim.base_lr=1e-3", ("0.016", "likely to diverge", "optim.base_lr=1.5e-04")),
+        ("engine.precision=fp16", ("65504", "engine.precision=bf16")),
+        ("optim.epochs=60", ("12511 of 18767 steps", "optim.warmup_steps=1876")),
+    ],
+)
+def test_advice__warns_with_the_numbers(override: str, wanted: tuple[str, ...]) -> None:
+    (warning,) = given("mae-vit-b", override)
+    for part in wanted:
+        assert part in warning
+
+
+def test_advice__on_a_batch_that_is_most_of_the_data() -> None:
+    (warning,) = given("mae-tiny", pictures=128)
+    assert "a global batch of 64 is 50% of the 128 pictures" in warning
+    assert "2.0 updates" in warning

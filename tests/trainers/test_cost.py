@@ -1,0 +1,352 @@
+"""What `mimray plan` counts, against closed formulas and against what really runs here.
+
+Memory is measured in processes of their own; this file is also what they run.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+
+from trainers.config.recipes import load_recipe
+from trainers.config.run import Plan, Recipe, resolve
+from trainers.cost import Cost, estimate
+from trainers.cost.memory import Setting, Weights, memory_of
+from trainers.cost.step import Step, shape_of, trace
+from trainers.engine.deepspeed import DTYPES, initialize, prepare_process
+from trainers.methods import build_method
+from trainers.methods.base import Method
+from trainers.types import DatasetFacts
+
+TOLERANCE = 0.15
+TINY = (
+    "ae-tiny", "ae-vit-tiny", "vae-tiny", "dvae-tiny", "beit-tiny", "mae-tiny", "simmim-tiny",
+    "simmim-swin-tiny", "maskfeat-tiny",
+)  # fmt: skip
+
+
+def plan_of(name: str, *overrides: str, workers: int = 1) -> Plan:
+    return resolve(load_recipe(name, overrides), DatasetFacts("here", 10**7, "f"), workers)
+
+
+class Codes:
+    """A tokenizer that always says 0."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+
+    def codes(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(images), *self.recipe.grid, dtype=torch.int64)
+
+    def decode_codes(self, codes: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def to(self, device: torch.device) -> Codes:
+        return self
+
+
+def real_method(recipe: Recipe) -> Method:
+    method = build_method(recipe).train()
+    if recipe.tokenizer_size is not None:
+        method.attach(Codes(recipe))
+    return method
+
+
+def real_inputs(method: Method, batch: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    recipe, rng = method.recipe, np.random.default_rng(0)
+    size = recipe.data.channels, *recipe.data.image_size
+    inputs = {"images": torch.randn(batch, *size).to(dtype)}
+    drawn = [method.draw_mask(recipe, rng) for _ in range(batch)]
+    if drawn[0] is not None:
+        inputs["mask"] = torch.from_numpy(np.stack(drawn))
+    if recipe.tokenizer_size is not None:
+        size = recipe.data.channels, *recipe.tokenizer_size
+        inputs["tokenizer_images"] = torch.zeros(batch, *size, dtype=torch.uint8)
+    return inputs
+
+
+# FLOPs
+
+
+def blocks(depth: int, tokens: int, width: int) -> float:
+    """Forward FLOPs of transformer blocks: 12 D^2 of weights, scores and mixing of T x T."""
+    return depth * (2 * tokens * 12 * width**2 + 2 * 2 * tokens**2 * width)
+
+
+def attention(depth: int, tokens: int, width: int) -> float:
+    return depth * 2 * 2 * tokens**2 * width
+
+
+@pytest.mark.parametrize(
+    ("name", "patches", "patch", "width", "depth", "decoder_width", "decoder_depth"),
+    [
+        ("mae-tiny", 64, 8, 128, 4, 64, 1),
+        ("mae-vit-b", 196, 16, 768, 12, 512, 8),
+        ("mae-vit-h", 256, 14, 1280, 32, 512, 8),
+    ],
+)
+def test_flops__of_mae_are_those_of_its_dimensions(
+    name: str,
+    patches: int,
+    patch: int,
+    width: int,
+    depth: int,
+    decoder_width: int,
+    decoder_depth: int,
+) -> None:
+    pixels, visible = 3 * patch**2, patches // 4
+    embedding = 2 * visible * pixels * width
+    encoder = embedding + blocks(depth, visible + 1, width)
+    narrowing = 2 * (visible + 1) * width * decoder_width
+    decoder = narrowing + blocks(decoder_depth, patches + 1, decoder_width)
+    head = 2 * (patches + 1) * decoder_width * pixels
+    forward = encoder + decoder + head
+    # Backward is twice forward; pixels want no gradient; fused attention computes scores again.
+    again = attention(depth, visible + 1, width)
+    again += attention(decoder_depth, patches + 1, decoder_width)
+    training = 3 * forward - embedding + again / 2
+
+    step = trace(shape_of(load_recipe(name), torch.bfloat16), 2, checkpointing=False, on_gpu=True)
+
+    assert step.forward_flops == pytest.approx(
+        {"encoder": encoder, "decoder": decoder, "head": head, "tokenizer": 0.0}
+    )
+    assert step.training_flops == pytest.approx(training)
+    assert (step.encoder_tokens, step.decoder_tokens) == (visible + 1, patches + 1)
+
+
+@pytest.mark.parametrize("name", ["ae-tiny", "dvae-tiny", "beit-tiny", "maskfeat-tiny"])
+def test_flops__are_what_the_profiler_sees(name: str) -> None:
+    recipe, batch = load_recipe(name), 2
+    method = real_method(recipe)
+    if name == "dvae-tiny":
+        method.quantizer.ready.fill_(1)  # k-means happens once
+    inputs = real_inputs(method, batch, torch.float32)
+    # It knows neither the fused attention of CPUs nor the backward of convolutions.
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        profile(activities=[ProfilerActivity.CPU], with_flops=True) as seen,
+    ):
+        loss = method(**inputs).loss
+    measured = sum(event.flops for event in seen.key_averages()) / batch
+
+    step = trace(shape_of(recipe, torch.float32), batch, checkpointing=False, on_gpu=False)
+
+    assert loss.isfinite()
+    assert sum(step.forward_flops.values()) == pytest.approx(measured, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("name", "checkpointing"),
+    [("mae-tiny", False), ("simmim-tiny", True), ("simmim-swin-tiny", True)],
+)
+def test_flops__of_training_are_what_the_profiler_sees(name: str, checkpointing: bool) -> None:
+    recipe, batch = load_recipe(name), 2
+    method = real_method(recipe)
+    method.encoder.activation_checkpointing = checkpointing
+    inputs = real_inputs(method, batch, torch.float32)
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        profile(activities=[ProfilerActivity.CPU], with_flops=True) as seen,
+    ):
+        method(**inputs).loss.backward()
+    measured = sum(event.flops for event in seen.key_averages()) / batch
+
+    step = trace(shape_of(recipe, torch.float32), batch, checkpointing=checkpointing, on_gpu=False)
+
+    assert step.training_flops == pytest.approx(measured, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["mae-tiny", "vae-tiny", "simmim-swin-tiny"])
+def test_parts__hold_every_parameter_once(name: str) -> None:
+    plan = plan_of(name, "optim.batch_size=2")
+    counted = estimate(plan, "fp32", on_gpu=False).parameters
+    real = build_method(plan.recipe)
+    assert sum(counted.values()) == sum(p.numel() for p in real.parameters())
+    assert counted["encoder"] == sum(p.numel() for p in real.encoder.parameters())
+
+
+def test_tokenizer__is_counted_apart() -> None:
+    plan, tokenizer = plan_of("beit-tiny", "optim.batch_size=2"), load_recipe("dvae-tiny")
+    without, counted = estimate(plan, "bf16"), estimate(plan, "bf16", tokenizer=tokenizer)
+
+    alone = build_method(tokenizer)
+    assert counted.parameters["tokenizer"] == sum(p.numel() for p in alone.parameters())
+    assert counted.parameters["encoder"] == without.parameters["encoder"]
+    extra = counted.plain.forward_flops["tokenizer"]
+    assert extra > 0
+    # It is not trained: its forward pass is all that it adds.
+    assert counted.plain.training_flops - without.plain.training_flops == pytest.approx(extra)
+    in_fp32 = sum(t.nbytes for t in [*alone.parameters(), *alone.buffers()])
+    added = counted.memory[0, False].parameters - without.memory[0, False].parameters
+    assert added == in_fp32
+
+
+# Memory
+
+
+@pytest.mark.parametrize(("stage", "bytes_each"), [(0, 16), (1, 4 + 12 / 8), (2, 2 + 14 / 8)])
+def test_memory__of_bf16_states_is_that_of_the_zero_paper(stage: int, bytes_each: float) -> None:
+    """Rajbhandari et al. 2020, sec. 3.1 and 5: 2 + 2 + 12 bytes a parameter, over 8 devices."""
+    weights = Weights(trained=8_000_000, frozen=0, small=0, fixed_bytes=0)
+    step = Step({}, 0.0, 0, 0, activations=10**9, with_gradients=10**9)
+    memory = memory_of(weights, step, Setting(stage, num_workers=8, element_bytes=2))
+
+    held = memory.parameters + memory.gradients + memory.optimizer
+    assert held == pytest.approx(weights.trained * bytes_each)
+
+
+def test_memory__of_zero_3_is_a_share_and_the_bucket() -> None:
+    weights = Weights(trained=8_000_000, frozen=0, small=0, fixed_bytes=0)
+    step = Step({}, 0.0, 0, 0, activations=10**9, with_gradients=10**9)
+    memory = memory_of(weights, step, Setting(3, num_workers=8, element_bytes=2))
+
+    assert memory.parameters + memory.gradients + memory.optimizer == weights.trained * 16 // 8
+    gathered = weights.trained * 2
+    assert memory.communication == 500_000_000 * 2 + gathered
+    assert memory.peak == weights.trained * 2 + 500_000_000 * 2 + gathered + 10**9
+
+
+def test_memory__checkpointing_trades_flops_for_it() -> None:
+    cost = estimate(plan_of("simmim-vit-b"), "bf16")
+
+    assert cost.checkpointed.activations < 0.25 * cost.plain.activations
+    forward = sum(cost.plain.forward_flops.values())
+    extra = cost.checkpointed.training_flops - cost.plain.training_flops
+    assert extra == pytest.approx(forward, rel=0.02)
+
+
+def peak_of(
+    name: str, overrides: list[str], stage: int, again: bool, precision: str, rank: int
+) -> dict[str, Any]:
+    """Train a few steps; the most memory this process had beyond what it began with."""
+    workers = dist.get_world_size()
+    extra = f"engine.zero_stage={stage}", f"engine.activation_checkpointing={again}"
+    plan = plan_of(name, *overrides, *extra, workers=workers)
+    predicted: Cost = estimate(plan, precision, on_gpu=False)
+    gc.collect()
+    before = resident("VmRSS")
+    torch.manual_seed(0)
+    method = real_method(plan.recipe)
+    method.encoder.activation_checkpointing = again
+    engine = initialize(method, plan, precision)
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
+    for step in range(3):
+        engine.module.at_step(step, plan.steps)
+        for _ in range(plan.accumulation):
+            inputs = real_inputs(engine.module, plan.micro_batch_size, DTYPES[precision])
+            output = engine(**inputs)
+            engine.backward(output.loss)
+            engine.step()
+    measured = resident("VmHWM") - before
+    engine.destroy()
+    return {"measured": measured, "predicted": predicted.memory[stage, again].peak}
+
+
+def resident(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(key)).split()[1]) * 1024
+
+
+def measure(out: str, rank: str, workers: str, cases: str) -> None:
+    """What the processes do; a small case first, so that libraries have what they keep."""
+    os.environ["LOCAL_RANK"] = rank
+    prepare_process(torch.device("cpu"))
+    dist.init_process_group(
+        "gloo", init_method=f"file://{out}.meeting", rank=int(rank), world_size=int(workers)
+    )
+    found = []
+    for case in json.loads(cases):
+        peak_of(case[0], ["optim.batch_size=4"], *case[2:], int(rank))
+        found.append(peak_of(*case, int(rank)))
+    if rank == "0":
+        Path(out).write_text(json.dumps(found))
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads now and then abort an orderly end
+
+
+def measured_peaks(out: Path, workers: int, cases: list[list[Any]]) -> list[dict[str, int]]:
+    # Freed memory goes back at once, so that the resident peak is that of what was held.
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+        "MALLOC_TOP_PAD_": "0",
+        "MALLOC_ARENA_MAX": "1",
+    }
+    arguments = [str(workers), json.dumps(cases)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(out), str(rank), *arguments],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+        )
+        for rank in range(workers)
+    ]  # fmt: skip
+    try:
+        for process in processes:
+            said, _ = process.communicate(timeout=280)
+            assert process.returncode == 0, said[-4000:]
+    finally:
+        for process in processes:
+            process.kill()
+    return json.loads(out.read_text())
+
+
+def check(cases: list[list[Any]], found: list[dict[str, int]]) -> None:
+    for case, peak in zip(cases, found, strict=True):
+        ratio = peak["measured"] / peak["predicted"]
+        print(f"{case}: measured / predicted {ratio:.3f}, {peak['measured'] / 2**20:.0f} MiB")
+        assert math.isclose(ratio, 1, abs_tol=TOLERANCE), (case, peak)
+
+
+WIDE = ["encoder.width=256", "encoder.depth=6", "encoder.num_heads=4"]
+
+
+def test_memory__is_what_a_training_step_takes(tmp_path: Path) -> None:
+    cases = [
+        ["mae-tiny", [*WIDE, "optim.batch_size=48"], 1, False, "fp32"],
+        ["mae-tiny", [*WIDE, "optim.batch_size=48"], 1, True, "fp32"],
+        ["mae-tiny", [*WIDE, "optim.batch_size=2"], 0, False, "fp32"],
+    ]
+    check(cases, measured_peaks(tmp_path / "out", 1, cases))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TINY)
+def test_memory__is_what_any_method_takes(name: str, tmp_path: Path) -> None:
+    cases = [[name, ["optim.batch_size=48"], 1, again, "fp32"] for again in (False, True)]
+    check(cases, measured_peaks(tmp_path / "out", 1, cases))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_memory__is_what_two_workers_take(precision: str, tmp_path: Path) -> None:
+    many = ["optim.batch_size=48", *WIDE]
+    few = ["optim.batch_size=4", "encoder.width=512", "encoder.depth=6", "encoder.num_heads=8"]
+    halves = ["optim.batch_size=16", "engine.micro_batch_size=4", *WIDE]
+    stages = (0, 1, 2, 3) if precision == "fp32" else (1, 2, 3)
+    cases = [
+        ["mae-tiny", overrides, stage, False, precision]
+        for stage in stages
+        for overrides in (many, few, halves)
+    ]
+    check(cases, measured_peaks(tmp_path / "out", 2, cases))
+
+
+if __name__ == "__main__":
+    measure(*sys.argv[1:])
