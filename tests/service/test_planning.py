@@ -57,7 +57,8 @@ def test_plan__says_what_it_counted() -> None:
 
 
 def test_plan__takes_length_and_size_from_data(pictures: Path) -> None:
-    found = plan("mae-tiny", "--data", str(pictures), "--set", "optim.epochs=16")
+    epochs = ["--set", "optim.epochs=16", "--set", "optim.warmup_epochs=1"]
+    found = plan("mae-tiny", "--data", str(pictures), *epochs)
     assert found["data"] == {"uri": str(pictures), "num_samples": 70, "assumed": False}
     assert found["run"]["steps"] == 17  # 16 x 70 / 64
     assert found["run"]["epochs"] == pytest.approx(17 * 64 / 70)

@@ -21,7 +21,7 @@ def test_advice__has_nothing_against_shipped_recipes(name: str) -> None:
     ("override", "wanted"),
     [
         # 1.5e-4 x 64 / 256 = 3.75e-5, and 4e-4 is reached with 4e-4 x 256 / 64.
-        ("optim.batch_size=64", ("3.8e-05", "batch 64 / 256", "optim.base_lr=1.6e-03")),
+        ("optim.batch_size=64", ("3.75e-05", "batch 64 / 256", "optim.base_lr=1.6e-03")),
         # 1e-3 x 4096 / 256 = 0.016, and 2.4e-3 is reached with 2.4e-3 x 256 / 4096.
         ("optim.base_lr=1e-3", ("0.016", "likely to diverge", "optim.base_lr=1.5e-04")),
         ("engine.precision=fp16", ("65504", "engine.precision=bf16")),

@@ -38,6 +38,21 @@ class Watch:
 @pytest.mark.parametrize("precision", ["auto", "fp16", "fp32"])
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_train__on_a_gpu(tmp_path: Path, precision: str, zero_stage: int) -> None:
+    train_on_gpu(
+        tmp_path, "mae-tiny", f"engine.precision={precision}", f"engine.zero_stage={zero_stage}"
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["ae-tiny", "vae-tiny", "dvae-tiny", "simmim-tiny", "simmim-swin-tiny", "maskfeat-tiny"],
+)
+def test_method__on_a_gpu(tmp_path: Path, name: str) -> None:
+    train_on_gpu(tmp_path, name, "engine.precision=auto", "engine.zero_stage=3")
+
+
+def train_on_gpu(tmp_path: Path, name: str, *settings: str) -> None:
+    """A few steps on random pictures; the loss stays finite and the weights come back in fp32."""
     rng = np.random.default_rng(0)
     (tmp_path / "pictures").mkdir()
     for i in range(32):
@@ -45,10 +60,10 @@ def test_train__on_a_gpu(tmp_path: Path, precision: str, zero_stage: int) -> Non
         Image.fromarray(pixels).save(tmp_path / "pictures" / f"{i}.png")
     source = open_source(str(tmp_path / "pictures"))
     overrides = [
-        f"engine.precision={precision}", f"engine.zero_stage={zero_stage}", "data.num_workers=0",
-        "engine.activation_checkpointing=true", "optim.batch_size=16", "logging.every_steps=1",
+        *settings, "data.num_workers=0", "engine.activation_checkpointing=true",
+        "optim.batch_size=16", "logging.every_steps=1",
     ]  # fmt: skip
-    plan = resolve(load_recipe("mae-tiny", overrides, steps=6), source.facts, 1)
+    plan = resolve(load_recipe(name, overrides, steps=6), source.facts, 1)
     run, watch = RunDir(str(tmp_path / "run")), Watch()
     run.create()
     dist.init_process_group("nccl", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)

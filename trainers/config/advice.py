@@ -35,7 +35,7 @@ def _on_precision(plan: Plan) -> list[str]:
 def _on_lr(plan: Plan) -> list[str]:
     optim, low, high = plan.recipe.optim, *PUBLISHED_LR
     reached = (
-        f"the peak learning rate is {plan.lr:.2g} = optim.base_lr {optim.base_lr:g} x "
+        f"the peak learning rate is {plan.lr:.3g} = optim.base_lr {optim.base_lr:g} x "
         f"batch {plan.global_batch} / 256"
     )
     published = f"published recipes peak between {low:g} and {high:g}"

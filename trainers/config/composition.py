@@ -14,7 +14,7 @@ from trainers.config.method import (
     SimMIMConfig,
     VAEConfig,
 )
-from trainers.config.model import ConvConfig, EncoderConfig, SwinConfig, ViTConfig
+from trainers.config.model import ConvConfig, DalleConfig, EncoderConfig, SwinConfig, ViTConfig
 
 MASKING = (MAEConfig, SimMIMConfig, MaskFeatConfig, BEiTConfig)
 
@@ -33,9 +33,9 @@ def check_composition(
         ValueError: they do not compose.
     """
     check_size(encoder, image_size)
-    if isinstance(method, MASKING) and isinstance(encoder, ConvConfig):
+    if isinstance(method, MASKING) and isinstance(encoder, ConvConfig | DalleConfig):
         raise ValueError(
-            f"method {method.name} hides tokens, which encoder conv does not have; "
+            f"method {method.name} hides tokens, which encoder {encoder.name} does not have; "
             "take a vit or swin, or methods ae, vae and dvae"
         )
     if drops_hidden(method):
@@ -155,6 +155,10 @@ def _check_units(encoder: EncoderConfig, method: SimMIMConfig, image_size: tuple
 
 
 def _check_decoder(encoder: EncoderConfig, method: AEConfig | VAEConfig | DVAEConfig) -> None:
+    if not method.decoder_widths:
+        if isinstance(encoder, DalleConfig) and isinstance(method, DVAEConfig):
+            return  # imported for its codes alone
+        raise ValueError("method.decoder_widths names no stage")
     # Each stage doubles the grid; what is left of the stride is a pixel shuffle at the end.
     doublings = len(method.decoder_widths) - 1
     if encoder.stride % 2**doublings:

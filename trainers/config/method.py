@@ -123,7 +123,8 @@ class _Autoencoder(Config):
 
     decoder_widths: tuple[PositiveInt, ...] = Field(
         default=(256, 128, 64, 64),
-        description="channels of the decoder's stages, from the latent to the picture",
+        description="channels of the decoder's stages, from the latent to the picture; none: a "
+        "tokenizer imported for its codes",
     )
     decoder_blocks: PositiveInt = Field(default=2, description="residual blocks a decoder stage")
 

@@ -191,4 +191,30 @@ class ConvConfig(Config):
         return self.widths[-1]
 
 
-EncoderConfig = Annotated[ViTConfig | SwinConfig | ConvConfig, Field(discriminator="name")]
+class DalleConfig(Config):
+    """The encoder of DALL-E's tokenizer, for weights that are imported."""
+
+    name: Literal["dalle"]
+    width: PositiveInt = Field(default=256, description="channels of the first group; doubles")
+    depth: PositiveInt = Field(default=2, description="residual blocks a group")
+    num_groups: PositiveInt = Field(default=4, description="groups; halved in between")
+
+    @property
+    def stride(self) -> int:
+        """Pixels between neighbouring output tokens."""
+        return int(2 ** (self.num_groups - 1))
+
+    @property
+    def num_layers(self) -> int:
+        """Layers whose feature maps can be asked for: the groups."""
+        return self.num_groups
+
+    @property
+    def out_width(self) -> int:
+        """Width of the output tokens."""
+        return int(self.width * 2 ** (self.num_groups - 1))
+
+
+EncoderConfig = Annotated[
+    ViTConfig | SwinConfig | ConvConfig | DalleConfig, Field(discriminator="name")
+]

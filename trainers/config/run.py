@@ -226,6 +226,11 @@ def _check_codebook(
     recipe: Recipe, method: DVAEConfig, facts: DatasetFacts, first_batch: int
 ) -> None:
     """Refuse more codes than there are places to code, in the data or for k-means to begin with."""
+    if not method.decoder_widths:
+        raise ConfigError(
+            "method.decoder_widths names no stage: without a decoder there is nothing to learn",
+            hint="an imported tokenizer is for method.tokenizer of beit",
+        )
     places = recipe.grid[0] * recipe.grid[1]
     if facts.num_samples * places < method.codebook_size:
         raise ConfigError(

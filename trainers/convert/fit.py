@@ -9,7 +9,7 @@ import torch
 from torch import Size, Tensor, nn
 
 from trainers.config.method import BEiTConfig, MAEConfig, MaskFeatConfig, SimMIMConfig
-from trainers.config.model import ConvConfig, EncoderConfig, ViTConfig
+from trainers.config.model import ConvConfig, DalleConfig, EncoderConfig, ViTConfig
 from trainers.config.run import Recipe
 from trainers.models import build_encoder
 from trainers.models.decoders import MAEDecoder
@@ -56,7 +56,7 @@ def method_shapes(recipe: Recipe) -> Shapes:
     else:
         assert isinstance(method, MaskFeatConfig)
         out_dim = HOG(channels, method.hog_bins, method.hog_cell_px, encoder.stride).out_dim
-    assert not isinstance(encoder, ConvConfig)
+    assert not isinstance(encoder, ConvConfig | DalleConfig)
     return {
         "mask_token": Size((1, 1, encoder.width)),  # in a swin of the first stage
         "head.weight": Size((out_dim, encoder.out_width)),

@@ -17,7 +17,8 @@ from trainers.config.method import BEiTConfig
 from trainers.config.model import EncoderConfig, SwinConfig
 from trainers.config.recipes import override
 from trainers.config.run import Recipe, parse_recipe
-from trainers.convert.checkpoint import read_checkpoint
+from trainers.convert.checkpoint import Checkpoint, read_checkpoint
+from trainers.convert.dalle import import_dalle, is_dalle
 from trainers.convert.fit import Fit, encoder_shapes, fit, method_shapes
 from trainers.convert.found import Found
 from trainers.convert.from_timm import download_timm, from_timm
@@ -29,6 +30,8 @@ from trainers.errors import BundleError, ConfigError
 from trainers.models import build_encoder
 
 TIMM = "timm:"
+# What BEiT shows its tokenizer beside pictures of 224 pixels.
+DALLE_SIZE = (112, 112)
 # Networks compute them themselves.
 _BUFFERS = ("relative_position_index", "attn_mask", "relative_coords_table")
 # What is put on an encoder, and is no part of one.
@@ -82,8 +85,8 @@ def import_weights(
     """Turn a checkpoint of another library into a bundle.
 
     Known are the official checkpoints of MAE, BEiT, SimMIM and MaskFeat; timm's vit, beit and
-    swin; transformers' vit_mae, beit, swin and vit. Where the weights hold the method's head,
-    so does the bundle.
+    swin; transformers' vit_mae, beit, swin and vit; the encoder of DALL-E's tokenizer. Where the
+    weights hold the method's head, so does the bundle.
 
     Args:
         source: a file, a folder, or `timm:NAME` for what timm fetches itself.
@@ -102,6 +105,10 @@ def import_weights(
         ConfigError: an override that is not allowed.
         StorageError: `out` cannot be written.
     """
+    if not source.startswith(TIMM) and not architecture:
+        checkpoint = read_checkpoint(Path(source).expanduser())
+        if is_dalle(checkpoint.state):
+            return _tokenizer(checkpoint, out, image_size, name or _name_of(source), command)
     found, origin = _read(source, architecture)
     tree = _told(found, overrides)
     model = _model(found, tree, source)
@@ -147,6 +154,21 @@ def import_weights(
         initialised=encoder.missing,
         notes=tuple(found.notes),
     )
+
+
+def _tokenizer(
+    checkpoint: Checkpoint, out: Path, image_size: tuple[int, int] | None, name: str, command: str
+) -> Imported:
+    card = import_dalle(
+        checkpoint,
+        out,
+        image_size=image_size or DALLE_SIZE,
+        name=name,
+        origin=f"{checkpoint.file.name} sha256:{checkpoint.sha256}",
+        command=command,
+    )
+    note = "a tokenizer without its decoder: BEiT can learn from it, and its codes are not drawn"
+    return Imported(card, complete=True, left_out=(), initialised=(), notes=(note,))
 
 
 def _read(source: str, architecture: str | None) -> tuple[Found, str]:

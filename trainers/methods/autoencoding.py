@@ -8,6 +8,7 @@ from torch import Tensor
 
 from trainers.config.method import AEConfig, DVAEConfig, VAEConfig
 from trainers.config.run import Recipe
+from trainers.errors import BundleError
 from trainers.methods.base import Method
 from trainers.models import build_encoder
 from trainers.models.conv import ConvDecoder
@@ -28,13 +29,15 @@ class Autoencoding(Method):
         config, data = recipe.method, recipe.data
         assert isinstance(config, AEConfig | VAEConfig | DVAEConfig)
         self.encoder = build_encoder(recipe.encoder, data.image_size, data.channels)
-        self.decoder = ConvDecoder(
-            latent_dim,
-            config.decoder_widths,
-            config.decoder_blocks,
-            stride=self.encoder.stride,
-            out_chans=data.channels,
-        )
+        self.decoder: ConvDecoder | None = None  # of a tokenizer imported for its codes alone
+        if config.decoder_widths:
+            self.decoder = ConvDecoder(
+                latent_dim,
+                config.decoder_widths,
+                config.decoder_blocks,
+                stride=self.encoder.stride,
+                out_chans=data.channels,
+            )
 
     def encode(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
         """The encoder's tokens as a map; nothing is hidden."""
@@ -42,7 +45,15 @@ class Autoencoding(Method):
         return torch.unflatten(features.tokens.transpose(1, 2), 2, features.grid)
 
     def decode(self, latent: Float[Tensor, "B L h w"]) -> Float[Tensor, "B C H W"]:
-        """Normalised pictures from latents."""
+        """Normalised pictures from latents.
+
+        Raises:
+            BundleError: there is no decoder.
+        """
+        if self.decoder is None:
+            raise BundleError(
+                "this tokenizer was imported without a decoder", hint="its codes cannot be drawn"
+            )
         weights = next(self.decoder.parameters())  # latents may be kept in fp32
         images: Tensor = self.decoder(latent.to(weights.dtype))
         return images

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainers.config.method import BEiTConfig
+from trainers.config.method import BEiTConfig, DVAEConfig
 from trainers.config.run import Recipe
 from trainers.data.masks import block_mask
 from trainers.errors import BundleError
@@ -152,6 +152,9 @@ class BEiT(Method):
     ) -> list[Panel]:
         """What was shown, what the tokenizer can say of it at best, and what was predicted."""
         original = self.pixels(images)
+        theirs = self.tokenizer.recipe.method
+        if isinstance(theirs, DVAEConfig) and not theirs.decoder_widths:
+            return self._hits(original, output)
         best = self._decoded(self.codes(self._second_view(images)))
         mask = output.mask.cpu().numpy()
         return [
@@ -159,6 +162,17 @@ class BEiT(Method):
             Panel("masked", hide_patches(original, mask, self.encoder.stride)),
             Panel("codes of the original", self.pixels(best)),
             Panel("prediction", self.pixels(self.reconstruct(images, output))),
+        ]
+
+    def _hits(self, original: np.ndarray, output: MethodOutput) -> list[Panel]:
+        """Where the right code was predicted, for a tokenizer that draws none."""
+        mask, stride = output.mask.cpu(), self.encoder.stride
+        wrong = mask.clone()
+        wrong[mask] = (output.prediction.argmax(dim=-1) != output.target).cpu()
+        return [
+            Panel("original", original),
+            Panel("masked", hide_patches(original, mask.numpy(), stride)),
+            Panel("wrong codes", hide_patches(original, wrong.numpy(), stride)),
         ]
 
     def _second_view(self, images: Float[Tensor, "B C H W"]) -> UInt8[Tensor, "B C h w"]:

@@ -17,7 +17,7 @@ def build_encoder(config: EncoderConfig, image_size: tuple[int, int], in_chans: 
         image_size: (height, width) in pixels.
         in_chans: channels of the input.
     """
-    from trainers.config.model import ConvConfig, SwinConfig
+    from trainers.config.model import ConvConfig, DalleConfig, SwinConfig
 
     if isinstance(config, SwinConfig):
         from trainers.models.swin import Swin
@@ -27,6 +27,10 @@ def build_encoder(config: EncoderConfig, image_size: tuple[int, int], in_chans: 
         from trainers.models.conv import ConvEncoder
 
         return ConvEncoder(config, image_size, in_chans)
+    if isinstance(config, DalleConfig):
+        from trainers.models.dalle import DalleEncoder
+
+        return DalleEncoder(config, image_size, in_chans)
     from trainers.models.vit import ViT
 
     return ViT(config, image_size, in_chans)
