@@ -10,14 +10,16 @@ import re
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainers.bundles import BundleCard, save_bundle, spread_layers
+from trainers.config.method import DVAEConfig
 from trainers.config.run import Recipe, parse_recipe
 from trainers.convert.checkpoint import Checkpoint
 from trainers.convert.fit import fit
 from trainers.errors import BundleError
-from trainers.methods import build_method
+from trainers.models import build_encoder
+from trainers.models.quantizer import GumbelQuantizer
 
 # Pixels of [0, 1] become 0.8 x + 0.1, away from the ends (`map_pixels`).
 MEAN, STD = -0.125, 1.25
@@ -59,8 +61,14 @@ def import_dalle(
     """
     state = {_renamed(key): value for key, value in checkpoint.state.items()}
     recipe = _recipe(state, image_size, origin, command)
-    method = build_method(recipe)
-    ours = method.state_dict()
+    assert isinstance(recipe.method, DVAEConfig)
+    modules = nn.ModuleDict(
+        {
+            "encoder": build_encoder(recipe.encoder, image_size, recipe.data.channels),
+            "quantizer": GumbelQuantizer(recipe.method, recipe.encoder.out_width),
+        }
+    )
+    ours = modules.state_dict()
     weights = {k: v.shape for k, v in ours.items() if k.startswith(("encoder.", _LOGITS))}
     found = fit(state, weights)
     if found.problems:
