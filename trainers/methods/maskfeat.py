@@ -85,6 +85,12 @@ class MaskFeat(Method):
             min_block_aspect=config.min_block_aspect,
         )
 
+    def reconstruct(
+        self, images: Float[Tensor, "B C H W"], output: MethodOutput, *, oracle: bool = False
+    ) -> Float[Tensor, "B C H W"]:
+        """There is none: histograms do not say what the pixels were."""
+        raise NotImplementedError("MaskFeat predicts no pixels")
+
     def panels(
         self, images: Float[Tensor, "B C H W"], output: MethodOutput, *, oracle: bool = False
     ) -> list[Panel]:
