@@ -267,7 +267,8 @@ def plainly(method: Method, plan: Plan, precision: str) -> None:
     optimizer = build_optimizer(method, plan.recipe.optim)
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
     for _ in range(2):
-        method(**real_inputs(method, plan.micro_batch_size, DTYPES[precision])).loss.backward()
+        output = method(**real_inputs(method, plan.micro_batch_size, DTYPES[precision]))
+        output.loss.backward()  # what was predicted lives on, as in the loop
         optimizer.step()
         optimizer.zero_grad()
 
@@ -279,7 +280,8 @@ def with_deepspeed(method: Method, plan: Plan, precision: str) -> None:
         engine.module.at_step(step, plan.steps)
         for _ in range(plan.accumulation):
             inputs = real_inputs(engine.module, plan.micro_batch_size, DTYPES[precision])
-            engine.backward(engine(**inputs).loss)
+            output = engine(**inputs)
+            engine.backward(output.loss)  # what was predicted lives on, as in the loop
             engine.step()
     engine.destroy()
 
@@ -346,12 +348,11 @@ def check(cases: list[Case], out: Path, workers: int = 1) -> None:
 
 WIDE = ("encoder.width=256", "encoder.depth=6", "encoder.num_heads=4")
 WIDER = ("encoder.width=512", "encoder.depth=6", "encoder.num_heads=8")
-MANY = (*WIDE, "optim.batch_size=96")
+MANY = (*WIDE, "optim.batch_size=160")
 
 
 def test_memory__is_what_a_training_step_takes(tmp_path: Path) -> None:
     cases = [Case("mae-tiny", MANY, None, again) for again in (False, True)]
-    cases.append(Case("simmim-swin-tiny", ("optim.batch_size=48",), None))
     check(cases, tmp_path / "out")
 
 
@@ -363,15 +364,20 @@ def test_memory__is_what_any_method_takes(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
-def test_memory__is_what_two_workers_take(zero_stage: int, precision: str, tmp_path: Path) -> None:
+def test_memory__is_what_two_workers_take(zero_stage: int, tmp_path: Path) -> None:
     few = (*WIDER, "optim.batch_size=4")  # parameters weigh more than activations
     halves = (*WIDE, "optim.batch_size=32", "engine.micro_batch_size=8")
-    cases = [
-        Case("mae-tiny", overrides, zero_stage, precision=precision)
-        for overrides in (MANY, few, halves)
-    ]
+    cases = [Case("mae-tiny", overrides, zero_stage) for overrides in (MANY, few, halves)]
+    check(cases, tmp_path / "out", workers=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_memory__is_what_two_workers_take_in_bf16(zero_stage: int, tmp_path: Path) -> None:
+    few = (*WIDER, "optim.batch_size=4")  # hundreds of times slower than fp32 on most CPUs
+    halves = (*few, "engine.micro_batch_size=1")
+    cases = [Case("mae-tiny", o, zero_stage, precision="bf16") for o in (few, halves)]
     check(cases, tmp_path / "out", workers=2)
 
 
