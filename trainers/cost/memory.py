@@ -169,6 +169,9 @@ def _all_split(weights: Weights, step: Step, setting: Setting) -> Memory:
     gathered = 0 if alone else min(every - weights.small, MOST_GATHERED) * size
     in_flight = min(gathered, PREFETCH_BUCKET * size)
     flattened = s.filled if setting.on_gpu else 2 * s.filled  # gloo scatters out of a copy
+    # At the very end of a step nothing is gathered any more; a full bucket may come earlier, and
+    # so does the end of every micro batch but the last.
+    at_the_end = s.filled == s.gradients and setting.accumulation == 1
     parameters = every * size // s.n + small + weights.fixed_bytes
     # The bucket and the owned gradients are never given back.
     states = parameters + s.optimizer + s.bucket + s.share
@@ -179,7 +182,7 @@ def _all_split(weights: Weights, step: Step, setting: Setting) -> Memory:
         communication=s.bucket + gathered,
         activations=step.activations,
         backward=states + gathered + max(step.activations, in_flight),
-        reduction=states + gathered + flattened,
+        reduction=states + (0 if at_the_end else gathered) + flattened,
         update=states + s.update - s.share,
     )
 
