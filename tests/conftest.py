@@ -7,6 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
+# Ray reads this when it is imported, which a test may do before any command has set it.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[str]:

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,7 +81,8 @@ class FrozenEncoder(torch.nn.Module):
         super().__init__()
         self.encoder = encoder.eval().requires_grad_(False)
         self.card = card
-        self.strides = encoder.strides
+        self.depth, self.stride = encoder.depth, encoder.stride
+        self.strides, self.widths = encoder.strides, encoder.widths
 
     def train(self, mode: bool = True) -> FrozenEncoder:
         """Stays in evaluation mode: frozen features are deterministic."""
@@ -96,7 +98,7 @@ class FrozenEncoder(torch.nn.Module):
 
     @torch.no_grad()
     def features(
-        self, images: Tensor, layers: tuple[int, ...] | None = None, norm: bool = True
+        self, images: Tensor, layers: Sequence[int] | None = None, norm: bool = True
     ) -> tuple[Tensor, ...]:
         """Maps [B, D, h, w] after the given layers (the card's by default)."""
         return self.encoder.features(images, layers or self.card.layers, norm)

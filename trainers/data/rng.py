@@ -21,6 +21,12 @@ class Stream(IntEnum):
     VIEW = 3
     MASK = 4
     CODEBOOK = 5
+    HEAD_ORDER = 6
+    HEAD_DEVICE = 7
+    HEAD_VIEW = 8
+    PROBE_ORDER = 9
+    PROBE_SPLIT = 10
+    SCENE = 11
 
 
 def generator(seed: int, stream: Stream, a: int, b: int = 0) -> np.random.Generator:

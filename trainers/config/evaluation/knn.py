@@ -1,0 +1,21 @@
+"""Options of the nearest-neighbour probe."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from trainers.config.base import Config
+
+
+class KnnConfig(Config):
+    """A weighted vote of the most similar training pictures."""
+
+    k: PositiveInt = Field(default=20, description="neighbours of the headline")
+    temperature: PositiveFloat = Field(default=0.07, description="of a vote, exp(cosine / T)")
+    pooling: Literal["mean", "cls", "both"] | None = Field(
+        default=None,
+        description="mean of the patch tokens, class token, or both side by side; "
+        "the bundle's own by default",
+    )

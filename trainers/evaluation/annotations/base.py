@@ -1,0 +1,137 @@
+"""What a labelled dataset gives, and how wrong labels are dealt with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from PIL import Image
+
+from trainers.errors import DataError
+
+
+class SegmentationExample(NamedTuple):
+    """A picture and the class of each pixel.
+
+    Attributes:
+        image: upright, RGB.
+        mask: int64 [h, w]; classes from 0, or the dataset's `ignore_index` for void.
+    """
+
+    image: Image.Image
+    mask: np.ndarray
+
+
+class SegmentationSet(Protocol):
+    """Pictures with a class for each pixel.
+
+    Attributes:
+        uri: where they lie.
+        class_names: by class.
+        ignore_index: the value of void pixels, which enter neither loss nor metric.
+        fingerprint: changes with any picture or label.
+    """
+
+    uri: str
+    class_names: tuple[str, ...]
+    ignore_index: int
+    fingerprint: str
+
+    def __len__(self) -> int:
+        """Number of pictures."""
+        ...
+
+    def __getitem__(self, index: int) -> SegmentationExample:
+        """Read one."""
+        ...
+
+    def name(self, index: int) -> str:
+        """Say where one lies, for messages."""
+        ...
+
+
+class DetectionExample(NamedTuple):
+    """A picture and its objects.
+
+    Attributes:
+        image: upright, RGB.
+        image_id: the dataset's own number of the picture.
+        boxes: float64 [N, 4], (left, top, right, bottom) in pixels.
+        labels: int64 [N], classes from 0.
+        crowd: bool [N]; crowds (and what is marked difficult) are matched without reward or
+            penalty, and never learnt from.
+        masks: bool [N, h, w]; None where the dataset has none.
+    """
+
+    image: Image.Image
+    image_id: int
+    boxes: np.ndarray
+    labels: np.ndarray
+    crowd: np.ndarray
+    masks: np.ndarray | None
+
+
+class DetectionSet(Protocol):
+    """Pictures with boxes, perhaps with instance masks.
+
+    Attributes:
+        uri: where they lie.
+        class_names: by class.
+        has_masks: whether every object has a mask.
+        fingerprint: changes with any picture or label.
+    """
+
+    uri: str
+    class_names: tuple[str, ...]
+    has_masks: bool
+    fingerprint: str
+
+    def __len__(self) -> int:
+        """Number of pictures."""
+        ...
+
+    def __getitem__(self, index: int) -> DetectionExample:
+        """Read one."""
+        ...
+
+    def name(self, index: int) -> str:
+        """Say where one lies, for messages."""
+        ...
+
+
+@dataclass
+class Complaints:
+    """What is wrong with labels: the first is an error, unless they are to be left out.
+
+    Attributes:
+        skip: leave out and list, instead of refusing.
+        found: a line each, in the order found.
+    """
+
+    skip: bool
+    found: list[str] = field(default_factory=list)
+
+    def add(self, where: str, what: str) -> None:
+        """Take one.
+
+        Args:
+            where: file and line or id.
+            what: is wrong.
+
+        Raises:
+            DataError: unless such labels are left out.
+        """
+        if not self.skip:
+            raise DataError(
+                f"{where}: {what}", hint="mend it, or leave such out with --skip-invalid"
+            )
+        self.found.append(f"{where}: {what}")
+
+    def notes(self, shown: int = 5) -> tuple[str, ...]:
+        """A count and the first few, for the result."""
+        if not self.found:
+            return ()
+        more = len(self.found) - shown
+        tail = (f"and {more} more",) if more > 0 else ()
+        return (f"{len(self.found)} invalid labels left out:", *self.found[:shown], *tail)

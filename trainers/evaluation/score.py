@@ -1,0 +1,67 @@
+"""What a task says about an encoder, and what it is told before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Progress = Callable[[str, int, int], None]
+"""Called with (phase, done, total), e.g. ("features of train", 320, 15000)."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """The outcome of one task.
+
+    Attributes:
+        metric: what the headline is, e.g. `accuracy`, `mIoU`, `AP`.
+        headline: the figure encoders are ranked by; larger is better.
+        metrics: every figure, ready for JSON. What could not be measured (a class that the
+            validation split lacks) is None, never 0.
+        data_fingerprint: of the pictures and labels trained on.
+        val_fingerprint: of those scored on.
+        num_train: pictures trained on.
+        num_val: pictures scored on.
+        notes: sentences for people: classes missing, pictures skipped.
+        pictures: PNG files to look at, by file name.
+        files: other results, by file name, e.g. the trained head.
+    """
+
+    metric: str
+    headline: float
+    metrics: dict[str, Any]
+    data_fingerprint: str
+    val_fingerprint: str
+    num_train: int
+    num_val: int
+    notes: tuple[str, ...] = ()
+    pictures: dict[str, bytes] = field(default_factory=dict)
+    files: dict[str, bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every task is told beside its own configuration.
+
+    Attributes:
+        data: labelled pictures to learn from.
+        val: labelled pictures to score on; None takes DATA's own validation or test split.
+        limit: pictures of each, evenly spread; None for all.
+        seed: of everything that is drawn.
+        skip_invalid: leave out pictures whose labels are wrong, and list them, instead of
+            refusing.
+        device: `cpu`, `cuda`, …, as torch names it.
+        folder: where a task keeps what it needs to go on after a kill.
+        progress: told how far it is.
+    """
+
+    data: str
+    val: str | None
+    limit: int | None
+    seed: int
+    skip_invalid: bool
+    device: str
+    folder: Path
+    progress: Progress
