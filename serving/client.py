@@ -105,17 +105,51 @@ class FeatureClient:
                 them by their index in `images`.
             EndpointError: any other answer that is not features.
         """
-        parts = [
-            _array(self._infer(chunk, start, model, ["pooled"]), "pooled")
-            for start, chunk in _chunks(images, self._batch_size)
-        ]
-        if parts:
-            return np.concatenate(parts)
+        found = self.outputs(images, model, ["pooled"])
+        if found:
+            return found["pooled"]
         width = next(o for o in self.metadata(model)["outputs"] if o["name"] == "pooled")["shape"]
         return np.empty((0, width[-1]), np.float32)
 
+    def outputs(
+        self,
+        images: Iterable[Image],
+        model: str,
+        names: Sequence[str],
+        *,
+        norm: bool = True,
+        size: tuple[int, int] | None = None,
+    ) -> dict[str, Array]:
+        """Any outputs of many pictures, in requests of `batch_size`.
+
+        Args:
+            images: encoded pictures, paths or uint8 pixels [H, W, C].
+            model: name of the model.
+            names: of `pooled`, `tokens` and `layer_0`, `layer_1`, ….
+            norm: apply the final norm to the layers' maps.
+            size: (height, width) of the model's input, pixels; the model's own by default.
+
+        Returns:
+            Arrays [B, …] by name, in the order of the pictures; nothing for no picture.
+
+        Raises:
+            EndpointError: an answer that is not features; see `embed`.
+        """
+        answers = [
+            self._infer(chunk, start, model, names, _parameters(norm, size))
+            for start, chunk in _chunks(images, self._batch_size)
+        ]
+        if not answers:
+            return {}
+        return {name: np.concatenate([_array(a, name) for a in answers]) for name in names}
+
     def features(
-        self, image: Image, model: str, layers: Sequence[int] = (), norm: bool = True
+        self,
+        image: Image,
+        model: str,
+        layers: Sequence[int] = (),
+        norm: bool = True,
+        size: tuple[int, int] | None = None,
     ) -> Features:
         """Dense features of one picture.
 
@@ -124,9 +158,10 @@ class FeatureClient:
             model: name of the model.
             layers: blocks, counted from 0, whose feature maps are wanted too.
             norm: apply the final norm to those maps.
+            size: (height, width) of the model's input, pixels; the model's own by default.
         """
         names = ["pooled", "tokens", "source_size", *(f"layer_{layer}" for layer in layers)]
-        response = self._infer([_read(image)], 0, model, names, {"norm": norm})
+        response = self._infer([_read(image)], 0, model, names, _parameters(norm, size))
         input_height, input_width = _pair(response, "input_size")
         rows, columns = _pair(response, "grid")
         height, width = (int(side) for side in _array(response, "source_size")[0])
@@ -221,6 +256,12 @@ class FeatureClient:
             wanted = response.headers.get("retry-after", "")
             time.sleep(float(wanted) if wanted.isdigit() else pause_s)
         raise AssertionError("the last attempt returns or raises")
+
+
+def _parameters(
+    norm: bool, size: tuple[int, int] | None
+) -> dict[str, str | int | float | bool | None]:
+    return {"norm": norm} if size is None else {"norm": norm, "size": f"{size[0]},{size[1]}"}
 
 
 def _chunks(images: Iterable[Image], size: int) -> Iterator[tuple[int, list[bytes | Array]]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,13 @@ from serving.protocol import Body, InferRequest, NamedTensor, build_response
 VERSION = "1"
 PLATFORM = "mimray_pytorch"
 DEFAULT_OUTPUTS = ("pooled", "tokens")
+# What a client may know of a card: all that features depend on, nothing of the data or the plan.
+PUBLIC_FACTS = {
+    *("encoder", "image_size", "channels", "mean", "std", "interpolation", "pooling", "layers"),
+    *("method", "weights_sha256"),
+}
 _LAYER = re.compile(r"layer_(0|[1-9][0-9]{0,3})")
+_SIZE = re.compile(r"([0-9]{1,5}),([0-9]{1,5})")
 
 
 class ModelHandler:
@@ -24,9 +30,10 @@ class ModelHandler:
     Input `image` is either `BYTES` [B], encoded pictures, or `UINT8` [B, H, W, C], pixels.
     Outputs: `pooled` [B, D], `tokens` [B, N, D], `layer_<i>` [B, D, h, w] (feature map after
     block i, counted from 0), `source_size` INT64 [B, 2] (height and width of each upright
-    picture). Request parameters: `dtype` (`FP32` or `FP16`) and `norm` (whether the final norm
-    is applied to layers). The answer's parameters `grid` (of the tokens) and
-    `input_size` (of the model, pixels) are `rows,columns`.
+    picture). Request parameters: `dtype` (`FP32` or `FP16`), `norm` (whether the final norm is
+    applied to layers) and `size` (`rows,columns` of the model's input in pixels, multiples of its
+    stride; what it was trained at by default). The answer's parameters `grid` (of the tokens) and
+    `input_size` are `rows,columns`, too.
 
     Args:
         name: the model's name on this server.
@@ -42,13 +49,10 @@ class ModelHandler:
     def metadata(self) -> dict[str, Any]:
         """The protocol's description of the model."""
         card, width = self._predictor.card, self._predictor.width
-        height_px, width_px = card.image_size
-        stride_px = self._predictor.stride
-        num_tokens = (height_px // stride_px) * (width_px // stride_px)
-        sizes = zip(self._predictor.layer_widths, self._predictor.layer_strides, strict=True)
+        # The grid follows from the size asked for, so it is left open.
         layers = [
-            _tensor(f"layer_{i}", "FP32", [-1, channels, height_px // px, width_px // px])
-            for i, (channels, px) in enumerate(sizes)
+            _tensor(f"layer_{i}", "FP32", [-1, channels, -1, -1])
+            for i, channels in enumerate(self._predictor.layer_widths)
         ]
         return {
             "name": self.name,
@@ -57,19 +61,15 @@ class ModelHandler:
             "inputs": [_tensor("image", "BYTES", [-1])],
             "outputs": [
                 _tensor("pooled", "FP32", [-1, width]),
-                _tensor("tokens", "FP32", [-1, num_tokens, width]),
+                _tensor("tokens", "FP32", [-1, -1, width]),
                 _tensor("source_size", "INT64", [-1, 2]),
                 *layers,
             ],
             "parameters": {
                 "max_pictures": self._max_pictures,
-                "image_size": [height_px, width_px],
-                "patch_size": stride_px,
-                "layers": list(card.layers),
-                **card.model_dump(
-                    mode="json",
-                    include={"mean", "std", "interpolation", "method", "weights_sha256"},
-                ),
+                "patch_size": self._predictor.stride,
+                "strides": list(self._predictor.layer_strides),
+                **card.model_dump(mode="json", include=PUBLIC_FACTS),
             },
         }
 
@@ -78,7 +78,7 @@ class ModelHandler:
         pictures = self._pictures(request.inputs)
         names = tuple(output.name for output in request.outputs) or DEFAULT_OUTPUTS
         dtype = _dtype(request.parameters.get("dtype", "FP32"))
-        options = self._options(names, request.parameters.get("norm", True))
+        options = self._options(names, request.parameters)
         predictions = await self._predictor.predict(pictures, options)
         try:
             return build_response(
@@ -88,7 +88,7 @@ class ModelHandler:
                 model_version=VERSION,
                 parameters={
                     "grid": _pair(predictions[0].grid),
-                    "input_size": _pair(self._predictor.card.image_size),
+                    "input_size": _pair(predictions[0].input_size),
                 },
             )
         except ValueError as error:  # JSON has no words for NaN and infinity
@@ -118,7 +118,8 @@ class ModelHandler:
             )
         return list(tensor.data)
 
-    def _options(self, names: Sequence[str], norm: object) -> Options:
+    def _options(self, names: Sequence[str], parameters: Mapping[str, object]) -> Options:
+        norm = parameters.get("norm", True)
         if not isinstance(norm, bool):
             raise InvalidRequestError("parameter `norm` must be true or false")
         if len(set(names)) != len(names):
@@ -134,7 +135,33 @@ class ModelHandler:
                     hint="there are pooled, tokens, source_size and "
                     f"layer_0 to layer_{self._predictor.depth - 1}",
                 )
-        return Options(tokens="tokens" in names, layers=tuple(sorted(layers)), norm=norm)
+        return Options(
+            tokens="tokens" in names,
+            layers=tuple(sorted(layers)),
+            norm=norm,
+            size=self._size(parameters.get("size")),
+        )
+
+    def _size(self, wanted: object) -> tuple[int, int] | None:
+        if wanted is None:
+            return None
+        found = _SIZE.fullmatch(str(wanted))
+        stride, most = self._predictor.stride, self._predictor.limits.max_input_pixels
+        if not found:
+            raise InvalidRequestError(
+                f"parameter `size` is {wanted!r}", hint='use "rows,columns" in pixels'
+            )
+        height, width = int(found[1]), int(found[2])
+        if height % stride or width % stride or not height or not width:
+            raise InvalidRequestError(
+                f"an input of {height} x {width} pixels (height x width) is not a multiple of "
+                f"the model's stride {stride}"
+            )
+        if height * width > most:
+            raise TooLargeError(
+                f"an input of {height} x {width} pixels is more than the allowed {most}"
+            )
+        return height, width
 
 
 def _pair(sides: tuple[int, int]) -> str:

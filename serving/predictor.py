@@ -38,11 +38,13 @@ class Options:
         tokens: whether the patch tokens are wanted beside the pooled vector.
         layers: layers whose feature maps are wanted.
         norm: whether the final norm is applied to those maps.
+        size: (height, width) of the model's input in pixels; the card's by default.
     """
 
     tokens: bool = True
     layers: tuple[int, ...] = ()
     norm: bool = True
+    size: tuple[int, int] | None = None
 
 
 class Prediction(NamedTuple):
@@ -54,6 +56,7 @@ class Prediction(NamedTuple):
         layers: float32 [D, h, w] by layer.
         grid: (h, w) of the tokens.
         source_size: (height, width) of the upright picture, in pixels.
+        input_size: (height, width) of the model's input, in pixels.
     """
 
     pooled: Array
@@ -61,6 +64,7 @@ class Prediction(NamedTuple):
     layers: dict[int, Array]
     grid: tuple[int, int]
     source_size: tuple[int, int]
+    input_size: tuple[int, int]
 
 
 class _Key(NamedTuple):
@@ -82,12 +86,14 @@ class PredictorLimits:
         batch_wait_s: longest wait for company while the model is free.
         max_queue_size: most pictures waiting for the model.
         max_pixels: most pixels of one picture, checked from its header.
+        max_input_pixels: most pixels of the model's input, where a request says its size.
     """
 
     max_batch_size: int = 16
     batch_wait_s: float = 0.005
     max_queue_size: int = 256
     max_pixels: int = 50_000_000
+    max_input_pixels: int = 1536 * 1536
 
 
 class Predictor:
@@ -114,7 +120,7 @@ class Predictor:
         from trainers.bundles import load_bundle
 
         torch.set_num_threads(num_threads)
-        self._limits = limits or PredictorLimits()
+        self.limits = limits or PredictorLimits()
         self._device = torch.device(_pick_device() if device == "auto" else device)
         self._encoder = load_bundle(bundle).to(self._device)
         self.card: BundleCard = self._encoder.card
@@ -131,9 +137,9 @@ class Predictor:
         self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._batcher: Batcher[_Key, _Prepared, Prediction] = Batcher(
             self._run_batch,
-            max_batch_size=self._limits.max_batch_size,
-            batch_wait_s=self._limits.batch_wait_s,
-            max_queue_size=self._limits.max_queue_size,
+            max_batch_size=self.limits.max_batch_size,
+            batch_wait_s=self.limits.batch_wait_s,
+            max_queue_size=self.limits.max_queue_size,
         )
 
     def warm_up(self) -> None:
@@ -152,8 +158,9 @@ class Predictor:
         """
         self._batcher.reserve(len(pictures))
         loop = asyncio.get_running_loop()
+        size = options.size or self.card.image_size
         prepared = await asyncio.gather(
-            *(loop.run_in_executor(self._decoders, self._prepare, p) for p in pictures),
+            *(loop.run_in_executor(self._decoders, self._prepare, p, size) for p in pictures),
             return_exceptions=True,
         )
         _refuse_unusable(prepared)
@@ -171,8 +178,8 @@ class Predictor:
         self._decoders.shutdown(wait=False, cancel_futures=True)
         self._model_thread.shutdown(wait=False, cancel_futures=True)
 
-    def _prepare(self, picture: Picture) -> _Prepared:
-        """Decode and resize one picture to the model's input size.
+    def _prepare(self, picture: Picture, size: tuple[int, int]) -> _Prepared:
+        """Decode and resize one picture to the model's input, (height, width) pixels.
 
         Raises:
             ImageError: the picture cannot be used.
@@ -182,7 +189,7 @@ class Predictor:
 
         card = self.card
         if isinstance(picture, bytes):
-            image = decode_rgb(picture, max_pixels=self._limits.max_pixels)
+            image = decode_rgb(picture, max_pixels=self.limits.max_pixels)
             if card.channels == 1:
                 image = image.convert("L")
             elif card.channels != 3:
@@ -192,11 +199,11 @@ class Predictor:
                     hint="send UINT8 pixels",
                 )
         else:
-            _check_pixels(picture, card.channels, self._limits.max_pixels)
-            if picture.shape[:2] == tuple(card.image_size):
-                return _Prepared(picture.transpose(2, 0, 1), card.image_size)
-            image = _image_from_pixels(picture, card.image_size)
-        pixels = inference_view(image, card.image_size, card.interpolation)
+            _check_pixels(picture, card.channels, self.limits.max_pixels)
+            if picture.shape[:2] == size:
+                return _Prepared(picture.transpose(2, 0, 1), size)
+            image = _image_from_pixels(picture, size)
+        pixels = inference_view(image, size, card.interpolation)
         return _Prepared(pixels, (image.height, image.width))
 
     async def _run_batch(self, key: _Key, items: Sequence[_Prepared]) -> list[Prediction]:
@@ -220,6 +227,7 @@ class Predictor:
                 {layer: maps[index] for layer, maps in layers.items()},
                 grid,
                 item.source_size,
+                (item.pixels.shape[1], item.pixels.shape[2]),
             )
             for index, item in enumerate(items)
         ]

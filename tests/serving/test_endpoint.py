@@ -104,7 +104,7 @@ def test_tritonclient__health_and_metadata(triton_client: Any) -> None:
     assert "binary_tensor_data" in triton_client.get_server_metadata()["extensions"]
     metadata = triton_client.get_model_metadata("beta")
     assert metadata["inputs"] == [{"name": "image", "datatype": "BYTES", "shape": [-1]}]
-    assert metadata["outputs"][1] == {"name": "tokens", "datatype": "FP32", "shape": [-1, 12, 64]}
+    assert metadata["outputs"][1] == {"name": "tokens", "datatype": "FP32", "shape": [-1, -1, 64]}
     index = triton_client.get_model_repository_index()
     assert [(m["name"], m["state"]) for m in index] == [("alpha", "READY"), ("beta", "READY")]
 
@@ -273,3 +273,43 @@ def test_serve_bundles__refuses_before_anything_starts(
         (damaged / file.name).write_bytes(file.read_bytes()[:-1] + b"\0")
     with pytest.raises(BundleError):
         serve_bundles({"a": damaged}, port=_free_port())
+
+
+def test_size__inputs_of_other_sizes(client: FeatureClient, picture: Callable[..., bytes]) -> None:
+    found = client.features(picture(3), "alpha", layers=(1,), size=(32, 96))
+    assert (found.grid, found.input_size, found.stride) == ((2, 6), (32, 96), (16.0, 16.0))
+    assert (found.tokens.shape, found.layers[1].shape) == ((12, 64), (64, 2, 6))
+    with pytest.raises(InvalidRequestError, match="stride 16"):
+        client.features(picture(3), "alpha", size=(32, 90))
+    with pytest.raises(TooLargeError, match="more than the allowed"):
+        client.features(picture(3), "alpha", size=(16000, 16000))
+
+
+def test_remote_encoder__is_the_bundle(endpoint: Endpoint, bundles: dict[str, Path]) -> None:
+    import torch
+
+    from serving.remote import RemoteEncoder
+    from trainers.bundles import load_bundle
+    from trainers.models.normalise import normalise
+
+    near, far = load_bundle(bundles["alpha"]), RemoteEncoder(endpoint.url, "alpha", KEY)
+    pixels = torch.randint(0, 256, (5, 3, 64, 80), dtype=torch.uint8)
+    images = normalise(pixels, near.card.mean, near.card.std)
+    for mine, theirs in zip(
+        far.features(images, (2, -3), norm=False), near.features(images, (2, -3), norm=False),
+        strict=True,
+    ):  # fmt: skip
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(far(images).tokens, near(images).tokens, atol=1e-5, rtol=0)
+    assert far(images).grid == near(images).grid == (4, 5)
+    for name in ("depth", "stride", "strides", "widths"):
+        assert getattr(far, name) == getattr(near, name)
+    kept = {"encoder", "image_size", "mean", "std", "layers", "weights_sha256"}
+    assert far.card.model_dump(include=kept) == near.card.model_dump(include=kept)
+
+
+def test_remote_encoder__unknown_model(endpoint: Endpoint) -> None:
+    from serving.remote import RemoteEncoder
+
+    with pytest.raises(UnknownModelError):
+        RemoteEncoder(endpoint.url, "gamma", KEY)
