@@ -6,15 +6,15 @@ Exit status: 0 success, 2 a user's mistake told in one line, 1 anything else.
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
 from service.cli_data import data
-from service.options import json_option
+from service.cli_evaluation import evaluate, extract
+from service.cli_models import models
+from service.options import command_line, json_option
 from trainers.errors import MimrayError
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -294,34 +294,6 @@ def import_(
 
 
 @cli.command()
-@click.argument("bundle")
-@click.option("--task", type=click.Choice(["knn"]), default="knn", show_default=True)
-@click.option("--data", required=True, help="Labelled pictures to search in.")
-@click.option("--val", default=None, help="Labelled pictures to score; default: DATA's own split.")
-@click.option("--limit", type=click.IntRange(min=1), default=None, help="First N of each only.")
-@json_option
-def evaluate(
-    bundle: str, task: str, data: str, val: str | None, limit: int | None, as_json: bool
-) -> None:
-    """Score an encoder by a probe on labelled pictures.
-
-    BUNDLE may be `untrained:RUN`: the same shape, freshly initialised.
-
-    Example: mimray evaluate runs/mae-tiny --task knn --data train.parquet --val test.parquet
-    """
-    from service.jobs import run_evaluate
-
-    result = run_evaluate(bundle, data=data, val=val, limit=limit, command=command_line())
-    if as_json:
-        click.echo(json.dumps(result))
-    else:
-        click.echo(
-            f"{bundle}: kNN accuracy {result['headline']:.4f} (k={result['k']}) "
-            f"on {result['num_val']} pictures"
-        )
-
-
-@cli.command()
 @click.argument("bundles", nargs=-1, required=True, metavar="[NAME=]BUNDLE…")
 @click.option("--host", default="127.0.0.1", show_default=True, help="A public one needs a key.")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(1, 65535))
@@ -342,11 +314,9 @@ def serve(
 
 
 cli.add_command(data)
-
-
-def command_line() -> str:
-    """How this process was called, for the record."""
-    return shlex.join(["mimray", *sys.argv[1:]])
+cli.add_command(evaluate)
+cli.add_command(extract)
+cli.add_command(models)
 
 
 def main() -> None:

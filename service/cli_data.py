@@ -7,12 +7,12 @@ from pathlib import Path
 
 import click
 
-from service.options import json_option
+from service.options import json_option, parse_size
 
 
 @click.group()
 def data() -> None:
-    """Datasets: ingest, inspect, sample."""
+    """Datasets: ingest, inspect, sample, synth."""
 
 
 @data.command("ingest")
@@ -78,3 +78,42 @@ def data_sample(out: Path, size: int) -> None:
 
     train, val = write_photo_tiles(out, size_px=size)
     click.echo(f"{train}\n{val}")
+
+
+@data.command("synth")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--num-train", default=64, show_default=True, type=click.IntRange(min=1))
+@click.option("--num-val", default=32, show_default=True, type=click.IntRange(min=1))
+@click.option("--image-size", default="96", show_default=True, metavar="N|HxW", help="Pixels.")
+@click.option("--classes", default=5, show_default=True, help="Shapes that occur.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))
+@click.option("--overwrite", is_flag=True, help="Replace an earlier set at OUT.")
+@json_option
+def data_synth(
+    out: Path,
+    num_train: int,
+    num_val: int,
+    image_size: str,
+    classes: int,
+    seed: int,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Draw scenes with every kind of label: classes, boxes, instance and semantic masks.
+
+    Textured shapes on photographs, as COCO JSON, COCO panoptic, index PNGs and class folders.
+
+    Example: mimray data synth scenes
+    """
+    from trainers.data.synth import write_scenes
+
+    train, val = write_scenes(
+        out,
+        num_train=num_train,
+        num_val=num_val,
+        image_size=parse_size(image_size),
+        num_classes=classes,
+        seed=seed,
+        overwrite=overwrite,
+    )
+    click.echo(json.dumps({"train": str(train), "val": str(val)}) if as_json else f"{train}\n{val}")

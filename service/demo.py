@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from service.cluster import connected
-from service.jobs import console, run_evaluate, run_ingest, run_pretrain
+from service.evaluation import Request, run_evaluate
+from service.jobs import console, run_ingest, run_pretrain
 from service.progress import duration
 from trainers.errors import RunConflictError
 
@@ -50,12 +51,14 @@ def run_demo(out: Path, *, steps: int, fresh: bool) -> dict[str, Any]:
         _step("3/5 what the encoder is worth: kNN on held-out tiles")
         scores = {
             who: run_evaluate(
-                bundle,
-                data=str(data / "train"),
-                val=str(data / "val"),
-                limit=None,
-                command=f"mimray evaluate {bundle} --data {data}/train --val {data}/val",
-            )["headline"]
+                [bundle],
+                Request(
+                    task="knn",
+                    data=str(data / "train"),
+                    val=str(data / "val"),
+                    command=f"mimray evaluate {bundle} --data {data}/train --val {data}/val",
+                ),
+            )[0]["headline"]
             for who, bundle in (("trained", str(out)), ("untrained", f"untrained:{out}"))
         }
         console.print(

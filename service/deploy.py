@@ -22,14 +22,16 @@ def parse_models(bundles: Sequence[str]) -> dict[str, Path]:
         BundleError: a bundle that is not one.
     """
     from trainers.bundles import fetch_bundle, read_card
+    from trainers.registry import locate, registered
 
     models: dict[str, Path] = {}
     for item in bundles:
         name, equals, path = item.partition("=")
         if not equals or "/" in name:  # `=` also stands in paths and in the options of a URI
             path, name = item, ""
-        folder = fetch_bundle(path)
-        name = name or read_card(folder).name
+        folder = fetch_bundle(locate(path))
+        # A registered model is served under its own name, whatever version it is.
+        name = name or (path.partition("@")[0] if registered(path) else read_card(folder).name)
         if name in models:
             raise ServingError(
                 f"two models are named {name!r}", hint="NAME=BUNDLE names them apart"

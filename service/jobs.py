@@ -16,7 +16,7 @@ from service.progress import CountingProgress, TrainingProgress, duration
 from trainers.errors import BundleError
 
 if TYPE_CHECKING:
-    from trainers.bundles import FrozenEncoder
+    pass
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -140,51 +140,6 @@ def run_inspect(uri: str, sheet: Path | None, *, as_json: bool) -> str:
     return "\n".join(lines)
 
 
-def run_evaluate(
-    bundle: str, *, data: str, val: str | None, limit: int | None, command: str
-) -> dict[str, Any]:
-    """Score an encoder by kNN; the result goes beside the bundle when it is a trained one."""
-    from trainers.bundles import bundle_place, fetch_bundle, load_bundle, read_card
-    from trainers.data.files import parent
-    from trainers.data.sources import open_source
-    from trainers.errors import DataError
-    from trainers.evaluation.features import extract, untrained
-    from trainers.evaluation.knn import knn
-    from trainers.storage import RunDir
-
-    fresh = bundle.startswith("untrained:")
-    path = fetch_bundle(bundle.removeprefix("untrained:"))
-    encoder: FrozenEncoder = untrained(read_card(path)) if fresh else load_bundle(path)
-    train_source = open_source(data)
-    val_source = open_source(val) if val else _own_validation(data)
-    if train_source.facts.class_names != val_source.facts.class_names:
-        raise DataError(f"{data} and {val or data} do not have the same classes")
-    began = time.monotonic()
-    with CountingProgress("features", "pictures", console) as progress:
-        train_x, train_y = extract(encoder, train_source, limit=limit, progress=progress)
-        val_x, val_y = extract(encoder, val_source, limit=limit, progress=progress)
-    score = knn(train_x, train_y, val_x, val_y)
-    result = {
-        "task": "knn",
-        "bundle": bundle,
-        "headline": score.headline,
-        "k": score.k,
-        "accuracy": {str(k): a for k, a in score.accuracy.items()},
-        "num_train": score.num_train,
-        "num_val": score.num_val,
-        "plan_hash": encoder.card.plan_hash,
-        "data_fingerprint": train_source.facts.fingerprint,
-        "val_fingerprint": val_source.facts.fingerprint,
-        "seconds": round(time.monotonic() - began, 2),
-        "command": command,
-    }
-    if not fresh:
-        beside = RunDir(parent(bundle_place(bundle).uri)) / "evaluation"
-        beside.create()
-        beside.write("knn.json", json.dumps(result, indent=2).encode() + b"\n")
-    return result
-
-
 def draw_reconstructions(
     run: str,
     pictures: Sequence[str],
@@ -210,6 +165,8 @@ def draw_reconstructions(
 
     method = load_method(fetch_bundle(run))
     recipe = method.recipe
+    if recipe.learns_classes:
+        raise ConfigError(f"method {recipe.method.name} predicts classes, which draw no picture")
     if mask_ratio is not None:
         tree = recipe.model_dump(mode="json")
         if "mask_ratio" not in tree["method"]:
@@ -295,17 +252,6 @@ def _copy_bundle(folder: Path, out: Path) -> str:
     out.parent.mkdir(parents=True, exist_ok=True)
     shutil.copytree(folder, out)
     return f"{out}: bundle"
-
-
-def _own_validation(data: str) -> Any:
-    from trainers.data.discover import available_splits
-    from trainers.data.sources import open_source
-    from trainers.errors import DataError
-
-    for split in available_splits(data):
-        if split in ("val", "valid", "validation", "test"):
-            return open_source(data, split=split)
-    raise DataError(f"{data} has no validation or test split", hint="give one with --val")
 
 
 def _draw_loss(run: Any) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from trainers.errors import ConfigError
+from service.options import parse_size
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 _NUM_SHOWN = 8
@@ -33,7 +32,7 @@ def run_import(
         checkpoint,
         out,
         architecture=architecture,
-        image_size=_parse_size(image_size) if image_size else None,
+        image_size=parse_size(image_size) if image_size else None,
         overrides=overrides,
         partial=partial,
         name=name,
@@ -71,11 +70,3 @@ def run_import(
         "notes": list(imported.notes),
         "source": card.source,
     }
-
-
-def _parse_size(text: str) -> tuple[int, int]:
-    """`224` or `192x256`, height first."""
-    match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
-    if match is None:
-        raise ConfigError(f"--image-size {text!r} is neither a side nor HEIGHTxWIDTH in pixels")
-    return int(match[1]), int(match[2] or match[1])

@@ -9,15 +9,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trainers.bundles import load_bundle as load_bundle
     from trainers.methods import load_method as load_method
+    from trainers.registry import load_bundle as load_bundle
 
 __all__ = ["load_bundle", "load_method"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "load_bundle":
-        from trainers.bundles import load_bundle
+        from trainers.registry import load_bundle
 
         return load_bundle
     if name == "load_method":

@@ -96,7 +96,7 @@ class Tracker:
         check_reachable(where)
         try:
             with _creation_lock(where):
-                client = _client(where)
+                client = client_of(where)
                 artifacts = _artifact_root(where, storage)
                 experiment_id = _experiment_id(client, experiment, artifacts)
                 run = _find_run(client, experiment_id, run_name, tags) if resume else None
@@ -133,6 +133,19 @@ class Tracker:
         ]
         if time.monotonic() >= self._next_try_s:
             self._send()
+
+    def score(self, step: int, figures: Mapping[str, float]) -> None:
+        """Write figures measured after training, each time they are measured.
+
+        Args:
+            step: updates that the encoder had seen.
+            figures: values by name.
+        """
+        from mlflow.entities import Metric
+
+        now_ms = int(time.time() * 1000)
+        self._waiting += [Metric(k, float(v), now_ms, step) for k, v in figures.items()]
+        self._send()
 
     def picture(self, name: str, image: Image | bytes, step: int) -> None:
         """Write a picture; MLflow shows those of one name as a series over steps.
@@ -252,7 +265,8 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def _client(uri: str) -> MlflowClient:
+def client_of(uri: str) -> MlflowClient:
+    """MLflow's client of a store, without telemetry and without its chatter."""
     # MLflow reports its use to its makers unless told not to; what is trained here is private.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     from mlflow import MlflowClient

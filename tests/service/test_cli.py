@@ -9,6 +9,7 @@ import sys
 import zlib
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -52,11 +53,23 @@ def test_help__imports_nothing_heavy() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-@pytest.mark.parametrize("command", [[], *([name] for name in cli.commands), ["data", "ingest"]])
+COMMANDS = [
+    [],
+    *([name] for name in cli.commands),
+    *(
+        [name, below]
+        for name, group in cli.commands.items()
+        if isinstance(group, click.Group)
+        for below in group.commands
+    ),
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help__every_command_shows_an_example(command: list[str]) -> None:
     result = CliRunner().invoke(cli, [*command, "--help"])
     assert result.exit_code == 0
-    if command != ["data"]:
+    if command not in (["data"], ["models"]):
         assert "Example: mimray" in result.output
 
 

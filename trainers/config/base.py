@@ -17,13 +17,22 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
-def explain(error: ValidationError, data: Mapping[str, Any], origin: str) -> ConfigError:
+def explain(
+    error: ValidationError,
+    data: Mapping[str, Any],
+    origin: str,
+    *,
+    keys: Sequence[str] = (),
+    hint: str = "see `mimray recipes NAME` for keys",
+) -> ConfigError:
     """Turn pydantic's report into one line a person can act on.
 
     Args:
         error: what pydantic raised.
         data: the input it was given, to tell keys from union tags.
         origin: where the input came from, e.g. a recipe's name.
+        keys: what may have been meant by an unknown key; every key of a recipe by default.
+        hint: where keys can be looked up.
 
     Returns:
         An error naming every wrong key, its value and what is allowed.
@@ -32,7 +41,7 @@ def explain(error: ValidationError, data: Mapping[str, Any], origin: str) -> Con
     for item in error.errors(include_url=False):
         key = _dotted(item["loc"], data)
         if item["type"] == "extra_forbidden":
-            lines.append(f"unknown key '{key}'{_suggestion(key, error)}")
+            lines.append(f"unknown key '{key}'{_suggestion(key, keys)}")
         elif item["type"] == "missing":
             lines.append(f"missing key '{key}'")
         elif item["type"] == "value_error":
@@ -45,7 +54,7 @@ def explain(error: ValidationError, data: Mapping[str, Any], origin: str) -> Con
             )
         else:
             lines.append(f"'{key}' is {_shown(item['input'])}: {_lower_first(item['msg'])}")
-    return ConfigError(f"{origin}: " + "; ".join(lines), hint="see `mimray recipes NAME` for keys")
+    return ConfigError(f"{origin}: " + "; ".join(lines), hint=hint)
 
 
 def _dotted(loc: Sequence[int | str], data: Any) -> str:
@@ -66,13 +75,13 @@ def _dotted(loc: Sequence[int | str], data: Any) -> str:
     return ".".join(parts)
 
 
-def _suggestion(key: str, error: ValidationError) -> str:
+def _suggestion(key: str, keys: Sequence[str]) -> str:
     # The model that refused the key is not in the report; every key of every recipe model
     # is a fair candidate, since people mostly mistype or misplace real keys.
     from trainers.config.run import known_keys
 
     leaf = key.rsplit(".", 1)[-1]
-    keys = known_keys()
+    keys = keys or known_keys()
     same_leaf = [k for k in keys if k.rsplit(".", 1)[-1] == leaf]
     close = same_leaf[:1] or difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
     return f", did you mean '{close[0]}'?" if close else ""

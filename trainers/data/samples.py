@@ -69,8 +69,8 @@ def write_photo_tiles(
         if folder.exists():
             raise DataError(f"{folder} exists already", hint="remove it or name another folder")
     for name in PHOTOGRAPHS:
-        photo = _load(name)
-        train, held_out = _regions(photo.size)
+        photo = photograph(name)
+        train, held_out = regions_of(photo.size)
         for folder, regions, count in (
             (train_dir / name, train, train_tiles),
             (val_dir / name, held_out, val_tiles),
@@ -88,7 +88,8 @@ def write_photo_tiles(
     return train_dir, val_dir
 
 
-def _load(name: str) -> Image.Image:
+def photograph(name: str) -> Image.Image:
+    """One of `PHOTOGRAPHS`, RGB, its short side at most 512 pixels."""
     package, file = PHOTOGRAPHS[name]
     # Found, not imported: both packages take seconds to import.
     spec = importlib.util.find_spec(package)
@@ -99,8 +100,8 @@ def _load(name: str) -> Image.Image:
     )
 
 
-def _regions(size: tuple[int, int]) -> tuple[list[Box], list[Box]]:
-    """Split a picture across its long side into regions for training and one held out."""
+def regions_of(size: tuple[int, int]) -> tuple[list[Box], list[Box]]:
+    """Split a picture of (width, height) across its long side: for training, and held out."""
     width, height = size
     start, end = (round(part * max(size)) for part in _HELD_OUT)
     if width >= height:

@@ -37,14 +37,15 @@ class CachedEncoder:
 
     A file a picture holds the maps of all layers asked for, in float16, under a digest of the
     picture's pixels, the encoder's identity and what was asked. It appears by a rename, so it is
-    whole or absent, and several processes may share a folder. The bound is held by no longer
-    writing, since in training every file is read once an epoch.
+    whole or absent, and several processes may share a folder. Before the first write the files
+    unread for longest make room; after that the bound is held by no longer writing, since in
+    training every file is read once an epoch.
 
     Args:
         encoder: what computes; in evaluation mode.
         identity: tells encoders with different weights apart.
         folder: of the files; a folder in the user's cache by default.
-        cache_gib: most that this process writes.
+        cache_gib: most that this process writes, and most that it leaves of earlier ones.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class CachedEncoder:
         self._encoder = encoder
         self._identity = identity
         self._folder = folder or Path(default_cache_dir()).with_name("maps")
-        self._left_bytes = cache_gib * _GIB
+        self._most_bytes = self._left_bytes = cache_gib * _GIB
         self.card: BundleCard = encoder.card
         self.depth, self.stride = encoder.depth, encoder.stride
         self.strides, self.widths = encoder.strides, encoder.widths
@@ -106,6 +107,8 @@ class CachedEncoder:
         return self._folder / name[:2] / f"{name[2:]}.npz"
 
     def _write(self, file: Path, maps: list[np.ndarray]) -> None:
+        if self._left_bytes == self._most_bytes:
+            _trim(self._folder, self._most_bytes)
         num_bytes = sum(part.nbytes for part in maps)
         if num_bytes > self._left_bytes:
             return
@@ -122,6 +125,7 @@ class CachedEncoder:
 
 def _read(file: Path) -> list[np.ndarray] | None:
     try:
+        os.utime(file)
         with np.load(file) as kept:
             return [kept[name] for name in kept.files]
     except FileNotFoundError:
@@ -129,3 +133,14 @@ def _read(file: Path) -> list[np.ndarray] | None:
     except (OSError, ValueError, EOFError, BadZipFile) as error:
         logger.warning("the cached maps %s are damaged and made again: %s", file, error)
         return None
+
+
+def _trim(folder: Path, most_bytes: float) -> None:
+    """Delete the files unread for longest until the rest fit."""
+    found = [(file.stat().st_mtime, file.stat().st_size, file) for file in folder.glob("*/*.npz")]
+    total = sum(size for _, size, _ in found)
+    for _, size, file in sorted(found):
+        if total <= most_bytes:
+            return
+        file.unlink(missing_ok=True)
+        total -= size

@@ -16,7 +16,6 @@ from torch import Tensor
 from trainers.bundles import (
     BundleCard,
     FrozenEncoder,
-    bundle_place,
     fetch_bundle,
     load_bundle,
     read_card,
@@ -26,6 +25,7 @@ from trainers.config.data import IMAGENET_MEAN, IMAGENET_STD
 from trainers.config.model import SWIN_SHAPES, VIT_SHAPES, EncoderConfig
 from trainers.errors import BundleError, ConfigError
 from trainers.models import build_encoder
+from trainers.registry import locate, registered
 from trainers.storage import RunDir
 from trainers.types import Features
 
@@ -70,7 +70,8 @@ class EncoderRef:
 
     Attributes:
         text: as the user wrote it.
-        bundle: path or URI of a bundle or of a run that has one; empty where the shape is named.
+        bundle: path or URI of a bundle; empty where the shape is named.
+        registered: the version in the registry, e.g. `photos@v2`, where that is how it was named.
         shape: name of a published architecture, for an untrained encoder of it.
         untrained: freshly initialised, of the bundle's or the named shape.
         image_size: (height, width) of the input, where the shape is named.
@@ -79,6 +80,7 @@ class EncoderRef:
 
     text: str
     bundle: str = ""
+    registered: str = ""
     shape: str = ""
     untrained: bool = False
     image_size: tuple[int, int] = (224, 224)
@@ -88,7 +90,7 @@ class EncoderRef:
     def parse(
         cls, text: str, *, image_size: tuple[int, int] | None = None, seed: int = 0
     ) -> EncoderRef:
-        """Read what a user may write: `BUNDLE`, `untrained:BUNDLE` or `untrained:vit_tiny`.
+        """Read what a user may write: `BUNDLE`, `NAME`, `untrained:BUNDLE`, `untrained:vit_tiny`.
 
         Args:
             text: the reference; a path wins over an architecture of the same name.
@@ -104,17 +106,24 @@ class EncoderRef:
             return cls(
                 text, shape=name, untrained=True, image_size=image_size or (224, 224), seed=seed
             )
-        place = bundle_place(name)  # refuses now what could not be loaded later
+        place = locate(name)  # refuses now what could not be loaded later
         if image_size is not None:
             raise BundleError(
                 f"{name} has its own input size", hint="--image-size goes with untrained:ARCH"
             )
-        return cls(text, bundle=place.uri, untrained=untrained, seed=seed)
+        version = registered(name)
+        return cls(
+            text,
+            bundle=place,
+            registered=version.reference if version else "",
+            untrained=untrained,
+            seed=seed,
+        )
 
     @property
     def place(self) -> RunDir | None:
-        """The directory of the bundle, where scores of a trained encoder belong."""
-        return None if self.untrained else RunDir(self.bundle)
+        """The directory of the bundle on whose card scores belong; a registered one is a copy."""
+        return None if self.untrained or self.registered else RunDir(self.bundle)
 
     def card(self) -> BundleCard:
         """What the encoder is, without its weights."""
@@ -170,6 +179,22 @@ def untrained(card: BundleCard, seed: int = 0) -> FrozenEncoder:
         torch.manual_seed(seed)
         encoder = build_encoder(card.encoder, card.image_size, card.channels)
     return FrozenEncoder(encoder, card)
+
+
+def chosen_layers(encoder: FeatureEncoder, asked: Sequence[int] | None) -> tuple[int, ...]:
+    """The layers whose maps a task takes, counted from 0.
+
+    Args:
+        encoder: whose layers they are.
+        asked: by the user, negative from the end; None for the card's.
+
+    Raises:
+        ConfigError: the encoder has no such layer.
+    """
+    layers = tuple(asked or encoder.card.layers or spread_layers(encoder.depth))
+    if any(not -encoder.depth <= layer < encoder.depth for layer in layers):
+        raise ConfigError(f"layers {list(layers)}: there are 0 to {encoder.depth - 1}")
+    return tuple(layer % encoder.depth for layer in layers)
 
 
 def check_input(encoder: FeatureEncoder, image_size: tuple[int, int], key: str) -> None:

@@ -215,6 +215,27 @@ def training_view(
     return view.mirrored() if number % 2 else view
 
 
+def fitting_size(
+    source_sizes: Sequence[Size], stride: int, *, max_tokens: int, max_side_px: int
+) -> Size:
+    """An input near the pictures' own median size, rounded to the stride, within bounds.
+
+    Args:
+        source_sizes: of pictures.
+        stride: of the encoder, pixels.
+        max_tokens: about so many of them, since attention is quadratic.
+        max_side_px: no longer side.
+    """
+    height, width = np.median(source_sizes, axis=0)
+    shrink = min(
+        1.0,
+        max_side_px / max(height, width),
+        float(np.sqrt(max_tokens * stride**2 / (height * width))),
+    )
+    rows, columns = (max(1, round(side * shrink / stride)) for side in (height, width))
+    return rows * stride, columns * stride
+
+
 def clip_boxes(boxes: np.ndarray, region: Box) -> np.ndarray:
     """Boxes [N, 4] cut to (left, top, right, bottom); those outside get no area."""
     left, top, right, bottom = region

@@ -29,8 +29,8 @@ def test_write_photo_tiles__balanced_class_folders(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", PHOTOGRAPHS)
 def test_tiles__train_and_held_out_share_no_pixel(name: str) -> None:
-    photo = samples._load(name)
-    train, held_out = samples._regions(photo.size)
+    photo = samples.photograph(name)
+    train, held_out = samples.regions_of(photo.size)
     shown = {
         (x, y)
         for left, top, right, bottom in samples._spread(train, 96, 200)
@@ -60,7 +60,7 @@ def test_samples__does_not_import_the_packages_it_takes_from() -> None:
     import subprocess
 
     code = (
-        "import sys; from trainers.data import samples; samples._load('china');"
+        "import sys; from trainers.data import samples; samples.photograph('china');"
         "sys.exit('sklearn' in sys.modules or 'skimage' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,9 +1,21 @@
 from __future__ import annotations
 
+import io
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import pytest
+from PIL import Image
 
-from trainers.evaluation.knn import knn, predict
+from trainers.config.evaluation.knn import KnnConfig
+from trainers.data.sources import open_source
+from trainers.errors import DataError
+from trainers.evaluation.encoders import EncoderRef
+from trainers.evaluation.knn import evaluate, knn, nearest, predict
+from trainers.evaluation.pooled import vectors
+from trainers.evaluation.score import Setting
 
 
 def clusters(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -60,3 +72,77 @@ def test_predict__nearer_neighbours_count_for_more():
     all_alike = predict(train_x, train_y, np.array([[1, 0.1]]), ks=(3,), temperature=100)
 
     assert (one_near[3].item(), all_alike[3].item()) == (0, 1)
+
+
+def test_predict__one_neighbour_needs_no_weights():
+    from sklearn.neighbors import KNeighborsClassifier
+
+    train_x, train_y = clusters(300, 1)
+    val_x, _ = clusters(500, 2)
+
+    theirs = KNeighborsClassifier(1, metric="cosine").fit(train_x, train_y)
+
+    np.testing.assert_array_equal(
+        predict(train_x, train_y, val_x, ks=(1,))[1], theirs.predict(val_x)
+    )
+    (near,) = theirs.kneighbors(val_x, 5, return_distance=False)[None]
+    np.testing.assert_array_equal(nearest(train_x, val_x, 5), near)
+
+
+def test_evaluate__scores_a_dataset_and_shows_neighbours(
+    ref: EncoderRef, colours: Path, setting: Callable[..., Setting]
+):
+    score = evaluate(ref, setting(colours), KnnConfig(k=5))
+
+    train, _ = vectors(ref, open_source(str(colours)), setting(colours), "mean", phase="")
+    val, _ = vectors(
+        ref, open_source(str(colours), split="val"), setting(colours), "mean", phase=""
+    )
+    wanted = knn(train.x, train.y, val.x, val.y, k=5)
+    assert (score.metric, score.headline) == ("accuracy", wanted.headline)
+    assert score.headline > 0.9
+    assert (score.num_train, score.num_val) == (60, 18)
+    assert score.metrics["accuracy_by_k"] == {str(k): a for k, a in wanted.accuracy.items()}
+    assert set(score.metrics["per_class_accuracy"]) == {"blue", "green", "red"}
+    assert score.notes == ()
+    assert score == evaluate(ref, setting(colours), KnnConfig(k=5))
+    sheet = Image.open(io.BytesIO(score.pictures["knn.png"]))
+    # A frame is green where the neighbour is of the query's class.
+    greens = (np.asarray(sheet) == (46, 160, 67)).all(axis=2)
+    assert greens.any()
+
+
+def test_evaluate__a_class_without_validation_pictures_is_told_and_not_averaged(
+    ref: EncoderRef, colours: Path, setting: Callable[..., Setting]
+):
+    shutil.rmtree(colours / "val/blue")  # the others keep their numbers
+
+    score = evaluate(ref, setting(colours), KnnConfig())
+
+    assert score.metrics["per_class_accuracy"]["blue"] is None
+    assert score.headline > 0.9
+    assert score.notes == ("no picture of blue to score on",)
+
+
+def test_evaluate__refuses_data_it_cannot_score(
+    ref: EncoderRef, colours: Path, setting: Callable[..., Setting], tmp_path: Path
+):
+    with pytest.raises(DataError, match="no validation or test split.*--val"):
+        evaluate(ref, setting(colours / "train"), KnnConfig())
+    with pytest.raises(DataError, match="has no labels"):
+        evaluate(ref, setting(colours, val=str(colours / "val/red")), KnnConfig())
+    (colours / "val/red").rename(colours / "val/pink")
+    with pytest.raises(DataError, match="has class 'pink', which .*colours lacks"):
+        evaluate(ref, setting(colours), KnnConfig())
+    shutil.rmtree(colours / "val")
+    (colours / "val").mkdir()
+    with pytest.raises(DataError, match="no picture"):
+        evaluate(ref, setting(colours, val=str(colours / "val")), KnnConfig())
+
+
+def test_evaluate__prefers_validation_to_test(
+    ref: EncoderRef, colours: Path, setting: Callable[..., Setting]
+):
+    shutil.copytree(colours / "train", colours / "test")
+
+    assert evaluate(ref, setting(colours), KnnConfig()).num_val == 18

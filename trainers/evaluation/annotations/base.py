@@ -61,6 +61,7 @@ class DetectionExample(NamedTuple):
         labels: int64 [N], classes from 0.
         crowd: bool [N]; crowds (and what is marked difficult) are matched without reward or
             penalty, and never learnt from.
+        areas: float64 [N], pixels that an object has; of its mask where there is one.
         masks: bool [N, h, w]; None where the dataset has none.
     """
 
@@ -69,6 +70,7 @@ class DetectionExample(NamedTuple):
     boxes: np.ndarray
     labels: np.ndarray
     crowd: np.ndarray
+    areas: np.ndarray
     masks: np.ndarray | None
 
 
@@ -93,6 +95,10 @@ class DetectionSet(Protocol):
 
     def __getitem__(self, index: int) -> DetectionExample:
         """Read one."""
+        ...
+
+    def labels(self, index: int) -> np.ndarray:
+        """Classes of a picture's objects without its crowds, int64; reads no picture."""
         ...
 
     def name(self, index: int) -> str:

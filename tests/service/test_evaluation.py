@@ -1,0 +1,100 @@
+"""What `mimray evaluate` refuses, and how results are laid side by side. No cluster is started."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+from rich.console import Console
+
+from service.cli import cli
+from service.comparing import table, write_comparison
+from service.phases import PhaseProgress, Reporter
+from service.tasks import TASKS, options_of, task_config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere", "--data", "d"], "no bundle at nowhere"),
+        (["a", "b", "--data", "d"], "several BUNDLEs go with --compare"),
+        (["a"], "Missing option '--data'"),
+        (["--data", "d"], "Missing argument 'BUNDLE…'"),
+        (["a", "--data", "d", "--epochs", "3"], "--epochs: knn trains nothing"),
+        (["a", "--data", "d", "--set", "temprature=3"], "did you mean 'temperature'?"),
+        (["a", "--data", "d", "--set", "k=0"], "'k' is 0: input should be greater than 0"),
+        (["a", "--data", "d", "--finetune"], "knn: unknown key 'finetune'"),
+        (["a", "--data", "d", "--through", "http://x"], "knn needs the bundle at hand"),
+        (
+            ["a", "--task", "detection", "--data", "d", "--through", "http://x", "--finetune"],
+            "an endpoint's encoder is frozen",
+        ),
+        (["untrained:vit_tiny", "--data", "d", "--image-size", "9"], "stride 16"),
+    ],
+)
+def test_evaluate__refuses_in_one_line(arguments: list[str], message: str) -> None:
+    result = CliRunner().invoke(cli, ["evaluate", *arguments])
+    assert result.exit_code == 2, (result.output, result.exception)
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_options__every_task_lists_its_own(task: str) -> None:
+    result = CliRunner().invoke(cli, ["evaluate", "--task", task, "--options", "--json"])
+    listed = json.loads(result.stdout)
+    assert [option["key"] for option in listed] == [option["key"] for option in options_of(task)]
+    assert task_config(task, ()) is not None
+
+
+RESULTS = [
+    {"encoder": name, "task": "knn", "data": "d", "metric": "accuracy", "headline": value,
+     "metrics": {"accuracy": value, "top5": value / 2, "per_class": {}}, "seconds": 3.0}
+    for name, value in (("untrained:a", 0.25), ("a", 0.75))
+]  # fmt: skip
+
+
+def test_comparison__one_table_and_one_chart_best_first(tmp_path: Path) -> None:
+    files = write_comparison(RESULTS, str(tmp_path))
+    lines = Path(files["md"]).read_text().splitlines()
+    assert lines[0] == "| encoder | accuracy | top5 | seconds |"
+    assert lines[2:] == ["| a | 0.7500 | 0.3750 | 3 |", "| untrained:a | 0.2500 | 0.1250 | 3 |"]
+    assert json.loads(Path(files["json"]).read_text()) == RESULTS
+    chart = Image.open(files["png"]).convert("RGB")
+    colours = {colour for _, colour in chart.getcolors(1 << 20) or []}
+    assert (0x1F, 0x5F, 0xAE) in colours  # trained
+    assert (0xA9, 0xB4, 0xC0) in colours  # untrained
+    shown = io.StringIO()
+    Console(file=shown, width=100).print(table(RESULTS))
+    assert shown.getvalue().index("a  ") < shown.getvalue().index("untrained:a")
+
+
+def test_progress__a_line_a_phase_off_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with PhaseProgress(Console(file=io.StringIO())) as shown:
+        shown("a", "features", 1, 10)
+        shown("a", "features", 2, 10)
+        shown("b", "training", 1, 4)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["a: features 1/10", "b: training 1/4"]
+
+
+def test_reporter__tells_the_end_of_every_phase() -> None:
+    told = []
+
+    class Tell:
+        def remote(self, number: int, state: tuple[str, int, int]) -> None:
+            told.append((number, state))
+
+    class Handle:
+        tell = Tell()
+
+    report = Reporter(Handle(), 7)
+    for done in range(1, 101):
+        report("features", done, 100)
+    assert told[0] == (7, ("features", 1, 100))
+    assert told[-1] == (7, ("features", 100, 100))
+    assert len(told) < 100

@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from trainers.config.evaluation.segmentation import SegmentationConfig
+from trainers.data.synth import write_scenes
+from trainers.errors import DataError, EmptyDatasetError
+from trainers.evaluation.annotations.base import Complaints
+from trainers.evaluation.annotations.segmentation import open_segmentation
+
+CONFIG = SegmentationConfig()
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("open") / "scenes"
+    write_scenes(out, num_train=5, num_val=3, image_size=(32, 40), num_classes=3)
+    return out
+
+
+@pytest.fixture
+def scenes(written: Path, tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    return Path(shutil.copytree(written, tmp_path / "scenes"))
+
+
+def _open(uri: Path, split: Any = "train", config: SegmentationConfig = CONFIG, **more: Any) -> Any:
+    return open_segmentation(str(uri), split, config, Complaints(skip=False), **more)
+
+
+def test_open__all_formats_say_the_same(scenes: Path) -> None:
+    pairs = _open(scenes, "val", own=True)
+    panoptic = _open(scenes / "val/panoptic.json", "val")
+    instances = _open(scenes / "val/instances.json", "val")
+    assert len(pairs) == len(panoptic) == len(instances) == 3
+    assert pairs.class_names == panoptic.class_names == instances.class_names
+    assert pairs.class_names == ("background", "disc", "rectangle", "triangle")
+    for a, b, c in zip(
+        *((s[i] for i in range(3)) for s in (pairs, panoptic, instances)), strict=True
+    ):
+        void = a.mask == pairs.ignore_index
+        np.testing.assert_array_equal(void, b.mask == panoptic.ignore_index)
+        np.testing.assert_array_equal(a.mask[~void], b.mask[~void])
+        np.testing.assert_array_equal(a.mask[~void], c.mask[~void])
+        assert a.image.tobytes() == b.image.tobytes() == c.image.tobytes()
+
+
+def test_open__takes_the_split_that_is_meant(scenes: Path) -> None:
+    assert len(_open(scenes)) == 5
+    assert len(_open(scenes, "val")) == 3
+    assert len(_open(scenes / "val", "val")) == 3, "a place that is not split is taken whole"
+    for name in ("images", "masks"):
+        shutil.copytree(scenes / "val" / name, scenes / "test" / name)
+    (scenes / "test/images/000000.jpg").unlink()
+    assert len(_open(scenes, "val")) == 3
+    assert len(_open(scenes, "val", SegmentationConfig(val_split="test"))) == 2
+    shutil.rmtree(scenes / "val")
+    assert len(_open(scenes, "val", own=True)) == 2
+    shutil.rmtree(scenes / "test")
+    with pytest.raises(DataError, match="no val or valid or .* split .splits found: train"):
+        _open(scenes, "val", own=True)
+    with pytest.raises(DataError, match="no validation or test split of its own"):
+        _open(scenes / "train", "val", own=True)
+
+
+def test_open__the_other_formats_where_there_are_no_index_masks(scenes: Path) -> None:
+    shutil.rmtree(scenes / "train/masks")
+    shutil.rmtree(scenes / "val/masks")
+    assert _open(scenes).uri.endswith("train/panoptic.json")
+    assert _open(scenes, "val", own=True).uri.endswith("val/panoptic.json")
+    (scenes / "train/panoptic.json").unlink()
+    assert _open(scenes).uri.endswith("train/instances.json")
+    (scenes / "train/instances.json").unlink()
+    (scenes / "val/instances.json").unlink()
+    (scenes / "val/panoptic.json").unlink()
+    with pytest.raises(DataError, match=r"no masks for train .*train/images beside train/\{masks"):
+        _open(scenes)
+    with pytest.raises(DataError, match="no annotation file at .*nothing.json"):
+        _open(scenes / "nothing.json")
+
+
+def test_open__limit_takes_some_evenly_and_the_fingerprint_follows(scenes: Path) -> None:
+    some = _open(scenes, limit=2)
+    assert [Path(some.name(i)).stem for i in range(len(some))] == ["000000", "000002"]
+    whole = _open(scenes)
+    assert whole.fingerprint != some.fingerprint
+    assert whole.fingerprint == _open(scenes).fingerprint
+    mask = np.asarray(Image.open(scenes / "train/masks/000003.png")).copy()
+    mask[0, 0] = 1
+    Image.fromarray(mask).save(scenes / "train/masks/000003.png")
+    assert _open(scenes).fingerprint != whole.fingerprint
+
+
+def _spoil(scenes: Path, split: str = "train") -> None:
+    mask = np.zeros((32, 40), np.uint8)
+    mask[3, 4] = 9
+    Image.fromarray(mask).save(scenes / split / "masks/000001.png")
+
+
+def test_open__a_value_outside_the_classes_is_named_with_its_place(scenes: Path) -> None:
+    _spoil(scenes)
+    with pytest.raises(
+        DataError,
+        match=r"000001.jpg: .*masks/000001.png has 9 at row 3, column 4; "
+        r"classes are 0 to 3, void is 255",
+    ):
+        _open(scenes)
+    with pytest.raises(DataError, match=r"000000.png has 255 .* void is 9"):
+        _open(scenes, config=SegmentationConfig(ignore_index=9))
+
+
+def test_open__skipped_pictures_are_counted_and_listed(scenes: Path) -> None:
+    _spoil(scenes)
+    (scenes / "train/masks/000002.png").unlink()
+    Image.new("L", (40, 31)).save(scenes / "train/masks/000003.png")
+    complaints = Complaints(skip=True)
+    seen = []
+    kept = open_segmentation(
+        str(scenes), "train", CONFIG, complaints, progress=lambda *args: seen.append(args)
+    )
+    assert [Path(kept.name(i)).stem for i in range(len(kept))] == ["000000", "000004"]
+    assert kept[1].image.size == (40, 32)
+    first, *rest = complaints.notes()
+    assert first.startswith("3 invalid")
+    assert ["row 3" in rest[0], "no mask" in rest[1], "40x31" in rest[2]] == [True] * 3
+    assert seen[-1] == ("checking masks", 5, 5)
+
+
+def test_open__nothing_left_is_an_error(scenes: Path) -> None:
+    for mask in (scenes / "val/masks").iterdir():
+        Image.new("L", (3, 3)).save(mask)
+    with pytest.raises(EmptyDatasetError, match="no picture with a mask that can be used"):
+        open_segmentation(str(scenes), "val", CONFIG, Complaints(skip=True))
+    for mask in (scenes / "val/masks").iterdir():
+        Image.new("L", (40, 32), 255).save(mask)
+    with pytest.raises(DataError, match="every pixel of .* is void"):
+        _open(scenes, "val")
+
+
+def test_open__a_picture_that_is_broken(scenes: Path) -> None:
+    (scenes / "train/images/000002.jpg").write_bytes(b"\xff\xd8\xff and no more")
+    with pytest.raises(DataError, match=r"000002\.jpg"):
+        _open(scenes)
+
+
+def test_classes__named_numbered_or_found(scenes: Path) -> None:
+    with pytest.raises(DataError, match="has 4 classes, num_classes is 5"):
+        _open(scenes, config=SegmentationConfig(num_classes=5))
+    (scenes / "train/classes.txt").unlink()
+    assert _open(scenes).class_names == ("0", "1", "2", "3")
+    assert _open(scenes, config=SegmentationConfig(num_classes=6)).class_names[-1] == "5"
+    named = SegmentationConfig(class_names=("a", "b", "c", "d"))
+    assert _open(scenes, config=named).class_names == ("a", "b", "c", "d")
+    (scenes / "train/classes.txt").write_text("a\nb\nb\nc\n")
+    with pytest.raises(DataError, match="two classes are called 'b'"):
+        _open(scenes)
+    with pytest.raises(DataError, match="has classes background, disc, .* trained on a, b"):
+        _open(scenes, "val", class_names=("a", "b"))
+    with pytest.raises(ValueError, match="num_classes 3 and 2 class_names"):
+        SegmentationConfig(num_classes=3, class_names=("a", "b"))
+
+
+def test_classes__masks_of_0_and_255_are_told_apart_from_a_class(scenes: Path) -> None:
+    (scenes / "train/classes.txt").unlink()
+    for mask in (scenes / "train/masks").iterdir():
+        values = np.asarray(Image.open(mask))
+        Image.fromarray((255 * (values == 1)).astype(np.uint8)).save(mask)
+    with pytest.raises(DataError, match="no class but 0 and void"):
+        _open(scenes)
+
+
+def test_instances__later_ones_lie_on_top_and_crowds_are_void(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "images/a.png")
+
+    def thing(number: int, category: int, box: list[int], crowd: int = 0) -> dict[str, Any]:
+        x, y, w, h = box
+        outline = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+        return {
+            "id": number,
+            "image_id": 1,
+            "category_id": category,
+            "bbox": box,
+            "segmentation": outline,
+            "iscrowd": crowd,
+        }
+
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "height": 4, "width": 4}],
+        "categories": [{"id": 10, "name": "x"}, {"id": 20, "name": "y"}],
+        "annotations": [
+            thing(1, 10, [0, 0, 3, 3]),
+            thing(2, 20, [2, 2, 2, 2]),
+            thing(3, 10, [0, 0, 1, 1], crowd=1),
+        ],
+    }
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    found = _open(tmp_path / "instances.json")
+    void = found.ignore_index
+    assert found.class_names == ("background", "x", "y")
+    np.testing.assert_array_equal(
+        found[0].mask, [[void, 1, 1, 0], [1, 1, 1, 0], [1, 1, 2, 2], [0, 0, 2, 2]]
+    )
+    for record in content["annotations"]:
+        del record["segmentation"]  # type: ignore[attr-defined]
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match="boxes only, no masks"):
+        _open(tmp_path / "instances.json")

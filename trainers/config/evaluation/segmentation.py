@@ -1,0 +1,49 @@
+"""Options of the segmentation task."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from trainers.config.evaluation.head import HeadConfig
+
+
+class SegmentationConfig(HeadConfig):
+    """A class for each pixel, from the encoder's feature maps."""
+
+    head: Literal["linear", "fpn", "upernet"] = Field(
+        default="linear",
+        description="linear: batch norm and a 1x1 convolution over the layers' maps side by side; "
+        "fpn: a feature pyramid; upernet: that and pyramid pooling",
+    )
+    head_width: int = Field(default=128, ge=8, description="channels of fpn and upernet")
+    class_names: tuple[str, ...] | None = Field(
+        default=None, description="by index; by default as the data says"
+    )
+    num_classes: PositiveInt | None = Field(
+        default=None, description="by default as many as are named, or occur in training masks"
+    )
+    ignore_index: int = Field(
+        default=255, ge=0, description="the value of void pixels in index masks"
+    )
+    val_split: str | None = Field(
+        default=None, description="the split to score on; a validation or else a test split"
+    )
+    scale: PositiveFloat | None = Field(
+        default=None,
+        description="pixels of the input to one of the picture: 1 for full resolution, where the "
+        "head learns from crops and sees pictures through windows of image_size; "
+        "by default each picture is fitted into one window",
+    )
+    window_overlap: float = Field(
+        default=1 / 3, ge=0, lt=1, description="least share of a window that the next one covers"
+    )
+
+    @model_validator(mode="after")
+    def _check_classes(self) -> SegmentationConfig:
+        if self.class_names and self.num_classes not in (None, len(self.class_names)):
+            raise ValueError(
+                f"num_classes {self.num_classes} and {len(self.class_names)} class_names"
+            )
+        return self

@@ -1,0 +1,130 @@
+"""COCO panoptic files, read as a class for each pixel."""
+
+from __future__ import annotations
+
+import numpy as np
+from pydantic import BaseModel, ValidationError
+
+from trainers.data.files import join
+from trainers.errors import DataError
+from trainers.evaluation.annotations.base import SegmentationExample
+from trainers.evaluation.annotations.coco import CategoryRecord, ImageRecord, images_of, read_coco
+from trainers.evaluation.annotations.masks import check_size, read_segment_ids
+from trainers.evaluation.annotations.pictures import PictureFolder
+
+# Above any class: masks made from JSON choose their own void.
+VOID = 65_535
+
+
+class SegmentRecord(BaseModel):
+    """A segment in the file."""
+
+    id: int
+    category_id: int
+
+
+class PanopticRecord(BaseModel):
+    """The segments of a picture, and the PNG that says where they are."""
+
+    image_id: int
+    file_name: str
+    segments_info: list[SegmentRecord]
+
+
+class PanopticFile(BaseModel):
+    """What of a COCO panoptic file is read; it may hold more.
+
+    Source: https://cocodataset.org/#format-data, "Panoptic Segmentation".
+    """
+
+    images: list[ImageRecord]
+    annotations: list[PanopticRecord]
+    categories: list[CategoryRecord]
+
+
+class CocoPanoptic:
+    """Pictures whose segments a JSON file gives classes; they are checked when they are read.
+
+    Classes are the categories in the order of their ids. The PNGs lie in the folder that has the
+    JSON file's name. A segment of id 0 is void.
+
+    Args:
+        json_uri: the JSON file; pictures are looked for beside it, as for COCO detection.
+
+    Attributes:
+        uri: the JSON file.
+        class_names: of the categories.
+        ignore_index: the value of void pixels.
+
+    Raises:
+        DataError: the file is missing or not of this kind.
+    """
+
+    ignore_index = VOID
+
+    def __init__(self, json_uri: str) -> None:
+        self.uri = json_uri
+        tree = _parse(json_uri)
+        categories = sorted(tree.categories, key=lambda record: record.id)
+        self.class_names = tuple(record.name for record in categories)
+        self._classes = {record.id: label for label, record in enumerate(categories)}
+        self._records = tree.annotations
+        self._files = {record.id: record.file_name for record in tree.images}
+        self._images = PictureFolder.open(images_of(json_uri, tree.images))
+        self._segments_uri = json_uri.removesuffix(".json")
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> SegmentationExample:
+        record = self._records[index]
+        file_name = self._files.get(record.image_id)
+        if file_name is None:
+            raise DataError(f"there is no image {record.image_id}")
+        if file_name not in self._images.num_bytes:
+            raise DataError(f"there is no picture {self._images.name(file_name)}")
+        image = self._images.read(file_name)
+        ids = read_segment_ids(self.label_name(index))  # h w
+        check_size(image, ids, self.label_name(index))
+        present, places = np.unique(ids, return_inverse=True)
+        class_of = {0: VOID}
+        for segment in record.segments_info:
+            if segment.category_id not in self._classes:
+                raise DataError(f"segment {segment.id}: there is no category {segment.category_id}")
+            class_of[segment.id] = self._classes[segment.category_id]
+        unknown = sorted(set(present.tolist()) - set(class_of))
+        if unknown:
+            raise DataError(
+                f"{self.label_name(index)} has segment {unknown[0]}, which segments_info lacks"
+            )
+        classes = np.array([class_of[number] for number in present.tolist()])
+        return SegmentationExample(image, classes[places].reshape(ids.shape))
+
+    def name(self, index: int) -> str:
+        """The annotation of a picture."""
+        return f"{self.uri}: image {self._records[index].image_id}"
+
+    def label_name(self, index: int) -> str:
+        """Path of its PNG."""
+        return join(self._segments_uri, self._records[index].file_name)
+
+
+def is_panoptic(json_uri: str) -> bool:
+    """Tell a panoptic file from one of detection.
+
+    Raises:
+        DataError: there is no such file.
+    """
+    return b'"segments_info"' in read_coco(json_uri)
+
+
+def _parse(uri: str) -> PanopticFile:
+    try:
+        return PanopticFile.model_validate_json(read_coco(uri))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise DataError(
+            f"{uri}: {place + ': ' if place else ''}{first['msg']}",
+            hint="COCO panoptic has images, categories, and annotations with segments_info",
+        ) from None

@@ -1,0 +1,250 @@
+"""Finds out how pixels are labelled at a place, opens it, and checks every label."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Protocol
+
+import numpy as np
+
+from trainers.config.evaluation.segmentation import SegmentationConfig
+from trainers.data.files import absolute, is_file, join, list_files
+from trainers.errors import DataError, EmptyDatasetError
+from trainers.evaluation.annotations.base import (
+    Complaints,
+    DetectionSet,
+    SegmentationExample,
+    SegmentationSet,
+)
+from trainers.evaluation.annotations.detection import SPLIT_NAMES, Split, open_detection
+from trainers.evaluation.annotations.pairs import MASK_FOLDERS, PairFolder, pair_folders
+from trainers.evaluation.annotations.panoptic import VOID, CocoPanoptic, is_panoptic
+from trainers.evaluation.parts import chosen
+from trainers.evaluation.score import Progress
+
+_SPLIT_FILES = (
+    "annotations/panoptic_{0}.json",
+    "annotations/panoptic_{0}2017.json",
+    "panoptic_{0}.json",
+    "{0}/panoptic.json",
+)
+
+
+class _Reader(Protocol):
+    """Pictures and masks in one format; reading one raises a `DataError` where it is wrong."""
+
+    uri: str
+    class_names: tuple[str, ...]
+    ignore_index: int
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> SegmentationExample: ...
+
+    def name(self, index: int) -> str: ...
+
+    def label_name(self, index: int) -> str: ...
+
+
+def open_segmentation(
+    uri: str,
+    split: Split,
+    config: SegmentationConfig,
+    complaints: Complaints,
+    *,
+    own: bool = False,
+    class_names: tuple[str, ...] = (),
+    limit: int | None = None,
+    progress: Progress | None = None,
+) -> SegmentationSet:
+    """Open pictures with a class for each pixel, and check all of them.
+
+    What is found, in this order: folders of pictures beside folders of index masks (see
+    `pair_folders`); COCO panoptic (`annotations/panoptic_<split>.json`, `<split>/panoptic.json`,
+    `panoptic.json`); COCO detection with instance masks, where class 0 is the background and
+    later objects lie on top. `uri` may also be such a JSON file.
+
+    Args:
+        uri: of a folder or a JSON file.
+        split: which part; for `val` the configured one, or the first of val, valid, validation,
+            dev and test. A place that is not split is taken whole.
+        config: of classes and void.
+        complaints: takes what is wrong with labels.
+        own: `uri` is what is trained on, so that without a part for `val` there is none.
+        class_names: of the pictures trained on, which those to score on must keep to.
+        limit: take this many pictures, evenly spread.
+        progress: told of the pictures checked.
+
+    Raises:
+        DataError: nothing of the kind is there, no such split, or a label is wrong.
+        EmptyDatasetError: no picture is left.
+    """
+    reader = _find(absolute(uri), split, config, complaints, own)
+    names = class_names or config.class_names or reader.class_names
+    if not names and config.num_classes:
+        names = tuple(map(str, range(config.num_classes)))
+    if class_names and reader.class_names not in ((), class_names) and not config.class_names:
+        raise DataError(
+            f"{reader.uri} has classes {_listed(reader.class_names)}, the pictures trained on "
+            f"{_listed(class_names)}",
+            hint="pictures to learn from and to score on need the same classes",
+        )
+    if config.num_classes not in (None, len(names)):
+        raise DataError(
+            f"{reader.uri} has {len(names)} classes, num_classes is {config.num_classes}"
+        )
+    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    if twice:
+        raise DataError(f"{reader.uri}: two classes are called {twice[0]!r}")
+    return _Checked(reader, names, chosen(len(reader), limit), complaints, progress)
+
+
+def _find(
+    uri: str, split: Split, config: SegmentationConfig, complaints: Complaints, own: bool
+) -> _Reader:
+    if uri.endswith(".json"):
+        if own and split == "val":
+            raise _no_validation(uri)
+        return CocoPanoptic(uri) if is_panoptic(uri) else _Instances(uri, split, complaints)
+    pairs = pair_folders(uri)
+    names = (config.val_split,) if split == "val" and config.val_split else SPLIT_NAMES[split]
+    for name in names:
+        if name in pairs:
+            return PairFolder(uri, *pairs[name], ignore_index=config.ignore_index)
+    if pairs and "" not in pairs:
+        raise DataError(
+            f"{uri} has no {' or '.join(names)} split", hint=f"splits found: {', '.join(pairs)}"
+        )
+    if pairs and not (own and split == "val"):
+        return PairFolder(uri, *pairs[""], ignore_index=config.ignore_index)
+    for name in names:
+        for pattern in _SPLIT_FILES:
+            if is_file(file := join(uri, pattern.format(name))):
+                return CocoPanoptic(file)
+    if own and split == "val" and (pairs or is_file(join(uri, "panoptic.json"))):
+        raise _no_validation(uri)
+    if is_file(file := join(uri, "panoptic.json")):
+        return CocoPanoptic(file)
+    if not any(file.path.endswith(".json") for file in list_files(uri)):
+        raise DataError(
+            f"no masks for {split} at {uri}",
+            hint=f"{split}/images beside {split}/{{{','.join(MASK_FOLDERS)}}}, "
+            f"images/{split} beside masks/{split}, {split} beside {split}annot, "
+            f"or COCO's annotations/panoptic_{split}.json or instances_{split}.json",
+        )
+    return _Instances(uri, split, complaints, own=own)
+
+
+def _no_validation(uri: str) -> DataError:
+    return DataError(
+        f"{uri} has no validation or test split of its own", hint="name one with --val"
+    )
+
+
+class _Instances:
+    """Objects painted over each other on a background, class 0; crowds are void."""
+
+    ignore_index = VOID
+
+    def __init__(
+        self, uri: str, split: Split, complaints: Complaints, *, own: bool = False
+    ) -> None:
+        self._objects: DetectionSet = open_detection(uri, split, complaints, own=own)
+        self.uri = self._objects.uri
+        if not self._objects.has_masks:
+            raise DataError(f"the objects of {self.uri} have boxes only, no masks")
+        self.class_names = ("background", *self._objects.class_names)
+
+    def __len__(self) -> int:
+        return len(self._objects)
+
+    def __getitem__(self, index: int) -> SegmentationExample:
+        found = self._objects[index]
+        assert found.masks is not None
+        mask = np.zeros((found.image.height, found.image.width), np.int64)
+        for label, crowd, where in zip(found.labels, found.crowd, found.masks, strict=True):
+            mask[where] = VOID if crowd else label + 1
+        return SegmentationExample(found.image, mask)
+
+    def name(self, index: int) -> str:
+        """Path of a picture."""
+        return self._objects.name(index)
+
+    def label_name(self, index: int) -> str:
+        """The file of all labels."""
+        return self.uri
+
+
+class _Checked:
+    """What of a set can be read and keeps to the classes; each picture was read once."""
+
+    def __init__(
+        self,
+        reader: _Reader,
+        class_names: tuple[str, ...],
+        indices: np.ndarray,
+        complaints: Complaints,
+        progress: Progress | None,
+    ) -> None:
+        self.uri, self.ignore_index = reader.uri, reader.ignore_index
+        self._reader = reader
+        self._kept: list[int] = []
+        digest, largest = hashlib.sha256(), -1
+        for number, index in enumerate(indices.tolist()):
+            try:
+                image, mask = reader[index]
+                _check_range(mask, len(class_names), self.ignore_index, reader.label_name(index))
+            except DataError as error:
+                complaints.add(reader.name(index), str(error))
+            else:
+                self._kept.append(index)
+                known = mask != self.ignore_index
+                largest = int(mask.max(initial=largest, where=known))
+                digest.update(np.ascontiguousarray(image).tobytes())
+                digest.update(mask.tobytes())
+            if progress is not None:
+                progress("checking masks", number + 1, len(indices))
+        if not self._kept:
+            raise EmptyDatasetError(
+                f"{self.uri} holds no picture with a mask that can be used",
+                hint="; ".join(complaints.found[:1]),
+            )
+        if largest < 0:
+            raise DataError(
+                f"every pixel of {self.uri} is void ({self.ignore_index})",
+                hint="--set ignore_index=… says what is void in index masks",
+            )
+        self.class_names = class_names or tuple(map(str, range(largest + 1)))
+        if len(self.class_names) < 2:
+            raise DataError(
+                f"the masks of {self.uri} hold no class but 0 and void ({self.ignore_index})",
+                hint="classes are 0, 1, …; --set ignore_index=… says what is void",
+            )
+        digest.update(repr(self.class_names).encode())
+        self.fingerprint = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, index: int) -> SegmentationExample:
+        return self._reader[self._kept[index]]
+
+    def name(self, index: int) -> str:
+        return self._reader.name(self._kept[index])
+
+
+def _check_range(mask: np.ndarray, num_classes: int, ignore_index: int, where: str) -> None:
+    """Refuse a value that is neither a class nor void; `num_classes` 0 knows no bound."""
+    if not num_classes:
+        return
+    outside = (mask != ignore_index) & ((mask < 0) | (mask >= num_classes))
+    if outside.any():
+        row, column = np.argwhere(outside)[0].tolist()
+        raise DataError(
+            f"{where} has {mask[row, column]} at row {row}, column {column}; "
+            f"classes are 0 to {num_classes - 1}, void is {ignore_index}",
+        )
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")

@@ -1,0 +1,199 @@
+"""One vector a picture: extracted once, then read from the user's cache by what it is of."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from trainers.config.evaluation.extract import ExtractSpec
+from trainers.data.cache import default_cache_dir
+from trainers.data.sources import Source
+from trainers.errors import ConfigError, DataError, EmptyDatasetError
+from trainers.evaluation.encoders import EncoderRef
+from trainers.evaluation.extraction import MANIFEST, extract, read_columns
+from trainers.evaluation.parts import chosen, describe, has_class_token
+from trainers.evaluation.score import Setting
+from trainers.evaluation.splits import Splits, open_splits
+from trainers.storage import RunDir
+
+logger = logging.getLogger(__name__)
+
+CACHE_BYTES = 4 << 30
+Pooling = Literal["mean", "cls", "both"]
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Labelled pictures as an encoder sees them.
+
+    Attributes:
+        x: float32 [N, D]; [N, V, D] of V views.
+        y: int64 [N], classes.
+        index: int64 [N], in the dataset.
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+    index: np.ndarray
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What a probe works on.
+
+    Attributes:
+        splits: the pictures.
+        pooling: how tokens became a vector.
+        train: to learn from.
+        val: to score on.
+        notes: pictures left out, for people.
+    """
+
+    splits: Splits
+    pooling: Pooling
+    train: Vectors
+    val: Vectors
+    notes: tuple[str, ...]
+
+
+def probed(ref: EncoderRef, setting: Setting, pooling: Pooling | None) -> Probed:
+    """Vectors of the training and the validation pictures, whole and resized as they are served.
+
+    Args:
+        ref: the encoder.
+        setting: the data.
+        pooling: the card's own where None.
+
+    Raises:
+        DataError: as of `open_splits` and `vectors`.
+        ConfigError: the encoder has no class token to pool by.
+    """
+    splits = open_splits(setting)
+    pooling = pooling or ref.card().pooling
+    train, skipped = vectors(ref, splits.train, setting, pooling, phase="features of train")
+    val, skipped_val = vectors(ref, splits.val, setting, pooling, phase="features of val")
+    val = replace(val, y=splits.val_numbers[val.y])
+    return Probed(splits, pooling, train, val, notes=(*skipped, *skipped_val))
+
+
+def vectors(
+    ref: EncoderRef,
+    source: Source,
+    setting: Setting,
+    pooling: Pooling,
+    *,
+    phase: str,
+    num_views: int = 0,
+) -> tuple[Vectors, tuple[str, ...]]:
+    """Labelled vectors of a source, from the cache where they are known.
+
+    Mean and class token are extracted together, so that another pooling needs no new pass.
+
+    Args:
+        ref: the encoder.
+        source: labelled pictures.
+        setting: limit, seed of the views, device, whether bad pictures are left out.
+        pooling: which vectors are wanted.
+        phase: what to call this in progress.
+        num_views: random crops a picture; 0 for the whole one.
+
+    Returns:
+        The vectors, and a note about each picture left out.
+
+    Raises:
+        DataError: a picture has no class or one outside the dataset's, or cannot be decoded.
+        EmptyDatasetError: no picture is left.
+        ConfigError: the encoder has no class token to pool by.
+    """
+    has_cls = has_class_token(ref.card())
+    if pooling != "mean" and not has_cls:
+        raise ConfigError(f"{ref.text} has no class token", hint="pooling=mean")
+    if not setting.skip_invalid:
+        _check_labels(source, chosen(len(source), setting.limit))
+    spec = ExtractSpec(
+        pooled=("mean", "cls") if has_cls else ("mean",),
+        limit=setting.limit,
+        num_views=num_views,
+        seed=setting.seed if num_views else 0,
+        skip_invalid=setting.skip_invalid,
+    )
+    cache = Path(default_cache_dir()).with_name("features")
+    folder = cache / describe(ref, source, spec).key[:32]
+    found = extract(
+        ref,
+        source,
+        RunDir(str(folder)),
+        spec,
+        phase=phase,
+        progress=setting.progress,
+        device=setting.device,
+    )
+    os.utime(folder / MANIFEST)
+    if found.num_written:
+        _evict(cache, keep=folder)
+    columns = ("mean", "cls") if pooling == "both" else (pooling,)
+    table = read_columns(found.out, found.manifest, ("id", "index", "label", *columns))
+    labels = table["label"].fill_null(-1).to_numpy()
+    parts = [table[name].combine_chunks().to_numpy_ndarray() for name in columns]
+    x = np.concatenate(parts, axis=1)  # rows D
+    good = _is_class(labels, source)
+    notes = [f"left out {item.id}: {item.reason}" for item in found.manifest.skipped]
+    step = max(1, num_views)
+    for row in np.flatnonzero(~good)[::step]:
+        notes.append(f"left out {table['id'][int(row)]}: {_problem(int(labels[row]), source)}")
+    if not good.any():
+        raise EmptyDatasetError(f"no picture of {source.facts.uri} is left to evaluate with")
+    x = x[good].reshape(-1, num_views, x.shape[1]) if num_views else x[good]
+    index = table["index"].to_numpy()
+    return Vectors(x, labels[good][::step], index[good][::step]), tuple(notes)
+
+
+def _is_class(labels: np.ndarray, source: Source) -> np.ndarray:
+    names = source.facts.class_names
+    inside: np.ndarray = (labels >= 0) & ((labels < len(names)) if names else True)
+    return inside
+
+
+def _problem(label: int, source: Source) -> str:
+    if label < 0:
+        return "it has no label"
+    return f"its label {label} lies outside 0 to {len(source.facts.class_names) - 1}"
+
+
+def _check_labels(source: Source, indices: np.ndarray) -> None:
+    labels = source.labels()
+    assert labels is not None  # `open_splits` refuses unlabelled data
+    bad = np.flatnonzero(~_is_class(labels[indices], source))
+    if len(bad):
+        first = int(indices[bad[0]])
+        others = f", and so for {len(bad) - 1} others" if len(bad) > 1 else ""
+        raise DataError(
+            f"{source.name(first)}: {_problem(int(labels[first]), source)}{others}",
+            hint="correct the labels, or leave such pictures out with --skip-invalid",
+        )
+
+
+def _evict(cache: Path, keep: Path) -> None:
+    """Delete the extractions unread for longest while the cache is too large."""
+    entries: list[tuple[float, int, Path]] = []
+    for folder in cache.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another process evicted it
+            manifest = folder / MANIFEST
+            read_at = (manifest if manifest.exists() else folder).stat().st_mtime
+            num_bytes = sum(file.stat().st_size for file in folder.iterdir())
+            entries.append((read_at, num_bytes, folder))
+    excess = sum(num_bytes for _, num_bytes, _ in entries) - CACHE_BYTES
+    for _, num_bytes, folder in sorted(entries):
+        if excess <= 0:
+            return
+        if folder != keep:
+            logger.info("features in %s were unread for longest and are deleted", folder)
+            shutil.rmtree(folder, ignore_errors=True)
+            excess -= num_bytes

@@ -1,0 +1,139 @@
+"""Where a score is written: `evaluation/` beside the bundle, the bundle's card, MLflow."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from trainers.bundles import CARD, BundleCard
+from trainers.data.files import parent
+from trainers.evaluation.score import Score
+from trainers.storage import RunDir
+
+FOLDER = "evaluation"
+
+
+def results_folder(bundle: RunDir) -> RunDir:
+    """`evaluation/` of the run that a bundle belongs to, or of the bundle where it stands alone."""
+    above = RunDir(parent(bundle.uri))
+    owner = above if bundle.name == "bundle" and above.exists("plan.json") else bundle
+    return owner / FOLDER
+
+
+def result_of(score: Score, about: Mapping[str, Any]) -> dict[str, Any]:
+    """What `<task>.json` holds and `--json` prints: the headline, every figure, how to repeat it.
+
+    Args:
+        score: of the task.
+        about: task, encoder, command, seed, configuration, seconds and the like.
+    """
+    return {
+        **about,
+        "metric": score.metric,
+        "headline": score.headline,
+        "metrics": score.metrics,
+        "num_train": score.num_train,
+        "num_val": score.num_val,
+        "data_fingerprint": score.data_fingerprint,
+        "val_fingerprint": score.val_fingerprint,
+        "notes": list(score.notes),
+    }
+
+
+def write_result(folder: RunDir, task: str, result: Mapping[str, Any], score: Score) -> list[str]:
+    """Write a result, its pictures and its files.
+
+    Args:
+        folder: made where it is missing.
+        task: names the files.
+        result: of `result_of`.
+        score: brings pictures, which go beside the JSON, and files, which go into a folder named
+            like the task.
+
+    Returns:
+        Where the pictures are.
+    """
+    folder.create()
+    for name, content in score.pictures.items():
+        folder.write(name, content)
+    if score.files:
+        (folder / task).create()
+    for name, content in score.files.items():
+        (folder / task).write(name, content)
+    # The figures last: where they are, the rest is too.
+    folder.write(f"{task}.json", json.dumps(result, indent=2).encode() + b"\n")
+    return [(folder / name).uri for name in score.pictures]
+
+
+def card_score(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What a card says of a result: the headline and how to repeat it."""
+    kept = ("metric", "headline", "seed", "data", "data_fingerprint", "val_fingerprint", "command")
+    return {key: result[key] for key in kept}
+
+
+def add_to_card(bundle: RunDir, task: str, result: Mapping[str, Any]) -> BundleCard:
+    """Put a task's headline on the bundle's card, in place of an earlier one.
+
+    Args:
+        bundle: its directory.
+        task: the score's name on the card.
+        result: of `result_of`.
+
+    Returns:
+        The card as it is now.
+    """
+    card = BundleCard.model_validate_json(bundle.read(CARD))
+    card = card.model_copy(update={"scores": {**card.scores, task: card_score(result)}})
+    bundle.write(CARD, card.model_dump_json(indent=2).encode() + b"\n")
+    return card
+
+
+def track_score(bundle: RunDir, card: BundleCard, task: str, score: Score) -> str:
+    """Put a score into MLflow: into the training's run, or into one of the bundle's own.
+
+    Args:
+        bundle: its directory.
+        card: of the bundle.
+        task: prefix of the figures' names.
+        score: what was measured.
+
+    Returns:
+        MLflow's id of the run.
+
+    Raises:
+        StorageError: MLflow cannot be reached or refuses.
+    """
+    from trainers.tracking import Tracker
+
+    run = RunDir(parent(results_folder(bundle).uri))
+    tracker = Tracker.open(
+        None,
+        experiment="mimray",
+        run_name=run.name,
+        storage=parent(run.uri),
+        params={},
+        tags={"mimray.run_dir": run.uri},
+    )
+    figures = dict(_scalars({task: score.metrics}))
+    tracker.score(card.step, {f"{task}/{score.metric}": score.headline, **figures})
+    for name, content in score.pictures.items():
+        tracker.picture(name.removesuffix(".png"), content, card.step)
+    tracker.finish()
+    return tracker.run_id
+
+
+def _scalars(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    """Finite numbers of a tree by path; lists, such as confusion matrices, are left out."""
+    found: list[tuple[str, float]] = []
+    for name, value in tree.items():
+        # What MLflow does not take in a name.
+        key = prefix + "".join(c if c.isalnum() or c in "_-. @" else "_" for c in str(name))
+        if isinstance(value, Mapping):
+            found += _scalars(value, f"{key}/")
+        elif (
+            isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        ):
+            found.append((key, float(value)))
+    return found

@@ -1,0 +1,1 @@
+"""A class for each pixel, by a head on the encoder's feature maps."""

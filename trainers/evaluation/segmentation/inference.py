@@ -1,0 +1,166 @@
+"""Where windows lie on a picture, and one answer from several of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from trainers.data.rng import Stream, generator
+from trainers.evaluation.geometry import Size, View, tensor_of, training_view, whole_view
+
+LogitsOf = Callable[[Tensor], Tensor]
+"""From inputs uint8 [B, C, H, W] to logits [B, K, h, w] at any resolution."""
+
+
+def scaled_size(source_size: Size, input_size: Size, scale: float | None) -> Size:
+    """The size, (height, width), at which a picture is looked at.
+
+    Args:
+        source_size: of the picture.
+        input_size: of a window.
+        scale: pixels of the input to one of the picture; None fits the picture into one window.
+    """
+    if scale is None:
+        return whole_view(source_size, input_size).size
+    height, width = source_size
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def window_views(
+    source_size: Size, input_size: Size, scale: float | None, overlap: float
+) -> list[tuple[View, tuple[int, int]]]:
+    """Windows that cover a picture, each with its (top, left) in the scaled picture.
+
+    They are spread evenly; where one suffices there is one.
+
+    Args:
+        source_size: of the picture.
+        input_size: of a window.
+        scale: see `scaled_size`.
+        overlap: least share of a window that the next one covers.
+    """
+    scaled = scaled_size(source_size, input_size, scale)
+    tops, lefts = (
+        _starts(side, window, overlap) for side, window in zip(scaled, input_size, strict=True)
+    )
+    return [
+        (_window(source_size, scaled, input_size, (top, left)), (top, left))
+        for top in tops
+        for left in lefts
+    ]
+
+
+def learning_view(
+    source_size: Size,
+    input_size: Size,
+    scale: float | None,
+    *,
+    seed: int,
+    index: int,
+    number: int,
+) -> View:
+    """One of a picture's numbered versions to learn from, at the scale it is scored at.
+
+    Args:
+        source_size: of the picture.
+        input_size: of the network's input.
+        scale: see `scaled_size`; without one the versions are `training_view`'s, else windows
+            at random places, each followed by its mirror image.
+        seed: of the places.
+        index: of the picture.
+        number: of the version.
+    """
+    if scale is None:
+        return training_view(source_size, input_size, seed=seed, index=index, number=number)
+    scaled = scaled_size(source_size, input_size, scale)
+    rng = generator(seed, Stream.HEAD_VIEW, index, number // 2)
+    room = [max(0, side - window) for side, window in zip(scaled, input_size, strict=True)]
+    top, left = (int(rng.integers(side, endpoint=True)) for side in room)
+    view = _window(source_size, scaled, input_size, (top, left))
+    return view.mirrored() if number % 2 else view
+
+
+@torch.no_grad()
+def predict(
+    pictures: Sequence[Image.Image],
+    logits_of: LogitsOf,
+    *,
+    input_size: Size,
+    scale: float | None,
+    overlap: float,
+    batch_size: int,
+    interpolation: str,
+    fill: Sequence[float],
+) -> Iterator[np.ndarray]:
+    """Classes of all pixels, int64 [h, w] at each picture's own resolution.
+
+    Logits of windows that overlap are averaged.
+
+    Args:
+        pictures: upright; their windows are encoded together.
+        logits_of: the network.
+        input_size: of a window.
+        scale: see `scaled_size`.
+        overlap: least share of a window that the next one covers.
+        batch_size: windows encoded at once.
+        interpolation: of pictures.
+        fill: of padding, see `View.image`.
+    """
+    laid = [
+        window_views((picture.height, picture.width), input_size, scale, overlap)
+        for picture in pictures
+    ]
+    inputs = [
+        view.image(picture, interpolation, fill)
+        for picture, views in zip(pictures, laid, strict=True)
+        for view, _ in views
+    ]
+    # Windows [B, K, h, w] in the order of the pictures.
+    logits = torch.cat(
+        [
+            logits_of(tensor_of(inputs[start : start + batch_size])).float().cpu()
+            for start in range(0, len(inputs), batch_size)
+        ]
+    )
+    for picture, views in zip(pictures, laid, strict=True):
+        source_size = picture.height, picture.width
+        scaled = scaled_size(source_size, input_size, scale)
+        total = logits.new_zeros(logits.shape[1], *scaled)
+        count = logits.new_zeros(scaled)
+        for (view, (top, left)), window in zip(views, logits, strict=False):
+            height, width = view.size
+            full = F.interpolate(window[None], input_size, mode="bilinear", align_corners=False)
+            part = (..., slice(top, top + height), slice(left, left + width))
+            total[part] += full[0, :, :height, :width]
+            count[part] += 1
+        logits = logits[len(views) :]
+        whole = View(source_size, (0.0, 0.0, picture.width, picture.height), scaled, scaled)
+        yield whole.maps_back(total / count).argmax(dim=0).numpy()
+
+
+def _starts(side: int, window: int, overlap: float) -> list[int]:
+    """Starts of windows along one side, pixels of the scaled picture."""
+    room = max(0, side - window)
+    steps = math.ceil(room / max(1.0, window * (1 - overlap)))
+    starts: list[int] = np.linspace(0, room, steps + 1).round().astype(int).tolist()
+    return starts
+
+
+def _window(source_size: Size, scaled: Size, input_size: Size, start: tuple[int, int]) -> View:
+    """The part of the scaled picture that a window at (top, left) shows."""
+    size = min(scaled[0], input_size[0]), min(scaled[1], input_size[1])
+    vertical, horizontal = (whole / side for whole, side in zip(source_size, scaled, strict=True))
+    top, left = start
+    crop = (
+        left * horizontal,
+        top * vertical,
+        min((left + size[1]) * horizontal, source_size[1]),
+        min((top + size[0]) * vertical, source_size[0]),
+    )
+    return View(source_size, crop, size, input_size)

@@ -1,0 +1,63 @@
+"""What a segmentation is worth: figures of a confusion matrix of pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+def confusion_matrix(
+    labels: np.ndarray, predicted: np.ndarray, num_classes: int, ignore_index: int
+) -> np.ndarray:
+    """Count pixels by label (rows) and prediction (columns), int64 [K, K].
+
+    Args:
+        labels: int64, any shape; void pixels are left out.
+        predicted: int64 of the same shape, in [0, K).
+        num_classes: K.
+        ignore_index: the label of void pixels.
+    """
+    known = labels != ignore_index
+    pairs = labels[known] * num_classes + predicted[known]
+    return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def scores(confusion: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
+    """Figures of a whole validation set, shares in [0, 1].
+
+    A class without a labelled pixel has no IoU and no accuracy: None, and it is left out of both
+    means. Pixels that were wrongly given such a class count against their own.
+
+    Args:
+        confusion: int64 [K, K], labels by predictions.
+        class_names: of the K classes.
+
+    Returns:
+        `mIoU`, `pixel_accuracy`, `mean_accuracy`, and by class name `IoU` and `accuracy`.
+
+    Source: Long et al. 2015, "Fully Convolutional Networks for Semantic Segmentation", sec. 5,
+        whose means are over the classes that there are.
+    """
+    hits = confusion.diagonal().astype(np.float64)
+    labelled, predicted = confusion.sum(axis=1), confusion.sum(axis=0)
+    there = labelled > 0
+    iou = hits[there] / (labelled + predicted - hits)[there]
+    accuracy = hits[there] / labelled[there]
+    return {
+        "mIoU": float(iou.mean()),
+        "pixel_accuracy": float(hits.sum() / labelled.sum()),
+        "mean_accuracy": float(accuracy.mean()),
+        "IoU": _by_name(iou, there, class_names),
+        "accuracy": _by_name(accuracy, there, class_names),
+    }
+
+
+def _by_name(
+    values: np.ndarray, there: np.ndarray, class_names: Sequence[str]
+) -> dict[str, float | None]:
+    found: dict[str, float | None] = dict.fromkeys(class_names)
+    for value, number in zip(values, np.flatnonzero(there).tolist(), strict=True):
+        found[class_names[number]] = float(value)
+    return found

@@ -1,0 +1,225 @@
+"""Trains a segmentation head on an encoder's maps and scores it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+
+import numpy as np
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trainers.bundles import FrozenEncoder
+from trainers.config.evaluation.segmentation import SegmentationConfig
+from trainers.evaluation.annotations.base import Complaints, SegmentationSet
+from trainers.evaluation.annotations.segmentation import open_segmentation
+from trainers.evaluation.encoders import MakeEncoder, check_input
+from trainers.evaluation.fit import fit
+from trainers.evaluation.geometry import Size, tensor_of
+from trainers.evaluation.score import Score, Setting
+from trainers.evaluation.segmentation.inference import learning_view
+from trainers.evaluation.segmentation.metrics import confusion_matrix, scores
+from trainers.evaluation.segmentation.pictures import Shown, class_chart, sheet
+from trainers.evaluation.segmentation.segmenter import Segmenter, build_segmenter
+
+# Attention is quadratic in the tokens: by default no more than these, and no longer side.
+_MAX_TOKENS = 1024
+_MAX_SIDE_PX = 512
+_NUM_SHOWN = 6
+
+
+def evaluate(make_encoder: MakeEncoder, setting: Setting, config: SegmentationConfig) -> Score:
+    """Train a head on the training pictures' maps; score it on the validation pictures.
+
+    Args:
+        make_encoder: of the encoder; with `config.finetune` it is trained too, and must be at hand.
+        setting: data, device, seed.
+        config: of the head, the pictures and the training.
+
+    Returns:
+        The mean IoU and what goes with it, pictures, and the head as files for `load_head`.
+
+    Raises:
+        DataError: labels that are wrong or missing.
+        ConfigError: an input size that the encoder's stride does not divide.
+        NonFiniteLossError: training diverged.
+    """
+    complaints = Complaints(setting.skip_invalid)
+    train = open_segmentation(
+        setting.data, "train", config, complaints, limit=setting.limit, progress=setting.progress
+    )
+    val = open_segmentation(
+        setting.val or setting.data,
+        "val",
+        config,
+        complaints,
+        own=setting.val is None,
+        class_names=train.class_names,
+        limit=setting.limit,
+        progress=setting.progress,
+    )
+    encoder = make_encoder()
+    input_size = config.image_size or default_size(train, encoder.stride)
+    check_input(encoder, input_size, "image_size")
+    model = build_segmenter(
+        encoder, config, train.class_names, input_size, device=setting.device, seed=setting.seed
+    )
+    rows = _train(model, train, config, setting)
+    confusion, shown = _score(model, val, config, setting)
+    metrics = scores(confusion, train.class_names)
+    return Score(
+        metric="mIoU",
+        headline=metrics["mIoU"],
+        metrics={
+            **metrics,
+            "confusion": confusion.tolist(),
+            "class_names": list(train.class_names),
+            "image_size": list(input_size),
+            "layers": list(model.layers),
+            "training": rows,
+        },
+        data_fingerprint=train.fingerprint,
+        val_fingerprint=val.fingerprint,
+        num_train=len(train),
+        num_val=len(val),
+        notes=(*_missing(metrics["IoU"], train, val), *complaints.notes()),
+        pictures={
+            "segmentation.png": sheet(shown, train.class_names),
+            "segmentation_classes.png": class_chart(metrics["IoU"], rows),
+        },
+        files=model.files(config),
+    )
+
+
+def default_size(data: SegmentationSet, stride: int) -> Size:
+    """The pictures' own median size, rounded to the stride and kept within bounds.
+
+    At most about 1024 tokens and 512 pixels a side.
+
+    Args:
+        data: of which up to 32 pictures are looked at.
+        stride: of the encoder, pixels.
+    """
+    looked_at = np.linspace(0, len(data) - 1, min(32, len(data))).astype(int).tolist()
+    sizes = [data[index].mask.shape for index in looked_at]
+    height, width = np.median(sizes, axis=0)
+    shrink = min(
+        1.0,
+        _MAX_SIDE_PX / max(height, width),
+        float(np.sqrt(_MAX_TOKENS * stride**2 / (height * width))),
+    )
+    rows, columns = (max(1, round(side * shrink / stride)) for side in (height, width))
+    return rows * stride, columns * stride
+
+
+def masked_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    """Mean cross entropy over the pixels that are not void, in fp32; 0 where all are.
+
+    Args:
+        logits: [B, K, h, w], brought to the labels' resolution bilinearly.
+        labels: int64 [B, H, W].
+        ignore_index: of void.
+    """
+    logits = F.interpolate(logits.float(), labels.shape[-2:], mode="bilinear", align_corners=False)
+    total = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
+    return total / (labels != ignore_index).sum().clamp(min=1)
+
+
+def _train(
+    model: Segmenter, train: SegmentationSet, config: SegmentationConfig, setting: Setting
+) -> list[dict[str, float]]:
+    card = model.encoder.card
+    trained: nn.Module | None = None
+    features: Callable[..., tuple[Tensor, ...]] | None = None
+    if config.finetune:
+        assert isinstance(model.encoder, FrozenEncoder)
+        trained = model.encoder.encoder.requires_grad_(True)
+        features = model.encoder.encoder.features
+
+    def make_batch(epoch: int, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        inputs, masks = [], []
+        for index in indices.tolist():
+            image, mask = train[index]
+            number = (epoch + index) % config.num_views
+            view = learning_view(
+                mask.shape,
+                model.input_size,
+                config.scale,
+                seed=setting.seed,
+                index=index,
+                number=number,
+            )
+            inputs.append(view.image(model.prepared(image), card.interpolation, card.mean))
+            masks.append(view.mask(mask, train.ignore_index))
+        return tensor_of(inputs), tensor_of(masks).to(setting.device)
+
+    def losses_of(batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        inputs, labels = batch
+        logits = model.logits(inputs, features)
+        return {"cross_entropy": masked_cross_entropy(logits, labels, train.ignore_index)}
+
+    identity = hashlib.sha256(
+        json.dumps(
+            [
+                config.model_dump(mode="json"),
+                card.model_dump(mode="json", exclude={"scores"}),
+                train.fingerprint,
+                model.input_size,
+                setting.seed,
+            ]
+        ).encode()
+    ).hexdigest()
+    rows = fit(
+        model.head,
+        trained,
+        num_examples=len(train),
+        make_batch=make_batch,
+        losses_of=losses_of,
+        config=config,
+        seed=setting.seed,
+        folder=setting.folder,
+        identity=identity,
+        progress=setting.progress,
+    )
+    if trained is not None:
+        trained.requires_grad_(False)
+    return rows
+
+
+def _score(
+    model: Segmenter, val: SegmentationSet, config: SegmentationConfig, setting: Setting
+) -> tuple[np.ndarray, list[Shown]]:
+    """The confusion matrix of all pixels, and a few pictures spread over the set."""
+    num_classes = len(model.class_names)
+    confusion = np.zeros((num_classes, num_classes), np.int64)
+    to_show = set(np.linspace(0, len(val) - 1, min(_NUM_SHOWN, len(val))).astype(int).tolist())
+    shown = []
+    for start in range(0, len(val), config.batch_size):
+        indices = range(start, min(start + config.batch_size, len(val)))
+        examples = [val[index] for index in indices]
+        found = model([image for image, _ in examples], config.batch_size)
+        for index, (image, mask), classes in zip(indices, examples, found, strict=True):
+            confusion += confusion_matrix(mask, classes, num_classes, val.ignore_index)
+            if index in to_show:
+                void = mask == val.ignore_index
+                shown.append(Shown(np.asarray(image), mask, void, classes))
+        setting.progress("scoring", indices.stop, len(val))
+    return confusion, shown
+
+
+def _missing(
+    iou: dict[str, float | None], train: SegmentationSet, val: SegmentationSet
+) -> tuple[str, ...]:
+    """A note that names the classes that there are no pixels to score on of."""
+    void = train.ignore_index, val.ignore_index
+    names = [
+        name
+        for number, name in enumerate(train.class_names)
+        if iou[name] is None and number not in void
+    ]
+    if not names:
+        return ()
+    return (
+        f"classes without a labelled pixel to score on, left out of the mean: {', '.join(names)}",
+    )

@@ -1,0 +1,86 @@
+"""The labelled pictures an evaluation learns from, and those it scores on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from trainers.data.discover import available_splits
+from trainers.data.sources import Source, open_source
+from trainers.errors import DataError
+from trainers.evaluation.score import Setting
+
+# In the order they are preferred: a test set is kept back where there is a validation set.
+VALIDATION_SPLITS = ("val", "valid", "validation", "dev", "test")
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Two labelled sources.
+
+    Attributes:
+        train: to learn from; its labels are the classes' numbers.
+        val: to score on.
+        class_names: by label; numbers where the data does not name them.
+        val_numbers: int64, the class of each label of `val`, which may lack classes and so number
+            the others differently.
+    """
+
+    train: Source
+    val: Source
+    class_names: tuple[str, ...]
+    val_numbers: np.ndarray
+
+
+def open_splits(setting: Setting) -> Splits:
+    """Open the training and the validation pictures of a labelled dataset.
+
+    Raises:
+        DataError: a set has no labels, there is a class to score on that there is none to learn
+            from, or there is no validation set.
+        EmptyDatasetError: a set has no picture.
+    """
+    train = open_source(setting.data)
+    val = open_source(setting.val) if setting.val else own_validation(setting.data)
+    highest = max(int(_labels(source).max()) for source in (train, val))
+    names, val_names = train.facts.class_names, val.facts.class_names
+    if bool(names) != bool(val_names):
+        named, other = (train, val) if names else (val, train)
+        raise DataError(f"{named.facts.uri} names its classes and {other.facts.uri} does not")
+    unknown = sorted(set(val_names) - set(names))
+    if unknown:
+        raise DataError(
+            f"{val.facts.uri} has class {unknown[0]!r}, which {train.facts.uri} lacks",
+            hint="the pictures to score on need the classes of those to learn from",
+        )
+    if not names:
+        names = val_names = tuple(map(str, range(highest + 1)))
+    return Splits(train, val, names, np.array([names.index(name) for name in val_names]))
+
+
+def own_validation(data: str) -> Source:
+    """The validation split of a dataset, or its test split where it has no other.
+
+    Raises:
+        DataError: it has neither.
+    """
+    splits = available_splits(data)
+    for split in VALIDATION_SPLITS:
+        if split in splits:
+            return open_source(data, split=split)
+    found = ", ".join(splits) or "none"
+    raise DataError(
+        f"{data} has no validation or test split",
+        hint=f"splits found: {found}; give one with --val",
+    )
+
+
+def _labels(source: Source) -> np.ndarray:
+    labels = source.labels()
+    if labels is None:
+        raise DataError(
+            f"{source.facts.uri} has no labels",
+            hint="an evaluation needs a class for each picture",
+        )
+    return labels
