@@ -106,15 +106,13 @@ def evaluate(
 
 
 def _print_comparison(results: list[dict[str, Any]], out: str, as_json: bool) -> None:
-    from rich.console import Console
-
     from service.comparing import table, write_comparison
 
     files = write_comparison(results, out)
     if as_json:
         click.echo(json.dumps({"results": results, "files": files}))
         return
-    Console(highlight=False).print(table(results))
+    click.echo(table(results))
     click.echo(files["png"])
 
 

@@ -6,8 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.table import Table
-
 from trainers.storage import RunDir
 
 SHOWN_FIGURES = 6
@@ -40,16 +38,15 @@ def write_comparison(results: Sequence[Mapping[str, Any]], out: str) -> dict[str
     return {suffix: (folder / f"{name}.{suffix}").uri for suffix in contents}
 
 
-def table(results: Sequence[Mapping[str, Any]]) -> Table:
-    """Encoders down, figures across, the best first."""
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Encoders down, figures across, the best first; as wide as it needs to be."""
     heads, rows = _cells(results)
-    found = Table(box=None, pad_edge=False)
-    found.add_column(heads[0], no_wrap=True, overflow="fold")
-    for head in heads[1:]:
-        found.add_column(head, justify="right", no_wrap=True)
-    for row in rows:
-        found.add_row(*row)
-    return found
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    lines = [
+        "  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])])
+        for cells in (heads, *rows)
+    ]
+    return "\n".join(lines)
 
 
 def _markdown(results: Sequence[Mapping[str, Any]]) -> str:

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from trainers.evaluation.score import Score, Setting
     from trainers.storage import RunDir
 
+    Timed = tuple[Score, float]
+    """A score, and the seconds it took."""
+
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 API_KEY_VARIABLE = "MIMRAY_API_KEY"
@@ -99,12 +102,10 @@ def run_evaluate(encoders: Sequence[str], request: Request) -> list[dict[str, An
     data, val = absolute(request.data), absolute(request.val) if request.val else None
     with connected():
         run = _run_on_devices if TASKS[request.task].dense else _run_here
-        began = time.monotonic()
         scores = run(subjects, request, config, data, val)
-        seconds = (time.monotonic() - began) / len(subjects)
     return [
         _keep(subject, score, request, config, seconds)
-        for subject, score in zip(subjects, scores, strict=True)
+        for subject, (score, seconds) in zip(subjects, scores, strict=True)
     ]
 
 
@@ -143,7 +144,7 @@ def _subject(text: str, request: Request) -> Subject:
 
 def _run_here(
     subjects: Sequence[Subject], request: Request, config: Config, data: str, val: str | None
-) -> list[Score]:
+) -> list[Timed]:
     """One after the other, from this process: these tasks spread over the cluster themselves."""
     from service.phases import PhaseProgress
 
@@ -154,14 +155,15 @@ def _run_here(
             assert subject.ref is not None
             setting = _setting(request, subject, config, data, val, "auto")
             setting = _with_progress(setting, partial(shown, subject.text))
-            scores.append(evaluate(subject.ref, setting, config))
+            began = time.monotonic()
+            scores.append((evaluate(subject.ref, setting, config), time.monotonic() - began))
             shutil.rmtree(setting.folder, ignore_errors=True)
     return scores
 
 
 def _run_on_devices(
     subjects: Sequence[Subject], request: Request, config: Config, data: str, val: str | None
-) -> list[Score]:
+) -> list[Timed]:
     """All at once as far as there are devices: each is a Ray task that holds one."""
     import ray
 
@@ -178,7 +180,7 @@ def _run_on_devices(
         encoder = _encoder_maker(subject, request, config, device)
         task = work.remote(request.task, encoder, setting, config, watch, number, int(cpus))
         waiting[task] = number
-    scores: dict[int, Score] = {}
+    scores: dict[int, Timed] = {}
     with PhaseProgress(console) as shown:
         try:
             while waiting:
@@ -202,7 +204,7 @@ def _evaluate_on_device(
     watch: Any,
     number: int,
     num_threads: int,
-) -> Score:
+) -> Timed:
     """Runs in a Ray worker that holds one device."""
     import torch
 
@@ -211,9 +213,10 @@ def _evaluate_on_device(
     torch.set_num_threads(num_threads)  # Ray sets OMP_NUM_THREADS to 1
     evaluate = load(TASKS[task].evaluate)
     setting = _with_progress(setting, Reporter(watch, number))
+    began = time.monotonic()
     score: Score = evaluate(make_encoder, setting, config)
     shutil.rmtree(setting.folder, ignore_errors=True)
-    return score
+    return score, time.monotonic() - began
 
 
 def _device_share() -> tuple[float, float]:

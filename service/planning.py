@@ -12,7 +12,7 @@ from rich.table import Table
 
 from service.progress import duration
 from trainers.config.advice import advice
-from trainers.config.method import BEiTConfig
+from trainers.config.method import BEiTConfig, FinetuneConfig
 from trainers.config.recipes import load_recipe
 from trainers.config.run import Plan, Recipe, parse_recipe, resolve
 from trainers.errors import BundleError
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from trainers.cost import Cost
 
 IMAGENET = DatasetFacts(uri="ImageNet-1k", num_samples=1_281_167, fingerprint="assumed")
+IMAGENET_CLASSES = 1000
 
 # TFLOP/s of an A100 by what the run computes in; fp32 without TF32, as torch multiplies it.
 A100_PEAK = {"bf16": 312.0, "fp16": 312.0, "fp32": 19.5}
@@ -59,9 +60,13 @@ def forecast(
     recipe, tokenizer, notes = _with_tokenizer(load_recipe(name, overrides, steps))
     facts = IMAGENET
     if data is not None:
-        from trainers.data.sources import open_source
+        from trainers.data.selection import open_training, with_classes
 
-        facts = open_source(data).facts
+        source = open_training(data, recipe)
+        recipe, facts = with_classes(recipe, source), source.facts
+    elif isinstance(recipe.method, FinetuneConfig) and not recipe.method.num_classes:
+        method = recipe.method.model_copy(update={"num_classes": IMAGENET_CLASSES})
+        recipe = recipe.model_copy(update={"method": method})
     plan = resolve(recipe, facts, recipe.resources.num_workers)
 
     from trainers.cost import estimate

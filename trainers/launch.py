@@ -16,8 +16,9 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from trainers.config.run import Plan, Recipe, differences, resolve
-from trainers.data.sources import open_source
+from trainers.data.selection import open_training, with_classes
 from trainers.desk import Desk, DeskState, Link
+from trainers.engine.initial import initial_within, keep_initial, with_initial
 from trainers.errors import DataError, MimrayError, ResourceError, RunConflictError
 from trainers.storage import RunDir, check_seen, claim
 from trainers.tokenizers import keep_tokenizer, tokenizer_within, with_tokenizer
@@ -30,7 +31,7 @@ COLLECTIVE_TIMEOUT_S = 1800
 
 @dataclass(frozen=True)
 class Job:
-    """One pre-training as the user asked for it.
+    """One training as the user asked for it.
 
     Attributes:
         storage: where runs are kept; the run is `<storage>/<name>`.
@@ -77,24 +78,32 @@ def prepare(job: Job) -> Plan:
     Needs no cluster. Writes nothing.
 
     Raises:
-        ConfigError: the recipe does not fit the data, the workers or its tokenizer.
-        BundleError: its tokenizer is not there, or damaged.
+        ConfigError: the recipe does not fit the data, the workers, its tokenizer or the bundle it
+            begins with.
+        DataError: classes are to be learnt of pictures that have none.
+        BundleError: its tokenizer, or the bundle it begins with, is not there or damaged.
         RunConflictError: the directory holds a run of another recipe or other data, or is to be
-            started over and is no run, or holds the tokenizer.
+            started over and is no run, or holds the tokenizer or the bundle.
     """
     if job.fresh and job.run.exists() and not job.run.exists("plan.json"):
         raise RunConflictError(
             f"{job.run} exists and is not a run, so --fresh will not delete it",
             hint="choose another --name, or remove it yourself",
         )
-    recipe = with_tokenizer(job.recipe)
+    recipe = with_initial(with_tokenizer(job.recipe))
     if job.fresh and tokenizer_within(recipe, job.run):
         raise RunConflictError(
             f"--fresh would delete {job.run} and method.tokenizer with it",
             hint="choose another --name, or copy the tokenizer first",
         )
-    facts = open_source(job.data).facts
-    plan = resolve(recipe, facts, recipe.resources.num_workers)
+    if job.fresh and initial_within(recipe, job.run):
+        raise RunConflictError(
+            f"--fresh would delete {job.run} and method.bundle with it",
+            hint="choose another --name, or copy the bundle first",
+        )
+    source = open_training(job.data, recipe)
+    recipe = with_classes(recipe, source)
+    plan = resolve(recipe, source.facts, recipe.resources.num_workers)
     if job.fresh or not job.run.exists("plan.json"):
         return plan
     before = Plan.model_validate_json(job.run.read("plan.json"))
@@ -130,6 +139,7 @@ def pretrain(
     claim(run, launch_id)
     run.write("plan.json", plan.model_dump_json(indent=2).encode())
     keep_tokenizer(plan.recipe, run)
+    keep_initial(plan.recipe, run)
 
     desk = _open_desk(job, plan)
     watcher = _Watcher(desk, on_progress)
@@ -275,7 +285,7 @@ def _work(config: dict[str, Any]) -> None:
     rank = ray.train.get_context().get_world_rank()
     try:
         check_seen(run)
-        source = open_source(plan.data.uri, cache_mib=plan.recipe.data.cache_mib)
+        source = open_training(plan.data.uri, plan.recipe)
         if source.facts.fingerprint != plan.data.fingerprint:
             raise DataError(
                 f"{plan.data.uri} is not the same data on every node",

@@ -282,11 +282,12 @@ def registered(reference: str) -> Version | None:
     return registry.find(reference) if registry.versions(name) else None
 
 
-def load_bundle(path_or_name: str | Path) -> FrozenEncoder:
+def load_bundle(path_or_name: str | Path, *, verify: bool = True) -> FrozenEncoder:
     """Load a frozen encoder by its place or by its registered name.
 
     Args:
         path_or_name: folder of a bundle or a run, or `NAME[@ALIAS|@vN]`.
+        verify: hold the weights against the card's digest.
 
     Returns:
         The encoder on the CPU, in evaluation mode, frozen.
@@ -294,7 +295,7 @@ def load_bundle(path_or_name: str | Path) -> FrozenEncoder:
     Raises:
         BundleError: there is none, or it is damaged.
     """
-    return load_bundle_at(fetch_bundle(locate(str(path_or_name))))
+    return load_bundle_at(fetch_bundle(locate(str(path_or_name))), verify=verify)
 
 
 def _version(entry: ModelVersion, aliases: tuple[str, ...]) -> Version:

@@ -61,6 +61,13 @@ class RunDir:
         """The filesystem's own path of a file below."""
         return f"{self.root}/{name}" if name else self.root
 
+    def holds(self, other: RunDir) -> bool:
+        """Whether another directory is this one or lies below it."""
+        if self.local is not None and other.local is not None:
+            return other.local.resolve().is_relative_to(self.local.resolve())
+        same_store: bool = other.filesystem.equals(self.filesystem)
+        return same_store and f"{other.root}/".startswith(f"{self.root}/")
+
     def create(self) -> None:
         """Make the directory and its parents."""
         with storage_errors(self.uri):

@@ -93,11 +93,7 @@ def tokenizer_within(recipe: Recipe, run: RunDir) -> bool:
     """Whether the tokenizer a recipe names lies inside a run's directory, and dies with it."""
     if not isinstance(recipe.method, BEiTConfig):
         return False
-    place = bundle_place(recipe.method.tokenizer)
-    if place.local is not None and run.local is not None:
-        return place.local.resolve().is_relative_to(run.local.resolve())
-    same_store: bool = place.filesystem.equals(run.filesystem)
-    return same_store and place.root.startswith(f"{run.root}/")
+    return run.holds(bundle_place(recipe.method.tokenizer))
 
 
 def check_digest(folder: Path, wanted: str) -> None:

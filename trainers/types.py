@@ -33,6 +33,7 @@ class Batch:
         indices: int64 [B], sample indices in the dataset.
         epoch: epoch of every sample, int64 [B].
         problems: what was wrong with pictures that others stand in for.
+        labels: int64 [B], classes; None when the method learns from none.
     """
 
     images: Tensor
@@ -41,6 +42,7 @@ class Batch:
     epoch: np.ndarray
     problems: tuple[str, ...] = ()
     tokenizer_images: Tensor | None = None
+    labels: Tensor | None = None
 
 
 class Panel(NamedTuple):
@@ -58,8 +60,9 @@ class MethodOutput(NamedTuple):
     Attributes:
         loss: scalar.
         prediction: [B, N, P] for patch targets; for codes the logits [M, K] of the M hidden
-            tokens, in row-major order.
-        target: what the prediction is held against: [B, N, P], or int64 [M].
+            tokens, in row-major order; for classes the logits [B, K].
+        target: what the prediction is held against: [B, N, P], int64 [M], or for classes
+            probabilities [B, K].
         mask: bool [B, N], True = hidden (all True where the method hides nothing).
         terms: scalars worth a curve of their own beside the loss, by name.
     """

@@ -13,27 +13,19 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from pyarrow import fs as pafs
 
 from trainers.config.run import parse_recipe, resolve
 from trainers.engine import checkpoints
 from trainers.engine.checkpoints import MANIFEST, Checkpoint, Identity, find, load_newest
-from trainers.engine.deepspeed import initialize, prepare_process
+from trainers.engine.deepspeed import initialize
 from trainers.engine.export import read_checkpoint
 from trainers.errors import CheckpointError, StorageError
 from trainers.methods import build_method
 from trainers.storage import RunDir
 from trainers.types import DatasetFacts
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    prepare_process(torch.device("cpu"))
-    meeting = tmp_path_factory.mktemp("group") / "meeting"
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 def plan_of(zero_stage: int) -> Any:

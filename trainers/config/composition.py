@@ -8,6 +8,7 @@ from trainers.config.method import (
     AEConfig,
     BEiTConfig,
     DVAEConfig,
+    FinetuneConfig,
     MAEConfig,
     MaskFeatConfig,
     MethodConfig,
@@ -74,6 +75,13 @@ def check_composition(
             )
     if isinstance(method, AEConfig | VAEConfig | DVAEConfig):
         _check_decoder(encoder, method)
+    if isinstance(method, FinetuneConfig):
+        if isinstance(encoder, DalleConfig):
+            raise ValueError("encoder dalle makes codes of pictures; it is not for fine-tuning")
+        if method.pooling == "cls" and not isinstance(encoder, ViTConfig):
+            raise ValueError(
+                f"encoder {encoder.name} has no class token; method.pooling mean goes with it"
+            )
 
 
 def drops_hidden(method: MethodConfig) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
@@ -10,6 +11,8 @@ from trainers.config.base import Config
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_RAND_AUGMENT = re.compile(r"rand(-(m|n|mmax|inc)\d+|-(p|mstd)\d+(\.\d+)?)*")
 
 
 class DataConfig(Config):
@@ -34,7 +37,17 @@ class DataConfig(Config):
         lt=1,
         description="brightness, contrast and saturation by up to this share, in random order",
     )
+    auto_augment: str = Field(
+        default="",
+        description="RandAugment as timm writes it, e.g. rand-m9-mstd0.5-inc1; none by default",
+    )
+    random_erasing: float = Field(
+        default=0.0, ge=0, le=1, description="probability that a rectangle is filled with noise"
+    )
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    limit: PositiveInt | None = Field(
+        default=None, description="so many pictures, evenly spread over the dataset; all by default"
+    )
     num_workers: NonNegativeInt = Field(
         default=2, description="decode processes a training worker; 0 decodes in the loop"
     )
@@ -46,6 +59,11 @@ class DataConfig(Config):
     on_bad: Literal["substitute", "fail"] = Field(
         default="substitute",
         description="a picture that cannot be decoded: take the next one and count it, or stop",
+    )
+    bad_labels: Literal["fail", "skip"] = Field(
+        default="fail",
+        description="a picture without a class, or of one outside the range, where classes are "
+        "learnt: stop before the run, or leave it out",
     )
 
     @field_validator("image_size", mode="before")
@@ -77,4 +95,12 @@ class DataConfig(Config):
         low, high = self.crop_ratio
         if not 0 < low <= high:
             raise ValueError(f"data.crop_ratio {self.crop_ratio} must satisfy 0 < low <= high")
+        if self.auto_augment and not _RAND_AUGMENT.fullmatch(self.auto_augment):
+            raise ValueError(
+                f"data.auto_augment {self.auto_augment!r} is not of timm's form: rand, then any of "
+                "-mMAGNITUDE -nLAYERS -pPROBABILITY -mstdDEVIATION -mmaxMAGNITUDE -inc1, e.g. "
+                "rand-m9-mstd0.5-inc1"
+            )
+        if self.auto_augment and self.channels != 3:
+            raise ValueError("data.auto_augment changes colours, so it needs data.channels 3")
         return self

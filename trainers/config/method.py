@@ -214,8 +214,51 @@ class DVAEConfig(_Autoencoder):
         return self
 
 
+class FinetuneConfig(Config):
+    """Classes of labelled pictures, the whole encoder trained end to end (He et al. 2022, A.1)."""
+
+    name: Literal["finetune"]
+    bundle: str = Field(
+        default="",
+        description="bundle or run whose encoder to begin from; path or URI every node sees; "
+        "empty: a fresh encoder",
+    )
+    bundle_sha256: str = Field(
+        default="", description="digest of the encoder's weights; filled in by the plan"
+    )
+    num_classes: NonNegativeInt = Field(
+        default=0, description="0: as many as the data has; filled in by the plan"
+    )
+    class_names: tuple[str, ...] = Field(
+        default=(), description="by class, where the data names them; filled in by the plan"
+    )
+    pooling: Literal["mean", "cls"] = Field(
+        default="mean", description="what the head sees: the mean of the patches, or class token"
+    )
+    label_smoothing: float = Field(
+        default=0.0, ge=0, lt=1, description="share of a target spread evenly over all classes"
+    )
+    mixup: float = Field(
+        default=0.0, ge=0, description="alpha of mixup: the share is of Beta(alpha, alpha); 0 never"
+    )
+    cutmix: float = Field(default=0.0, ge=0, description="alpha of cutmix; 0 never")
+    mixup_prob: float = Field(
+        default=1.0, ge=0, le=1, description="probability that a micro batch is mixed"
+    )
+    mixup_switch_prob: float = Field(
+        default=0.5, ge=0, le=1, description="probability of cutmix where both are on"
+    )
+
+
 AutoencoderConfig = AEConfig | VAEConfig | DVAEConfig
 MethodConfig = Annotated[
-    MAEConfig | SimMIMConfig | MaskFeatConfig | BEiTConfig | AEConfig | VAEConfig | DVAEConfig,
+    MAEConfig
+    | SimMIMConfig
+    | MaskFeatConfig
+    | BEiTConfig
+    | AEConfig
+    | VAEConfig
+    | DVAEConfig
+    | FinetuneConfig,
     Field(discriminator="name"),
 ]

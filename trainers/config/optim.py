@@ -30,6 +30,13 @@ class OptimConfig(Config):
         description="parameters that do not decay beside biases and norms, by the last part of "
         "their name, e.g. cls_token",
     )
+    layer_decay: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="learning rate of each layer of the encoder over that of the next one; what "
+        "lies behind the encoder keeps the full rate; off by default",
+    )
     schedule: Literal["cosine", "multistep"] = Field(
         default="cosine", description="after the warm-up"
     )

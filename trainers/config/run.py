@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationEr
 from trainers.config.base import Config, explain
 from trainers.config.composition import check_composition
 from trainers.config.data import DataConfig
-from trainers.config.method import DVAEConfig, MethodConfig
+from trainers.config.method import DVAEConfig, FinetuneConfig, MethodConfig
 from trainers.config.model import EncoderConfig
 from trainers.config.optim import OptimConfig
 from trainers.errors import ConfigError
@@ -114,6 +114,11 @@ class Recipe(Config):
         """Size of the second view that the loader makes, for methods that want one."""
         return getattr(self.method, "tokenizer_image_size", None)
 
+    @property
+    def learns_classes(self) -> bool:
+        """Whether the method is told the class of each picture."""
+        return isinstance(self.method, FinetuneConfig)
+
 
 # May differ when a run is continued: they change neither what is learnt nor its files.
 OPERATIONAL = ("about", "checkpoint", "logging", "resources")
@@ -123,6 +128,7 @@ OPERATIONAL_KEYS = (
     "data.cache_mib",
     "engine.micro_batch_size",
     "method.tokenizer",  # where it lies; what it is, its digest says
+    "method.bundle",  # likewise
 )
 
 

@@ -278,6 +278,8 @@ def _inputs(method: Method, batch: int) -> dict[str, Tensor]:
     if recipe.tokenizer_size is not None:
         shape = (batch, chans, *recipe.tokenizer_size)
         inputs["tokenizer_images"] = torch.empty(shape, dtype=torch.uint8, device="meta")
+    if recipe.learns_classes:
+        inputs["labels"] = torch.empty(batch, dtype=torch.int64, device="meta")
     return inputs
 
 

@@ -18,7 +18,13 @@ from trainers.data.decode import decode, read_size
 from trainers.data.order import SampleOrder
 from trainers.data.rng import Stream, generator
 from trainers.data.sources import Source
-from trainers.data.transforms import color_jitter, random_crop_box, to_array, view_of
+from trainers.data.transforms import (
+    auto_augment,
+    color_jitter,
+    random_crop_box,
+    to_array,
+    view_of,
+)
 from trainers.data.workers import decode_workers
 from trainers.errors import DataError, ImageError
 from trainers.types import Batch
@@ -42,7 +48,7 @@ class Sample:
     """One made sample: the picture uint8 [C, H, W], its mask bool [N], and where it came from.
 
     `tokenizer_pixels` is the same crop at the tokenizer's size; `problems` says why other
-    pictures could not be used in its place.
+    pictures could not be used in its place; `label` is the class of the picture that is shown.
     """
 
     pixels: np.ndarray
@@ -50,6 +56,7 @@ class Sample:
     place: Place
     problems: tuple[str, ...] = ()
     tokenizer_pixels: np.ndarray | None = None
+    label: int | None = None
 
 
 class Views(Dataset[Sample]):
@@ -67,22 +74,24 @@ class Views(Dataset[Sample]):
         self.draw_mask = draw_mask
 
     def __getitem__(self, place: Place) -> Sample:
-        """Decode, crop, flip and mask."""
+        """Decode, crop, flip, augment and mask."""
         seed = self.recipe.seed
         mask = None
         if self.draw_mask is not None:
             mask = self.draw_mask(
                 self.recipe, generator(seed, Stream.MASK, place.epoch, place.index)
             )
-        (pixels, tokenizer_pixels), problems = self._pixels(place)
-        return Sample(pixels, mask, place, problems, tokenizer_pixels)
+        (pixels, tokenizer_pixels), label, problems = self._pixels(place)
+        return Sample(pixels, mask, place, problems, tokenizer_pixels, label)
 
-    def _pixels(self, place: Place) -> tuple[View, tuple[str, ...]]:
+    def _pixels(self, place: Place) -> tuple[View, int | None, tuple[str, ...]]:
         problems: list[str] = []
         for offset in range(MAX_SUBSTITUTES + 1):
             index = (place.index + offset) % len(self.source)
+            record = self.source[index]
+            label = record.label if self.recipe.learns_classes else None
             try:
-                return self._view(self.source[index].image, place), tuple(problems)
+                return self._view(record.image, place), label, tuple(problems)
             except ImageError as error:
                 name = self.source.name(index)
                 if self.recipe.data.on_bad == "fail":
@@ -117,7 +126,10 @@ class Views(Dataset[Sample]):
             picture = picture.convert("L")
         if config.color_jitter:
             picture = color_jitter(rng, picture, config.color_jitter)
-        pixels = to_array(view_of(picture, config.image_size, config.interpolation, box, flip))
+        view = view_of(picture, config.image_size, config.interpolation, box, flip)
+        if config.auto_augment:
+            view = auto_augment(rng, view, config.auto_augment, config.mean, config.interpolation)
+        pixels = to_array(view)
         if tokenizer_size is None:
             return pixels, None
         return pixels, to_array(view_of(picture, tokenizer_size, "lanczos", box, flip))
@@ -191,6 +203,7 @@ def make_loader(
 
 def collate(samples: list[Sample]) -> Batch:
     """Stack samples into a batch."""
+    labels = [s.label for s in samples if s.label is not None]
     return Batch(
         images=torch.from_numpy(np.stack([s.pixels for s in samples])),
         mask=_stacked([s.mask for s in samples]),
@@ -198,6 +211,7 @@ def collate(samples: list[Sample]) -> Batch:
         epoch=np.array([s.place.epoch for s in samples], dtype=np.int64),
         problems=tuple(problem for s in samples for problem in s.problems),
         tokenizer_images=_stacked([s.tokenizer_pixels for s in samples]),
+        labels=torch.tensor(labels, dtype=torch.int64) if labels else None,
     )
 
 

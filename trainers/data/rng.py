@@ -8,6 +8,9 @@ Source: Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3".
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 
 import numpy as np
@@ -27,6 +30,7 @@ class Stream(IntEnum):
     PROBE_ORDER = 9
     PROBE_SPLIT = 10
     SCENE = 11
+    ERASING = 12
 
 
 def generator(seed: int, stream: Stream, a: int, b: int = 0) -> np.random.Generator:
@@ -45,3 +49,22 @@ def generator(seed: int, stream: Stream, a: int, b: int = 0) -> np.random.Genera
 def permutation(rng: np.random.Generator, n: int) -> np.ndarray:
     """A permutation of n made from uniform draws alone, whose stream numpy keeps stable."""
     return np.argsort(rng.random(n), kind="stable")
+
+
+@contextmanager
+def global_generators(rng: np.random.Generator) -> Iterator[None]:
+    """Let a library that draws from global generators draw from a sample's own instead.
+
+    Python's and NumPy's are seeded from it, and put back afterwards as they were.
+
+    Args:
+        rng: a generator of this sample's own; two draws are taken of it.
+    """
+    before = random.getstate(), np.random.get_state()
+    random.seed(int(rng.integers(2**63)))
+    np.random.seed(int(rng.integers(2**32)))
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageEnhance
+
+from trainers.data.rng import global_generators
 
 _RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
@@ -71,6 +75,45 @@ def color_jitter(rng: np.random.Generator, image: Image.Image, strength: float) 
     for i in order:
         image = _JITTERS[i](image).enhance(float(factors[i]))
     return image
+
+
+def auto_augment(
+    rng: np.random.Generator,
+    image: Image.Image,
+    policy: str,
+    mean: tuple[float, ...],
+    interpolation: str,
+) -> Image.Image:
+    """RandAugment by timm, a function of the sample's generator alone.
+
+    Args:
+        rng: a generator of this sample's own.
+        image: RGB, of its final size.
+        policy: timm's string, e.g. `rand-m9-mstd0.5-inc1`.
+        mean: of the pixels in [0, 1]; what shifts and turns leave empty is filled with it.
+        interpolation: of shifts and turns.
+
+    Source: Cubuk et al. 2020, "RandAugment"; timm's variant, with translations of at most 0.45 of
+        the shorter side, as in the official MAE code (`util/datasets.py`).
+    """
+    augment = _rand_augment(policy, min(image.size), mean, interpolation)
+    with global_generators(rng):
+        return augment(image)
+
+
+@functools.cache
+def _rand_augment(
+    policy: str, short_side_px: int, mean: tuple[float, ...], interpolation: str
+) -> Callable[[Image.Image], Image.Image]:
+    from timm.data.auto_augment import rand_augment_transform
+
+    hyperparameters = {
+        "translate_const": int(short_side_px * 0.45),
+        "img_mean": tuple(round(255 * value) for value in mean),
+        "interpolation": _RESAMPLING[interpolation],
+    }
+    augment: Callable[[Image.Image], Image.Image] = rand_augment_transform(policy, hyperparameters)
+    return augment
 
 
 def inference_view(

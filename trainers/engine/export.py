@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trainers.bundles import CARD, TOKENIZER, BundleCard, fetch_bundle, save_bundle, spread_layers
+from trainers.config.method import FinetuneConfig
 from trainers.config.run import Plan
 from trainers.engine.checkpoints import Checkpoint
 from trainers.methods import build_method
@@ -39,6 +40,7 @@ def write_bundle(
         mean=recipe.data.mean,
         std=recipe.data.std,
         interpolation=recipe.data.interpolation,
+        pooling=recipe.method.pooling if isinstance(recipe.method, FinetuneConfig) else "mean",
         layers=spread_layers(recipe.encoder.num_layers),
         method=recipe.method.name,
         step=step,

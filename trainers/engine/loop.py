@@ -17,6 +17,7 @@ from torch import Tensor
 
 from trainers.bundles import TOKENIZER, fetch_bundle
 from trainers.config.run import Plan
+from trainers.data.erasing import erase
 from trainers.data.loader import Place, Views, collate, make_loader
 from trainers.data.order import SampleOrder
 from trainers.data.sources import Source
@@ -27,7 +28,9 @@ from trainers.engine.deepspeed import (
     initialize,
     prepare_process,
 )
+from trainers.engine.initial import load_initial
 from trainers.engine.metrics import append_metrics, rewind_metrics
+from trainers.engine.optim import set_learning_rate
 from trainers.engine.schedule import learning_rate
 from trainers.errors import NonFiniteLossError
 from trainers.methods import attach_tokenizer, build_method, method_class
@@ -89,7 +92,8 @@ def train(
 
     Args:
         plan: what to run.
-        run: its directory; checkpoints and metrics go there, the tokenizer comes from there.
+        run: its directory; checkpoints and metrics go there, the tokenizer and the encoder to
+            begin with come from there.
         source: the pictures.
         device: this rank's device.
         observer: told of progress on rank 0.
@@ -102,7 +106,8 @@ def train(
         NonFiniteLossError: before the update that would have spoilt the weights.
         StorageError: a checkpoint could not be written.
         RunConflictError: a later launch has taken the run over.
-        BundleError: the run's tokenizer is damaged or another one than the plan's.
+        BundleError: the run's tokenizer or the encoder to begin with is damaged, or another one
+            than the plan's.
     """
     recipe, rank = plan.recipe, dist.get_rank()
     prepare_process(device)
@@ -112,6 +117,7 @@ def train(
     method = build_method(recipe)
     if recipe.tokenizer_size is not None:
         attach_tokenizer(method, fetch_bundle((run / TOKENIZER).uri))
+    load_initial(method, run)
     frozen = {n: p.detach().clone() for n, p in method.named_parameters() if not p.requires_grad}
     if recipe.engine.activation_checkpointing:
         method.encoder.activation_checkpointing = True
@@ -171,8 +177,7 @@ def _update(
     device: torch.device,
 ) -> _StepResult:
     """One update: `accumulation` micro batches, one optimiser step."""
-    for group in engine.optimizer.param_groups:
-        group["lr"] = learning_rate(plan, step)
+    set_learning_rate(engine.optimizer, learning_rate(plan, step))
     # Drop path and the like depend on the step alone, so a continued run repeats them.
     torch.manual_seed(_device_seed(plan.recipe.seed, step, dist.get_rank()))
     engine.module.at_step(step, plan.steps)
@@ -269,14 +274,25 @@ def _inputs(batch: Batch, plan: Plan, device: torch.device) -> dict[str, Tensor 
     """What a method is called with, on the device."""
     data = plan.recipe.data
     images = batch.images.to(device, non_blocking=True)
+    # In fp32, as targets are; encoders cast what they compute with.
+    images = normalise(images, data.mean, data.std)
+    if data.random_erasing:
+        images = erase(
+            images,
+            data.random_erasing,
+            seed=plan.recipe.seed,
+            epochs=batch.epoch,
+            indices=batch.indices,
+        )
     inputs = {
-        # In fp32, as targets are; encoders cast what they compute with.
-        "images": normalise(images, data.mean, data.std),
+        "images": images,
         "mask": None if batch.mask is None else batch.mask.to(device, non_blocking=True),
     }
     if batch.tokenizer_images is not None:
         # As stored: the tokenizer has a normalisation and a precision of its own.
         inputs["tokenizer_images"] = batch.tokenizer_images.to(device, non_blocking=True)
+    if batch.labels is not None:
+        inputs["labels"] = batch.labels.to(device, non_blocking=True)
     return inputs
 
 

@@ -21,6 +21,7 @@ METHODS = {
     "mae": "MAE",
     "simmim": "SimMIM",
     "maskfeat": "MaskFeat",
+    "finetune": "Finetune",
 }
 
 

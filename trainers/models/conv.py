@@ -84,11 +84,24 @@ class ConvEncoder(Encoder):
         """Width of the stem."""
         return self.widths[0]
 
+    @property
+    def last_decay_layer(self) -> int:
+        """One more than there are stages."""
+        return self.depth + 1
+
+    def decay_layer(self, name: str) -> int:
+        """The stem 0, stage i is i + 1, the norm is behind them."""
+        part, _, rest = name.partition(".")
+        if part == "stem":
+            return 0
+        return int(rest.partition(".")[0]) + 1 if part == "stages" else self.last_decay_layer
+
     def forward(
         self,
         images: Float[Tensor, "B C H W"],
         mask: Bool[Tensor, "B N"] | None = None,
         mask_token: Float[Tensor, "1 1 D"] | None = None,
+        norm: bool = True,
     ) -> Features:
         """Encode whole pictures; convolutions cannot hide any part."""
         assert mask is None, "a convolution sees every pixel"
@@ -96,7 +109,9 @@ class ConvEncoder(Encoder):
         x = self.stem(self._cast(images))
         for stage in self.stages:
             x = self._run(stage, x)
-        tokens = self.norm(x.flatten(2).transpose(1, 2))  # B N D
+        tokens = x.flatten(2).transpose(1, 2)  # B N D
+        if norm:
+            tokens = self.norm(tokens)
         return Features(tokens, tokens[:, :0], pooled=tokens.mean(dim=1), grid=grid)
 
     def features(

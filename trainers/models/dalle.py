@@ -92,16 +92,27 @@ class DalleEncoder(Encoder):
         """Width of the stem."""
         return self.widths[0]
 
+    @property
+    def last_decay_layer(self) -> int:
+        """One more than there are groups."""
+        return self.depth + 1
+
+    def decay_layer(self, name: str) -> int:
+        """The stem 0, group i is i + 1."""
+        part, _, rest = name.partition(".")
+        return 0 if part == "stem" else int(rest.partition(".")[0]) + 1
+
     def forward(
         self,
         images: Float[Tensor, "B C H W"],
         mask: Bool[Tensor, "B N"] | None = None,
         mask_token: Float[Tensor, "1 1 D"] | None = None,
+        norm: bool = True,
     ) -> Features:
         """Encode whole pictures; convolutions cannot hide any part."""
         assert mask is None, "a convolution sees every pixel"
         grid = self._grid_of((images.shape[2], images.shape[3]))
-        x = self.features(images, [-1])[0]  # B D h w
+        x = self.features(images, [-1], norm)[0]  # B D h w
         tokens = x.flatten(2).transpose(1, 2)  # B N D
         return Features(tokens, tokens[:, :0], pooled=tokens.mean(dim=1), grid=grid)
 

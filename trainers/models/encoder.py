@@ -45,6 +45,7 @@ class Encoder(nn.Module, ABC):
         images: Float[Tensor, "B C H W"],
         mask: Bool[Tensor, "B N"] | None = None,
         mask_token: Float[Tensor, "1 1 D"] | None = None,
+        norm: bool = True,
     ) -> Features:
         """Encode pictures.
 
@@ -54,9 +55,10 @@ class Encoder(nn.Module, ABC):
             mask_token: of the width of the first layer, stands in for every hidden patch after
                 the patch embedding. Without one, hidden patches are left out of the computation
                 altogether, and every row must hide the same number.
+            norm: apply the final norm to the tokens.
 
         Returns:
-            Tokens after the final norm, their mean, and the grid.
+            Tokens after the last layer, their mean, and the grid.
         """
 
     @property
@@ -77,6 +79,22 @@ class Encoder(nn.Module, ABC):
 
         Returns:
             Maps [B, widths[layer], H / strides[layer], W / strides[layer]].
+        """
+
+    @property
+    @abstractmethod
+    def last_decay_layer(self) -> int:
+        """Layer, as `decay_layer` counts, of what lies behind all blocks, the head included."""
+
+    @abstractmethod
+    def decay_layer(self, name: str) -> int:
+        """The layer of a parameter for layer-wise decay of the learning rate.
+
+        Counted from 0, the patch embedding, to `last_decay_layer`, finer than the layers of
+        `features` where these are stages.
+
+        Args:
+            name: of a parameter of this encoder.
         """
 
     def _wanted(self, layers: Sequence[int]) -> list[int]:

@@ -114,11 +114,36 @@ class Swin(Encoder):
         """Width of the patch embedding, and so of a mask token."""
         return self.widths[0]
 
+    @property
+    def last_decay_layer(self) -> int:
+        """One more than there are blocks, over all stages."""
+        return sum(len(stage["blocks"]) for stage in self._stages) + 1
+
+    def decay_layer(self, name: str) -> int:
+        """Patches 0, blocks are counted through all stages; a merge goes with the block before it.
+
+        Source: official SimMIM code, `get_swin_layer` of `optimizer.py`, where a merge ends a
+        stage and does not begin one.
+        """
+        part, *rest = name.split(".")
+        if part == "patch_embed":
+            return 0
+        if part != "layers":
+            return self.last_decay_layer
+        stage, kind, *inner = rest
+        before = sum(len(earlier["blocks"]) for earlier in self._stages[: int(stage)])
+        return before + int(inner[0]) + 1 if kind == "blocks" else before
+
+    @property
+    def _stages(self) -> list[Any]:
+        return list(self.layers)
+
     def forward(
         self,
         images: Float[Tensor, "B C H W"],
         mask: Bool[Tensor, "B N"] | None = None,
         mask_token: Float[Tensor, "1 1 D"] | None = None,
+        norm: bool = True,
     ) -> Features:
         """Encode pictures; a hidden output token hides every patch that lies under it."""
         grid = self._grid_of((images.shape[2], images.shape[3]))
@@ -131,7 +156,7 @@ class Swin(Encoder):
             x = torch.where(hidden.unsqueeze(-1), mask_token.to(x.dtype), x)
         for stage in self.layers:
             x = self._run_stage(stage, x)
-        tokens = self.norm(x).flatten(1, 2)  # B N D
+        tokens = (self.norm(x) if norm else x).flatten(1, 2)  # B N D
         return Features(tokens, tokens[:, :0], pooled=tokens.mean(dim=1), grid=grid)
 
     def features(

@@ -197,11 +197,27 @@ class ViT(Encoder):
         """Width of the patch embedding, and so of a mask token."""
         return self.width
 
+    @property
+    def last_decay_layer(self) -> int:
+        """One more than there are blocks."""
+        return self.depth + 1
+
+    def decay_layer(self, name: str) -> int:
+        """Tokens, positions and patches 0, block i is i + 1, the rest is behind the blocks.
+
+        Source: official BEiT code, `optim_factory.py`, which MAE's follows.
+        """
+        part, _, rest = name.partition(".")
+        if part in ("cls_token", "pos_embed", "patch_embed"):
+            return 0
+        return int(rest.partition(".")[0]) + 1 if part == "blocks" else self.last_decay_layer
+
     def forward(
         self,
         images: Float[Tensor, "B C H W"],
         mask: Bool[Tensor, "B N"] | None = None,
         mask_token: Float[Tensor, "1 1 D"] | None = None,
+        norm: bool = True,
     ) -> Features:
         """Encode pictures; without a mask token hidden patches are not even projected."""
         grid = self._grid_of((images.shape[2], images.shape[3]))
@@ -209,7 +225,8 @@ class ViT(Encoder):
         relative = self._relative(grid, x.dtype)
         for block in self.blocks:
             x = self._run(block, x, relative)
-        x = self.norm(x)  # B 1+N D
+        if norm:
+            x = self.norm(x)  # B 1+N D
         prefix, tokens = x[:, :1], x[:, 1:]
         return Features(tokens, prefix, pooled=tokens.mean(dim=1), grid=grid)
 

@@ -1,0 +1,120 @@
+"""`mimray evaluate` and what it leaves, task by task, on scenes that are drawn here."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from service.cli import cli
+from trainers.bundles import BundleCard, read_card, save_bundle
+from trainers.config.model import ViTConfig
+from trainers.data.synth import write_scenes
+from trainers.evaluation.encoders import untrained
+
+# What makes each task short, and where its labels are.
+TASKS: dict[str, tuple[str, list[str]]] = {
+    "knn": ("crops", ["--set", "k=5"]),
+    "linear": ("crops", ["--set", "solver=ridge"]),
+    "segmentation": ("", ["--epochs", "2", "--set", "batch_size=4", "--set", "num_views=1"]),
+    "detection": ("", ["--epochs", "1", "--set", "batch_size=4", "--set", "num_views=1"]),
+}
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("scenes") / "scenes"
+    write_scenes(out, num_train=12, num_val=6, image_size=(64, 64), num_classes=3, seed=0)
+    return out
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run looks like to those who use its bundle."""
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    folder.mkdir()
+    (folder / "plan.json").write_text("{}")
+    shape = ViTConfig(name="vit", width=32, depth=4, num_heads=2, patch_size=8)
+    card = BundleCard(
+        name="small", encoder=shape, image_size=(64, 64), channels=3,
+        mean=(0.5,) * 3, std=(0.25,) * 3, layers=(0, 1, 2, 3), plan_hash="abc", step=9,
+    )  # fmt: skip
+    save_bundle(folder / "bundle", card, untrained(card, seed=3).encoder.state_dict())
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def private(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache and an MLflow of this test's own."""
+    place = tmp_path_factory.mktemp("private")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(place))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place}/mlflow.db")
+    monkeypatch.chdir(place)
+
+
+def evaluate(*arguments: str) -> dict[str, Any]:
+    result = CliRunner().invoke(cli, ["evaluate", *arguments, "--json"], catch_exceptions=False)
+    assert result.exit_code == 0, result.stderr
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+def asked_of(task: str, scenes: Path) -> list[str]:
+    below, options = TASKS[task]
+    return ["--task", task, "--data", str(scenes / below), *options]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_evaluate__figures_pictures_and_the_card(
+    task: str, scenes: Path, run: Path, ray_session: str
+) -> None:
+    first = evaluate(str(run), *asked_of(task, scenes))
+    again = evaluate(str(run), *asked_of(task, scenes))
+
+    assert first["headline"] == again["headline"]
+    assert first["metrics"] == again["metrics"]
+    kept = json.loads((run / "evaluation" / f"{task}.json").read_text())
+    assert kept["headline"] == first["headline"]
+    assert (kept["plan_hash"], kept["seed"]) == ("abc", 0)
+    assert kept["data_fingerprint"] != kept["val_fingerprint"]
+    for picture in first["pictures"]:
+        Image.open(picture).verify()
+    assert first["pictures"]
+    assert read_card(run / "bundle").scores[task]["headline"] == first["headline"]
+
+
+def test_compare__a_bundle_and_its_untrained_twin(
+    scenes: Path, run: Path, ray_session: str, tmp_path: Path
+) -> None:
+    found = evaluate(
+        "--compare", str(run), f"untrained:{run}", "untrained:vit_tiny", "--image-size", "64",
+        *asked_of("knn", scenes), "--out", str(tmp_path / "out"),
+    )  # fmt: skip
+    names = [result["encoder"] for result in found["results"]]
+    assert names == [str(run), f"untrained:{run}", "untrained:vit_tiny"]
+    assert (run / "evaluation" / "untrained" / "knn.json").is_file()
+    table = Path(found["files"]["md"]).read_text()
+    assert all(name in table for name in names)
+    Image.open(found["files"]["png"]).verify()
+
+
+@pytest.mark.parametrize("task", ["segmentation", "detection"])
+def test_through__an_endpoint_scores_as_the_bundle_does(
+    task: str, scenes: Path, run: Path, ray_session: str, tmp_path: Path
+) -> None:
+    from serving.run import serve_bundles
+
+    near = evaluate(str(run), *asked_of(task, scenes), "--out", str(tmp_path / "near"))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with serve_bundles({"far": run}, port=port, device="cpu", num_cpus=1) as endpoint:
+        through = ["--through", endpoint.url, "--out", str(tmp_path / "far")]
+        far = evaluate("far", *asked_of(task, scenes), *through)
+    assert far["headline"] == pytest.approx(near["headline"], abs=0.005)
+    assert far["through"] == endpoint.url

@@ -1,0 +1,301 @@
+"""Fine-tuning against timm: mixing, targets, the network; what it begins with and costs."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from timm.data import mixup as timm_mixup
+from timm.models.vision_transformer import VisionTransformer
+
+from trainers.bundles import BundleCard, save_bundle
+from trainers.config.method import FinetuneConfig
+from trainers.config.recipes import load_recipe
+from trainers.config.run import Recipe, parse_recipe, resolve
+from trainers.convert.resize import resized
+from trainers.cost import estimate
+from trainers.engine.initial import (
+    INITIAL,
+    initial_within,
+    keep_initial,
+    load_initial,
+    with_initial,
+)
+from trainers.errors import BundleError, ConfigError
+from trainers.methods import build_method
+from trainers.methods.finetune import Finetune
+from trainers.methods.mixing import mix, smoothed_targets
+from trainers.models import build_encoder
+from trainers.storage import RunDir
+from trainers.types import DatasetFacts
+
+VIT = {"name": "vit", "width": 16, "depth": 2, "num_heads": 2, "patch_size": 8}
+LEARNED = VIT | {"positions": "learned"}
+SWIN = {"name": "swin", "width": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 2}
+CONV = {"name": "conv", "widths": [16, 32]}
+NUM_CLASSES = 5
+
+
+def recipe_of(encoder: dict[str, Any] = LEARNED, size: Any = 32, **method: Any) -> Recipe:
+    return parse_recipe(
+        {
+            "encoder": encoder,
+            "method": {"name": "finetune", "num_classes": NUM_CLASSES, **method},
+            "data": {"image_size": size},
+            "optim": {"batch_size": 4, "steps": 10},
+        }
+    )
+
+
+def method_of(encoder: dict[str, Any] = LEARNED, **method: Any) -> Finetune:
+    torch.manual_seed(0)
+    built = build_method(recipe_of(encoder, **method))
+    assert isinstance(built, Finetune)
+    return built
+
+
+def batch_of(count: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    rng = torch.Generator().manual_seed(1)
+    images = torch.randn(count, 3, 32, 32, generator=rng)
+    return images, torch.randint(NUM_CLASSES, (count,), generator=rng)
+
+
+def numbers_for_timm(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Let timm's mixing draw from a generator of ours."""
+    rng = np.random.default_rng(seed)
+    draws = SimpleNamespace(
+        rand=rng.random,
+        beta=rng.beta,
+        randint=lambda low, high, size=None: rng.integers(low, high, size=size),
+    )
+    numpy = SimpleNamespace(random=draws, sqrt=np.sqrt, clip=np.clip)
+    monkeypatch.setattr(timm_mixup, "np", numpy)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mixup": 0.8, "cutmix": 1.0},
+        {"mixup": 0.8},
+        {"cutmix": 1.0},
+        {"mixup": 0.2, "cutmix": 0.7, "mixup_prob": 0.5, "mixup_switch_prob": 0.8},
+    ],
+)
+def test_mix__is_that_of_timm(options: dict[str, float], monkeypatch: pytest.MonkeyPatch):
+    config = FinetuneConfig(name="finetune", label_smoothing=0.1, **options)
+    theirs = timm_mixup.Mixup(
+        mixup_alpha=config.mixup, cutmix_alpha=config.cutmix, prob=config.mixup_prob,
+        switch_prob=config.mixup_switch_prob, label_smoothing=0.1, num_classes=NUM_CLASSES,
+    )  # fmt: skip
+    images, labels = batch_of()
+    before, kinds = images.clone(), set()
+
+    for seed in range(20):
+        numbers_for_timm(monkeypatch, seed)
+        wanted, wanted_targets = theirs(images.clone(), labels)
+        smooth = smoothed_targets(labels, NUM_CLASSES, 0.1)
+        found, targets = mix(np.random.default_rng(seed), images, smooth, config)
+
+        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(targets, wanted_targets)
+        torch.testing.assert_close(targets.sum(dim=1), torch.ones(4))
+        kinds.add((bool((found == images).all()), bool((found == images).any())))
+    assert torch.equal(images, before)
+    # Whole pictures were blended, or parts of them replaced, and sometimes nothing was done.
+    assert ((False, False) in kinds) == ("mixup" in options)
+    assert ((False, True) in kinds) == ("cutmix" in options)
+    assert ((True, True) in kinds) == ("mixup_prob" in options)
+
+
+def test_network__is_maes_classifier_in_timm():
+    ours = method_of().eval()
+    theirs = VisionTransformer(
+        img_size=32, patch_size=8, num_classes=NUM_CLASSES, global_pool="avg", embed_dim=16,
+        depth=2, num_heads=2, fc_norm=True, norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
+    ).eval()  # fmt: skip
+    assert abs(ours.head.weight.std().item() - 2e-5) < 1e-5
+    torch.nn.init.normal_(ours.head.weight)
+    torch.nn.init.normal_(ours.encoder.get_parameter("norm.weight"))
+    state = {k.removeprefix("encoder."): v for k, v in ours.state_dict().items()}
+    state = {k.replace("norm.", "fc_norm.") if k.startswith("norm.") else k: v
+             for k, v in state.items()}  # fmt: skip
+    theirs.load_state_dict(state)
+    images, labels = batch_of()
+
+    with torch.no_grad():
+        output = ours(images, labels=labels)
+        logits = theirs(images)
+
+    torch.testing.assert_close(output.prediction, logits, rtol=1e-5, atol=1e-5)
+    loss = torch.nn.functional.cross_entropy(logits, labels)
+    torch.testing.assert_close(output.loss, loss, rtol=1e-5, atol=1e-5)
+    right = (logits.argmax(dim=1) == labels).float().mean()
+    torch.testing.assert_close(output.terms["accuracy"], right)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "pooling"), [(LEARNED, "mean"), (LEARNED, "cls"), (SWIN, "mean"), (CONV, "mean")]
+)
+def test_forward__every_parameter_learns(encoder: dict[str, Any], pooling: str):
+    method = method_of(encoder, pooling=pooling, label_smoothing=0.1, mixup=0.8, cutmix=1).train()
+    torch.nn.init.normal_(method.head.weight)  # else gradients behind it are all but zero
+    images, labels = batch_of()
+
+    method(images, labels=labels).loss.backward()
+
+    still = {n for n, p in method.named_parameters() if p.requires_grad and p.grad is None}
+    assert still == set()
+
+
+def test_class_token__is_what_the_head_sees():
+    method = method_of(pooling="cls").eval()
+    images, _ = batch_of()
+
+    found = method.logits(images)
+
+    torch.testing.assert_close(found, method.head(method.encoder(images).prefix[:, 0]))
+
+
+def test_forward__repeats_from_torchs_seed_and_mixes_in_training_only():
+    method = method_of(mixup=0.8, cutmix=1.0, label_smoothing=0.1)
+    torch.nn.init.normal_(method.head.weight)
+    images, labels = batch_of()
+
+    def loss(seed: int) -> float:
+        torch.manual_seed(seed)
+        return method(images, labels=labels).loss.item()
+
+    method.train()
+    assert loss(3) == loss(3)
+    assert len({loss(seed) for seed in range(5)}) == 5
+    method.eval()
+    assert len({loss(seed) for seed in range(5)}) == 1
+    assert set(method(images, labels=labels).target.unique().tolist()) == {0.0, 1.0}
+
+
+def test_panels__frame_what_is_right_in_green():
+    method = method_of().eval()
+    images, _ = batch_of(2)
+    output = method(images, labels=torch.tensor([0, 0]))
+    output = output._replace(prediction=torch.eye(NUM_CLASSES)[:2])  # says 0 and 1
+
+    (panel,) = method.panels(images, output)
+
+    colours = [tuple(picture[0, 0]) for picture in panel.pixels]
+    assert colours == [(40, 160, 70), (205, 50, 45)]
+    inside = method.pixels(images)[:, 4:-4, 4:-4]
+    np.testing.assert_array_equal(panel.pixels[:, 4:-4, 4:-4], inside)
+
+
+def bundle(folder: Path, encoder: dict[str, Any] = VIT, size: tuple[int, int] = (16, 24)) -> str:
+    config = recipe_of(encoder, size=size).encoder
+    torch.manual_seed(5)
+    card = BundleCard(
+        name="it", encoder=config, image_size=size, channels=3, mean=(0.5,) * 3, std=(0.2,) * 3
+    )
+    state = build_encoder(config, size).state_dict()
+    state = {name: value + 0.1 for name, value in state.items()}  # no norm is as it begins
+    save_bundle(folder, card, state)
+    return str(folder)
+
+
+def test_initial__a_run_begins_with_the_bundle_at_its_own_size(tmp_path: Path):
+    place, run = bundle(tmp_path / "bundle"), RunDir(str(tmp_path / "run"))
+    recipe = with_initial(recipe_of(bundle=place))
+    assert isinstance(recipe.method, FinetuneConfig)
+    keep_initial(recipe, run)
+    method = build_method(recipe)
+
+    load_initial(method, run)
+
+    card = BundleCard.model_validate_json((tmp_path / "bundle/bundle.json").read_bytes())
+    assert recipe.method.bundle_sha256 == card.weights_sha256
+    torch.manual_seed(5)
+    old = build_encoder(card.encoder, (16, 24)).state_dict()
+    old = {name: value + 0.1 for name, value in old.items()}
+    wanted = resized(old, (card.encoder, (16, 24)), (recipe.encoder, (32, 32)))
+    for name, value in method.encoder.state_dict().items():
+        expected = torch.full_like(value, name == "norm.weight") if name[:5] == "norm." else None
+        assert torch.equal(value, wanted[name] if expected is None else expected), name
+    assert method.encoder.get_parameter("pos_embed").requires_grad
+    assert initial_within(recipe, RunDir(str(tmp_path / "bundle")))
+    assert not initial_within(recipe, run)
+
+
+def test_initial__another_bundle_than_the_plans_is_refused(tmp_path: Path):
+    recipe = with_initial(recipe_of(bundle=bundle(tmp_path / "a")))
+    run = RunDir(str(tmp_path / "run"))
+    keep_initial(recipe, run)
+    method = recipe.method.model_copy(update={"bundle_sha256": "0" * 64})
+    other = recipe.model_copy(update={"method": method})
+
+    with pytest.raises(BundleError, match=r"is not the one of the plan \(000000000000\)"):
+        load_initial(build_method(other), run)
+    with pytest.raises(BundleError, match="is not the one of the plan"):
+        with_initial(other)
+    (tmp_path / "run" / INITIAL / "encoder.safetensors").write_bytes(b"broken")
+    with pytest.raises(BundleError, match="does not match its checksum"):
+        load_initial(build_method(recipe), run)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "message"),
+    [
+        (VIT, r"encoder\.positions 'sincos'.*--set encoder\.positions=learned"),
+        (LEARNED | {"depth": 3}, r"encoder\.depth 3.*--set encoder\.depth=2"),
+        (SWIN, "an encoder: section for vit"),
+    ],
+)
+def test_initial__another_architecture_is_refused_with_the_cure(
+    encoder: dict[str, Any], message: str, tmp_path: Path
+):
+    with pytest.raises(ConfigError, match=message):
+        with_initial(recipe_of(encoder, bundle=bundle(tmp_path / "bundle")))
+
+
+def test_initial__drop_path_is_the_runs_own(tmp_path: Path):
+    place = bundle(tmp_path / "bundle", LEARNED)
+
+    assert (
+        with_initial(recipe_of(LEARNED | {"drop_path": 0.3}, bundle=place)).method.bundle == place
+    )
+
+
+@pytest.mark.parametrize("pooling", ["cls"])
+@pytest.mark.parametrize("encoder", [SWIN, CONV])
+def test_composition__no_class_token_no_pooling_by_it(encoder: dict[str, Any], pooling: str):
+    with pytest.raises(ConfigError, match="has no class token"):
+        recipe_of(encoder, pooling=pooling)
+
+
+def test_cost__counts_head_and_encoder():
+    recipe = load_recipe("finetune-vit-b", ["method.num_classes=1000"])
+
+    cost = estimate(resolve(recipe, DatasetFacts("here", 10**6, "f"), 1), "bf16")
+
+    assert cost.parameters["head"] == 768 * 1000 + 1000
+    # He et al. 2022 fine-tune 86 M parameters; a ViT-B/16 takes 17.6 G multiply-adds at 224.
+    assert cost.parameters["encoder"] == pytest.approx(85.8e6, rel=1e-3)
+    assert cost.plain.forward_flops["encoder"] == pytest.approx(2 * 17.5e9, rel=0.02)
+    assert cost.plain.encoder_tokens == 197
+
+
+def test_recipes__are_table_9_of_the_paper():
+    for name, lr, decay, drop_path, epochs in (
+        ("finetune-vit-b", 2e-3, 0.65, 0.1, 100),
+        ("finetune-vit-l", 4e-3, 0.75, 0.2, 50),
+    ):
+        recipe = load_recipe(name, ["method.num_classes=1000"])
+        plan = resolve(recipe, DatasetFacts("imagenet", 1_281_167, "f"), world_size=8)
+        assert (plan.lr, recipe.optim.layer_decay) == (pytest.approx(lr), decay)
+        assert plan.steps == int(epochs * 1_281_167 / 1024)
+        assert plan.warmup_steps == round(5 * 1_281_167 / 1024)
+        assert recipe.encoder.drop_path == drop_path
+        method, data = recipe.method, recipe.data
+        assert (method.mixup, method.cutmix, method.label_smoothing) == (0.8, 1.0, 0.1)
+        assert (data.auto_augment, data.random_erasing) == ("rand-m9-mstd0.5-inc1", 0.25)

@@ -1,0 +1,43 @@
+"""Options of fine-tuning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
+
+from trainers.config.base import Config
+
+
+class FinetuneTask(Config):
+    """Which recipe trains the encoder, and what of it is set otherwise."""
+
+    recipe: str = Field(
+        default="finetune-tiny", description="a recipe of method finetune: its name, or a path"
+    )
+    epochs: PositiveFloat | None = Field(default=None, description="the recipe's by default")
+    image_size: tuple[PositiveInt, PositiveInt] | None = Field(
+        default=None,
+        description="(height, width) of the input, pixels; one number for a square; "
+        "the bundle's own by default",
+    )
+    overrides: tuple[str, ...] = Field(
+        default=(),
+        description="keys of the recipe, one or a list: overrides='[optim.base_lr=1e-3, "
+        "resources.num_workers=2]'",
+    )
+    storage: str = Field(default="runs", description="where the run and its bundle are kept")
+    name: str = Field(
+        default="", description="of the run; by default after the encoder and what is asked of it"
+    )
+    batch_size: PositiveInt = Field(default=64, description="pictures scored at once")
+
+    @field_validator("overrides", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("image_size", mode="before")
+    @classmethod
+    def _square(cls, value: Any) -> Any:
+        return (value, value) if isinstance(value, int) else value

@@ -1,0 +1,135 @@
+"""Which pictures of a dataset a run learns from, and the classes they are of."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+
+import numpy as np
+
+from trainers.config.method import FinetuneConfig
+from trainers.config.run import Recipe
+from trainers.data.sources import Source, open_source
+from trainers.errors import DataError, EmptyDatasetError
+from trainers.types import Record
+
+
+class Selection:
+    """Some pictures of a source; a source itself.
+
+    Args:
+        source: the whole.
+        indices: int64 [N], ascending: which pictures.
+    """
+
+    def __init__(self, source: Source, indices: np.ndarray) -> None:
+        self._source = source
+        self._indices = indices
+        ends = np.searchsorted(indices, np.cumsum(source.group_rows))
+        rows = np.diff(ends, prepend=0)
+        self.group_rows = rows[rows > 0]
+        self.num_bytes = source.num_bytes
+        digest = hashlib.sha256(source.facts.fingerprint.encode() + indices.tobytes())
+        self.facts = replace(source.facts, num_samples=len(indices), fingerprint=digest.hexdigest())
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Record:
+        return self._source[int(self._indices[index])]
+
+    def labels(self) -> np.ndarray | None:
+        """Labels of the chosen pictures, int64 [N]; None if unlabelled."""
+        labels = self._source.labels()
+        return None if labels is None else labels[self._indices]
+
+    def name(self, index: int) -> str:
+        """Where a chosen picture lies."""
+        return self._source.name(int(self._indices[index]))
+
+
+def open_training(uri: str, recipe: Recipe) -> Source:
+    """The pictures that a recipe trains on.
+
+    Args:
+        uri: of the dataset.
+        recipe: `data.limit` says how many; where classes are learnt, `data.bad_labels` what
+            becomes of pictures without one.
+
+    Raises:
+        EmptyDatasetError: no picture is left.
+        DataError: the dataset cannot be opened, or classes are to be learnt and it has no labels,
+            or one that is outside the range; the picture is named.
+    """
+    source = open_source(uri, cache_mib=recipe.data.cache_mib)
+    indices = np.arange(len(source))
+    limit = recipe.data.limit
+    if limit is not None and limit < len(source):
+        indices = np.arange(limit) * len(source) // limit
+    if isinstance(recipe.method, FinetuneConfig):
+        num_classes = recipe.method.num_classes or _num_classes(source)
+        skip = recipe.data.bad_labels == "skip"
+        indices = labelled(source, indices, num_classes, skip=skip)
+    return source if len(indices) == len(source) else Selection(source, indices)
+
+
+def with_classes(recipe: Recipe, source: Source) -> Recipe:
+    """A recipe with `method.num_classes` and `method.class_names` filled in from its data.
+
+    Args:
+        recipe: of any method; one that learns no classes stays as it is.
+        source: from `open_training`.
+    """
+    method = recipe.method
+    if not isinstance(method, FinetuneConfig):
+        return recipe
+    found = {
+        "num_classes": method.num_classes or _num_classes(source),
+        "class_names": source.facts.class_names,
+    }
+    return recipe.model_copy(update={"method": method.model_copy(update=found)})
+
+
+def labelled(source: Source, indices: np.ndarray, num_classes: int, *, skip: bool) -> np.ndarray:
+    """Those pictures that have a class.
+
+    Args:
+        source: the dataset.
+        indices: int64 [N], which pictures are meant.
+        num_classes: classes are 0 to this less one.
+        skip: leave others out instead of refusing.
+
+    Raises:
+        DataError: the dataset has no labels, or a picture has none or one outside the range.
+        EmptyDatasetError: no picture is left.
+    """
+    classes = _labels(source)[indices]
+    good = (classes >= 0) & (classes < num_classes)
+    if not good.any():
+        raise EmptyDatasetError(f"no picture of {source.facts.uri} has a class")
+    kept: np.ndarray = indices[good]
+    if good.all() or skip:
+        return kept
+    bad = indices[~good]
+    label = int(classes[~good][0])
+    problem = "no label" if label < 0 else f"label {label}, outside 0 to {num_classes - 1}"
+    others = f", and {len(bad) - 1} others are wrong too" if len(bad) > 1 else ""
+    raise DataError(
+        f"{source.name(int(bad[0]))} has {problem}{others}",
+        hint="correct it, or leave such pictures out: `evaluate --skip-invalid`, "
+        "`pretrain --set data.bad_labels=skip`",
+    )
+
+
+def _labels(source: Source) -> np.ndarray:
+    labels = source.labels()
+    if labels is None:
+        raise DataError(
+            f"{source.facts.uri} has no labels",
+            hint="fine-tuning learns classes: a folder a class, or a label column",
+        )
+    return labels
+
+
+def _num_classes(source: Source) -> int:
+    return len(source.facts.class_names) or int(_labels(source).max()) + 1

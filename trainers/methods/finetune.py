@@ -1,0 +1,131 @@
+"""Fine-tuning: the whole encoder, end to end, on the classes of labelled pictures.
+
+Source: He et al. 2022 (MAE), A.1 and Table 9; github.com/facebookresearch/mae `main_finetune.py`,
+`models_vit.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trainers.config.method import FinetuneConfig
+from trainers.config.model import ViTConfig
+from trainers.config.run import Recipe
+from trainers.methods.base import Method
+from trainers.methods.mixing import mix, smoothed_targets
+from trainers.models import build_encoder
+from trainers.types import MethodOutput, Panel
+
+HEAD_STD = 2e-5
+_FRAMES = {True: (40, 160, 70), False: (205, 50, 45)}
+
+
+class Finetune(Method):
+    """A linear head on what the encoder pools; cross-entropy against soft targets.
+
+    A vit's patches are averaged before the final norm, which so takes the part of MAE's `fc_norm`.
+    Other encoders are averaged after it, as in the official SimMIM code; a class token comes
+    normalised too.
+
+    Attributes:
+        config: the method's part of the recipe.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(recipe)
+        config, data = recipe.method, recipe.data
+        assert isinstance(config, FinetuneConfig)
+        assert config.num_classes, "filled in before a method is built"
+        self.config = config
+        self.encoder = build_encoder(recipe.encoder, data.image_size, data.channels)
+        self.pools_first = config.pooling == "mean" and isinstance(recipe.encoder, ViTConfig)
+        self.head = nn.Linear(self.encoder.width, config.num_classes)
+        nn.init.trunc_normal_(self.head.weight, std=HEAD_STD)
+        nn.init.zeros_(self.head.bias)
+
+    def begin_with(self, encoder: Mapping[str, Tensor]) -> None:
+        """Take an encoder's weights to begin with.
+
+        A norm that is to follow the pooling starts afresh, for it learnt to follow single patches.
+
+        Args:
+            encoder: its state, of the very architecture and size of this one.
+        """
+        self.encoder.load_state_dict(dict(encoder))
+        if self.pools_first:
+            norm = self.encoder.get_submodule("norm")
+            assert isinstance(norm, nn.LayerNorm)
+            norm.reset_parameters()
+
+    def forward(
+        self,
+        images: Float[Tensor, "B C H W"],
+        mask: Bool[Tensor, "B N"] | None = None,
+        labels: Int64[Tensor, " B"] | None = None,
+    ) -> MethodOutput:
+        """Mean cross-entropy; in training of mixed pictures and smoothed labels.
+
+        Args:
+            images: normalised pictures.
+            mask: nothing is hidden here.
+            labels: their classes.
+
+        Returns:
+            Logits and the probabilities they are held against. Of the terms, `accuracy` counts the
+            class with the most of a target as the right one.
+        """
+        assert mask is None, "fine-tuning hides nothing"
+        assert labels is not None, "a loss needs labels; `logits` needs none"
+        smoothing = self.config.label_smoothing if self.training else 0.0
+        targets = smoothed_targets(labels, self.config.num_classes, smoothing)  # B K
+        if self.training:
+            # From torch's generator, which the loop seeds from the step and the rank.
+            rng = np.random.default_rng(int(torch.randint(2**62, ())))
+            images, targets = mix(rng, images, targets, self.config)
+        logits = self.logits(images)
+        loss = F.cross_entropy(logits.float(), targets)
+        accuracy = (logits.argmax(dim=1) == targets.argmax(dim=1)).float().mean()
+        num_tokens = self.recipe.grid[0] * self.recipe.grid[1]
+        all_seen = torch.ones(len(images), num_tokens, dtype=torch.bool, device=images.device)
+        return MethodOutput(loss, logits, targets, all_seen, {"accuracy": accuracy})
+
+    def logits(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
+        """A score for each class, before the softmax.
+
+        Args:
+            images: normalised pictures.
+        """
+        features = self.encoder(images, norm=not self.pools_first)
+        if self.config.pooling == "cls":
+            pooled = features.prefix[:, 0]  # B D
+        elif self.pools_first:
+            pooled = self.encoder.get_submodule("norm")(features.pooled)
+        else:
+            pooled = features.pooled
+        scores: Tensor = self.head(pooled)
+        return scores
+
+    def reconstruct(
+        self, images: Float[Tensor, "B C H W"], output: MethodOutput, *, oracle: bool = False
+    ) -> Float[Tensor, "B C H W"]:
+        """There is none: a class does not say what the pixels were."""
+        raise NotImplementedError("fine-tuning predicts no pixels")
+
+    def panels(
+        self, images: Float[Tensor, "B C H W"], output: MethodOutput, *, oracle: bool = False
+    ) -> list[Panel]:
+        """The pictures as augmented, in green where the class is right, else in red."""
+        right = output.prediction.argmax(dim=1) == output.target.argmax(dim=1)
+        framed = self.pixels(images).copy()  # B H W C
+        width_px = max(1, min(framed.shape[1:3]) // 24)
+        inside = np.zeros(framed.shape[1:3], dtype=bool)
+        inside[width_px:-width_px, width_px:-width_px] = True
+        for picture, hit in zip(framed, right.tolist(), strict=True):
+            picture[~inside] = _FRAMES[hit][: picture.shape[-1]]
+        return [Panel("class right (green) or wrong (red)", framed)]
