@@ -1,6 +1,6 @@
 """Everything that learns: data, models, methods, the training loop and the frozen result.
 
-The two public names are loaded on first use, so that importing a leaf of this package
+The public names are loaded on first use, so that importing a leaf of this package
 (`trainers.errors`, `trainers.config`) costs no torch.
 """
 
@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from trainers.evaluation.heads import load_head as load_head
     from trainers.methods import load_method as load_method
     from trainers.registry import load_bundle as load_bundle
 
-__all__ = ["load_bundle", "load_method"]
+__all__ = ["load_bundle", "load_head", "load_method"]
 
 
 def __getattr__(name: str) -> Any:
@@ -20,6 +21,10 @@ def __getattr__(name: str) -> Any:
         from trainers.registry import load_bundle
 
         return load_bundle
+    if name == "load_head":
+        from trainers.evaluation.heads import load_head
+
+        return load_head
     if name == "load_method":
         from trainers.methods import load_method
 

@@ -125,7 +125,7 @@ def test_evaluate__learns_colours_keeps_the_bundle_and_answers_again(
     score = evaluate(ref, setting, config)
 
     assert (score.metric, score.headline, score.metrics["accuracy"]) == ("accuracy", 1.0, 1.0)
-    assert score.metrics["per_class"] == {"blue": 1.0, "red": 1.0}
+    assert score.metrics["per_class_accuracy"] == {"blue": 1.0, "red": 1.0}
     assert score.metrics["confusion"]["true_by_predicted"] == [[5, 0], [0, 5]]
     assert (score.num_train, score.num_val, score.metrics["steps"]) == (16, 10, 30)
     assert told == {"fine-tuning", "scoring"}
@@ -189,7 +189,7 @@ def test_classify__a_class_that_is_not_there_is_reported(
     found = classify(method, open_splits(setting), setting, batch_size=2)
 
     # The labels of the split are 0 and 1, for it does not know the first class.
-    assert found.metrics["per_class"] == {"ant": None, "bee": 0.0, "cat": 1.0}
+    assert found.metrics["per_class_accuracy"] == {"ant": None, "bee": 0.0, "cat": 1.0}
     assert found.metrics["confusion"]["true_by_predicted"] == [[0, 0, 0], [0, 0, 1], [0, 0, 1]]
-    assert (found.accuracy, found.metrics["top5"]) == (0.5, None)
+    assert (found.accuracy, found.metrics["top5_accuracy"]) == (0.5, None)
     assert found.notes == ("no picture of ant to score on",)

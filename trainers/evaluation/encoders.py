@@ -178,6 +178,8 @@ def untrained(card: BundleCard, seed: int = 0) -> FrozenEncoder:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = build_encoder(card.encoder, card.image_size, card.channels)
+    # A head that was trained on it must not be taken for one of the trained encoder's.
+    card = card.model_copy(update={"weights_sha256": f"{UNTRAINED}{seed}"})
     return FrozenEncoder(encoder, card)
 
 

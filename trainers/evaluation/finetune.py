@@ -18,7 +18,12 @@ from trainers.data.sources import Source
 from trainers.data.transforms import inference_view
 from trainers.data.workers import decode_workers
 from trainers.errors import DataError, EmptyDatasetError, ImageError
-from trainers.evaluation.classification import missing_classes, per_class_accuracy, top_k_accuracy
+from trainers.evaluation.classification import (
+    confusion_matrix,
+    missing_classes,
+    per_class_accuracy,
+    top_k_accuracy,
+)
 from trainers.evaluation.parts import chosen
 from trainers.evaluation.score import Setting
 from trainers.evaluation.splits import Splits
@@ -97,14 +102,13 @@ def classify(method: Finetune, splits: Splits, setting: Setting, *, batch_size: 
     logits = torch.cat(scores)  # N K
     predicted = logits.argmax(dim=1).numpy()
     per_class = per_class_accuracy(predicted, labels, names)
-    confusion = np.zeros((len(names), len(names)), dtype=np.int64)
-    np.add.at(confusion, (labels, predicted), 1)
+    confusion = confusion_matrix(labels, predicted, len(names))
     accuracy = float((predicted == labels).mean())
     metrics = {
         "accuracy": accuracy,
-        "top5": top_k_accuracy(logits.numpy(), labels, 5) if len(names) > 5 else None,
+        "top5_accuracy": top_k_accuracy(logits.numpy(), labels, 5) if len(names) > 5 else None,
         "loss": float(F.cross_entropy(logits, torch.from_numpy(labels))),
-        "per_class": per_class,
+        "per_class_accuracy": per_class,
         "confusion": {"class_names": list(names), "true_by_predicted": confusion.tolist()},
     }
     return Classified(

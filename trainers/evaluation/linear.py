@@ -13,7 +13,9 @@ from trainers.config.evaluation.linear import LinearConfig
 from trainers.data.rng import Stream, generator, permutation
 from trainers.data.sources import Source
 from trainers.errors import DataError
+from trainers.evaluation.charts import confusion_chart
 from trainers.evaluation.classification import (
+    confusion_matrix,
     missing_classes,
     per_class_accuracy,
     top_k_accuracy,
@@ -107,6 +109,13 @@ def evaluate(ref: EncoderRef, setting: Setting, config: LinearConfig) -> Score:
             *_advice(key, candidates, best, head, config),
             *found.notes,
         ),
+        pictures={
+            "linear.png": confusion_chart(
+                confusion_matrix(val.y, predicted, len(names)),
+                names,
+                f"linear probe ({config.solver}): accuracy {accuracy:.4f}",
+            )
+        },
         files={"head.safetensors": _saved(head, found.pooling, names)},
     )
 

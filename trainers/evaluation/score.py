@@ -50,8 +50,8 @@ class Setting:
         val: labelled pictures to score on; None takes DATA's own validation or test split.
         limit: pictures of each, evenly spread; None for all.
         seed: of everything that is drawn.
-        skip_invalid: leave out pictures whose labels are wrong, and list them, instead of
-            refusing.
+        skip_invalid: leave out what is labelled wrong (an object, or the whole picture where it
+            is about that), and list it, instead of refusing.
         device: `cpu`, `cuda`, …, as torch names it.
         folder: where a task keeps what it needs to go on after a kill.
         progress: told how far it is.

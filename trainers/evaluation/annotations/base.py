@@ -140,4 +140,5 @@ class Complaints:
             return ()
         more = len(self.found) - shown
         tail = (f"and {more} more",) if more > 0 else ()
-        return (f"{len(self.found)} invalid labels left out:", *self.found[:shown], *tail)
+        what = "label" if len(self.found) == 1 else "labels"
+        return (f"{len(self.found)} invalid {what} left out:", *self.found[:shown], *tail)

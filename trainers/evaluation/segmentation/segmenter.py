@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from trainers.bundles import FrozenEncoder
 from trainers.config.evaluation.segmentation import SegmentationConfig
-from trainers.errors import DataError
 from trainers.evaluation.encoders import FeatureEncoder, chosen_layers
 from trainers.evaluation.geometry import Size
+from trainers.evaluation.head_files import head_files, load_weights, read_card
 from trainers.evaluation.segmentation.heads import build_head
 from trainers.evaluation.segmentation.inference import predict
 from trainers.models.normalise import normalise
-
-WEIGHTS, CARD = "head.safetensors", "head.json"
 
 
 @dataclass(frozen=True)
@@ -91,21 +85,9 @@ class Segmenter:
 
     def files(self, config: SegmentationConfig) -> dict[str, bytes]:
         """What `load_head` reads."""
-        tensors = {f"head.{name}": value for name, value in self.head.state_dict().items()}
-        if config.finetune:
-            assert isinstance(self.encoder, FrozenEncoder)
-            state = self.encoder.encoder.state_dict()
-            tensors |= {f"encoder.{name}": value for name, value in state.items()}
-        card = {
-            "task": "segmentation",
-            "class_names": list(self.class_names),
-            "encoder": self.encoder.card.name,
-            "encoder_sha256": self.encoder.card.weights_sha256,
-            "config": config.model_dump(mode="json")
-            | {"image_size": list(self.input_size), "layers": list(self.layers)},
-        }
-        weights = {name: value.cpu().contiguous() for name, value in tensors.items()}
-        return {WEIGHTS: save(weights), CARD: json.dumps(card, indent=2).encode()}
+        settled = {"image_size": self.input_size, "layers": self.layers}
+        config = config.model_copy(update=settled)
+        return head_files("segmentation", self.head, self.encoder, config, self.class_names)
 
 
 def build_segmenter(
@@ -161,32 +143,10 @@ def load_head(folder: Path, encoder: FeatureEncoder, device: str = "cpu") -> Seg
     Raises:
         DataError: the head belongs to another encoder, or there is none.
     """
-    try:
-        card: dict[str, Any] = json.loads((folder / CARD).read_text())
-    except FileNotFoundError as error:
-        raise DataError(
-            f"{folder} holds no {CARD}", hint="`mimray evaluate --task segmentation` writes one"
-        ) from error
-    if card["encoder_sha256"] != encoder.card.weights_sha256:
-        raise DataError(
-            f"the head in {folder} was trained on {card['encoder']}, not on {encoder.card.name}"
-        )
+    card = read_card(folder, "segmentation", encoder)
     config = SegmentationConfig.model_validate(card["config"])
     assert config.image_size is not None
     names = tuple(card["class_names"])
     model = build_segmenter(encoder, config, names, config.image_size, device=device, seed=0)
-    weights = load_file(folder / WEIGHTS, device=device)
-    model.head.load_state_dict(_under("head.", weights))
-    if config.finetune:
-        assert isinstance(encoder, FrozenEncoder)
-        encoder.encoder.load_state_dict(_under("encoder.", weights))
-    model.head.eval()
+    load_weights(folder, model.head, encoder)
     return model
-
-
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        name.removeprefix(prefix): value
-        for name, value in tensors.items()
-        if name.startswith(prefix)
-    }

@@ -16,7 +16,7 @@ from trainers.evaluation.annotations.base import Complaints, SegmentationSet
 from trainers.evaluation.annotations.segmentation import open_segmentation
 from trainers.evaluation.encoders import MakeEncoder, check_input
 from trainers.evaluation.fit import fit
-from trainers.evaluation.geometry import Size, tensor_of
+from trainers.evaluation.geometry import Size, fitting_size, tensor_of
 from trainers.evaluation.score import Score, Setting
 from trainers.evaluation.segmentation.inference import learning_view
 from trainers.evaluation.segmentation.metrics import confusion_matrix, scores
@@ -102,15 +102,8 @@ def default_size(data: SegmentationSet, stride: int) -> Size:
         stride: of the encoder, pixels.
     """
     looked_at = np.linspace(0, len(data) - 1, min(32, len(data))).astype(int).tolist()
-    sizes = [data[index].mask.shape for index in looked_at]
-    height, width = np.median(sizes, axis=0)
-    shrink = min(
-        1.0,
-        _MAX_SIDE_PX / max(height, width),
-        float(np.sqrt(_MAX_TOKENS * stride**2 / (height * width))),
-    )
-    rows, columns = (max(1, round(side * shrink / stride)) for side in (height, width))
-    return rows * stride, columns * stride
+    sizes: list[Size] = [data[index].mask.shape for index in looked_at]
+    return fitting_size(sizes, stride, max_tokens=_MAX_TOKENS, max_side_px=_MAX_SIDE_PX)
 
 
 def masked_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:

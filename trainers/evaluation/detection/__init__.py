@@ -1,0 +1,1 @@
+"""Objects found from an encoder's feature maps."""
