@@ -99,6 +99,10 @@ def run_evaluate(encoders: Sequence[str], request: Request) -> list[dict[str, An
     config = task_config(request.task, request.overrides, request.epochs)
     _check_through(request, config)
     subjects = [_subject(text, request) for text in encoders]
+    if request.image_size and not any(s.ref is not None and s.ref.shape for s in subjects):
+        raise ConfigError(
+            "--image-size: no encoder is named by its architecture", hint="untrained:vit_tiny"
+        )
     data, val = absolute(request.data), absolute(request.val) if request.val else None
     with connected():
         run = _run_on_devices if TASKS[request.task].dense else _run_here

@@ -34,6 +34,20 @@ from service.tasks import TASKS, options_of, task_config
             "an endpoint's encoder is frozen",
         ),
         (["untrained:vit_tiny", "--data", "d", "--image-size", "9"], "stride 16"),
+        (
+            [
+                "a",
+                "--task",
+                "detection",
+                "--data",
+                "d",
+                "--through",
+                "http://x",
+                "--image-size",
+                "9",
+            ],
+            "no encoder is named by its architecture",
+        ),
     ],
 )
 def test_evaluate__refuses_in_one_line(arguments: list[str], message: str) -> None:

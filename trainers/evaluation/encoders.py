@@ -23,7 +23,7 @@ from trainers.bundles import (
 )
 from trainers.config.data import IMAGENET_MEAN, IMAGENET_STD
 from trainers.config.model import SWIN_SHAPES, VIT_SHAPES, EncoderConfig
-from trainers.errors import BundleError, ConfigError
+from trainers.errors import ConfigError
 from trainers.models import build_encoder
 from trainers.registry import locate, registered
 from trainers.storage import RunDir
@@ -94,7 +94,8 @@ class EncoderRef:
 
         Args:
             text: the reference; a path wins over an architecture of the same name.
-            image_size: (height, width) for a named architecture; 224 x 224 by default.
+            image_size: (height, width) for a named architecture, 224 x 224 by default; a bundle has
+                its own.
             seed: of an untrained encoder's initialisation.
 
         Raises:
@@ -107,10 +108,6 @@ class EncoderRef:
                 text, shape=name, untrained=True, image_size=image_size or (224, 224), seed=seed
             )
         place = locate(name)  # refuses now what could not be loaded later
-        if image_size is not None:
-            raise BundleError(
-                f"{name} has its own input size", hint="--image-size goes with untrained:ARCH"
-            )
         version = registered(name)
         return cls(
             text,

@@ -57,11 +57,6 @@ def test_ref__refuses(
         EncoderRef.parse(text, image_size=size).card()
 
 
-def test_ref__a_bundle_has_its_own_size(bundle: Path) -> None:
-    with pytest.raises(BundleError, match="goes with untrained:ARCH"):
-        EncoderRef.parse(str(bundle), image_size=(32, 32))
-
-
 def test_check_input__names_a_size_that_works(bundle: Path) -> None:
     encoder = EncoderRef.parse(str(bundle)).load()
     check_input(encoder, (24, 40), "image_size")
