@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 API_KEY_VARIABLE = "MIMRAY_API_KEY"
+SETTLE_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -232,7 +233,15 @@ def _device_share() -> tuple[float, float]:
     with_gpu = [node for node in nodes if node.get("GPU", 0) >= 1]
     if with_gpu:
         return min(max(1.0, node.get("CPU", 1) // node["GPU"]) for node in with_gpu), 1.0
-    free = max(node.get("CPU", 0) for node in available_resources_per_node().values())
+    largest = max(node.get("CPU", 0) for node in nodes)
+    patient_until = time.monotonic() + SETTLE_S
+    while True:
+        free = max(node.get("CPU", 0) for node in available_resources_per_node().values())
+        # Figures depend in their last digits on the number of threads, so what has just ended
+        # gets a moment to give its CPUs back.
+        if free >= largest or time.monotonic() > patient_until:
+            break
+        time.sleep(0.1)
     if free < 1:
         # Nothing waits in silence; whoever holds the CPUs may give them back.
         console.print("no CPU is free in the cluster: waiting for one", style="yellow")
