@@ -48,6 +48,13 @@ class Selection:
         return self._source.name(int(self._indices[index]))
 
 
+def chosen(num_samples: int, limit: int | None) -> np.ndarray:
+    """Indices of all samples, or of `limit` of them evenly spread; int64, ascending."""
+    if limit is None or limit >= num_samples:
+        return np.arange(num_samples)
+    return np.arange(limit) * num_samples // limit
+
+
 def open_training(uri: str, recipe: Recipe) -> Source:
     """The pictures that a recipe trains on.
 
@@ -62,12 +69,9 @@ def open_training(uri: str, recipe: Recipe) -> Source:
             or one that is outside the range; the picture is named.
     """
     source = open_source(uri, cache_mib=recipe.data.cache_mib)
-    indices = np.arange(len(source))
-    limit = recipe.data.limit
-    if limit is not None and limit < len(source):
-        indices = np.arange(limit) * len(source) // limit
+    indices = chosen(len(source), recipe.data.limit)
     if isinstance(recipe.method, FinetuneConfig):
-        num_classes = recipe.method.num_classes or _num_classes(source)
+        num_classes = recipe.method.num_classes or num_classes_of(source)
         skip = recipe.data.bad_labels == "skip"
         indices = labelled(source, indices, num_classes, skip=skip)
     return source if len(indices) == len(source) else Selection(source, indices)
@@ -84,7 +88,7 @@ def with_classes(recipe: Recipe, source: Source) -> Recipe:
     if not isinstance(method, FinetuneConfig):
         return recipe
     found = {
-        "num_classes": method.num_classes or _num_classes(source),
+        "num_classes": method.num_classes or num_classes_of(source),
         "class_names": source.facts.class_names,
     }
     return recipe.model_copy(update={"method": method.model_copy(update=found)})
@@ -113,7 +117,7 @@ def labelled(source: Source, indices: np.ndarray, num_classes: int, *, skip: boo
     bad = indices[~good]
     label = int(classes[~good][0])
     problem = "no label" if label < 0 else f"label {label}, outside 0 to {num_classes - 1}"
-    others = f", and {len(bad) - 1} others are wrong too" if len(bad) > 1 else ""
+    others = f", and so it is with {len(bad) - 1} more" if len(bad) > 1 else ""
     raise DataError(
         f"{source.name(int(bad[0]))} has {problem}{others}",
         hint="correct it, or leave such pictures out: `evaluate --skip-invalid`, "
@@ -131,5 +135,6 @@ def _labels(source: Source) -> np.ndarray:
     return labels
 
 
-def _num_classes(source: Source) -> int:
+def num_classes_of(source: Source) -> int:
+    """How many classes a labelled source has: those it names, or up to its largest label."""
     return len(source.facts.class_names) or int(_labels(source).max()) + 1

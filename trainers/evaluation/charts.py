@@ -1,13 +1,19 @@
-"""Charts of scores."""
+"""Charts of scores, and the colours of classes."""
 
 from __future__ import annotations
 
+import colorsys
 import io
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Saturation and brightness of colours, in turn.
+_STRENGTHS = ((0.85, 0.95), (0.5, 0.85), (0.9, 0.6))
 _BAR, _UNTRAINED, _TEXT = "#1f5fae", "#a9b4c0", "#33383f"
 
 
@@ -22,12 +28,8 @@ def score_chart(names: Sequence[str], values: Sequence[float], title: str) -> by
     Returns:
         A PNG.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     order = sorted(range(len(names)), key=lambda i: values[i])
-    figure = Figure(figsize=(8, 0.9 + 0.45 * len(names)), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 0.9 + 0.45 * len(names))
     axes = figure.subplots()
     colours = [_UNTRAINED if names[i].startswith("untrained:") else _BAR for i in order]
     bars = axes.barh([names[i] for i in order], [values[i] for i in order], color=colours)
@@ -37,7 +39,7 @@ def score_chart(names: Sequence[str], values: Sequence[float], title: str) -> by
     axes.spines[["top", "right", "bottom"]].set_visible(False)
     axes.tick_params(colors=_TEXT, length=0, labelsize=9)
     axes.xaxis.set_visible(False)
-    return _png(figure)
+    return png_of(figure)
 
 
 def confusion_chart(confusion: np.ndarray, class_names: Sequence[str], title: str) -> bytes:
@@ -51,13 +53,9 @@ def confusion_chart(confusion: np.ndarray, class_names: Sequence[str], title: st
     Returns:
         A PNG.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     shares = confusion / confusion.sum(axis=1, keepdims=True).clip(1)
     side = min(12.0, 3 + 0.22 * len(class_names))
-    figure = Figure(figsize=(side + 1.5, side), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(side + 1.5, side)
     axes = figure.subplots()
     drawn = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(drawn, ax=axes, shrink=0.6, label="share of the labelled class")
@@ -69,10 +67,35 @@ def confusion_chart(confusion: np.ndarray, class_names: Sequence[str], title: st
     axes.set_ylabel("labelled", color=_TEXT)
     axes.set_title(title, loc="left", fontsize=10, color=_TEXT)
     axes.tick_params(colors=_TEXT, length=0)
-    return _png(figure)
+    return png_of(figure)
 
 
-def _png(figure: Any) -> bytes:
+def class_colours(num_classes: int) -> np.ndarray:
+    """Colours that differ, uint8 [K, 3]; class 0, often the background, is dark."""
+    colours = [(0.22, 0.24, 0.27)]
+    for number in range(num_classes - 1):
+        # Steps of the golden ratio part the hues; where two come close after all, 5 or 8 steps
+        # apart, they differ in strength.
+        hue = (0.02 + 0.618034 * number) % 1
+        colours.append(colorsys.hsv_to_rgb(hue, *_STRENGTHS[number % len(_STRENGTHS)]))
+    return (np.array(colours[:num_classes]) * 255).round().astype(np.uint8)
+
+
+def new_figure(width_in: float, height_in: float) -> Figure:
+    """An empty figure of matplotlib's object-oriented interface.
+
+    pyplot keeps figures and a backend in global state.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width_in, height_in), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def png_of(figure: Figure) -> bytes:
+    """A figure as PNG."""
     file = io.BytesIO()
     figure.savefig(file, format="png")
     return file.getvalue()

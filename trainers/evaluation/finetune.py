@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from trainers.config.run import Recipe
 from trainers.data.decode import decode
-from trainers.data.selection import labelled
+from trainers.data.selection import chosen, labelled
 from trainers.data.sources import Source
 from trainers.data.transforms import inference_view
 from trainers.data.workers import decode_workers
@@ -24,7 +24,6 @@ from trainers.evaluation.classification import (
     per_class_accuracy,
     top_k_accuracy,
 )
-from trainers.evaluation.parts import chosen
 from trainers.evaluation.score import Setting
 from trainers.evaluation.splits import Splits
 from trainers.methods.finetune import Finetune

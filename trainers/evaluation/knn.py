@@ -13,11 +13,11 @@ from torch.nn import functional as F
 
 from trainers.config.evaluation.knn import KnnConfig
 from trainers.data.decode import decode
+from trainers.data.selection import chosen
 from trainers.data.sources import Source
 from trainers.data.transforms import to_array, view_of
 from trainers.evaluation.classification import missing_classes, per_class_accuracy
 from trainers.evaluation.encoders import EncoderRef
-from trainers.evaluation.parts import chosen
 from trainers.evaluation.pooled import Probed, probed
 from trainers.evaluation.score import Score, Setting
 from trainers.pictures import panel_sheet

@@ -23,6 +23,7 @@ from trainers.config.evaluation.extract import ExtractSpec
 from trainers.config.model import ViTConfig
 from trainers.data.decode import decode
 from trainers.data.rng import Stream, generator
+from trainers.data.selection import chosen
 from trainers.data.sources import Source
 from trainers.data.transforms import inference_view, random_crop_box, to_array, view_of
 from trainers.errors import ConfigError, DataError, ImageError
@@ -138,13 +139,6 @@ class Extraction(Config):
     def file_of(self, part: int) -> str:
         """Name of a part's file."""
         return f"part-{part:05d}-of-{self.num_parts:05d}.parquet"
-
-
-def chosen(num_samples: int, limit: int | None) -> np.ndarray:
-    """Indices of all samples, or of `limit` of them evenly spread; int64, ascending."""
-    if limit is None or limit >= num_samples:
-        return np.arange(num_samples)
-    return np.arange(limit) * num_samples // limit
 
 
 def describe(ref: EncoderRef, source: Source, spec: ExtractSpec) -> Extraction:

@@ -14,11 +14,12 @@ import numpy as np
 
 from trainers.config.evaluation.extract import ExtractSpec
 from trainers.data.cache import default_cache_dir
+from trainers.data.selection import chosen, labelled, num_classes_of
 from trainers.data.sources import Source
-from trainers.errors import ConfigError, DataError, EmptyDatasetError
+from trainers.errors import ConfigError, EmptyDatasetError
 from trainers.evaluation.encoders import EncoderRef
 from trainers.evaluation.extraction import MANIFEST, extract, read_columns
-from trainers.evaluation.parts import chosen, describe, has_class_token
+from trainers.evaluation.parts import describe, has_class_token
 from trainers.evaluation.score import Setting
 from trainers.evaluation.splits import Splits, open_splits
 from trainers.storage import RunDir
@@ -116,7 +117,8 @@ def vectors(
     if pooling != "mean" and not has_cls:
         raise ConfigError(f"{ref.text} has no class token", hint="pooling=mean")
     if not setting.skip_invalid:
-        _check_labels(source, chosen(len(source), setting.limit))
+        asked = chosen(len(source), setting.limit)
+        labelled(source, asked, num_classes_of(source), skip=False)
     spec = ExtractSpec(
         pooled=("mean", "cls") if has_cls else ("mean",),
         limit=setting.limit,
@@ -165,19 +167,6 @@ def _problem(label: int, source: Source) -> str:
     if label < 0:
         return "it has no label"
     return f"its label {label} lies outside 0 to {len(source.facts.class_names) - 1}"
-
-
-def _check_labels(source: Source, indices: np.ndarray) -> None:
-    labels = source.labels()
-    assert labels is not None  # `open_splits` refuses unlabelled data
-    bad = np.flatnonzero(~_is_class(labels[indices], source))
-    if len(bad):
-        first = int(indices[bad[0]])
-        others = f", and so for {len(bad) - 1} others" if len(bad) > 1 else ""
-        raise DataError(
-            f"{source.name(first)}: {_problem(int(labels[first]), source)}{others}",
-            hint="correct the labels, or leave such pictures out with --skip-invalid",
-        )
 
 
 def _evict(cache: Path, keep: Path) -> None:

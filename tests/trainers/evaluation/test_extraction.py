@@ -14,13 +14,14 @@ from PIL import Image
 from trainers.bundles import BundleCard, save_bundle
 from trainers.config.evaluation.extract import ExtractSpec
 from trainers.config.model import SwinConfig
+from trainers.data.selection import chosen
 from trainers.data.sources import open_source
 from trainers.data.transforms import inference_view
 from trainers.errors import ConfigError, DataError, EmptyDatasetError, RunConflictError
 from trainers.evaluation import extraction, pooled
 from trainers.evaluation.encoders import EncoderRef, untrained
 from trainers.evaluation.extraction import Extracted, extract, read_columns
-from trainers.evaluation.parts import EXTRACTION_KEY, chosen
+from trainers.evaluation.parts import EXTRACTION_KEY
 from trainers.evaluation.pooled import vectors
 from trainers.evaluation.score import Setting
 from trainers.models.normalise import normalise
@@ -247,7 +248,7 @@ def test_vectors__labels_outside_the_classes(
     labels = source.labels()
     labels[[5, 6]] = -1, 3
 
-    with pytest.raises(DataError, match=r"blue/05\.png: it has no label, and so for 1 others"):
+    with pytest.raises(DataError, match=r"blue/05\.png has no label, and so it is with 1 more"):
         vectors(ref, source, setting(colours), "mean", phase="p")
     found, notes = vectors(ref, source, setting(colours, skip_invalid=True), "mean", phase="p")
     assert [note.partition(":")[2] for note in notes] == [

@@ -9,6 +9,7 @@ import numpy as np
 
 from trainers.config.evaluation.segmentation import SegmentationConfig
 from trainers.data.files import absolute, is_file, join, list_files
+from trainers.data.selection import chosen
 from trainers.errors import DataError, EmptyDatasetError
 from trainers.evaluation.annotations.base import (
     Complaints,
@@ -19,7 +20,6 @@ from trainers.evaluation.annotations.base import (
 from trainers.evaluation.annotations.detection import SPLIT_NAMES, Split, open_detection
 from trainers.evaluation.annotations.pairs import MASK_FOLDERS, PairFolder, pair_folders
 from trainers.evaluation.annotations.panoptic import VOID, CocoPanoptic, is_panoptic
-from trainers.evaluation.parts import chosen
 from trainers.evaluation.score import Progress
 
 _SPLIT_FILES = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from trainers.evaluation.charts import class_colours, new_figure, png_of
 from trainers.evaluation.detection.detector import Detections
 from trainers.evaluation.detection.metrics import Figures, Truth
 
@@ -46,7 +46,7 @@ def draw_found(
     columns = math.ceil(math.sqrt(len(pictures)))
     rows = -(-len(pictures) // columns)
     tallest = max(picture.height / picture.width for picture in pictures)
-    figure = _figure(columns * _CELL_IN, rows * _CELL_IN * tallest + 0.6)
+    figure = new_figure(columns * _CELL_IN, rows * _CELL_IN * tallest + 0.6)
     cells = np.atleast_1d(figure.subplots(rows, columns)).ravel()
     for axes in cells:
         axes.set_axis_off()
@@ -83,7 +83,7 @@ def draw_found(
         fontsize=9,
         labelcolor=_TEXT,
     )
-    return _png(figure)
+    return png_of(figure)
 
 
 def draw_curves(
@@ -99,7 +99,7 @@ def draw_curves(
     Returns:
         A PNG.
     """
-    figure = _figure(11, 4.4)
+    figure = new_figure(11, 4.4)
     left, right = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in rows]
     parts = [name for name in rows[-1] if name not in ("epoch", "lr")]
@@ -133,7 +133,7 @@ def draw_curves(
         axes.set_axisbelow(True)
         axes.tick_params(colors=_TEXT, length=0, labelsize=9)
         axes.legend(frameon=False, fontsize=9, labelcolor=_TEXT)
-    return _png(figure)
+    return png_of(figure)
 
 
 def _present(found: Sequence[Detections], truths: Sequence[Truth]) -> list[int]:
@@ -182,25 +182,7 @@ def _draw_mask(axes: Any, run_lengths: dict[str, Any], colour: Any) -> None:
     axes.imshow(layer)
 
 
-def _colours(count: int) -> list[Any]:
-    """A colour a class; after twenty they come again."""
-    from matplotlib import colormaps
-
-    table = colormaps["tab10" if count <= 10 else "tab20"]
-    return [table(label % table.N) for label in range(count)]
-
-
-def _figure(width_in: float, height_in: float) -> Any:
-    # The object-oriented interface: pyplot keeps figures and a backend in global state.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width_in, height_in), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _png(figure: Any) -> bytes:
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
-    return file.getvalue()
+def _colours(count: int) -> list[tuple[float, float, float, float]]:
+    """A colour a class, opaque."""
+    found = class_colours(count + 1)[1:] / 255
+    return [(*colour, 1.0) for colour in found.tolist()]

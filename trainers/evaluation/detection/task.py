@@ -9,6 +9,7 @@ import numpy as np
 
 from trainers.bundles import FrozenEncoder
 from trainers.config.evaluation.detection import DetectionConfig
+from trainers.data.selection import chosen
 from trainers.errors import ConfigError, DataError, EmptyDatasetError
 from trainers.evaluation.annotations.base import Complaints, DetectionSet
 from trainers.evaluation.annotations.detection import open_detection
@@ -27,7 +28,6 @@ from trainers.evaluation.encoders import FeatureEncoder, MakeEncoder, check_inpu
 from trainers.evaluation.fit import Row, fit
 from trainers.evaluation.geometry import fitting_size, whole_view
 from trainers.evaluation.head_files import head_files
-from trainers.evaluation.parts import chosen
 from trainers.evaluation.score import Score, Setting
 
 # By default views have no more tokens and no longer side: attention is quadratic.

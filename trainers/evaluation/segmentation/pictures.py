@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import colorsys
 import io
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -10,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from trainers.evaluation.charts import class_colours, new_figure, png_of
 from trainers.pictures import panel_sheet
 from trainers.types import Panel
 
@@ -17,8 +17,6 @@ _VOID = (255, 255, 255)
 _RIGHT, _WRONG = (226, 230, 234), (200, 60, 40)
 # How strongly a label covers the picture.
 _OPACITY = 0.65
-# Saturation and brightness of colours, in turn.
-_STRENGTHS = ((0.85, 0.95), (0.5, 0.85), (0.9, 0.6))
 _SHOWN_PX = 256
 _SWATCH_PX, _FONT_PX, _MARGIN_PX = 14, 13, 24
 _BLUE, _TEXT, _GRID = "#1f5fae", "#33383f", "#e6e8eb"
@@ -38,17 +36,6 @@ class Shown(NamedTuple):
     labels: np.ndarray
     void: np.ndarray
     predicted: np.ndarray
-
-
-def class_colours(num_classes: int) -> np.ndarray:
-    """Colours that differ, uint8 [K, 3]; class 0, often the background, is dark."""
-    colours = [(0.22, 0.24, 0.27)]
-    for number in range(num_classes - 1):
-        # Steps of the golden ratio part the hues; where two come close after all, 5 or 8 steps
-        # apart, they differ in strength.
-        hue = (0.02 + 0.618034 * number) % 1
-        colours.append(colorsys.hsv_to_rgb(hue, *_STRENGTHS[number % len(_STRENGTHS)]))
-    return (np.array(colours[:num_classes]) * 255).round().astype(np.uint8)
 
 
 def sheet(shown: Sequence[Shown], class_names: Sequence[str]) -> bytes:
@@ -97,12 +84,8 @@ def class_chart(iou: Mapping[str, float | None], rows: Sequence[Mapping[str, flo
         iou: by class name; None where there was nothing to score on.
         rows: of the training, with `epoch` and `cross_entropy`.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     ranked = sorted(iou.items(), key=lambda item: -1.0 if item[1] is None else item[1])
-    figure = Figure(figsize=(10, max(3.2, 0.9 + 0.26 * len(ranked))), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(10, max(3.2, 0.9 + 0.26 * len(ranked)))
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     bars = left.barh(
         [name for name, _ in ranked], [value or 0.0 for _, value in ranked], color=_BLUE
@@ -127,9 +110,7 @@ def class_chart(iou: Mapping[str, float | None], rows: Sequence[Mapping[str, flo
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(_GRID)
         axes.tick_params(colors=_TEXT, length=0, labelsize=9)
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
-    return file.getvalue()
+    return png_of(figure)
 
 
 def _over(image: np.ndarray, painted: np.ndarray) -> np.ndarray:
