@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from trainers.evaluation.encoders import EncoderRef, MakeEncoder
     from trainers.evaluation.score import Score, Setting
     from trainers.storage import RunDir
-
-    Timed = tuple[Score, float]
-    """A score, and the seconds it took."""
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -105,13 +102,13 @@ def run_evaluate(encoders: Sequence[str], request: Request) -> list[dict[str, An
             "--image-size: no encoder is named by its architecture", hint="untrained:vit_tiny"
         )
     data, val = absolute(request.data), absolute(request.val) if request.val else None
+    results: dict[int, dict[str, Any]] = {}
     with connected():
         run = _run_on_devices if TASKS[request.task].dense else _run_here
-        scores = run(subjects, request, config, data, val)
-    return [
-        _keep(subject, score, request, config, seconds)
-        for subject, (score, seconds) in zip(subjects, scores, strict=True)
-    ]
+        # Each as soon as it is there: one that fails must not take others' with it.
+        for number, score, seconds in run(subjects, request, config, data, val):
+            results[number] = _keep(subjects[number], score, request, config, seconds)
+    return [results[number] for number in range(len(subjects))]
 
 
 def _check_through(request: Request, config: Config) -> None:
@@ -149,26 +146,25 @@ def _subject(text: str, request: Request) -> Subject:
 
 def _run_here(
     subjects: Sequence[Subject], request: Request, config: Config, data: str, val: str | None
-) -> list[Timed]:
+) -> Iterator[tuple[int, Score, float]]:
     """One after the other, from this process: these tasks spread over the cluster themselves."""
     from service.phases import PhaseProgress
 
     evaluate = load(TASKS[request.task].evaluate)
-    scores = []
     with PhaseProgress(console) as shown:
-        for subject in subjects:
+        for number, subject in enumerate(subjects):
             assert subject.ref is not None
             setting = _setting(request, subject, config, data, val, "auto")
             setting = _with_progress(setting, partial(shown, subject.text))
             began = time.monotonic()
-            scores.append((evaluate(subject.ref, setting, config), time.monotonic() - began))
+            score = evaluate(subject.ref, setting, config)
             shutil.rmtree(setting.folder, ignore_errors=True)
-    return scores
+            yield number, score, time.monotonic() - began
 
 
 def _run_on_devices(
     subjects: Sequence[Subject], request: Request, config: Config, data: str, val: str | None
-) -> list[Timed]:
+) -> Iterator[tuple[int, Score, float]]:
     """All at once as far as there are devices: each is a Ray task that holds one."""
     import ray
 
@@ -185,7 +181,6 @@ def _run_on_devices(
         encoder = _encoder_maker(subject, request, config, device)
         task = work.remote(request.task, encoder, setting, config, watch, number, int(cpus))
         waiting[task] = number
-    scores: dict[int, Timed] = {}
     with PhaseProgress(console) as shown:
         try:
             while waiting:
@@ -193,12 +188,12 @@ def _run_on_devices(
                 for number, state in ray.get(watch.states.remote()).items():
                     shown(subjects[number].text, *state)
                 for task in done:
-                    scores[waiting.pop(task)] = ray.get(task)
+                    yield waiting.pop(task), *ray.get(task)
         except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        finally:
             for task in waiting:
                 ray.cancel(task, force=True)
-            raise error.cause from None
-    return [scores[number] for number in range(len(subjects))]
 
 
 def _evaluate_on_device(
@@ -209,8 +204,8 @@ def _evaluate_on_device(
     watch: Any,
     number: int,
     num_threads: int,
-) -> Timed:
-    """Runs in a Ray worker that holds one device."""
+) -> tuple[Score, float]:
+    """Runs in a Ray worker that holds one device; gives the seconds it took, too."""
     import torch
 
     from service.phases import Reporter

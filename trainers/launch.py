@@ -113,7 +113,8 @@ def prepare(job: Job) -> Plan:
             f"{job.run} holds a run of another recipe: " + "; ".join(changed),
             hint="--fresh starts over, another --name keeps both",
         )
-    return plan
+    # What a later version adds to a recipe changes its digest, but not what is being continued.
+    return plan.model_copy(update={"hash": before.hash})
 
 
 def pretrain(

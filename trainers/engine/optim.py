@@ -74,7 +74,8 @@ def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
         learning_rate: of a group whose `lr_scale` is 1.
     """
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate * group["lr_scale"]
+        # Checkpoints from before there was layer-wise decay bring groups without a scale.
+        group["lr"] = learning_rate * group.get("lr_scale", 1.0)
 
 
 def _layers_above(method: nn.Module, name: str) -> int:

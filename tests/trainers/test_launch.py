@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from trainers.config.recipes import load_recipe
+from trainers.errors import RunConflictError
+from trainers.launch import Job, prepare
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number in range(8):
+        pixels = np.full((16, 16, 3), number * 30, np.uint8)
+        Image.fromarray(pixels).save(pictures / f"{number}.png")
+    recipe = load_recipe("mae-tiny", ["optim.batch_size=4"], steps=2)
+    return Job(recipe, str(pictures), "run", str(tmp_path / "runs"))
+
+
+def test_prepare__a_continued_run_keeps_its_digest(job: Job) -> None:
+    # As when a later version knows more keys, which all runs then have at their defaults.
+    plan = prepare(job)
+    earlier = plan.model_copy(update={"hash": "of an earlier version"})
+    job.run.create()
+    job.run.write("plan.json", earlier.model_dump_json().encode())
+
+    assert prepare(job).hash == "of an earlier version"
+    other = Job(
+        load_recipe("mae-tiny", ["optim.batch_size=8"], steps=2), job.data, "run", job.storage
+    )
+    with pytest.raises(RunConflictError, match=r"optim\.batch_size: 4 -> 8"):
+        prepare(other)
