@@ -17,15 +17,20 @@ STEPS = 6
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a fresh clone holds, and beside it what work leaves behind."""
-    copy = tmp_path_factory.mktemp("clone")
+def tracked() -> list[str]:
+    """The files of a fresh clone."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT, check=True, capture_output=True, text=True,
     )  # fmt: skip
-    for name in listed.stdout.splitlines():
+    return listed.stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a fresh clone holds, and beside it what work leaves behind."""
+    copy = tmp_path_factory.mktemp("clone")
+    for name in tracked():
         if (ROOT / name).is_file():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, copy / name)
@@ -46,8 +51,9 @@ def test_package__holds_the_code_alone(tree: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(package) as archive:
         names = archive.namelist()
     assert {"trainers/data/loader.py", "trainers/recipes/mae-clone.yaml"} < set(names)
-    assert not {n.split("/")[0] for n in names} & {".venv", "runs", "data", "tests"}
-    assert package.stat().st_size < 1 << 20
+    assert not {n.split("/")[0] for n in names} & {".venv", "runs", "data", "tests", "docs"}
+    files = {n for n in names if not n.endswith("/")}
+    assert files <= {*tracked(), "trainers/recipes/mae-clone.yaml"}
 
 
 @pytest.fixture(scope="module")
