@@ -208,7 +208,7 @@ def test_open_training__refuses_what_has_no_class(data: Path, tmp_path: Path):
     recipe = plan_of(data).recipe
     few = recipe.model_copy(update={"method": recipe.method.model_copy(update={"num_classes": 2})})
 
-    with pytest.raises(DataError, match=r"cat/0\.png has label 2, outside 0 to 1, and so it is with 6 more"):
+    with pytest.raises(DataError, match=r"cat/0\.png has label 2, .* so it is with 6 more"):
         open_training(str(data), few)
     skipping = few.model_copy(update={"data": few.data.model_copy(update={"bad_labels": "skip"})})
     assert len(open_training(str(data), skipping)) == 14
