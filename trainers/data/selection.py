@@ -107,7 +107,7 @@ def labelled(source: Source, indices: np.ndarray, num_classes: int, *, skip: boo
         DataError: the dataset has no labels, or a picture has none or one outside the range.
         EmptyDatasetError: no picture is left.
     """
-    classes = _labels(source)[indices]
+    classes = labels_of(source)[indices]
     good = (classes >= 0) & (classes < num_classes)
     if not good.any():
         raise EmptyDatasetError(f"no picture of {source.facts.uri} has a class")
@@ -125,16 +125,24 @@ def labelled(source: Source, indices: np.ndarray, num_classes: int, *, skip: boo
     )
 
 
-def _labels(source: Source) -> np.ndarray:
+def labels_of(source: Source) -> np.ndarray:
+    """Labels of all pictures, int64 [N].
+
+    Args:
+        source: a dataset that must have some.
+
+    Raises:
+        DataError: it has none.
+    """
     labels = source.labels()
     if labels is None:
         raise DataError(
             f"{source.facts.uri} has no labels",
-            hint="fine-tuning learns classes: a folder a class, or a label column",
+            hint="each picture needs a class: a folder a class, or a label column",
         )
     return labels
 
 
 def num_classes_of(source: Source) -> int:
     """How many classes a labelled source has: those it names, or up to its largest label."""
-    return len(source.facts.class_names) or int(_labels(source).max()) + 1
+    return len(source.facts.class_names) or int(labels_of(source).max()) + 1

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from trainers.data.discover import available_splits
+from trainers.data.selection import labels_of
 from trainers.data.sources import Source, open_source
 from trainers.errors import DataError
 from trainers.evaluation.score import Setting
@@ -43,7 +44,7 @@ def open_splits(setting: Setting) -> Splits:
     """
     train = open_source(setting.data)
     val = open_source(setting.val) if setting.val else own_validation(setting.data)
-    highest = max(int(_labels(source).max()) for source in (train, val))
+    highest = max(int(labels_of(source).max()) for source in (train, val))
     names, val_names = train.facts.class_names, val.facts.class_names
     if bool(names) != bool(val_names):
         named, other = (train, val) if names else (val, train)
@@ -74,13 +75,3 @@ def own_validation(data: str) -> Source:
         f"{data} has no validation or test split",
         hint=f"splits found: {found}; give one with --val",
     )
-
-
-def _labels(source: Source) -> np.ndarray:
-    labels = source.labels()
-    if labels is None:
-        raise DataError(
-            f"{source.facts.uri} has no labels",
-            hint="an evaluation needs a class for each picture",
-        )
-    return labels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -16,7 +17,7 @@ from trainers.errors import ConfigError
 from trainers.evaluation.encoders import FeatureEncoder, chosen_layers
 
 
-class Pyramid(nn.Module):
+class Pyramid(nn.Module, ABC):
     """Maps of an encoder in, `NUM_LEVELS` maps of one width out, each of half the last one's size.
 
     Attributes:
@@ -29,9 +30,9 @@ class Pyramid(nn.Module):
         super().__init__()
         self.width, self.strides = width, tuple(strides)
 
+    @abstractmethod
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Levels [B, width, h, w] of maps [B, D, h, w]."""
-        raise NotImplementedError
 
 
 class SimplePyramid(Pyramid):
