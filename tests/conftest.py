@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -35,3 +37,29 @@ def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def run_ranks() -> Callable[..., None]:
+    """Runs a test's own file as two processes, `FILE PLACE RANK …`, and asks for a good end."""
+
+    def run(file: str, place: object, *arguments: str, timeout_s: float = 120) -> None:
+        processes = [
+            subprocess.Popen(
+                [sys.executable, file, str(place), str(rank), *arguments],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+            for rank in range(2)
+        ]
+        try:
+            for process in processes:
+                said, _ = process.communicate(timeout=timeout_s)
+                assert process.returncode == 0, said[-4000:]
+        finally:
+            for process in processes:
+                process.kill()
+
+    return run

@@ -6,8 +6,8 @@ The last test needs two processes; this file is also what they run.
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -197,25 +197,11 @@ def work(folder: Path, rank: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained_by_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained_by_two(
+    tmp_path_factory: pytest.TempPathFactory, run_ranks: Callable[..., None]
+) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder), str(rank)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(2)
-    ]
-    try:
-        for process in processes:
-            said, _ = process.communicate(timeout=120)
-            assert process.returncode == 0, said[-4000:]
-    finally:
-        for process in processes:
-            process.kill()
+    run_ranks(__file__, folder)
     return folder
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -108,29 +108,13 @@ def work(out: Path, rank: str, world_size: str, *cases: str) -> None:
 
 @pytest.fixture(scope="module")
 def results(
-    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+    tmp_path_factory: pytest.TempPathFactory, run_ranks: Callable[..., None]
 ) -> list[dict[str, Any]]:
     """By rank and case; all cases in one pair of processes."""
     out = tmp_path_factory.mktemp("zero") / "out"
     stages = [(name, stage, "fp32") for name in RECIPES for stage in (0, 1, 2, 3)]
     cases = [json.dumps(c) for c in (*stages, *((name, 3, "bf16") for name in RECIPES))]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(out), str(rank), "2", *cases],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(2)
-    ]
-    try:
-        for process in processes:
-            said, _ = process.communicate(timeout=280)
-            assert process.returncode == 0, said[-4000:]
-    finally:
-        for process in processes:
-            process.kill()
+    run_ranks(__file__, out, "2", *cases, timeout_s=280)
     return [torch.load(f"{out}.{rank}") for rank in range(2)]
 
 

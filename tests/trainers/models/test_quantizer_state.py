@@ -6,8 +6,8 @@ Ranks need processes of their own; this file is also what they run.
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -144,26 +144,12 @@ def work(out: Path, rank: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def on_two_ranks(
+    tmp_path_factory: pytest.TempPathFactory, run_ranks: Callable[..., None]
+) -> list[dict[str, Any]]:
     """By rank and kind."""
     out = tmp_path_factory.mktemp("ranks") / "out"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(out), str(rank)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(2)
-    ]
-    try:
-        for process in processes:
-            said, _ = process.communicate(timeout=120)
-            assert process.returncode == 0, said[-4000:]
-    finally:
-        for process in processes:
-            process.kill()
+    run_ranks(__file__, out)
     return [torch.load(f"{out}.{rank}") for rank in range(2)]
 
 
