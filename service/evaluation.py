@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 API_KEY_VARIABLE = "MIMRAY_API_KEY"
-SETTLE_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -170,16 +169,18 @@ def _run_on_devices(
 
     from service.phases import PhaseProgress, Watch
 
-    cpus, gpus = _device_share()
-    device = "cuda" if gpus else "cpu"
+    share = _device_share()
+    device = "cuda" if share.gpus else "cpu"
     watch = ray.remote(Watch).options(num_cpus=0).remote()
     # A lost worker's task is done again, going on from what it kept where that is still there.
-    work = ray.remote(_evaluate_on_device).options(num_cpus=cpus, num_gpus=gpus, max_retries=2)
+    work = ray.remote(_evaluate_on_device).options(
+        num_cpus=share.cpus, num_gpus=share.gpus, max_retries=2
+    )
     waiting = {}
     for number, subject in enumerate(subjects):
         setting = _setting(request, subject, config, data, val, device)
         encoder = _encoder_maker(subject, request, config, device)
-        task = work.remote(request.task, encoder, setting, config, watch, number, int(cpus))
+        task = work.remote(request.task, encoder, setting, config, watch, number, share.num_threads)
         waiting[task] = number
     with PhaseProgress(console) as shown:
         try:
@@ -219,28 +220,32 @@ def _evaluate_on_device(
     return score, time.monotonic() - began
 
 
-def _device_share() -> tuple[float, float]:
-    """CPUs and GPUs that one task holds: a GPU and its share of a node, or all a node has free."""
+class _Share(NamedTuple):
+    """What a task holds of the cluster, and how many threads it computes with."""
+
+    cpus: float
+    gpus: float
+    num_threads: int
+
+
+def _device_share() -> _Share:
+    """A GPU and its share of a node; without GPUs, all that the largest node has free."""
     import ray
     from ray._private.state import available_resources_per_node
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     with_gpu = [node for node in nodes if node.get("GPU", 0) >= 1]
     if with_gpu:
-        return min(max(1.0, node.get("CPU", 1) // node["GPU"]) for node in with_gpu), 1.0
-    largest = max(node.get("CPU", 0) for node in nodes)
-    patient_until = time.monotonic() + SETTLE_S
-    while True:
-        free = max(node.get("CPU", 0) for node in available_resources_per_node().values())
-        # Figures depend in their last digits on the number of threads, so what has just ended
-        # gets a moment to give its CPUs back.
-        if free >= largest or time.monotonic() > patient_until:
-            break
-        time.sleep(0.1)
+        cpus = min(max(1.0, node.get("CPU", 1) // node["GPU"]) for node in with_gpu)
+        return _Share(cpus, 1.0, int(cpus))
+    free = max(node.get("CPU", 0) for node in available_resources_per_node().values())
     if free < 1:
         # Nothing waits in silence; whoever holds the CPUs may give them back.
         console.print("no CPU is free in the cluster: waiting for one", style="yellow")
-    return max(1.0, free // 1), 0.0
+    # Figures depend in their last digits on the number of threads, so it must not depend on what
+    # else happens to be running.
+    num_threads = max(1, int(max(node.get("CPU", 0) for node in nodes)))
+    return _Share(max(1.0, free // 1), 0.0, num_threads)
 
 
 def _setting(

@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -85,39 +86,56 @@ def fit(
     rows = _resume(folder / STATE, identity, trained, optimizer)
     for module in trained:
         module.train()
-    for epoch in range(len(rows), config.epochs):
-        order = permutation(generator(seed, Stream.HEAD_ORDER, epoch), num_examples)
-        sums: dict[str, float] = {}
-        for batch in range(per_epoch):
-            step = epoch * per_epoch + batch
-            factor = _factor(step, steps, warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = config.lr * factor * group["lr_scale"]
-            # Dropout and the sampling of anchors depend on the step alone.
-            torch.manual_seed(int(generator(seed, Stream.HEAD_DEVICE, step).integers(2**62)))
-            losses = losses_of(make_batch(epoch, order[batch * size : (batch + 1) * size]))
-            loss = torch.stack([value.float() for value in losses.values()]).sum()
-            found = {name: float(value.detach()) for name, value in losses.items()}
-            if not math.isfinite(sum(found.values())):
-                raise NonFiniteLossError(
-                    f"{phase}: the loss is not finite at step {step + 1}: {found}",
-                    hint="a lower lr (--set lr=…)",
-                )
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            if config.clip_grad_norm is not None:
-                parameters = [p for g in optimizer.param_groups for p in g["params"]]
-                nn.utils.clip_grad_norm_(parameters, config.clip_grad_norm)
-            optimizer.step()
-            for name, value in found.items():
-                sums[name] = sums.get(name, 0.0) + value
-            progress(phase, step + 1, steps)
-        means = {name: total / per_epoch for name, total in sums.items()}
-        rows.append({"epoch": epoch + 1, "lr": config.lr * factor, **means})
-        _keep(folder / STATE, identity, trained, optimizer, rows)
+    with _repeatable():
+        for epoch in range(len(rows), config.epochs):
+            order = permutation(generator(seed, Stream.HEAD_ORDER, epoch), num_examples)
+            sums: dict[str, float] = {}
+            for batch in range(per_epoch):
+                step = epoch * per_epoch + batch
+                factor = _factor(step, steps, warmup)
+                for group in optimizer.param_groups:
+                    group["lr"] = config.lr * factor * group["lr_scale"]
+                # Dropout and the sampling of anchors depend on the step alone.
+                torch.manual_seed(int(generator(seed, Stream.HEAD_DEVICE, step).integers(2**62)))
+                losses = losses_of(make_batch(epoch, order[batch * size : (batch + 1) * size]))
+                loss = torch.stack([value.float() for value in losses.values()]).sum()
+                found = {name: float(value.detach()) for name, value in losses.items()}
+                if not math.isfinite(sum(found.values())):
+                    raise NonFiniteLossError(
+                        f"{phase}: the loss is not finite at step {step + 1}: {found}",
+                        hint="a lower lr (--set lr=…)",
+                    )
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()  # type: ignore[no-untyped-call]
+                if config.clip_grad_norm is not None:
+                    parameters = [p for g in optimizer.param_groups for p in g["params"]]
+                    nn.utils.clip_grad_norm_(parameters, config.clip_grad_norm)
+                optimizer.step()
+                for name, value in found.items():
+                    sums[name] = sums.get(name, 0.0) + value
+                progress(phase, step + 1, steps)
+            means = {name: total / per_epoch for name, total in sums.items()}
+            rows.append({"epoch": epoch + 1, "lr": config.lr * factor, **means})
+            _keep(folder / STATE, identity, trained, optimizer, rows)
     for module in trained:
         module.eval()
     return rows
+
+
+@contextmanager
+def _repeatable() -> Iterator[None]:
+    """Sums in the same order each time.
+
+    Several threads otherwise add to one element, in the backward pass of indexing above all, as
+    they happen to come. What CUDA has no such kernel for stays as it is.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warned)
 
 
 def _groups(module: nn.Module, weight_decay: float, lr_scale: float) -> list[dict[str, Any]]:

@@ -95,6 +95,25 @@ def test_fit__the_seed_alone_decides(tmp_path: Path) -> None:
     assert _run(tmp_path / "c", _head(), seed=2) != one
 
 
+def test_fit__many_threads_add_up_alike_each_time(tmp_path: Path) -> None:
+    """The backward pass of indexing adds to one row from several threads."""
+    rows = torch.randint(8, (8192,), generator=torch.Generator().manual_seed(0))
+
+    def train(place: int) -> Tensor:
+        table = nn.Embedding.from_pretrained(torch.ones(8, 64), freeze=False)
+        weights = torch.randn(8192, 64, generator=torch.Generator().manual_seed(1))
+        _run(
+            tmp_path / str(place),
+            table,
+            losses_of=lambda _: {"loss": (table.weight[rows] * weights).sum().square()},
+        )
+        return table.weight.detach()
+
+    first, *others = [train(place) for place in range(8)]
+    assert all(torch.equal(first, other) for other in others)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_fit__the_encoder_learns_at_its_own_rate_and_biases_do_not_decay(tmp_path: Path) -> None:
     """With gradients of zero AdamW moves weights by -lr x decay x weight alone."""
     head, encoder = nn.Linear(5, 1), nn.Linear(5, 5)
