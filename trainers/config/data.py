@@ -56,6 +56,11 @@ class DataConfig(Config):
         default=8192, description="rows shuffled together; whole row groups, order within is random"
     )
     cache_mib: PositiveInt = Field(default=8192, description="local cache of remote row groups")
+    decoded_cache_mib: NonNegativeInt = Field(
+        default=0,
+        description="pictures kept decoded for all processes of a node, in /dev/shm where it has "
+        "the room; 0 for none",
+    )
     on_bad: Literal["substitute", "fail"] = Field(
         default="substitute",
         description="a picture that cannot be decoded: take the next one and count it, or stop",

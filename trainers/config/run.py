@@ -126,6 +126,7 @@ OPERATIONAL_KEYS = (
     "data.num_workers",
     "data.prefetch_batches",
     "data.cache_mib",
+    "data.decoded_cache_mib",
     "engine.micro_batch_size",
     "method.tokenizer",  # where it lies; what it is, its digest says
     "method.bundle",  # likewise

@@ -26,6 +26,9 @@ BACKGROUND = (255, 255, 255)
 # only under Windows (WMF).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 
+# Formats that are decoded at a lower scale where that is enough.
+DRAFTED = ("JPEG", "MPO")
+
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -99,7 +102,7 @@ def decode(
     try:
         _check_size(image, max_pixels, min_side_px)
         stored_size, mode, layout = image.size, image.mode, _raw_mode(image)
-        if draft_size is not None and image.format in ("JPEG", "MPO"):
+        if draft_size is not None and image.format in DRAFTED:
             turned = _orientation(image) >= 5
             image.draft(None, draft_size[::-1] if turned else draft_size)
         image.load()
@@ -134,6 +137,19 @@ def decode_rgb(
 ) -> Image.Image:
     """Decode a picture to upright RGB; `decode` without the header, same arguments and errors."""
     return decode(data, max_pixels=max_pixels, min_side_px=min_side_px, draft_size=draft_size).image
+
+
+def draft_scale(size: tuple[int, int], draft_size: tuple[int, int]) -> int:
+    """What `decode` divides the size of a JPEG by: 8, 4, 2 or 1.
+
+    Args:
+        size: upright (width, height) as stored, in pixels.
+        draft_size: as of `decode`.
+
+    Source: Pillow, `JpegImageFile.draft`.
+    """
+    times = min(size[0] // draft_size[0], size[1] // draft_size[1])
+    return next((scale for scale in (8, 4, 2) if times >= scale), 1)
 
 
 def read_size(data: bytes) -> tuple[int, int]:

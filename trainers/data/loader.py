@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from trainers.config.run import Plan, Recipe
-from trainers.data.decode import decode, read_size
+from trainers.data.decoded import Picture, Pictures
 from trainers.data.order import SampleOrder
 from trainers.data.rng import Stream, generator
 from trainers.data.sources import Source
@@ -72,6 +72,9 @@ class Views(Dataset[Sample]):
         self.source = source
         self.recipe = recipe
         self.draw_mask = draw_mask
+        self.pictures = Pictures(
+            source, cache_mib=recipe.data.decoded_cache_mib, labels=recipe.learns_classes
+        )
 
     def __getitem__(self, place: Place) -> Sample:
         """Decode, crop, flip, augment and mask."""
@@ -88,10 +91,9 @@ class Views(Dataset[Sample]):
         problems: list[str] = []
         for offset in range(MAX_SUBSTITUTES + 1):
             index = (place.index + offset) % len(self.source)
-            record = self.source[index]
-            label = record.label if self.recipe.learns_classes else None
             try:
-                return self._view(record.image, place), label, tuple(problems)
+                picture = self.pictures[index]
+                return self._view(picture, place), picture.label, tuple(problems)
             except ImageError as error:
                 name = self.source.name(index)
                 if self.recipe.data.on_bad == "fail":
@@ -107,10 +109,10 @@ class Views(Dataset[Sample]):
             hint="`mimray data ingest` sorts such pictures out",
         )
 
-    def _view(self, image: bytes, place: Place) -> View:
+    def _view(self, picture: Picture, place: Place) -> View:
         config, tokenizer_size = self.recipe.data, self.recipe.tokenizer_size
         rng = generator(self.recipe.seed, Stream.VIEW, place.epoch, place.index)
-        size = read_size(image)
+        size = picture.size
         box = random_crop_box(rng, size, config.crop_scale, config.crop_ratio)
         flip = bool(rng.random() < config.hflip)
         # Decoding at a lower DCT scale is enough as long as no view is upsampled by it.
@@ -119,20 +121,20 @@ class Views(Dataset[Sample]):
             int(np.ceil(size[0] * width / (box[2] - box[0]))),
             int(np.ceil(size[1] * height / (box[3] - box[1]))),
         )
-        picture = decode(image, draft_size=enough).image
-        scale_x, scale_y = picture.width / size[0], picture.height / size[1]
+        image = picture.decoded(enough)
+        scale_x, scale_y = image.width / size[0], image.height / size[1]
         box = (box[0] * scale_x, box[1] * scale_y, box[2] * scale_x, box[3] * scale_y)
         if config.channels == 1:
-            picture = picture.convert("L")
+            image = image.convert("L")
         if config.color_jitter:
-            picture = color_jitter(rng, picture, config.color_jitter)
-        view = view_of(picture, config.image_size, config.interpolation, box, flip)
+            image = color_jitter(rng, image, config.color_jitter)
+        view = view_of(image, config.image_size, config.interpolation, box, flip)
         if config.auto_augment:
             view = auto_augment(rng, view, config.auto_augment, config.mean, config.interpolation)
         pixels = to_array(view)
         if tokenizer_size is None:
             return pixels, None
-        return pixels, to_array(view_of(picture, tokenizer_size, "lanczos", box, flip))
+        return pixels, to_array(view_of(image, tokenizer_size, "lanczos", box, flip))
 
 
 class MicroBatches(Sampler[list[Place]]):

@@ -239,7 +239,7 @@ def test_loader__draft_decoding_of_large_jpegs_is_close_to_full(tmp_path: Path):
     source = open_source(str(tmp_path))
     views = Views(source, recipe_of(batch_size=1), None)
 
-    jpeg, png = (views._view(source[i].image, Place(0, 0))[0] for i in (0, 1))
+    jpeg, png = (views._view(views.pictures[i], Place(0, 0))[0] for i in (0, 1))
 
     assert jpeg.shape == png.shape == (3, 16, 16)
     assert np.abs(jpeg.astype(int) - png.astype(int)).max() <= 4

@@ -1,0 +1,316 @@
+"""Pictures kept decoded: whatever happens, a sample is the one that decoding gives."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, PngImagePlugin
+
+from trainers.config.run import Recipe, essential, parse_recipe, resolve
+from trainers.data import arena
+from trainers.data.arena import open_arena
+from trainers.data.decode import decode, draft_scale, read_size
+from trainers.data.decoded import Pictures, decoded_bytes, release
+from trainers.data.loader import Place, Views, make_loader
+from trainers.data.sources import Source, open_source
+from trainers.errors import DataError, EmptyDatasetError
+from trainers.types import Record
+
+MIB = 8
+
+
+@pytest.fixture
+def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A node of this test's own; gives its shared memory."""
+    monkeypatch.setattr(arena, "SHARED_MEMORY", tmp_path / "shm")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "shm").mkdir()
+    return tmp_path / "shm"
+
+
+def smooth(number: int, size: tuple[int, int]) -> Image.Image:
+    pixels = np.random.default_rng(number).integers(0, 256, (6, 5, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def turned(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+def late_exif() -> bytes:
+    """A PNG that says behind its pixels how it is turned."""
+    data = encoded(smooth(9, (60, 40)), "PNG")
+    chunk = io.BytesIO()
+    PngImagePlugin.putchunk(chunk, b"eXIf", turned(6).tobytes()[6:])
+    return data[:-12] + chunk.getvalue() + data[-12:]
+
+
+PICTURES = {
+    "large.jpg": encoded(smooth(0, (301, 227)), "JPEG"),
+    "small.jpg": encoded(smooth(1, (18, 15)), "JPEG"),
+    "turned6.jpg": encoded(smooth(2, (260, 130)), "JPEG", exif=turned(6)),
+    "turned5.jpg": encoded(smooth(3, (131, 267)), "JPEG", exif=turned(5)),
+    "turned3.png": encoded(smooth(4, (90, 50)), "PNG", exif=turned(3)),
+    "gray.jpg": encoded(smooth(5, (200, 200)).convert("L"), "JPEG"),
+    "cmyk.jpg": encoded(smooth(6, (150, 170)).convert("CMYK"), "JPEG"),
+    "alpha.png": encoded(smooth(7, (70, 40)).convert("RGBA"), "PNG"),
+    "two.jpg": encoded(
+        smooth(8, (140, 99)), "MPO", save_all=True, append_images=[smooth(9, (140, 99))]
+    ),
+    "late.png": late_exif(),
+    "picture.webp": encoded(smooth(10, (128, 128)), "WEBP"),
+}
+
+
+def write(folder: Path, pictures: dict[str, bytes]) -> Source:
+    folder.mkdir()
+    for name, data in pictures.items():
+        (folder / name).write_bytes(data)
+    return open_source(str(folder))
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Source:
+    return write(tmp_path / "pictures", PICTURES)
+
+
+def recipe_of(cache_mib: int, *, beit: bool = False, **data: Any) -> Recipe:
+    method: dict[str, Any] = {"name": "mae"}
+    if beit:
+        method = {"name": "beit", "tokenizer_image_size": (48, 48), "min_block_patches": 2}
+    return parse_recipe(
+        {
+            "encoder": {"name": "vit_tiny", "depth": 1, "patch_size": 8},
+            "method": method,
+            "data": {
+                "image_size": 32,
+                "num_workers": 0,
+                "crop_scale": (0.1, 1.0),
+                "decoded_cache_mib": cache_mib,
+                **data,
+            },
+            "optim": {"batch_size": 4, "steps": 11},
+            "seed": 3,
+        }
+    )
+
+
+class Taped:
+    """A source that notes what is read of it."""
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.read = source, list[int]()
+        self.facts, self.group_rows = source.facts, source.group_rows
+        self.num_bytes = source.num_bytes
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Record:
+        self.read.append(index)
+        return self.source[index]
+
+    def labels(self) -> None:
+        return None
+
+    def name(self, index: int) -> str:
+        return self.source.name(index)
+
+
+@given(
+    size=st.tuples(st.integers(2, 300), st.integers(2, 300)),
+    enough=st.tuples(st.integers(1, 400), st.integers(1, 400)),
+    orientation=st.integers(1, 8),
+)
+@settings(max_examples=150, deadline=None)
+def test_draft_scale__is_what_decoding_divides_by(
+    size: tuple[int, int], enough: tuple[int, int], orientation: int
+):
+    data = encoded(Image.new("RGB", size), "JPEG", exif=turned(orientation))
+    stored = read_size(data)
+
+    image = decode(data, draft_size=enough).image
+
+    scale = draft_scale(stored, enough)
+    assert image.size == tuple(-(-side // scale) for side in stored)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"channels": 1},
+        {"beit": True, "color_jitter": 0.4},
+        {"auto_augment": "rand-m9-mstd0.5-inc1"},
+    ],
+)
+def test_views__a_cache_changes_no_sample(node: Path, source: Source, options: dict[str, Any]):
+    plain = Views(source, recipe_of(0, **options), None)
+    cached, later = (Views(source, recipe_of(MIB, **options), None) for _ in range(2))
+
+    for epoch in range(12):
+        for index in range(len(source)):
+            place = Place(epoch, index)
+            want = plain[place]
+            for views in (cached, later):
+                found = views[place]
+                np.testing.assert_array_equal(found.pixels, want.pixels)
+                if want.tokenizer_pixels is not None:
+                    np.testing.assert_array_equal(found.tokenizer_pixels, want.tokenizer_pixels)
+    arena = open_arena(source.facts.fingerprint, len(source), MIB)
+    assert arena is not None
+    assert all(arena.known(index) for index in range(len(source)))
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures__at_every_scale_those_of_decode(
+    node: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    decoding = Mock(wraps=decode)
+    monkeypatch.setattr("trainers.data.decoded.decode", decoding)
+    source = write(tmp_path / "one", {name: PICTURES[name]})
+    pictures = Pictures(source, cache_mib=MIB)
+    width, height = read_size(PICTURES[name])
+
+    for times in (1.5, 0.5, 3, 1, 8, 2, 4, 6, 12) * 2:
+        enough = (int(width / times), int(height / times))
+        want = decode(PICTURES[name], draft_size=enough).image
+        picture = pictures[0]
+        found = picture.decoded(enough)
+        assert (found.mode, found.size) == (want.mode, want.size)
+        assert found.tobytes() == want.tobytes()
+        assert picture.size == (width, height)
+    # Once a scale that there is.
+    assert decoding.call_count == (4 if name.endswith(".jpg") else 1)
+
+
+def test_pictures__what_is_there_is_neither_read_nor_decoded(
+    node: Path, source: Source, monkeypatch: pytest.MonkeyPatch
+):
+    taped = Taped(source)
+    whole = (10_000, 10_000)
+    for index in range(len(taped)):
+        Pictures(taped, cache_mib=MIB)[index].decoded(whole)
+    assert taped.read == list(range(len(taped)))
+    monkeypatch.setattr("trainers.data.decoded.decode", None)
+    again = Pictures(taped, cache_mib=MIB)
+
+    for index in range(len(taped)):
+        again[index].decoded(whole)
+
+    assert taped.read == list(range(len(taped)))
+
+
+def test_pictures__labels_are_read_and_the_pixels_are_not_decoded(
+    node: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for label in "ab":
+        (tmp_path / "classes" / label).mkdir(parents=True)
+        (tmp_path / "classes" / label / "0.png").write_bytes(PICTURES["turned3.png"])
+    source = open_source(str(tmp_path / "classes"))
+    for index in (0, 1):
+        Pictures(source, cache_mib=MIB)[index].decoded((9, 9))
+    monkeypatch.setattr("trainers.data.decoded.decode", None)
+    pictures = Pictures(source, cache_mib=MIB, labels=True)
+
+    for index in (0, 1):
+        assert pictures[index].label == index
+        assert pictures[index].decoded((9, 9)).size == (90, 50)
+
+
+def test_views__broken_pictures_are_told_each_time_and_never_kept(node: Path, tmp_path: Path):
+    broken = {
+        "a.jpg": PICTURES["large.jpg"][:900],
+        "b.png": b"no picture",
+        "c.png": encoded(Image.new("RGB", (1, 1)), "PNG"),
+        "d.png": PICTURES["turned3.png"],
+    }
+    source = write(tmp_path / "broken", broken)
+    plain, cached = (Views(source, recipe_of(mib), None) for mib in (0, MIB))
+
+    for epoch in range(3):
+        for index in range(4):
+            want, found = plain[Place(epoch, index)], cached[Place(epoch, index)]
+            np.testing.assert_array_equal(found.pixels, want.pixels)
+            assert found.problems == want.problems
+            assert len(found.problems) == 3 - index
+    kept = open_arena(source.facts.fingerprint, 4, MIB)
+    assert kept is not None
+    assert [kept.known(index) is not None for index in range(4)] == [False, False, False, True]
+    failing = Views(source, recipe_of(MIB, on_bad="fail"), None)
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"a\.jpg: the file ends too early"):
+            failing[Place(0, 0)]
+
+
+def test_loader__decode_processes_share_what_they_decode(tmp_path: Path):
+    # In the node's real shared memory: nothing is patched in the decode processes.
+    source = write(tmp_path / "pictures", PICTURES)
+    try:
+        batches = []
+        for mib in (0, MIB):
+            plan = resolve(recipe_of(mib, num_workers=2 if mib else 0), source.facts, 1)
+            batches.append(list(make_loader(source, plan, None)))
+        for plain, cached in zip(*batches, strict=True):
+            assert plain.images.equal(cached.images)
+        kept = open_arena(source.facts.fingerprint, len(source), MIB)
+        assert kept is not None
+        assert all(kept.known(index) for index in range(len(source)))
+    finally:
+        release(source.facts.fingerprint)
+    empty = open_arena(source.facts.fingerprint, len(source), MIB)
+    assert empty is not None
+    assert empty.known(0) is None
+    release(source.facts.fingerprint)
+
+
+def test_config__the_cache_is_no_part_of_a_runs_identity():
+    assert essential(recipe_of(MIB)) == essential(recipe_of(0))
+
+
+def test_decoded_bytes__is_what_an_arena_takes(node: Path, tmp_path: Path):
+    sizes = [(40 + 7 * i, 90 - 3 * i) for i in range(12)]
+    pngs = {f"{i:02}.png": encoded(smooth(i, size), "PNG") for i, size in enumerate(sizes)}
+    folder = write(tmp_path / "folder", pngs)
+    (tmp_path / "parquet").mkdir()
+    width, height = zip(*sizes, strict=True)
+    table = pa.table({"image": list(pngs.values()), "width": width, "height": height})
+    pq.write_table(table, tmp_path / "parquet/a.parquet")
+
+    needed = decoded_bytes(folder)
+
+    assert needed == decoded_bytes(open_source(str(tmp_path / "parquet")))
+    assert decoded_bytes(folder, sample=4) == pytest.approx(needed, rel=0.3)
+    pictures = Pictures(folder, cache_mib=1)
+    for index in range(12):
+        pictures[index].decoded((1, 1))
+    kept = open_arena(folder.facts.fingerprint, 12, 1)
+    assert kept is not None
+    (taken,) = {path.read_bytes()[:8] for path in node.rglob("state")}
+    assert int.from_bytes(taken, "little") + (1 << 20) - kept.bound == needed
+
+
+def test_decoded_bytes__broken_pictures_are_passed_over(tmp_path: Path):
+    some = {"a.png": b"broken", "b.png": PICTURES["alpha.png"]}
+    broken = {"a.png": b"broken"}
+
+    assert decoded_bytes(write(tmp_path / "some", some)) == 2 * (24 + 3 * 70 * 40 + 32)
+    with pytest.raises(EmptyDatasetError, match="no header"):
+        decoded_bytes(write(tmp_path / "none", broken))

@@ -1,0 +1,128 @@
+"""Pictures decoded once a node: what one process decoded, epochs and trials after it only read.
+
+The pixels are those of `decode`, to the bit, so that a cache changes no sample.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from trainers.data.arena import Arena, Known, open_arena, picture_bytes, release
+from trainers.data.decode import DRAFTED, decode, draft_scale, read_size
+from trainers.data.selection import chosen
+from trainers.data.sources import Source
+from trainers.errors import EmptyDatasetError, ImageError
+
+__all__ = ["Picture", "Pictures", "decoded_bytes", "release"]
+
+
+class Picture:
+    """One picture of a source; read when first needed, which may be never.
+
+    Attributes:
+        size: upright (width, height) as stored, in pixels.
+        label: its class; None where it has none or nobody asks.
+    """
+
+    def __init__(self, source: Source, index: int, arena: Arena | None, *, label: bool) -> None:
+        self._source, self._index, self._arena = source, index, arena
+        self._known = arena.known(index) if arena is not None else None
+        record = source[index] if label or self._known is None else None
+        self._image = record.image if record is not None else None
+        self.label = record.label if record is not None and label else None
+        self.size = read_size(self._encoded()) if self._known is None else self._known.size
+
+    def decoded(self, enough: tuple[int, int]) -> Image.Image:
+        """The whole picture, upright RGB.
+
+        Args:
+            enough: (width, height) that is enough for the caller, as `draft_size` of `decode`.
+
+        Raises:
+            ImageError: it cannot be decoded.
+        """
+        if self._arena is None:
+            return decode(self._encoded(), draft_size=enough).image
+        if self._known is not None:
+            image = self._arena.get(self._index, self._scale(self._known, enough))
+            if image is not None:
+                return image
+        image, header = decode(self._encoded(), draft_size=enough)
+        known = Known(self.size, header.format in DRAFTED)
+        scale = self._scale(known, enough)
+        # Should a Pillow of another rule come, nothing is kept that is not what it says.
+        if not known.drafts or image.size == tuple(-(-side // scale) for side in self.size):
+            self._arena.add(self._index, scale, known, image)
+        return image
+
+    def _scale(self, known: Known, enough: tuple[int, int]) -> int:
+        return draft_scale(self.size, enough) if known.drafts else 1
+
+    def _encoded(self) -> bytes:
+        if self._image is None:
+            self._image = self._source[self._index].image
+        return self._image
+
+
+class Pictures:
+    """The pictures of a source, by index; can be pickled, as the source can.
+
+    Args:
+        source: where encoded pictures come from.
+        cache_mib: bound of what is kept decoded on this node; 0 keeps nothing.
+        labels: whether pictures are to have their labels, which have to be read.
+    """
+
+    def __init__(self, source: Source, *, cache_mib: int = 0, labels: bool = False) -> None:
+        self._source = source
+        self._cache_mib = cache_mib
+        self._labels = labels
+        self._arena: Arena | None = None
+        self._opened_by = -1
+
+    def __getitem__(self, index: int) -> Picture:
+        """One picture.
+
+        Raises:
+            ImageError: its header cannot be read.
+        """
+        # Locks are of the process that took them: a forked one opens the arena itself.
+        if self._cache_mib and self._opened_by != os.getpid():
+            facts = self._source.facts
+            self._arena = open_arena(facts.fingerprint, facts.num_samples, self._cache_mib)
+            self._opened_by = os.getpid()
+        return Picture(self._source, index, self._arena, label=self._labels)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_arena": None, "_opened_by": -1}
+
+
+def decoded_bytes(source: Source, sample: int = 64) -> int:
+    """What all pictures of a source come to when each is kept decoded at its full size.
+
+    JPEGs that are large beside what is asked of them are decoded at a lower scale, and come to
+    less; or, where some crops need more than others, to a third more at the very most.
+
+    Args:
+        source: the pictures.
+        sample: so many headers are read, evenly spread, where the source knows no sizes.
+
+    Raises:
+        EmptyDatasetError: of none of those the header can be read.
+    """
+    known = source.sizes() if hasattr(source, "sizes") else None
+    if known is not None:
+        return int(picture_bytes(known.clip(0)).sum())  # a size that is missing is -1
+    found = []
+    for index in chosen(len(source), sample):
+        try:
+            found.append(read_size(source[int(index)].image))
+        except ImageError:
+            continue
+    if not found:
+        raise EmptyDatasetError(f"no header of {source.facts.uri} can be read")
+    return int(picture_bytes(np.array(found, dtype=np.int64)).mean() * len(source))
