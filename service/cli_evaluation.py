@@ -14,8 +14,8 @@ from service.tasks import TASKS
 @click.command()
 @click.argument("bundles", nargs=-1, metavar="BUNDLE…")
 @click.option("--task", type=click.Choice(list(TASKS)), default="knn", show_default=True)
-@click.option("--data", default=None, help="Labelled pictures to learn from.")
-@click.option("--val", default=None, help="Labelled pictures to score; default: DATA's own split.")
+@click.option("--data", default=None, help="Pictures; labelled, but for rankme.")
+@click.option("--val", default=None, help="Pictures to score on; default: DATA's own split.")
 @click.option("--limit", type=click.IntRange(min=1), default=None, help="N pictures of each only.")
 @click.option("--epochs", type=click.IntRange(min=1), default=None, help="Length of the training.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
@@ -48,7 +48,7 @@ def evaluate(
     out: str | None,
     as_json: bool,
 ) -> None:
-    r"""Score an encoder by a task on labelled pictures.
+    """Score an encoder by a task.
 
     BUNDLE is a run or a bundle; `untrained:RUN` is a fresh encoder of the same shape and
     `untrained:vit_tiny` one of a published shape: what a score must beat.
@@ -56,11 +56,12 @@ def evaluate(
     \b
     knn, linear    pictures in class folders or Parquet with labels
     finetune       the same; the whole encoder learns
+    rankme         any pictures, no labels: the effective rank of the features, a proxy
     segmentation   pictures with index masks, or COCO panoptic or instance files
     detection      COCO JSON or Pascal VOC
 
     Example: mimray evaluate runs/mae-tiny --task segmentation --data scenes
-    """
+    """  # noqa: D301 (click wants the character)
     from service.evaluation import Request, run_evaluate, summary
 
     if show_options:
@@ -117,9 +118,9 @@ def _print_comparison(results: list[dict[str, Any]], out: str, as_json: bool) ->
 
 
 def _print_options(task: str, as_json: bool) -> None:
-    from service.tasks import options_of
+    from trainers.evaluation.tasks import options_of
 
-    options = options_of(task)
+    options = options_of(TASKS[task])
     if as_json:
         click.echo(json.dumps(options, default=str))
         return

@@ -17,8 +17,9 @@ from rich.console import Console
 
 from service.cluster import connected
 from service.progress import duration
-from service.tasks import TASKS, load, task_config
+from service.tasks import TASKS
 from trainers.errors import ConfigError
+from trainers.evaluation.tasks import load, task_config
 
 if TYPE_CHECKING:
     from trainers.config.base import Config
@@ -93,7 +94,7 @@ def run_evaluate(encoders: Sequence[str], request: Request) -> list[dict[str, An
     """
     from trainers.data.files import absolute
 
-    config = task_config(request.task, request.overrides, request.epochs)
+    config = task_config(TASKS[request.task], request.overrides, request.epochs)
     _check_through(request, config)
     subjects = [_subject(text, request) for text in encoders]
     if request.image_size and not any(s.ref is not None and s.ref.shape for s in subjects):

@@ -6,7 +6,6 @@ driver's. Rank 0 sends rows and pictures here without waiting.
 
 from __future__ import annotations
 
-import io
 import logging
 import threading
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from typing import Any, Literal
 
 from trainers.config.run import Plan
 from trainers.errors import MimrayError
-from trainers.pictures import panel_sheet
+from trainers.pictures import panel_sheet, png
 from trainers.storage import RunDir
 from trainers.tracking import Tracker
 from trainers.types import Panel
@@ -95,10 +94,9 @@ class Desk:
 
     def pictures(self, step: int, panels: list[Panel]) -> None:
         """Draw them side by side and keep the sheet."""
-        stream = io.BytesIO()
-        panel_sheet(panels).save(stream, format="PNG")
-        self._run.write(RECONSTRUCTION, stream.getvalue())
-        self._tracker.picture("reconstruction", stream.getvalue(), step)
+        sheet = png(panel_sheet(panels))
+        self._run.write(RECONSTRUCTION, sheet)
+        self._tracker.picture("reconstruction", sheet, step)
 
     def note(self, message: str) -> None:
         """Take a worker's warning."""

@@ -5,6 +5,7 @@ Arrays come in as uint8 [B, H, W, C] on the host; nothing here knows a tensor or
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,13 @@ def panel_sheet(
         y = top + row * (row_height + _GAP_PX) + cell[1] + 6
         draw.text((_MARGIN_PX, y), caption, fill=_FAINT_INK, font=caption_font)
     return sheet
+
+
+def png(picture: Image.Image) -> bytes:
+    """A picture as the bytes of a PNG file."""
+    stream = io.BytesIO()
+    picture.save(stream, "PNG")
+    return stream.getvalue()
 
 
 def loss_chart(rows: Sequence[Mapping[str, float]], path: Path | str) -> None:

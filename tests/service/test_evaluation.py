@@ -14,7 +14,10 @@ from rich.console import Console
 from service.cli import cli
 from service.comparing import table, write_comparison
 from service.phases import PhaseProgress, Reporter
-from service.tasks import TASKS, options_of, task_config
+from service.tasks import TASKS
+from trainers.errors import ConfigError
+from trainers.evaluation import tasks
+from trainers.evaluation.tasks import checked_options, options_of, task_config
 
 
 @pytest.mark.parametrize(
@@ -61,8 +64,9 @@ def test_evaluate__refuses_in_one_line(arguments: list[str], message: str) -> No
 def test_options__every_task_lists_its_own(task: str) -> None:
     result = CliRunner().invoke(cli, ["evaluate", "--task", task, "--options", "--json"])
     listed = json.loads(result.stdout)
-    assert [option["key"] for option in listed] == [option["key"] for option in options_of(task)]
-    assert task_config(task, ()) is not None
+    known = options_of(TASKS[task])
+    assert [option["key"] for option in listed] == [option["key"] for option in known]
+    assert task_config(TASKS[task], ()) is not None
 
 
 RESULTS = [
@@ -114,3 +118,15 @@ def test_reporter__tells_the_end_of_every_phase() -> None:
     assert told[0] == (7, ("features", 1, 100))
     assert told[-1] == (7, ("features", 100, 100))
     assert len(told) < 100
+
+
+def test_checked_options__a_tree_is_as_good_as_a_command_line() -> None:
+    assert checked_options(TASKS["knn"], {"k": 5}) == task_config(TASKS["knn"], ["k=5"])
+    assert checked_options(TASKS["knn"], {}) == task_config(TASKS["knn"], ())
+    with pytest.raises(ConfigError, match=r"unknown key 'neighbors'.*--task knn --options"):
+        checked_options(TASKS["knn"], {"neighbors": 5})
+
+
+def test_tasks__those_below_and_fine_tuning() -> None:
+    assert set(TASKS) - set(tasks.TASKS) == {"finetune"}
+    assert all(name == task.name for name, task in TASKS.items())

@@ -14,7 +14,7 @@ from PIL import Image
 
 from service.cli import cli
 from service.finetuning import evaluate, recipe_for
-from service.tasks import task_config
+from service.tasks import TASKS
 from trainers import load_bundle, load_method
 from trainers.bundles import BundleCard, read_card, save_bundle
 from trainers.config.evaluation.finetune import FinetuneTask
@@ -26,6 +26,7 @@ from trainers.evaluation.encoders import EncoderRef
 from trainers.evaluation.finetune import classify
 from trainers.evaluation.score import Setting
 from trainers.evaluation.splits import open_splits
+from trainers.evaluation.tasks import task_config
 from trainers.methods import build_method
 from trainers.models import build_encoder
 
@@ -100,7 +101,7 @@ def test_recipe__an_untrained_encoder_begins_afresh(ref: EncoderRef, setting: Se
 
 
 def test_task__one_override_needs_no_list(ref: EncoderRef, setting: Setting):
-    config = task_config("finetune", ["overrides=method.mixup=0.4"], epochs=3)
+    config = task_config(TASKS["finetune"], ["overrides=method.mixup=0.4"], epochs=3)
     assert isinstance(config, FinetuneTask)
 
     recipe = recipe_for(ref, setting, config, 2)

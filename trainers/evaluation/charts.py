@@ -70,6 +70,30 @@ def confusion_chart(confusion: np.ndarray, class_names: Sequence[str], title: st
     return png_of(figure)
 
 
+def spectrum_chart(values: np.ndarray, title: str) -> bytes:
+    """How fast singular values fall off, as shares of the largest, on a logarithmic axis.
+
+    Args:
+        values: float [K], not negative, largest first.
+        title: what was measured.
+
+    Returns:
+        A PNG.
+    """
+    shares = values / max(values[0], np.finfo(np.float64).tiny)
+    figure = new_figure(6, 3)
+    axes = figure.subplots()
+    axes.plot(np.arange(1, len(values) + 1), shares.clip(1e-8), color=_BAR, linewidth=1.5)
+    axes.set_yscale("log")
+    axes.set_ylim(top=1.5)
+    axes.set_xlabel("singular value, by rank", color=_TEXT, fontsize=9)
+    axes.set_ylabel("share of the largest", color=_TEXT, fontsize=9)
+    axes.set_title(title, loc="left", fontsize=10, color=_TEXT)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(colors=_TEXT, labelsize=9)
+    return png_of(figure)
+
+
 def class_colours(num_classes: int) -> np.ndarray:
     """Colours that differ, uint8 [K, 3]; class 0, often the background, is dark."""
     colours = [(0.22, 0.24, 0.27)]

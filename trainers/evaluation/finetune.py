@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +27,7 @@ from trainers.evaluation.score import Setting
 from trainers.evaluation.splits import Splits
 from trainers.methods.finetune import Finetune
 from trainers.models.normalise import normalise
-from trainers.pictures import panel_sheet
+from trainers.pictures import panel_sheet, png
 from trainers.types import Panel
 
 # Starting a decode process takes as long as decoding some thousands of small pictures.
@@ -172,7 +171,4 @@ def _sheet(
         + ("" if labels[i] == predicted[i] else f", taken for {names[predicted[i]]}")
         for i in shown
     ]
-    stream = io.BytesIO()
-    sheet = panel_sheet([Panel("validation pictures", np.stack(pixels))], captions=captions)
-    sheet.save(stream, "PNG")
-    return stream.getvalue()
+    return png(panel_sheet([Panel("validation pictures", np.stack(pixels))], captions=captions))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,7 +19,7 @@ from trainers.evaluation.classification import missing_classes, per_class_accura
 from trainers.evaluation.encoders import EncoderRef
 from trainers.evaluation.pooled import Probed, probed
 from trainers.evaluation.score import Score, Setting
-from trainers.pictures import panel_sheet
+from trainers.pictures import panel_sheet, png
 from trainers.types import Panel
 
 NEIGHBOURS = (1, 5, 10, 20, 200)
@@ -180,9 +179,7 @@ def _sheet(found: Probed, predicted: np.ndarray) -> bytes:
     titles = ["query", *(f"nearest {n + 1}" for n in range(neighbours.shape[1]))]
     captions = [f"{names[val.y[q]]}; the vote says {names[predicted[q]]}" for q in queries]
     panels = [Panel(title, cells) for title, cells in zip(titles, columns, strict=True)]
-    buffer = io.BytesIO()
-    panel_sheet(panels, captions=captions, scale=1).save(buffer, "PNG")
-    return buffer.getvalue()
+    return png(panel_sheet(panels, captions=captions, scale=1))
 
 
 def _cells(source: Source, indices: np.ndarray, right: Sequence[bool] | None = None) -> np.ndarray:

@@ -46,6 +46,25 @@ class Vectors:
 
 
 @dataclass(frozen=True)
+class Pooled:
+    """Pictures as an encoder sees them, labelled or not: a row a view, those of one together.
+
+    Attributes:
+        x: float32 [R, D].
+        labels: int64 [R]; -1 where there is none.
+        index: int64 [R], in the dataset.
+        ids: where each picture lies.
+        notes: pictures left out, for people.
+    """
+
+    x: np.ndarray
+    labels: np.ndarray
+    index: np.ndarray
+    ids: list[str]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Probed:
     """What a probe works on.
 
@@ -93,17 +112,7 @@ def vectors(
     phase: str,
     num_views: int = 0,
 ) -> tuple[Vectors, tuple[str, ...]]:
-    """Labelled vectors of a source, from the cache where they are known.
-
-    Mean and class token are extracted together, so that another pooling needs no new pass.
-
-    Args:
-        ref: the encoder.
-        source: labelled pictures.
-        setting: limit, seed of the views, device, whether bad pictures are left out.
-        pooling: which vectors are wanted.
-        phase: what to call this in progress.
-        num_views: random crops a picture; 0 for the whole one.
+    """Labelled vectors of a source; arguments are those of `pooled`.
 
     Returns:
         The vectors, and a note about each picture left out.
@@ -113,14 +122,53 @@ def vectors(
         EmptyDatasetError: no picture is left.
         ConfigError: the encoder has no class token to pool by.
     """
-    has_cls = has_class_token(ref.card())
-    if pooling != "mean" and not has_cls:
-        raise ConfigError(f"{ref.text} has no class token", hint="pooling=mean")
+    check_pooling(ref, pooling)
     if not setting.skip_invalid:
         asked = chosen(len(source), setting.limit)
         labelled(source, asked, num_classes_of(source), skip=False)
+    found = pooled(ref, source, setting, pooling, phase=phase, num_views=num_views)
+    good = _is_class(found.labels, source)
+    notes = list(found.notes)
+    step = max(1, num_views)
+    for row in np.flatnonzero(~good)[::step]:
+        notes.append(f"left out {found.ids[row]}: {_problem(int(found.labels[row]), source)}")
+    if not good.any():
+        raise _none_left(source)
+    x = found.x[good]
+    if num_views:
+        x = x.reshape(-1, num_views, x.shape[1])
+    return Vectors(x, found.labels[good][::step], found.index[good][::step]), tuple(notes)
+
+
+def pooled(
+    ref: EncoderRef,
+    source: Source,
+    setting: Setting,
+    pooling: Pooling,
+    *,
+    phase: str,
+    num_views: int = 0,
+) -> Pooled:
+    """One vector a view of a source's pictures, from the cache where they are known.
+
+    Mean and class token are extracted together, so that another pooling needs no new pass.
+
+    Args:
+        ref: the encoder.
+        source: the pictures, labelled or not.
+        setting: limit, seed of the views, device, whether broken pictures are left out.
+        pooling: which vectors are wanted.
+        phase: what to call this in progress.
+        num_views: random crops a picture; 0 for the whole one.
+
+    Raises:
+        DataError: a picture cannot be decoded.
+        EmptyDatasetError: no picture is left.
+        ConfigError: the encoder has no class token to pool by.
+    """
+    check_pooling(ref, pooling)
     spec = ExtractSpec(
-        pooled=("mean", "cls") if has_cls else ("mean",),
+        pooled=("mean", "cls") if has_class_token(ref.card()) else ("mean",),
         limit=setting.limit,
         num_views=num_views,
         seed=setting.seed if num_views else 0,
@@ -140,21 +188,28 @@ def vectors(
     os.utime(folder / MANIFEST)
     if found.num_written:
         _evict(cache, keep=folder)
+    if found.manifest.num_rows == 0:
+        raise _none_left(source)
     columns = ("mean", "cls") if pooling == "both" else (pooling,)
     table = read_columns(found.out, found.manifest, ("id", "index", "label", *columns))
-    labels = table["label"].fill_null(-1).to_numpy()
     parts = [table[name].combine_chunks().to_numpy_ndarray() for name in columns]
-    x = np.concatenate(parts, axis=1)  # rows D
-    good = _is_class(labels, source)
-    notes = [f"left out {item.id}: {item.reason}" for item in found.manifest.skipped]
-    step = max(1, num_views)
-    for row in np.flatnonzero(~good)[::step]:
-        notes.append(f"left out {table['id'][int(row)]}: {_problem(int(labels[row]), source)}")
-    if not good.any():
-        raise EmptyDatasetError(f"no picture of {source.facts.uri} is left to evaluate with")
-    x = x[good].reshape(-1, num_views, x.shape[1]) if num_views else x[good]
-    index = table["index"].to_numpy()
-    return Vectors(x, labels[good][::step], index[good][::step]), tuple(notes)
+    return Pooled(
+        x=np.concatenate(parts, axis=1),
+        labels=table["label"].fill_null(-1).to_numpy(),
+        index=table["index"].to_numpy(),
+        ids=table["id"].to_pylist(),
+        notes=tuple(f"left out {item.id}: {item.reason}" for item in found.manifest.skipped),
+    )
+
+
+def check_pooling(ref: EncoderRef, pooling: Pooling) -> None:
+    """Refuse a class token of an encoder that has none.
+
+    Raises:
+        ConfigError: that is so.
+    """
+    if pooling != "mean" and not has_class_token(ref.card()):
+        raise ConfigError(f"{ref.text} has no class token", hint="pooling=mean")
 
 
 def _is_class(labels: np.ndarray, source: Source) -> np.ndarray:
@@ -167,6 +222,10 @@ def _problem(label: int, source: Source) -> str:
     if label < 0:
         return "it has no label"
     return f"its label {label} lies outside 0 to {len(source.facts.class_names) - 1}"
+
+
+def _none_left(source: Source) -> EmptyDatasetError:
+    return EmptyDatasetError(f"no picture of {source.facts.uri} is left to evaluate with")
 
 
 def _evict(cache: Path, keep: Path) -> None:

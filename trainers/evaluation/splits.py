@@ -60,18 +60,39 @@ def open_splits(setting: Setting) -> Splits:
     return Splits(train, val, names, np.array([names.index(name) for name in val_names]))
 
 
+def pictures_to_score(setting: Setting) -> Source:
+    """The pictures of a task that learns nothing; they need no labels.
+
+    Returns:
+        What `--val` names, else the dataset's own validation or test split, else all of it.
+
+    Raises:
+        DataError: there are no such pictures.
+    """
+    if setting.val:
+        return open_source(setting.val)
+    return _own_validation(setting.data) or open_source(setting.data)
+
+
 def own_validation(data: str) -> Source:
     """The validation split of a dataset, or its test split where it has no other.
 
     Raises:
         DataError: it has neither.
     """
+    source = _own_validation(data)
+    if source is None:
+        found = ", ".join(available_splits(data)) or "none"
+        raise DataError(
+            f"{data} has no validation or test split",
+            hint=f"splits found: {found}; give one with --val",
+        )
+    return source
+
+
+def _own_validation(data: str) -> Source | None:
     splits = available_splits(data)
     for split in VALIDATION_SPLITS:
         if split in splits:
             return open_source(data, split=split)
-    found = ", ".join(splits) or "none"
-    raise DataError(
-        f"{data} has no validation or test split",
-        hint=f"splits found: {found}; give one with --val",
-    )
+    return None

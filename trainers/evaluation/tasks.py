@@ -1,0 +1,121 @@
+"""The tasks that score an encoder: their names, their options, where their code is."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from trainers.errors import ConfigError
+
+if TYPE_CHECKING:
+    from trainers.config.base import Config
+
+
+class Task(NamedTuple):
+    """One way to score an encoder; heavy imports wait until it is chosen.
+
+    Attributes:
+        name: as the user writes it.
+        config: module and class of its options.
+        evaluate: module and function.
+        dense: whether it trains a head on feature maps, on one device; only such heads can be
+            trained through an endpoint.
+    """
+
+    name: str
+    config: str
+    evaluate: str
+    dense: bool = False
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("knn", "trainers.config.evaluation.knn:KnnConfig", "trainers.evaluation.knn:evaluate"),
+        Task(
+            "linear",
+            "trainers.config.evaluation.linear:LinearConfig",
+            "trainers.evaluation.linear:evaluate",
+        ),
+        Task(
+            "rankme",
+            "trainers.config.evaluation.rankme:RankMeConfig",
+            "trainers.evaluation.rankme:evaluate",
+        ),
+        Task(
+            "segmentation",
+            "trainers.config.evaluation.segmentation:SegmentationConfig",
+            "trainers.evaluation.segmentation.task:evaluate",
+            dense=True,
+        ),
+        Task(
+            "detection",
+            "trainers.config.evaluation.detection:DetectionConfig",
+            "trainers.evaluation.detection.task:evaluate",
+            dense=True,
+        ),
+    )
+}
+
+
+def task_config(task: Task, overrides: Sequence[str], epochs: int | None = None) -> Config:
+    """A task's options from the command line, checked.
+
+    Args:
+        task: whose.
+        overrides: `key=value` each.
+        epochs: length of what is trained; the task's own by default.
+
+    Raises:
+        ConfigError: an option it does not know, or a value that is not allowed.
+    """
+    from trainers.config.recipes import override
+
+    if epochs is not None:
+        if "epochs" not in config_class(task).model_fields:
+            raise ConfigError(f"--epochs: {task.name} trains nothing", hint="leave it out")
+        overrides = (*overrides, f"epochs={epochs}")
+    return checked_options(task, override({}, overrides))
+
+
+def checked_options(task: Task, tree: Mapping[str, Any]) -> Config:
+    """A task's options from a tree, as YAML or JSON holds one, checked.
+
+    Args:
+        task: whose.
+        tree: values by option; the task's own where one is left out.
+
+    Raises:
+        ConfigError: an option it does not know, or a value that is not allowed.
+    """
+    from pydantic import ValidationError
+
+    from trainers.config.base import explain
+
+    kind = config_class(task)
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        hint = f"`mimray evaluate --task {task.name} --options` lists them"
+        raise explain(error, tree, task.name, keys=tuple(kind.model_fields), hint=hint) from None
+
+
+def config_class(task: Task) -> type[Config]:
+    """The class of a task's options."""
+    kind: type[Config] = load(task.config)
+    return kind
+
+
+def options_of(task: Task) -> list[dict[str, Any]]:
+    """A task's options with defaults and descriptions."""
+    return [
+        {"key": name, "default": field.get_default(), "description": field.description or ""}
+        for name, field in config_class(task).model_fields.items()
+    ]
+
+
+def load(place: str) -> Any:
+    """What `module:name` names."""
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
