@@ -87,7 +87,8 @@ class CachedEncoder:
         if missing:
             fresh = self._encoder.features(images[missing], wanted, norm)
             # Rounded whether or not they are kept: a score must not depend on a cache's state.
-            halves = [maps.to(torch.float16).cpu().numpy() for maps in fresh]
+            # In one layout, too: a convolution adds up in another order over another.
+            halves = [maps.to(torch.float16).contiguous().cpu().numpy() for maps in fresh]
             for place, index in enumerate(missing):
                 kept[index] = [maps[place] for maps in halves]
                 self._write(files[index], kept[index] or [])

@@ -100,3 +100,12 @@ def test_cache__the_bound_costs_time_and_changes_nothing(
     assert not list((tmp_path / "none").rglob("*.npz"))
     none.features(images, (0,))
     assert (none.hits, none.misses) == (0, 6)
+
+
+def test_cache__new_maps_lie_in_memory_as_kept_ones_do(
+    card: BundleCard, images: Tensor, tmp_path: Path
+) -> None:
+    cached = CachedEncoder(Counting(card), "a", tmp_path)  # type: ignore[arg-type]
+    new, kept = (cached.features(images, (0, 1)) for _ in range(2))
+    assert [maps.stride() for maps in new] == [maps.stride() for maps in kept]
+    assert all(maps.is_contiguous() for maps in new)
