@@ -13,40 +13,10 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
-
-import numpy as np
-import torch
 
 from trainers.config.recipes import load_recipe
 from trainers.config.run import Recipe
-from trainers.data.masks import random_mask
-from trainers.models import build_encoder
-
-QUOTED = {0.15: 1, 0.5: 2, 0.75: 4, 0.9: 10}
-
-
-def encoder_steps(recipe: Recipe, batch: int) -> dict[float, Callable[[], None]]:
-    """Forward and backward by mask ratio; 0 is the full sequence."""
-    torch.manual_seed(0)
-    encoder = build_encoder(recipe.encoder, recipe.data.image_size).train()
-    images = torch.randn(batch, 3, *recipe.data.image_size)
-    rng = np.random.default_rng(0)
-
-    def step_at(mask_ratio: float) -> Callable[[], None]:
-        mask = None
-        if mask_ratio:
-            drawn = [random_mask(rng, recipe.grid, mask_ratio) for _ in range(batch)]
-            mask = torch.from_numpy(np.stack(drawn))
-
-        def step() -> None:
-            encoder.zero_grad(set_to_none=True)
-            encoder(images, mask).tokens.square().mean().backward()
-
-        return step
-
-    return {ratio: step_at(ratio) for ratio in (0.0, *QUOTED)}
+from tuning.report.speed import QUOTED, encoder_seconds, token_bound
 
 
 def bounds(recipe: Recipe, mask_ratio: float) -> tuple[float, float]:
@@ -61,7 +31,7 @@ def bounds(recipe: Recipe, mask_ratio: float) -> tuple[float, float]:
         return encoder.num_layers * a_block + patches * patch * width
 
     visible = int(n * (1 - mask_ratio))
-    return (n + 1) / (visible + 1), flops(n) / flops(visible)
+    return token_bound(mask_ratio, n), flops(n) / flops(visible)
 
 
 def main() -> None:
@@ -71,15 +41,7 @@ def main() -> None:
     parser.add_argument("--encoder", default="vit_base")
     arguments = parser.parse_args()
     recipe = load_recipe("mae-vit-b", [f"encoder.name={arguments.encoder}"])
-    steps = encoder_steps(recipe, arguments.batch)
-    for step in steps.values():
-        step()  # warm up
-    seconds: dict[float, list[float]] = {ratio: [] for ratio in steps}
-    for _ in range(arguments.rounds):
-        for ratio, step in steps.items():
-            began = time.perf_counter()
-            step()
-            seconds[ratio].append(time.perf_counter() - began)
+    seconds = encoder_seconds(recipe, list(QUOTED), batch=arguments.batch, rounds=arguments.rounds)
     full = arguments.batch / statistics.median(seconds[0.0])
     print(f"{arguments.encoder} at 224, batch {arguments.batch}: full sequence {full:.2f} images/s")
     print("mask ratio  measured            tokens   FLOPs   quoted")
@@ -88,7 +50,7 @@ def main() -> None:
         by_tokens, by_flops = bounds(recipe, ratio)
         print(
             f"{ratio:<11g} {statistics.median(pairs):5.2f} ({min(pairs):.2f} to {max(pairs):.2f})"
-            f"  {by_tokens:6.2f}  {by_flops:6.2f}  {quoted:6d}"
+            f"  {by_tokens:6.2f}  {by_flops:6.2f}  {quoted:6g}"
         )
 
 

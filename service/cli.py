@@ -14,6 +14,7 @@ import click
 from service.cli_data import data
 from service.cli_evaluation import evaluate, extract
 from service.cli_models import models
+from service.cli_tuning import tune, ui
 from service.options import command_line, json_option
 from trainers.errors import MimrayError
 
@@ -317,6 +318,8 @@ cli.add_command(data)
 cli.add_command(evaluate)
 cli.add_command(extract)
 cli.add_command(models)
+cli.add_command(tune)
+cli.add_command(ui)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -24,19 +25,35 @@ def models() -> None:
 
 
 @models.command("register")
-@click.argument("bundle")
+@click.argument("bundle", metavar="BUNDLE|SWEEP:best|SWEEP:N")
 @click.option("--name", required=True, help="Name of the model.")
 @click.option("--alias", default=None, help="To point at it, e.g. champion.")
 @storage_option
 @json_option
 def register(bundle: str, name: str, alias: str | None, storage: str, as_json: bool) -> None:
-    """Put a run's or a bundle's encoder under a name.
+    """Put a run's, a bundle's or a sweep's encoder under a name.
 
-    Example: mimray models register runs/mae-tiny --name photos --alias champion
+    A sweep is given by name or directory, its best trial by `:best`, any other by its number.
+
+    Example: mimray models register mae-mask-depth:best --name photos --alias champion
     """
     from trainers.registry import Registry
+    from trainers.storage import RunDir
+    from tuning.record import find_trial, trial_dir
 
-    version = Registry.open(storage).register(bundle, name, alias)
+    lineage: dict[str, str] = {}
+    if not Path(bundle).exists() and "://" not in bundle.rpartition(":")[2]:
+        found = find_trial(bundle, storage)
+        if found is not None:
+            sweep, trial = found
+            bundle = trial_dir(RunDir(sweep.uri), trial.number).uri
+            lineage = {
+                "sweep": sweep.uri,
+                "trial": trial.name,
+                "params": json.dumps(trial.params),
+                "sweep_score": f"{sweep.metric} {trial.score}",
+            }
+    version = Registry.open(storage).register(bundle, name, alias, lineage)
     _print(version, as_json)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,7 +71,9 @@ def connected(address: str | None = None) -> Iterator[None]:
     if not address:
         _keep_token_private()
     try:
-        yield
+        # Ray prints what befalls its workers; standard output is for results alone.
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
     finally:
         ray.shutdown()
 

@@ -144,29 +144,15 @@ def pretrain(
 
     desk = _open_desk(job, plan)
     watcher = _Watcher(desk, on_progress)
-    trainer = TorchTrainer(
-        _work,
-        train_loop_config={
-            "plan": plan.model_dump_json(),
-            "run": run.uri,
-            "name": job.name,
-            "command": job.command,
-            "launch_id": launch_id,
-            "desk": desk,
-        },
-        torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
-        scaling_config=ScalingConfig(
-            num_workers=plan.world_size,
-            use_gpu=share.gpus > 0,
-            resources_per_worker={"CPU": share.cpus, **({"GPU": 1} if share.gpus else {})},
-        ),
-        # Ray resumes silently on a known name; resuming is ours, so each launch has its own.
-        run_config=RunConfig(
-            name=launch_id,
-            storage_path=(run / ".ray").uri,
-            failure_config=FailureConfig(max_failures=plan.recipe.resources.max_failures),
-        ),
-    )
+    config = {
+        "plan": plan.model_dump_json(),
+        "run": run.uri,
+        "name": job.name,
+        "command": job.command,
+        "launch_id": launch_id,
+        "desk": desk,
+    }
+    trainer = workers(_work, config, plan, run, share)
     failure: BaseException | None = None
     try:
         with watcher:
@@ -177,7 +163,7 @@ def pretrain(
     if state.error is None and failure is not None:
         state.error = MimrayError(
             f"the run gave up after {plan.recipe.resources.max_failures} failures: "
-            f"{_last_line(failure)}",
+            f"{last_line(failure)}",
             hint=f"the same command continues from the last checkpoint in {run}",
         )
         state.error.exit_code = 1
@@ -187,6 +173,40 @@ def pretrain(
         raise state.error from failure
     run.delete(".ray")
     return Outcome(run, plan, state.row)
+
+
+def workers(
+    work: Callable[[dict[str, Any]], None],
+    config: dict[str, Any],
+    plan: Plan,
+    run: RunDir,
+    share: Share,
+) -> TorchTrainer:
+    """The workers of a plan, ready to `fit`; they start again after a failure.
+
+    Args:
+        work: what each does.
+        config: told to each.
+        plan: how many they are, and how many losses they survive.
+        run: where Ray keeps its own files while they work.
+        share: what each gets.
+    """
+    return TorchTrainer(
+        work,
+        train_loop_config=config,
+        torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
+        scaling_config=ScalingConfig(
+            num_workers=plan.world_size,
+            use_gpu=share.gpus > 0,
+            resources_per_worker={"CPU": share.cpus, **({"GPU": 1} if share.gpus else {})},
+        ),
+        # Ray resumes silently on a known name; resuming is ours, so each start has its own.
+        run_config=RunConfig(
+            name=uuid.uuid4().hex,
+            storage_path=(run / ".ray").uri,
+            failure_config=FailureConfig(max_failures=plan.recipe.resources.max_failures),
+        ),
+    )
 
 
 def finished(job: Job, plan: Plan) -> Outcome | None:
@@ -213,7 +233,7 @@ def preflight(plan: Plan) -> Share:
     wanted = plan.recipe.resources
     nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
     gpus = sum(int(n.get("GPU", 0)) for n in nodes)
-    limits = _autoscaler_limits()
+    limits = autoscaler_limits()
     most_gpus, most_cpus = max(gpus, int(limits.get("GPU", 0))), limits.get("CPU", 0)
     on_gpu = wanted.device == "gpu" or (wanted.device == "auto" and most_gpus > 0)
     if on_gpu and most_gpus < plan.world_size:
@@ -245,7 +265,7 @@ def _fair_cpus(nodes: list[dict[str, float]], num_workers: int, on_gpu: bool) ->
     return 1
 
 
-def _autoscaler_limits() -> dict[str, float]:
+def autoscaler_limits() -> dict[str, float]:
     """The most an autoscaling cluster may grow to; empty where it does not grow."""
     from ray._private.state import state
 
@@ -343,6 +363,7 @@ class _Watcher:
             self.on_progress(ray.get(self.desk.state.remote()))
 
 
-def _last_line(error: BaseException) -> str:
+def last_line(error: BaseException) -> str:
+    """What an error of Ray's, which carries a whole traceback, says in the end."""
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(error).__name__

@@ -87,13 +87,20 @@ class Registry:
         check_reachable(uri)
         return cls(client_of(uri), uri, storage)
 
-    def register(self, bundle: str, name: str, alias: str | None = None) -> Version:
+    def register(
+        self,
+        bundle: str,
+        name: str,
+        alias: str | None = None,
+        lineage: Mapping[str, str] | None = None,
+    ) -> Version:
         """Put a bundle under a name; the same weights are not registered twice.
 
         Args:
             bundle: path or URI of a bundle or of a run that has one.
             name: letters, digits and `._-`.
             alias: to point at it, taken from whichever version had it.
+            lineage: further facts about where it comes from, by name.
 
         Returns:
             The version, new or found.
@@ -110,7 +117,8 @@ class Registry:
         card = read_card(folder)
         same = [v for v in self.versions(name) if v.facts["weights_sha256"] == card.weights_sha256]
         try:
-            number = same[-1].number if same else self._add(name, place, folder, card)
+            facts = lineage or {}
+            number = same[-1].number if same else self._add(name, place, folder, card, facts)
         except MlflowException as error:
             raise StorageError(f"MLflow at {self.uri} does not take {name!r}: {error}") from error
         if alias is not None:
@@ -204,7 +212,14 @@ class Registry:
         number = str(version.number)
         self._client.set_model_version_tag(version.name, number, f"{_PREFIX}scores", scores)
 
-    def _add(self, name: str, place: RunDir, folder: Path, card: BundleCard) -> int:
+    def _add(
+        self,
+        name: str,
+        place: RunDir,
+        folder: Path,
+        card: BundleCard,
+        lineage: Mapping[str, str],
+    ) -> int:
         """Upload a bundle and make a version of it; gives its number."""
         from mlflow.exceptions import RestException
 
@@ -218,6 +233,7 @@ class Registry:
             "bundle": place.uri,
             "created_by": card.created_by,
             "source": card.source,
+            **lineage,
         }
         tracker = Tracker.open(
             None,

@@ -15,6 +15,9 @@ import yaml
 from trainers.config.run import Recipe, parse_recipe
 from trainers.errors import ConfigError
 
+# A new architecture or method replaces the old one's numbers, so it goes before its own.
+NAMES_FIRST = ("encoder.name", "method.name")
+
 
 def load_recipe(
     name_or_path: str, overrides: Sequence[str] = (), steps: int | None = None
@@ -29,10 +32,14 @@ def load_recipe(
     Raises:
         ConfigError: no such recipe, a wrong key, a wrong value.
     """
-    tree, origin = _read(name_or_path), f"recipe {name_or_path}"
-    if steps is not None:
-        tree = _with_steps(tree, steps, origin)
-    return parse_recipe(override(tree, overrides), origin)
+    tree = recipe_tree(name_or_path, steps)
+    return parse_recipe(override(tree, overrides), f"recipe {name_or_path}")
+
+
+def recipe_tree(name_or_path: str, steps: int | None = None) -> dict[str, Any]:
+    """A recipe as it is written, unchecked; arguments and errors are those of `load_recipe`."""
+    tree = _read(name_or_path)
+    return tree if steps is None else _with_steps(tree, steps, f"recipe {name_or_path}")
 
 
 def override(tree: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
@@ -41,9 +48,7 @@ def override(tree: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]
     Raises:
         ConfigError: one of another form.
     """
-    # A new architecture or method replaces the old one's numbers, so it goes before its own.
-    named = ("encoder.name=", "method.name=")
-    for assignment in sorted(assignments, key=lambda a: not a.startswith(named)):
+    for assignment in sorted(assignments, key=lambda a: not a.startswith(NAMES_FIRST)):
         tree = _assign(tree, assignment)
     return tree
 
@@ -107,13 +112,22 @@ def _assign(tree: dict[str, Any], assignment: str) -> dict[str, Any]:
         # YAML 1.1 reads 1e-4 as text; people mean the number.
         with contextlib.suppress(ValueError):
             value = float(value)
+    return assign(tree, key, value)
+
+
+def assign(tree: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """A recipe's tree with one dotted key set; what it excludes is taken out.
+
+    Raises:
+        ConfigError: a part of the key is a value, not a section.
+    """
     tree = copy.deepcopy(tree)
     node = tree
     *parents, leaf = key.split(".")
     for parent in parents:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
-            raise ConfigError(f"--set {key}: '{parent}' is a value, not a section")
+            raise ConfigError(f"{key}: '{parent}' is a value, not a section")
     node[leaf] = value
     # Alternatives: setting one takes the other out.
     for one, other in (("epochs", "steps"), ("warmup_epochs", "warmup_steps")):

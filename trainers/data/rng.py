@@ -31,6 +31,7 @@ class Stream(IntEnum):
     PROBE_SPLIT = 10
     SCENE = 11
     ERASING = 12
+    SEARCH = 13
 
 
 def generator(seed: int, stream: Stream, a: int, b: int = 0) -> np.random.Generator:

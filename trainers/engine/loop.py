@@ -7,7 +7,7 @@ import logging
 import math
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -29,7 +29,7 @@ from trainers.engine.deepspeed import (
     prepare_process,
 )
 from trainers.engine.initial import load_initial
-from trainers.engine.metrics import append_metrics, rewind_metrics
+from trainers.engine.metrics import Speed, append_metrics, rewind_metrics
 from trainers.engine.optim import set_learning_rate
 from trainers.engine.schedule import learning_rate
 from trainers.errors import NonFiniteLossError
@@ -58,15 +58,19 @@ class Observer(Protocol):
 
 @dataclass(frozen=True)
 class Trained:
-    """What a finished run hands over.
+    """What a run hands over at its end, or where it was asked to pause.
 
     Attributes:
+        step: updates made.
         state: whole fp32 weights of the method, on the host.
         last: the last row of metrics.
+        seconds: of the loop since the pause before, or since this start.
     """
 
+    step: int
     state: dict[str, Tensor]
     last: Row
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -86,9 +90,25 @@ def train(
     observer: Observer,
     launch_id: str = "",
 ) -> Trained:
-    """Train a plan to its end, continuing from its newest whole checkpoint.
+    """Train a plan to its end; arguments and errors are those of `stages`."""
+    *_, trained = stages(plan, run, source, device=device, observer=observer, launch_id=launch_id)
+    return trained
 
-    Collective: every rank of the default process group calls it.
+
+def stages(
+    plan: Plan,
+    run: RunDir,
+    source: Source,
+    *,
+    device: torch.device,
+    observer: Observer,
+    launch_id: str = "",
+    pauses: Collection[int] = (),
+) -> Iterator[Trained]:
+    """Train a plan, continuing from its newest whole checkpoint, with pauses on the way.
+
+    Collective: every rank of the default process group goes through it. Whoever has seen enough
+    closes it; a checkpoint was written before each pause, so another start goes on from there.
 
     Args:
         plan: what to run.
@@ -98,9 +118,10 @@ def train(
         device: this rank's device.
         observer: told of progress on rank 0.
         launch_id: the launch these workers belong to; empty to go unchecked.
+        pauses: steps at which the weights are wanted too.
 
-    Returns:
-        The trained weights and the last row.
+    Yields:
+        The weights at each pause and at the end; at once where an earlier start stopped there.
 
     Raises:
         NonFiniteLossError: before the update that would have spoilt the weights.
@@ -125,11 +146,13 @@ def train(
     identity = checkpoints.Identity(plan.hash, recipe.engine.zero_stage, precision)
     restored = checkpoints.load_newest(run, engine, identity)
     step = restored.step if restored else 0
+    last: Row = {}
     if rank == 0:
-        rows = rewind_metrics(run, step)
         observer.resumed(step)
-        for row in rows[-1:]:
-            observer.metrics(row)
+        for last in rewind_metrics(run, step)[-1:]:
+            observer.metrics(last)
+    if step and (step in pauses or step == plan.steps):
+        yield Trained(step, full_state(engine, frozen), last, 0.0)
 
     batches = make_loader(
         source,
@@ -140,22 +163,21 @@ def train(
         pin_memory=device.type == "cuda",
     )
     shown = _shown_batch(plan, source)
-    speed = _Speed(plan)
-    last: Row = {}
+    speed, began = Speed(plan.global_batch), time.perf_counter()
     while step < plan.steps:
         result = _update(engine, plan, batches, step, device)
         step += 1
-        speed.add(result)
-        ended = step == plan.steps
-        if ended or step % recipe.logging.every_steps == 0:
+        speed.add(result.data_wait_s)
+        wanted = step == plan.steps or step in pauses
+        if wanted or step % recipe.logging.every_steps == 0:
             last = _row(plan, step, result, speed, device)
             if rank == 0:
                 check_owner(run, launch_id)
                 append_metrics(run, last)
                 observer.metrics(last)
-        if ended or _due(step, recipe.logging.pictures_every_steps):
+        if wanted or _due(step, recipe.logging.pictures_every_steps):
             _show(engine, plan, shown, step, device, observer)
-        if ended or _due(step, recipe.checkpoint.every_steps):
+        if wanted or _due(step, recipe.checkpoint.every_steps):
             checkpoints.save(
                 run,
                 engine,
@@ -166,7 +188,10 @@ def train(
                 keep=recipe.checkpoint.keep,
             )
             speed.restart()
-    return Trained(full_state(engine, frozen), last)
+        if wanted:
+            yield Trained(step, full_state(engine, frozen), last, time.perf_counter() - began)
+            speed.restart()
+            began = time.perf_counter()
 
 
 def _update(
@@ -325,30 +350,7 @@ def _show(
         observer.pictures(step, panels)
 
 
-class _Speed:
-    """Pictures a second and the share of time spent waiting for data, since the last row."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self.restart()
-
-    def restart(self) -> None:
-        self.began = time.perf_counter()
-        self.steps = 0
-        self.waited_s = 0.0
-
-    def add(self, result: _StepResult) -> None:
-        self.steps += 1
-        self.waited_s += result.data_wait_s
-
-    def take(self) -> tuple[float, float]:
-        elapsed = max(time.perf_counter() - self.began, 1e-9)
-        rates = self.steps * self.plan.global_batch / elapsed, self.waited_s / elapsed
-        self.restart()
-        return rates
-
-
-def _row(plan: Plan, step: int, result: _StepResult, speed: _Speed, device: torch.device) -> Row:
+def _row(plan: Plan, step: int, result: _StepResult, speed: Speed, device: torch.device) -> Row:
     images_per_s, data_wait = speed.take()
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(device) / 2**20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -38,3 +39,33 @@ def append_metrics(run: RunDir, row: dict[str, Any]) -> None:
 
 def _lines(rows: Iterable[dict[str, Any]]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+class Speed:
+    """Pictures a second and the share of time spent waiting for data, since the last row.
+
+    Args:
+        pictures_a_step: the global batch.
+    """
+
+    def __init__(self, pictures_a_step: int) -> None:
+        self._pictures_a_step = pictures_a_step
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was; for pauses that are no training."""
+        self._began = time.perf_counter()
+        self._steps = 0
+        self._waited_s = 0.0
+
+    def add(self, data_wait_s: float) -> None:
+        """Take a step and what of it was spent waiting."""
+        self._steps += 1
+        self._waited_s += data_wait_s
+
+    def take(self) -> tuple[float, float]:
+        """The two figures; begins anew."""
+        elapsed = max(time.perf_counter() - self._began, 1e-9)
+        rates = self._steps * self._pictures_a_step / elapsed, self._waited_s / elapsed
+        self.restart()
+        return rates

@@ -1,0 +1,175 @@
+"""What is suggested, and that Optuna itself finds the same trials."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from ray.tune.search import Searcher
+
+from trainers.errors import RunConflictError, StorageError
+from tuning.config import SweepConfig
+from tuning.record import Rung, TrialRecord
+from tuning.search import NUMBER, SAMPLES, SCORE, Suggestions, open_study
+from tuning.space import combinations, listed
+
+Configured = Callable[..., SweepConfig]
+TPE = [
+    "searcher={name: optuna, num_startup_trials: 4}", "budget.trials=12",
+    "space.method.mask_ratio={uniform: [0.2, 0.9]}",
+    "space.method.decoder_depth={choice: [1, 2, 4]}",
+]  # fmt: skip
+SIZES = ["space.method.decoder_depth=null", "space.data.image_size={grid: [[32, 32], [64, 64]]}"]
+
+
+def suggestions(
+    config: SweepConfig, storage: str, before: tuple[TrialRecord, ...] = (), room: bool = True
+) -> Suggestions:
+    study = open_study(config, "s", storage)
+    return Suggestions(config, study, before, lambda: room, lambda params: None)
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path}/study.db"
+
+
+def worth(params: dict[str, Any]) -> float:
+    return 1 - abs(params["method.mask_ratio"] - 0.6) + 0.01 * params["method.decoder_depth"]
+
+
+def finish(search: Suggestions, tune_id: str, found: dict[str, Any], score: float) -> TrialRecord:
+    """Report one rung and the end of a trial, as a sweep does."""
+    search.on_trial_result(tune_id, {SAMPLES: 100, SCORE: score})
+    search.on_trial_complete(tune_id)
+    rung = Rung(number=0, step=10, samples=100, score=score, train_s=1, score_s=1)
+    record = TrialRecord(
+        number=found["number"], params=found["params"], state="finished", rungs=(rung,)
+    )
+    search.ended(record)
+    return record
+
+
+def all_of(search: Suggestions) -> list[dict[str, Any]]:
+    """Go through a search one trial after the other."""
+    found = []
+    while (suggestion := search.suggest(f"t{len(found)}")) != Searcher.FINISHED:
+        assert suggestion is not None
+        found.append(suggestion)
+        finish(search, f"t{len(found) - 1}", suggestion, worth(suggestion["params"]))
+    return found
+
+
+def test_grid__every_combination_in_order(configured: Configured, storage: str) -> None:
+    config = configured()
+    found = all_of(suggestions(config, storage))
+    assert [f["params"] for f in found] == combinations(config)
+    assert [f["number"] for f in found] == list(range(24))
+
+
+@pytest.mark.parametrize("kind", ["grid", "random", "optuna"])
+def test_study__opened_by_optuna_holds_the_same_trials(
+    configured: Configured, storage: str, kind: str
+) -> None:
+    overrides = {
+        "grid": [],
+        "random": ["searcher={name: random}", *TPE[1:]],
+        "optuna": TPE,
+    }[kind]
+    config = configured(*overrides)
+    found = all_of(suggestions(config, storage))
+
+    study = optuna.load_study(study_name="s", storage=storage)
+    assert len(study.trials) == len(found)
+    for trial in study.trials:
+        mine = found[trial.user_attrs[NUMBER]]["params"]
+        assert trial.params == mine
+        assert trial.value == pytest.approx(worth(mine))
+        assert trial.intermediate_values == {100: trial.value}
+        assert trial.state == optuna.trial.TrialState.COMPLETE
+    assert study.best_trial.params == max((f["params"] for f in found), key=worth)
+
+
+def test_tpe__same_seed_same_trials_and_it_learns(configured: Configured, tmp_path: Path) -> None:
+    config = configured(*TPE, "budget.trials=30")
+    one = all_of(suggestions(config, f"sqlite:///{tmp_path}/a.db"))
+    assert all_of(suggestions(config, f"sqlite:///{tmp_path}/b.db")) == one
+    other = configured(*TPE, "budget.trials=30", "seed=1")
+    assert all_of(suggestions(other, f"sqlite:///{tmp_path}/c.db")) != one
+    scores = [worth(f["params"]) for f in one]
+    # Drawn at random they would have 0.85 on average.
+    assert sum(scores[-15:]) / 15 > 0.92
+
+
+def test_tpe__a_later_launch_goes_on_as_one_launch_would(
+    configured: Configured, tmp_path: Path
+) -> None:
+    config = configured(*TPE)
+    wanted = all_of(suggestions(config, f"sqlite:///{tmp_path}/whole.db"))
+    cut = f"sqlite:///{tmp_path}/cut.db"
+    first = suggestions(config, cut)
+    done = []
+    for number in range(7):
+        found = first.suggest(f"a{number}")
+        assert found is not None
+        done.append(finish(first, f"a{number}", found, worth(found["params"])))
+    under_way = first.suggest("a7")
+    assert under_way is not None
+    done.append(TrialRecord(number=7, params=under_way["params"], state="running"))
+
+    later = all_of(suggestions(config, cut, tuple(done)))
+    assert [f["number"] for f in later] == [7, 8, 9, 10, 11]
+    assert later == wanted[7:]
+    assert len(optuna.load_study(study_name="s", storage=cut).trials) == 12
+
+
+def test_study__that_was_lost_is_made_again_from_the_sweep(
+    configured: Configured, storage: str
+) -> None:
+    config = configured()
+    rung = Rung(number=0, step=10, samples=100, score=0.3, train_s=1, score_s=1)
+    trials = listed(config)
+    assert trials is not None
+    before = (
+        TrialRecord(number=0, params=trials[0], state="finished", rungs=(rung,)),
+        TrialRecord(number=1, params=trials[1], state="stopped", rungs=(rung,), reason="late"),
+        TrialRecord(number=2, params=trials[2], state="failed", reason="NaN"),
+    )
+    suggestions(config, storage, before)
+    states = [t.state.name for t in optuna.load_study(study_name="s", storage=storage).trials]
+    assert states == ["COMPLETE", "PRUNED", "FAIL"]
+
+
+def test_study__of_another_space_is_refused(configured: Configured, storage: str) -> None:
+    open_study(configured(), "s", storage)
+    open_study(configured(), "s", storage)
+    with pytest.raises(RunConflictError, match="another space"):
+        open_study(configured(*SIZES), "s", storage)
+    open_study(configured(*SIZES), "s", storage, fresh=True)
+
+
+def test_study__whose_database_is_not_there_names_it_without_the_password(
+    configured: Configured,
+) -> None:
+    with pytest.raises(StorageError) as caught:
+        open_study(configured(), "s", "postgresql://me:secret@127.0.0.1:1/none")
+    assert "me@127.0.0.1" in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+def test_values__that_optuna_cannot_hold_come_back_as_they_were(
+    configured: Configured, storage: str
+) -> None:
+    config = configured(*SIZES)
+    search = suggestions(config, storage)
+    found = [search.suggest(f"t{i}") for i in range(12)]
+    assert {f["params"]["data.image_size"] for f in found if f} == {(32, 32), (64, 64)}
+
+
+def test_budget__that_is_spent_ends_it(configured: Configured, storage: str) -> None:
+    search = suggestions(configured(), storage, room=False)
+    assert search.suggest("t0") == Searcher.FINISHED
+    assert not search.exhausted

@@ -1,0 +1,263 @@
+"""What a sweep is, as a user writes it: base recipe, space, searcher, scheduler, budget, score."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    Tag,
+    model_validator,
+)
+
+from trainers.config.base import Config
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-4 as text; people mean the number."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return value
+
+
+Scalar = Annotated[bool | int | float | str | None | tuple[int, ...], BeforeValidator(_number)]
+Number = Annotated[float, BeforeValidator(_number)]
+
+
+class About(Config):
+    """What a sweep says of itself."""
+
+    summary: str
+    command: str = ""
+    cost: str = ""
+    source: str = ""
+
+
+class BaseConfig(Config):
+    """The recipe that every trial begins with."""
+
+    recipe: str = Field(description="name of a shipped recipe, or a path ending in .yaml")
+    set: dict[str, Any] = Field(
+        default_factory=dict, description="recipe keys changed in every trial"
+    )
+
+
+class Grid(Config):
+    """Every value, in every combination with other grids."""
+
+    grid: tuple[Scalar, ...] = Field(min_length=1)
+
+
+class Choice(Config):
+    """One of these, all equally likely."""
+
+    choice: tuple[Scalar, ...] = Field(min_length=1)
+
+
+class _Range(Config):
+    @model_validator(mode="after")
+    def _check_order(self) -> _Range:
+        [(kind, bounds)] = self.model_dump().items()
+        if not bounds[0] < bounds[1]:
+            raise ValueError(f"{kind} {list(bounds)}: the lower bound comes first")
+        if kind == "loguniform" and bounds[0] <= 0:
+            raise ValueError(f"loguniform {list(bounds)} must be positive")
+        return self
+
+
+class Uniform(_Range):
+    """Any number from the first to the second."""
+
+    uniform: tuple[Number, Number]
+
+
+class LogUniform(_Range):
+    """The same, each order of magnitude equally likely."""
+
+    loguniform: tuple[Number, Number]
+
+
+class Int(_Range):
+    """A whole number from the first to the second, both included."""
+
+    int: tuple[int, int]
+
+
+def _kind(value: Any) -> str:
+    """Which domain is meant: it is the only key."""
+    if isinstance(value, Config):
+        return next(iter(type(value).model_fields))
+    return next(iter(value), "") if isinstance(value, dict) and len(value) == 1 else ""
+
+
+Domain = Annotated[
+    Annotated[Grid, Tag("grid")]
+    | Annotated[Choice, Tag("choice")]
+    | Annotated[Uniform, Tag("uniform")]
+    | Annotated[LogUniform, Tag("loguniform")]
+    | Annotated[Int, Tag("int")],
+    Discriminator(
+        _kind,
+        custom_error_type="domain",
+        custom_error_message="one of grid: […], choice: […], uniform: [low, high], "
+        "loguniform: [low, high], int: [low, high]",
+    ),
+]
+
+
+class GridSearch(Config):
+    """Every combination of the grids, in order."""
+
+    name: Literal["grid"] = "grid"
+
+
+class RandomSearch(Config):
+    """Drawn independently; a pure function of the seed and the trial's number."""
+
+    name: Literal["random"] = "random"
+
+
+class OptunaSearch(Config):
+    """Optuna's tree-structured Parzen estimator (Bergstra et al. 2011)."""
+
+    name: Literal["optuna"] = "optuna"
+    num_startup_trials: PositiveInt = Field(
+        default=8, description="drawn at random before the model says anything"
+    )
+    multivariate: bool = Field(default=True, description="model keys jointly")
+
+
+SearcherConfig = Annotated[GridSearch | RandomSearch | OptunaSearch, Field(discriminator="name")]
+
+
+class Asha(Config):
+    """Asynchronous successive halving over pictures seen (Li et al. 2020)."""
+
+    name: Literal["asha"] = "asha"
+    reduction_factor: int = Field(
+        default=2,
+        ge=2,
+        description="a rung is so many times longer than the one before, and one "
+        "in so many trials passes it",
+    )
+    num_rungs: PositiveInt = Field(default=3, description="scorings of a whole trial")
+
+
+class Median(Config):
+    """Stops what is worse than the median of the others so far (Golovin et al. 2017)."""
+
+    name: Literal["median"] = "median"
+    num_rungs: PositiveInt = Field(
+        default=4, description="scorings of a whole trial, evenly spread"
+    )
+    min_trials: PositiveInt = Field(default=3, description="others needed before any is stopped")
+
+
+class NoScheduler(Config):
+    """Every trial runs to its end."""
+
+    name: Literal["none"] = "none"
+    num_rungs: PositiveInt = Field(
+        default=1, description="scorings of a whole trial, evenly spread"
+    )
+
+
+SchedulerConfig = Annotated[Asha | Median | NoScheduler, Field(discriminator="name")]
+
+
+class Budget(Config):
+    """How much may be spent; whichever ends first ends the sweep."""
+
+    trials: PositiveInt | None = Field(
+        default=None, description="a grid has its own number, others need one"
+    )
+    steps: PositiveInt | None = Field(
+        default=None, description="updates of a whole trial; the recipe's by default"
+    )
+    samples: PositiveInt | None = Field(
+        default=None, description="pictures seen by all trials together, after which none starts"
+    )
+    hours: PositiveFloat | None = Field(
+        default=None,
+        description="wall time of all launches together; what runs then is cut and "
+        "goes on with --resume",
+    )
+
+
+class ScoreConfig(Config):
+    """What a trial is worth: a probe of its frozen encoder on held-out pictures."""
+
+    task: Literal["knn", "linear", "segmentation", "rankme"] = Field(
+        default="knn",
+        description="rankme needs no labels, and is only a stand-in for those that do",
+    )
+    data: str | None = Field(
+        default=None, description="labelled pictures to learn from; those trained on by default"
+    )
+    val: str | None = Field(
+        default=None, description="labelled pictures to score on; the data's own split by default"
+    )
+    limit: PositiveInt | None = Field(default=5000, description="pictures of each, evenly spread")
+    options: dict[str, Any] = Field(default_factory=dict, description="of the task")
+
+
+class TrialResources(Config):
+    """What a trial holds."""
+
+    num_workers: PositiveInt = Field(default=1, description="training workers a trial")
+    cpus_per_worker: PositiveInt | None = Field(
+        default=None, description="1 on a CPU, an equal share of the node beside a GPU by default"
+    )
+    gpus_per_worker: float | None = Field(
+        default=None,
+        gt=0,
+        description="a fraction lets trials of one worker share a GPU; 1 where there are any",
+    )
+    max_failures: int = Field(
+        default=3, ge=0, description="process or node losses a trial survives"
+    )
+
+
+class SweepConfig(Config):
+    """Everything a user decides about a sweep."""
+
+    about: About | None = None
+    base: BaseConfig
+    space: dict[str, Domain] = Field(min_length=1, description="recipe keys and what to try")
+    searcher: SearcherConfig = Field(default_factory=GridSearch)
+    scheduler: SchedulerConfig = Field(default_factory=NoScheduler)
+    budget: Budget = Field(default_factory=Budget)
+    score: ScoreConfig = Field(default_factory=ScoreConfig)
+    resources: TrialResources = Field(default_factory=TrialResources)
+    storage: str = Field(
+        default="",
+        description="of Optuna's study: sqlite:///… or postgresql://…; SQLite by default",
+    )
+    study: str = Field(default="", description="name of Optuna's study; the sweep's by default")
+    seed: int = Field(default=0, ge=0, description="of the search and of every trial")
+
+    @model_validator(mode="after")
+    def _check(self) -> SweepConfig:
+        grids = [key for key, domain in self.space.items() if isinstance(domain, Grid)]
+        others = [key for key in self.space if key not in grids]
+        if self.searcher.name == "grid" and others:
+            raise ValueError(
+                f"searcher grid goes through grids alone, and {others[0]} is a "
+                f"{next(iter(self.space[others[0]].model_dump()))}; take searcher random or optuna"
+            )
+        if self.searcher.name != "grid" and grids:
+            raise ValueError(
+                f"searcher {self.searcher.name} draws, and {grids[0]} is a grid; make it a choice, "
+                "or take searcher grid"
+            )
+        if self.searcher.name != "grid" and self.budget.trials is None:
+            raise ValueError(
+                f"searcher {self.searcher.name} has no end of its own; give budget.trials"
+            )
+        return self

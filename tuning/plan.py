@@ -1,0 +1,306 @@
+"""A sweep held against its data: what every trial is told, and what must not change later."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from trainers.config.base import explain
+from trainers.config.recipes import override
+from trainers.config.run import Plan, resolve
+from trainers.data.files import absolute
+from trainers.data.selection import open_training, with_classes
+from trainers.engine.initial import with_initial
+from trainers.errors import ConfigError, RunConflictError
+from trainers.storage import RunDir
+from trainers.tokenizers import with_tokenizer
+from trainers.types import DatasetFacts
+from tuning.config import Asha, SweepConfig
+from tuning.record import SWEEP, SweepRecord
+from tuning.score import check_score, metric_of
+from tuning.search import check_storable
+from tuning.space import Params, base_tree, check_space, listed, trial_recipe
+
+# May differ when a sweep is continued: they change no trial, only how many there are and where.
+_OPERATIONAL = ("about", "storage", "study")
+_OPERATIONAL_KEYS = {
+    "budget": ("trials", "samples", "hours"),
+    "resources": ("cpus_per_worker", "gpus_per_worker", "max_failures"),
+}
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """All that a trial follows from, beside its own values; travels to every trial's process.
+
+    Attributes:
+        uri: of the sweep's directory.
+        name: of the sweep.
+        config: as the user wrote it, with defaults.
+        tree: the recipe that trials begin with.
+        facts: of the pictures trained on.
+        rung_samples: pictures seen at each scoring, ascending; the last is a whole trial.
+        command: the command line, for the record.
+    """
+
+    uri: str
+    name: str
+    config: SweepConfig
+    tree: dict[str, Any]
+    facts: DatasetFacts
+    rung_samples: tuple[int, ...]
+    command: str
+
+    @property
+    def directory(self) -> RunDir:
+        """The sweep's."""
+        return RunDir(self.uri)
+
+    def trial(self, params: Params) -> Plan:
+        """The plan of one trial.
+
+        Raises:
+            ConfigError: its values do not fit each other, the data or the workers.
+        """
+        recipe = trial_recipe(self.tree, params)
+        steps = self.rung_samples[-1] // recipe.optim.batch_size
+        recipe = trial_recipe(self.tree, {**params, "optim.steps": steps})
+        recipe = with_initial(with_tokenizer(recipe))
+        return resolve(recipe, self.facts, self.config.resources.num_workers)
+
+    def pauses(self, plan: Plan) -> dict[int, int]:
+        """Steps at which a trial is scored, and the rung that each is."""
+        steps = [samples // plan.global_batch for samples in self.rung_samples[:-1]]
+        return {step: rung for rung, step in enumerate([*steps, plan.steps])}
+
+
+def load_sweep(name_or_path: str, overrides: Sequence[str] = ()) -> SweepConfig:
+    """Read a shipped sweep or a file, apply `a.b=c` overrides, and check it.
+
+    Args:
+        name_or_path: `mae-mask-depth`, or a path ending in .yaml or .yml.
+        overrides: dotted assignments; values are YAML. Keys of the space, which hold dots
+            themselves, are given whole: `space.method.mask_ratio={grid: [0.5, 0.75]}`.
+
+    Raises:
+        ConfigError: no such sweep, a wrong key, a wrong value.
+    """
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml"):
+        known = shipped_sweeps()
+        if name_or_path not in known:
+            close = difflib.get_close_matches(name_or_path, known, n=1)
+            raise ConfigError(
+                f"unknown sweep {name_or_path!r}"
+                + (f", did you mean {close[0]!r}?" if close else ""),
+                hint=f"shipped: {', '.join(known)}; one of your own is a path ending in .yaml",
+            )
+        path = known[name_or_path]
+    elif not path.is_file():
+        raise ConfigError(f"no sweep file {path}")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold a mapping of sections, got {type(tree).__name__}")
+    for assignment in overrides:
+        tree = _override(tree, assignment)
+    return parse_sweep(tree, f"sweep {name_or_path}")
+
+
+def parse_sweep(tree: dict[str, Any], origin: str) -> SweepConfig:
+    """Check a sweep's tree; errors name the key and what is allowed."""
+    try:
+        return SweepConfig.model_validate(tree)
+    except ValidationError as error:
+        keys = tuple(
+            f"{section}.{key}"
+            for section, field in SweepConfig.model_fields.items()
+            for key in getattr(field.annotation, "model_fields", {})
+        )
+        hint = "docs/tuning.md lists the keys of a sweep"
+        raise explain(error, tree, origin, keys=keys, hint=hint) from None
+
+
+def shipped_sweeps() -> dict[str, Path]:
+    """Names of the sweeps inside the package, with their files."""
+    folder = Path(str(resources.files("tuning.sweeps")))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def make_plan(
+    config: SweepConfig, *, data: str, name: str, storage: str, command: str
+) -> SweepPlan:
+    """Hold a sweep against its data; starts nothing, writes nothing.
+
+    Raises:
+        ConfigError: a key or value of the space that no recipe allows, a budget smaller than one
+            rung, options that the score's task does not know.
+        DataError: the data cannot be read, or the score's has no labels or no held-out pictures.
+    """
+    config = _placed(config)
+    tree = base_tree(config)
+    if tree["method"].get("tokenizer"):
+        tree["method"]["tokenizer"] = absolute(tree["method"]["tokenizer"])
+    check_space(config, tree)
+    check_storable(config)
+    recipe = trial_recipe(tree, {})
+    source = open_training(data, recipe)
+    base = resolve(
+        with_classes(with_initial(with_tokenizer(recipe)), source),
+        source.facts,
+        config.resources.num_workers,
+    )
+    if base.recipe.learns_classes:
+        raise ConfigError("a sweep searches pre-training; finetune has the labels already")
+    plan = SweepPlan(
+        uri=(RunDir(storage) / name).uri,
+        name=name,
+        config=config,
+        tree=tree,
+        facts=source.facts,
+        rung_samples=tuple(step * base.global_batch for step in rung_steps(config, base.steps)),
+        command=command,
+    )
+    trials = listed(config) or [{}]
+    for params in trials:
+        plan.trial(params)
+    smallest = plan.rung_samples[0]
+    if config.budget.samples is not None and config.budget.samples < smallest:
+        raise ConfigError(
+            f"budget.samples {config.budget.samples} is less than one rung of {smallest} pictures",
+            hint=f"at least {plan.rung_samples[-1]} for one whole trial",
+        )
+    check_score(config.score, source.facts.uri, config.seed)
+    return plan
+
+
+def new_record(plan: SweepPlan, study: tuple[str, str]) -> SweepRecord:
+    """The record of a sweep before its first trial."""
+    score = plan.config.score
+    metric, proxy = metric_of(score.task)
+    return SweepRecord(
+        name=plan.name,
+        uri=plan.uri,
+        config=plan.config.model_dump(mode="json"),
+        keys=tuple(plan.config.space),
+        metric=metric,
+        proxy=proxy,
+        rung_samples=plan.rung_samples,
+        data=plan.facts.uri,
+        data_fingerprint=plan.facts.fingerprint,
+        score_data=score.data or plan.facts.uri,
+        seed=plan.config.seed,
+        command=plan.command,
+        study=study,
+    )
+
+
+def check_continues(plan: SweepPlan, before: SweepRecord) -> None:
+    """Refuse to mix two sweeps in one directory.
+
+    Raises:
+        RunConflictError: naming what differs.
+    """
+    old, new = before.config, plan.config.model_dump(mode="json")
+    changed = [
+        f"{key}: {_shown(a.get(key))} -> {_shown(b.get(key))}"
+        for a, b in [(_essential(old), _essential(new))]
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key) != b.get(key)
+    ]
+    if before.data_fingerprint != plan.facts.fingerprint:
+        changed.append(f"data: {before.data} -> {plan.facts.uri}")
+    if changed:
+        raise RunConflictError(
+            f"{plan.uri} holds another sweep: {'; '.join(changed)}",
+            hint="--fresh starts over, another --name keeps both",
+        )
+
+
+def remembered(directory: RunDir, before: SweepRecord) -> SweepConfig:
+    """The configuration that a sweep was started with.
+
+    Raises:
+        ConfigError: it was written by a version with other keys.
+    """
+    return parse_sweep(dict(before.config), f"{directory}/{SWEEP}")
+
+
+def _placed(config: SweepConfig) -> SweepConfig:
+    """With places that mean the same in every process, whatever directory it is in."""
+    score = config.score
+    places = {"data": score.data, "val": score.val}
+    found = {key: absolute(place) for key, place in places.items() if place is not None}
+    return config.model_copy(update={"score": score.model_copy(update=found)})
+
+
+def rung_steps(config: SweepConfig, steps: int) -> tuple[int, ...]:
+    """Updates after which a trial is scored, ascending.
+
+    Args:
+        config: its scheduler says how many rungs there are, and how they are spread.
+        steps: of a whole trial.
+
+    Raises:
+        ConfigError: a whole trial is shorter than that many rungs.
+    """
+    scheduler = config.scheduler
+    count = scheduler.num_rungs
+    if isinstance(scheduler, Asha):
+        found = [steps // scheduler.reduction_factor ** (count - 1 - k) for k in range(count)]
+    else:
+        found = [steps * (k + 1) // count for k in range(count)]
+    if found[0] < 1 or len(set(found)) < count:
+        raise ConfigError(
+            f"budget.steps {steps} is smaller than {count} rungs",
+            hint="a larger budget.steps, or fewer scheduler.num_rungs",
+        )
+    return tuple(found)
+
+
+def _essential(config: dict[str, Any]) -> dict[str, Any]:
+    tree = {key: value for key, value in config.items() if key not in _OPERATIONAL}
+    flat: dict[str, Any] = {}
+    for section, value in tree.items():
+        if section in ("budget", "resources", "score", "scheduler", "searcher", "base"):
+            spared = _OPERATIONAL_KEYS.get(section, ())
+            flat |= {f"{section}.{k}": v for k, v in value.items() if k not in spared}
+        else:
+            flat[section] = value
+    return flat
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+def _override(tree: dict[str, Any], assignment: str) -> dict[str, Any]:
+    """One `a.b=value`; below `space` and `base.set` the rest of the key is one key of a recipe."""
+    for section in ("space.", "base.set."):
+        if assignment.startswith(section):
+            key, equals, text = assignment.removeprefix(section).partition("=")
+            if not equals:
+                raise ConfigError(f"--set {assignment!r} is not of the form a.b=value")
+            parts = section.rstrip(".").split(".")
+            tree = json.loads(json.dumps(tree))
+            node = tree
+            for part in parts:
+                node = node.setdefault(part, {})
+            value = override({}, [f"value={text}"])["value"]
+            if value is None and section == "space.":
+                node.pop(key, None)
+            else:
+                node[key] = value
+            return tree
+    return override(tree, [assignment])

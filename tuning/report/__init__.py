@@ -1,0 +1,100 @@
+"""What a sweep has found so far, as a page, as text and as data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from trainers.data.files import join
+
+if TYPE_CHECKING:
+    from trainers.storage import RunDir
+    from tuning.record import SweepRecord
+    from tuning.report.facts import Facts
+
+PAGE, TEXT, DATA = "report.html", "report.md", "report.json"
+FORMAT = 1
+
+
+def write_report(
+    record: SweepRecord,
+    sweep: RunDir,
+    *,
+    curves: Mapping[int, list[dict[str, Any]]] | None = None,
+    speed: Mapping[float, float] | None = None,
+) -> list[str]:
+    """Write the report of a sweep at any stage; called again and again while it runs.
+
+    Args:
+        record: the sweep so far.
+        sweep: its directory.
+        curves: rows of `metrics.jsonl` by trial, for curves of the loss.
+        speed: measured times faster than the full sequence by mask ratio, as of
+            `tuning.report.speed.encoder_speed`.
+
+    Returns:
+        URIs of page, text and data.
+
+    Raises:
+        StorageError: the directory cannot be written to.
+    """
+    # plotly and Optuna take seconds to import; who writes no report need not wait for them.
+    from tuning.report.facts import facts_of
+    from tuning.report.html import page
+    from tuning.report.text import markdown
+
+    facts = facts_of(record, speed)
+    files = {
+        DATA: json.dumps(data_of(facts), allow_nan=False, indent=1),
+        TEXT: markdown(facts),
+        PAGE: page(facts, sweep, curves or {}),
+    }
+    for name, text in files.items():
+        # A name may hold half of a surrogate pair, which UTF-8 has no bytes for.
+        sweep.write(name, text.encode(errors="replace"))
+    return [join(sweep.uri, name) for name in (PAGE, TEXT, DATA)]
+
+
+def data_of(facts: Facts) -> dict[str, Any]:
+    """Everything needed to draw the report again, as strict JSON can hold it.
+
+    Args:
+        facts: of the sweep.
+    """
+    from tuning.report.facts import rungs_of
+    from tuning.report.values import plain
+
+    ranked = [
+        {
+            "rank": rank,
+            "trial": trial.number,
+            "params": trial.params,
+            "rungs": rungs_of(trial),
+            "samples": trial.rungs[-1].samples,
+            "score": trial.score,
+            "loss": trial.loss,
+            "device_seconds": trial.device_seconds,
+            "state": trial.state,
+        }
+        for rank, trial in enumerate(facts.ranked, start=1)
+    ]
+    tree: dict[str, Any] = plain(
+        {
+            "format": FORMAT,
+            "record": facts.record.model_dump(),
+            "ranked": ranked,
+            "rungs": facts.rungs,
+            "states": facts.states,
+            "points": [point.model_dump() for point in facts.points],
+            "pareto": {
+                cost: [point.model_dump() for point in points]
+                for cost, points in facts.fronts.items()
+            },
+            "heatmap": facts.heatmap.model_dump() if facts.heatmap is not None else None,
+            "importances": facts.importance.model_dump(),
+            "speed": [row.model_dump() for row in facts.speed],
+            "losses_survived": facts.survived,
+        }
+    )
+    return tree

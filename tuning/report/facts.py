@@ -1,0 +1,262 @@
+"""Everything that a report says, worked out once; page, text and JSON only lay it out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from trainers.config.base import Config
+from tuning.record import SweepRecord, TrialRecord
+from tuning.report.importance import Importance, importance_of
+from tuning.report.speed import SpeedRow, speed_rows
+from tuning.report.values import distinct, frozen, is_number, without_passwords
+
+MASK_RATIO, DECODER_DEPTH = "method.mask_ratio", "method.decoder_depth"
+MAX_SIDE = 30
+STATES = ("finished", "stopped", "running", "waiting", "cut", "failed")
+
+
+class Point(Config):
+    """A score and what it took.
+
+    Attributes:
+        trial: its number.
+        rung: from 0.
+        samples: pictures seen by then.
+        device_seconds: of training and scoring by then.
+        score: larger is better.
+    """
+
+    trial: int
+    rung: int
+    samples: float
+    device_seconds: float
+    score: float
+
+
+class Cell(Config):
+    """A square of the heatmap.
+
+    Attributes:
+        trial: the best of those that came farthest here.
+        score: of its last rung.
+        rungs: how many it reached.
+    """
+
+    trial: int
+    score: float
+    rungs: int
+
+
+class Heatmap(Config):
+    """Scores over two keys.
+
+    Attributes:
+        keys: across and down.
+        columns: values of the first.
+        rows: values of the second.
+        cells: by row and column; None where nothing has a score yet.
+        rungs: of a whole trial.
+    """
+
+    keys: tuple[str, str]
+    columns: tuple[Any, ...]
+    rows: tuple[Any, ...]
+    cells: tuple[tuple[Cell | None, ...], ...]
+    rungs: int
+
+
+class Facts(Config):
+    """A sweep as its report shows it.
+
+    Attributes:
+        record: what was reported on, without passwords.
+        ranked: trials with a usable score, the best first.
+        rungs: of a whole trial.
+        states: number of trials by state.
+        points: one for each rung of each ranked trial.
+        fronts: by what is spent, the points that no other beats with less.
+        heatmap: None where no two keys are fit for one.
+        importance: of the keys.
+        speed: of the encoder by mask ratio; empty where that is not searched.
+        survived: losses of processes or nodes that trials went on after.
+    """
+
+    record: SweepRecord
+    ranked: tuple[TrialRecord, ...]
+    rungs: int
+    states: dict[str, int]
+    points: tuple[Point, ...]
+    fronts: dict[str, tuple[Point, ...]]
+    heatmap: Heatmap | None
+    importance: Importance
+    speed: tuple[SpeedRow, ...]
+    survived: int
+
+    @property
+    def best(self) -> TrialRecord | None:
+        """The best of those that came farthest."""
+        return next(iter(self.ranked), None)
+
+    @property
+    def failed(self) -> tuple[TrialRecord, ...]:
+        """Trials that failed for good."""
+        return tuple(t for t in self.record.trials if t.state == "failed")
+
+    def trial(self, number: int) -> TrialRecord:
+        """The trial of a number, which must be there."""
+        return next(t for t in self.record.trials if t.number == number)
+
+
+def facts_of(record: SweepRecord, speed: Mapping[float, float] | None = None) -> Facts:
+    """Work out what a report says.
+
+    Args:
+        record: a sweep at any stage.
+        speed: measured times faster by mask ratio.
+    """
+    record = SweepRecord.model_validate(without_passwords(record.model_dump()))
+    ranked = rank(record)
+    points = points_of(ranked)
+    reached = max((rungs_of(trial) for trial in record.trials), default=0)
+    rungs = len(record.rung_samples) or reached
+    ratios = [v for v in values_of(record, MASK_RATIO) if is_number(v)]
+    return Facts(
+        record=record,
+        ranked=tuple(ranked),
+        rungs=rungs,
+        states={s: n for s in STATES if (n := sum(t.state == s for t in record.trials))},
+        points=tuple(points),
+        fronts={cost: tuple(front(points, cost)) for cost in ("samples", "device_seconds")},
+        heatmap=heatmap_of(record, ranked, rungs),
+        importance=importance_of(record),
+        speed=tuple(speed_rows(ratios, speed or {})) if MASK_RATIO in record.keys else (),
+        survived=sum(t.failures for t in record.trials if t.state != "failed"),
+    )
+
+
+def rank(record: SweepRecord) -> list[TrialRecord]:
+    """As the record ranks, without scores that are no number: these have no place in an order."""
+    usable = [t for t in record.trials if t.rungs and math.isfinite(t.rungs[-1].score)]
+    return record.model_copy(update={"trials": tuple(usable)}).ranked()
+
+
+def rungs_of(trial: TrialRecord) -> int:
+    """How many rungs a trial has reached."""
+    return trial.rungs[-1].number + 1 if trial.rungs else 0
+
+
+def points_of(ranked: Sequence[TrialRecord]) -> list[Point]:
+    """Each rung of each trial with what was spent until then.
+
+    Args:
+        ranked: trials with scores.
+    """
+    points = []
+    for trial in ranked:
+        spent = 0.0
+        for rung in trial.rungs:
+            spent += trial.devices * (rung.train_s + rung.score_s)
+            if math.isfinite(rung.score) and math.isfinite(spent):
+                points.append(
+                    Point(
+                        trial=trial.number,
+                        rung=rung.number,
+                        samples=rung.samples,
+                        device_seconds=spent,
+                        score=rung.score,
+                    )
+                )
+    return points
+
+
+def front(points: Sequence[Point], cost: str) -> list[Point]:
+    """Points that no other beats: none has at least the score for at most the cost, and is better.
+
+    Args:
+        points: in any order.
+        cost: `samples` or `device_seconds`.
+
+    Returns:
+        The front, cheapest first.
+    """
+    kept: list[Point] = []
+    for point in sorted(points, key=lambda p: (getattr(p, cost), -p.score)):
+        equal = kept and (getattr(kept[-1], cost), kept[-1].score) == (
+            getattr(point, cost),
+            point.score,
+        )
+        if not kept or point.score > kept[-1].score or equal:
+            kept.append(point)
+    return kept
+
+
+def domain_of(record: SweepRecord, key: str) -> Mapping[str, Any]:
+    """What the space says of a key, e.g. `{"grid": […]}`; empty where it says nothing.
+
+    Args:
+        record: a sweep at any stage.
+        key: searched.
+    """
+    space = record.config.get("space")
+    domain = space.get(key) if isinstance(space, Mapping) else None
+    return domain if isinstance(domain, Mapping) else {}
+
+
+def is_logarithmic(record: SweepRecord, key: str, values: Sequence[Any]) -> bool:
+    """Whether numbers are better told apart by their order of magnitude.
+
+    Args:
+        record: a sweep at any stage.
+        key: searched.
+        values: numbers that were tried.
+    """
+    return "loguniform" in domain_of(record, key) and min(values, default=0) > 0
+
+
+def values_of(record: SweepRecord, key: str) -> list[Any]:
+    """Distinct values of a key: those of the space where it lists them, and those tried.
+
+    Args:
+        record: a sweep at any stage.
+        key: searched.
+    """
+    domain = domain_of(record, key)
+    listed = domain.get("grid") or domain.get("choice") or ()
+    tried = [t.params[key] for t in record.trials if key in t.params]
+    return distinct([frozen(value) for value in (*listed, *tried)])
+
+
+def heatmap_keys(record: SweepRecord) -> tuple[str, str] | None:
+    """Mask ratio and decoder depth, or the first two keys that do not have too many values."""
+    few = [key for key in record.keys if 0 < len(values_of(record, key)) <= MAX_SIDE]
+    if MASK_RATIO in few and DECODER_DEPTH in few:
+        return MASK_RATIO, DECODER_DEPTH
+    return (few[0], few[1]) if len(few) >= 2 else None
+
+
+def heatmap_of(record: SweepRecord, ranked: Sequence[TrialRecord], rungs: int) -> Heatmap | None:
+    """Scores over two keys; where trials share a square, the first of them in the ranking.
+
+    Args:
+        record: a sweep at any stage.
+        ranked: its trials with scores.
+        rungs: of a whole trial.
+    """
+    keys = heatmap_keys(record)
+    if keys is None:
+        return None
+    found: dict[tuple[Any, Any], Cell] = {}
+    for trial in ranked:
+        place = frozen(trial.params.get(keys[0])), frozen(trial.params.get(keys[1]))
+        cell = Cell(trial=trial.number, score=trial.rungs[-1].score, rungs=rungs_of(trial))
+        found.setdefault(place, cell)
+    columns, rows = (tuple(values_of(record, key)) for key in keys)
+    return Heatmap(
+        keys=keys,
+        columns=columns,
+        rows=rows,
+        cells=tuple(tuple(found.get((column, row)) for column in columns) for row in rows),
+        rungs=rungs,
+    )

@@ -1,0 +1,228 @@
+"""The tables of a report, as text; page and Markdown draw the same ones."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from trainers.data.files import join
+from tuning.record import SweepRecord, TrialRecord
+from tuning.report.facts import Cell, Facts, Heatmap, rungs_of
+from tuning.report.values import duration, params_text, score_text, short_names, shown
+
+MAX_ROWS = 100
+
+
+class Table(NamedTuple):
+    """Cells as text.
+
+    Attributes:
+        title: of the table.
+        head: of the columns.
+        rows: the first cell of each names it.
+        numeric: columns whose cells are numbers.
+    """
+
+    title: str
+    head: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    numeric: frozenset[int] = frozenset()
+
+
+def leaderboard(facts: Facts) -> Table:
+    """Trials in the order of their rank.
+
+    Args:
+        facts: of the sweep.
+    """
+    names = short_names(facts.record.keys)
+    head = (
+        "rank",
+        "trial",
+        *names.values(),
+        "rung",
+        "samples",
+        "score",
+        "loss",
+        "device-s",
+        "state",
+    )
+    rows = [
+        (
+            str(rank),
+            str(trial.number),
+            *(shown(trial.params.get(key)) for key in names),
+            f"{rungs_of(trial)}/{facts.rungs}",
+            f"{trial.rungs[-1].samples:,}",
+            score_text(trial.score),
+            score_text(trial.loss),
+            f"{trial.device_seconds:,.0f}",
+            trial.state,
+        )
+        for rank, trial in enumerate(facts.ranked[:MAX_ROWS], start=1)
+    ]
+    return Table("Leaderboard", head, rows, frozenset(range(len(head) - 1)))
+
+
+def heatmap_table(heatmap: Heatmap) -> Table:
+    """The heatmap's squares.
+
+    Args:
+        heatmap: over two keys.
+    """
+    names = short_names(heatmap.keys)
+    across, down = (names[key] for key in heatmap.keys)
+    rows = [
+        (shown(row), *(cell_text(cell, heatmap.rungs) for cell in cells))
+        for row, cells in zip(heatmap.rows, heatmap.cells, strict=True)
+    ]
+    head = (f"{down} \\ {across}", *map(shown, heatmap.columns))
+    return Table(f"Score by {across} and {down}", head, rows, frozenset(range(1, len(head))))
+
+
+def cell_text(cell: Cell | None, rungs: int, *, gap: str = " ") -> str:
+    """A square's score, and how far its trial came if not to the end.
+
+    Args:
+        cell: or None.
+        rungs: of a whole trial.
+        gap: between the two.
+    """
+    if cell is None:
+        return ""
+    part = f"{gap}▸{cell.rungs}/{rungs}" if cell.rungs < rungs else ""
+    return score_text(cell.score) + part
+
+
+def front_table(facts: Facts, cost: str, title: str) -> Table:
+    """The trials on a front.
+
+    Args:
+        facts: of the sweep.
+        cost: `samples` or `device_seconds`.
+        title: of the table.
+    """
+    names = short_names(facts.record.keys)
+    unit = "samples" if cost == "samples" else "device-s"
+    rows = [
+        (
+            str(point.trial),
+            params_text(facts.trial(point.trial).params, names),
+            f"{point.rung + 1}/{facts.rungs}",
+            f"{getattr(point, cost):,.0f}",
+            score_text(point.score),
+        )
+        for point in facts.fronts[cost]
+    ]
+    return Table(title, ("trial", "tried", "rung", unit, "score"), rows, frozenset({0, 2, 3, 4}))
+
+
+def importance_table(facts: Facts) -> Table:
+    """Shares of the score's variance by key.
+
+    Args:
+        facts: of the sweep.
+    """
+    rows = [(key, f"{share:.1%}") for key, share in facts.importance.shares.items()]
+    return Table("Importance of the keys", ("key", "share"), rows, frozenset({1}))
+
+
+def speed_table(facts: Facts) -> Table:
+    """Times faster than the full sequence.
+
+    Args:
+        facts: of the sweep.
+    """
+    head = ("mask ratio", "measured", "bound by tokens", "often quoted")
+    rows = [
+        (
+            f"{row.mask_ratio:.4g}",
+            _times(row.measured),
+            _times(row.bound),
+            _times(row.quoted, digits=0),
+        )
+        for row in facts.speed
+    ]
+    return Table("Encoder, times faster than the full sequence", head, rows, frozenset({1, 2, 3}))
+
+
+def failure_table(facts: Facts) -> Table:
+    """Trials that failed for good, with the reasons.
+
+    Args:
+        facts: of the sweep.
+    """
+    names = short_names(facts.record.keys)
+    rows = [
+        (
+            str(trial.number),
+            params_text(trial.params, names),
+            f"{trial.samples:,}",
+            str(trial.failures),
+            trial.reason or "no reason was recorded",
+        )
+        for trial in facts.failed
+    ]
+    head = ("trial", "tried", "samples", "losses", "reason")
+    return Table("Failed trials", head, rows, frozenset({0, 2, 3}))
+
+
+def commands(record: SweepRecord, best: TrialRecord | None) -> list[tuple[str, str]]:
+    """What to type next, each with its purpose.
+
+    Args:
+        record: the sweep.
+        best: its best trial.
+    """
+    name = shlex.quote(record.name)
+    logs = shlex.quote(join(record.uri, "tensorboard"))
+    found = [("Make it again", record.command)] if record.command else []
+    found.append(("Go on where it ended", f"mimray tune --resume {name}"))
+    if best is not None:
+        promoted = shlex.quote(f"{record.name}:best")
+        found += [
+            (
+                "Promote the best trial",
+                f"mimray models register {promoted} --name MODEL --alias champion",
+            ),
+            ("Serve it", "mimray serve MODEL@champion"),
+        ]
+    return [
+        *found,
+        ("Look at the trials", f"mimray ui --sweep {name}"),
+        ("Look at their curves", f"tensorboard --logdir {logs}"),
+    ]
+
+
+def notes(facts: Facts) -> list[str]:
+    """What must be known before the figures are believed.
+
+    Args:
+        facts: of the sweep.
+    """
+    record = facts.record
+    found = []
+    if record.proxy:
+        found.append(
+            f"The score ({record.metric}) is a proxy, found without labels. "
+            f"{record.proxy.rstrip('.')}. Score the first few trials on labelled pictures, where "
+            "there are any, before choosing one."
+        )
+    found.append(
+        "Trials are ranked by the score and never by the loss: at another mask ratio the network "
+        "solves another task, so that reconstruction losses cannot be compared."
+    )
+    return found
+
+
+def outcome(facts: Facts) -> str:
+    """The sweep in one line: how many trials, in what states, how long it took."""
+    states = ", ".join(f"{number} {state}" for state, number in facts.states.items())
+    total = len(facts.record.trials)
+    trials = f"{total} {'trial' if total == 1 else 'trials'}" + (f" ({states})" if states else "")
+    return f"{trials}, {duration(facts.record.elapsed_s)}"
+
+
+def _times(value: float | None, digits: int = 2) -> str:
+    return "–" if value is None else f"{value:.{digits}f}×"

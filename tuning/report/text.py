@@ -1,0 +1,95 @@
+"""The report as Markdown: the same in short, for a terminal or a pull request."""
+
+from __future__ import annotations
+
+import re
+
+from tuning.report import tables
+from tuning.report.facts import Facts
+from tuning.report.tables import Table
+from tuning.report.values import params_text, score_text, short_names
+
+_MARKS = re.compile(r"([\\`*_{}\[\]#|~])")
+
+
+def markdown(facts: Facts) -> str:
+    """The report as text.
+
+    Args:
+        facts: of the sweep.
+    """
+    parts = [
+        _head(facts),
+        _section("Leaderboard", _table(tables.leaderboard(facts)) if facts.ranked else ""),
+        _heatmap(facts),
+        _importance(facts),
+        _section("Encoder speed", _table(tables.speed_table(facts)) if facts.speed else ""),
+        _section("Failures", _failures(facts)),
+        _section("Commands", _commands(facts)),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _head(facts: Facts) -> str:
+    record, best = facts.record, facts.best
+    state = "ended" if record.ended else "running"
+    found = "No trial has a score yet."
+    if best is not None:
+        tried = params_text(best.params, short_names(record.keys))
+        found = f"Best {record.metric} {score_text(best.score)}: trial {best.number}, {tried}."
+    lines = [f"{state}: {tables.outcome(facts)}.", found, *tables.notes(facts)]
+    title = f"# {_safe(record.name)}"
+    return "\n\n".join([title, *map(_safe, lines)])
+
+
+def _heatmap(facts: Facts) -> str:
+    if facts.heatmap is None or not facts.ranked:
+        return ""
+    table = tables.heatmap_table(facts.heatmap)
+    note = "▸ marks squares whose best trial did not reach the last rung."
+    return _section(table.title, f"{_table(table)}\n\n{note}")
+
+
+def _importance(facts: Facts) -> str:
+    found = facts.importance
+    if not found.shares:
+        return _section("Importance of the keys", f"None yet: {_safe(found.reason)}.")
+    assert found.rung is not None
+    note = f"By fANOVA, from {found.trials} trials at rung {found.rung + 1} of {facts.rungs}."
+    return _section("Importance of the keys", f"{_table(tables.importance_table(facts))}\n\n{note}")
+
+
+def _failures(facts: Facts) -> str:
+    table = f"{_table(tables.failure_table(facts))}\n\n" if facts.failed else ""
+    return f"{table}Losses of processes or nodes that trials survived: {facts.survived}."
+
+
+def _commands(facts: Facts) -> str:
+    lines = []
+    for purpose, command in tables.commands(facts.record, facts.best):
+        lines += [f"# {purpose}", command]
+    text = "\n".join(lines)
+    # A fence is closed by as many backticks as opened it, and a command may hold some.
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}sh\n{text}\n{fence}"
+
+
+def _section(title: str, body: str) -> str:
+    return f"## {_safe(title)}\n\n{body}" if body else ""
+
+
+def _table(table: Table) -> str:
+    rule = ["---:" if i in table.numeric else "---" for i in range(len(table.head))]
+    rows = [_row(table.head), "| " + " | ".join(rule) + " |", *map(_row, table.rows)]
+    return "\n".join(rows)
+
+
+def _row(cells: tuple[str, ...]) -> str:
+    return "| " + " | ".join(map(_safe, cells)) + " |"
+
+
+def _safe(text: str) -> str:
+    """Text that Markdown takes as it is, in one line."""
+    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return _MARKS.sub(r"\\\1", text)

@@ -1,0 +1,123 @@
+"""Colours and layout that suit a light and a dark page alike; the page's CSS colours the text."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import plotly.graph_objects as go
+
+from tuning.record import TrialRecord
+from tuning.report.facts import Facts
+from tuning.report.values import is_number, params_text, score_text, short_names, shown, tick
+
+BLUE, PURPLE, ORANGE, GREY = "#3b7dd8", "#9a6bb0", "#d9772b", "#8a94a3"
+INK = "#22272e"
+# Of one brightness, so that every line is seen on both pages.
+_ENDS = (BLUE, PURPLE, ORANGE)
+LINES = [[0, BLUE], [0.5, PURPLE], [1, ORANGE]]
+PAIRS = [BLUE, ORANGE, "#3a9d6e", PURPLE, "#c9526b", "#2f9fb3", "#a8842c", GREY]
+# The lowest score is close to the page; the highest still lets the page's text be read on it.
+LIGHT = [[0, "#eef3fa"], [1, "#5c98e6"]]
+DARK = [[0, "#222c38"], [1, "#2a74cf"]]
+
+
+def label(value: Any) -> str:
+    """Text for a plot, which reads some HTML in it."""
+    return html.escape(value if isinstance(value, str) else shown(value), quote=False)
+
+
+def figure(*traces: Any, height: int = 360, **layout: Any) -> go.Figure:
+    """A figure of the report's looks.
+
+    Args:
+        traces: of plotly.
+        height: pixels.
+        **layout: over the defaults.
+    """
+    quiet = {"gridcolor": "rgba(138,148,163,0.25)", "zeroline": False, "automargin": True}
+    axes = {name: {**quiet, **layout.pop(name, {})} for name in ("xaxis", "yaxis")}
+    looks: dict[str, Any] = {
+        "template": go.layout.Template(),
+        "height": height,
+        "margin": {"l": 64, "r": 20, "t": 16, "b": 56},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": {"family": "system-ui, sans-serif", "size": 13, "color": GREY},
+        "hoverlabel": {"bgcolor": INK, "bordercolor": INK, "font": {"color": "#f4f6f8"}},
+        "hovermode": "closest",
+        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+    }
+    looks["legend"].update(layout.pop("legend", {}))
+    return go.Figure(list(traces), {**looks, **axes, **layout})
+
+
+def colours(values: Sequence[Any]) -> list[str]:
+    """A colour for each of some distinct values: along a scale for numbers, unlike for others.
+
+    Args:
+        values: distinct, in order.
+    """
+    if not all(map(is_number, values)) or len(values) < 2:
+        return [PAIRS[i % len(PAIRS)] for i in range(len(values))]
+    return [_between(i / (len(values) - 1)) for i in range(len(values))]
+
+
+def _between(share: float) -> str:
+    """A colour along the scale of lines."""
+    first, second = _ENDS[:2] if share <= 0.5 else _ENDS[1:]
+    part = 2 * share - (share > 0.5)
+    ends = [[int(end[i : i + 2], 16) for i in (1, 3, 5)] for end in (first, second)]
+    mixed = [round(a + (b - a) * part) for a, b in zip(*ends, strict=True)]
+    return "#{:02x}{:02x}{:02x}".format(*mixed)
+
+
+class Plot(NamedTuple):
+    """A figure and what it shows, for those who cannot see it.
+
+    Attributes:
+        name: of the plot; `plot-<name>` is its id in the page.
+        figure: of plotly.
+        alt: one sentence.
+        min_width: pixels below which it is scrolled instead of squeezed.
+    """
+
+    name: str
+    figure: go.Figure
+    alt: str
+    min_width: int = 0
+
+
+def hover(facts: Facts, trial: TrialRecord, rungs: int, score: float) -> str:
+    """What is shown of a trial under the pointer.
+
+    Args:
+        facts: of the sweep.
+        trial: pointed at.
+        rungs: how many it had reached.
+        score: of the last of these.
+    """
+    tried = params_text(trial.params, short_names(facts.record.keys)) or "nothing changed"
+    lines = (
+        f"trial {trial.number}, {trial.state}",
+        tried,
+        f"{facts.record.metric} {score_text(score)} at rung {rungs} of {facts.rungs}",
+    )
+    return "<br>".join(map(label, lines))
+
+
+def ticks(values: Sequence[Any], title: str) -> dict[str, Any]:
+    """An axis with a tick for each value, evenly spaced, whatever kind they are.
+
+    Args:
+        values: distinct, in order.
+        title: of the axis, escaped.
+    """
+    return {
+        "title": {"text": title},
+        "tickvals": list(range(len(values))),
+        "ticktext": [label(tick(value)) for value in values],
+        "showgrid": False,
+        "range": [-0.5, len(values) - 0.5],
+    }

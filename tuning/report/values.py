@@ -1,0 +1,148 @@
+"""Searched values, scores and times as people read them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_LONGEST, _TICK = 40, 16
+_PASSWORD = re.compile(r"(://[^/\s:@]*):[^/\s@]+@")
+
+
+def frozen(value: Any) -> Any:
+    """A value that can be a key of a dictionary; JSON gives lists back for tuples.
+
+    Args:
+        value: of a searched key.
+
+    Returns:
+        The same, lists as tuples; what no recipe key takes, as text.
+    """
+    if isinstance(value, list | tuple):
+        return tuple(frozen(item) for item in value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return str(value)
+
+
+def shown(value: Any) -> str:
+    """A searched value in a few characters.
+
+    Args:
+        value: of a searched key.
+    """
+    match value:
+        case None:
+            return "none"
+        case bool():
+            return str(value).lower()
+        case float():
+            return f"{value:.4g}"
+        case list() | tuple():
+            return "(" + ", ".join(shown(item) for item in value) + ")"
+    return _cut(str(value), _LONGEST)
+
+
+def tick(value: Any) -> str:
+    """A searched value so short that it fits beside an axis.
+
+    Args:
+        value: of a searched key.
+    """
+    return _cut(shown(value), _TICK)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value lies on a line: a finite number, and no boolean."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def distinct(values: Sequence[Any]) -> list[Any]:
+    """Each value once: numbers first, ascending, then the rest in the order of their text.
+
+    Args:
+        values: hashable, of any kinds.
+    """
+    return sorted(
+        dict.fromkeys(values),
+        key=lambda v: (0, v, "") if is_number(v) else (1 if v is not None else 2, 0, shown(v)),
+    )
+
+
+def short_names(keys: Sequence[str]) -> dict[str, str]:
+    """The last part of each key, where it says enough and no other key ends alike.
+
+    Args:
+        keys: dotted recipe keys.
+    """
+    leaves = [key.rpartition(".")[2] for key in keys]
+    return {
+        key: leaf if leaves.count(leaf) == 1 and leaf != "name" else key
+        for key, leaf in zip(keys, leaves, strict=True)
+    }
+
+
+def params_text(params: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    """What a trial tried, in one line.
+
+    Args:
+        params: values by key.
+        names: of `short_names`.
+    """
+    return ", ".join(f"{name} {shown(params.get(key))}" for key, name in names.items())
+
+
+def score_text(score: float | None) -> str:
+    """A score with as many digits as tell trials apart; a dash for none."""
+    if score is None or not math.isfinite(score):
+        return "–"
+    return f"{score:.4f}" if abs(score) < 10 else f"{score:.2f}"
+
+
+def duration(seconds: float) -> str:
+    """A length of time: 42 s, 3 min 10 s, 5 h 2 min."""
+    if not math.isfinite(seconds):
+        return "–"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600:,} h {whole % 3600 // 60} min"
+
+
+def without_passwords(tree: Any) -> Any:
+    """A tree without the passwords of addresses: reports are sent around.
+
+    Args:
+        tree: of dictionaries, sequences and scalars.
+    """
+    if isinstance(tree, Mapping):
+        return {key: without_passwords(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(without_passwords(item) for item in tree)
+    return _PASSWORD.sub(r"\1:***@", tree) if isinstance(tree, str) else tree
+
+
+def plain(tree: Any) -> Any:
+    """A tree that strict JSON can hold.
+
+    Args:
+        tree: of dictionaries, sequences and scalars.
+
+    Returns:
+        The same with lists for sequences and None for numbers that are not finite.
+    """
+    if isinstance(tree, Mapping):
+        return {str(key): plain(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [plain(item) for item in tree]
+    if isinstance(tree, float):
+        return tree if math.isfinite(tree) else None
+    return tree if tree is None or isinstance(tree, bool | int | str) else str(tree)
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"

@@ -1,0 +1,164 @@
+"""What a trial is worth: a probe of its frozen encoder on pictures it was not trained on.
+
+Losses cannot rank trials: at another mask ratio another task is solved.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+import uuid
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from trainers.data.cache import default_cache_dir
+from trainers.data.selection import labels_of
+from trainers.data.sources import open_source
+from trainers.errors import DataError
+from trainers.evaluation.cache import CachedEncoder
+from trainers.evaluation.encoders import EncoderRef, FeatureEncoder
+from trainers.evaluation.results import add_to_card, result_of, results_folder, write_result
+from trainers.evaluation.score import Score, Setting
+from trainers.evaluation.splits import open_splits
+from trainers.evaluation.tasks import TASKS, checked_options, load
+from trainers.storage import RunDir
+from tuning.config import ScoreConfig
+
+_METRICS = {"knn": "accuracy", "linear": "accuracy", "segmentation": "mIoU", "rankme": "RankMe"}
+_PROXY = (
+    "RankMe, the effective rank of the features, is a stand-in that needs no labels: it follows "
+    "what an encoder is worth only loosely, and only between encoders of one width"
+)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A score and what it took.
+
+    Attributes:
+        score: the headline.
+        metrics: every figure, ready for JSON.
+        seconds: of scoring.
+    """
+
+    score: float
+    metrics: dict[str, Any]
+    seconds: float
+
+
+def metric_of(task: str) -> tuple[str, str]:
+    """What a task's score is called, and why it is only a stand-in, where it is one."""
+    return _METRICS[task], _PROXY if task == "rankme" else ""
+
+
+def check_score(config: ScoreConfig, data: str, seed: int) -> None:
+    """Refuse a score that could not be measured, before anything starts.
+
+    Args:
+        config: of the score.
+        data: URI of the pictures trained on, scored on where the score names no others.
+        seed: of the sweep.
+
+    Raises:
+        ConfigError: an option that the task does not know.
+        DataError: no labels, or no held-out pictures.
+    """
+    options = checked_options(TASKS[config.task], config.options)
+    setting = _setting(config, data, seed, "cpu")
+    if config.task in ("knn", "linear"):
+        try:
+            labels_of(open_source(setting.data))
+        except DataError as error:
+            raise DataError(
+                f"score.task {config.task} needs labels: {error.args[0]}",
+                hint="score.data with labels, or score.task=rankme, a stand-in that needs none",
+            ) from None
+        open_splits(setting)
+    elif config.task == "segmentation":
+        from trainers.config.evaluation.segmentation import SegmentationConfig
+        from trainers.evaluation.annotations.base import Complaints
+        from trainers.evaluation.annotations.segmentation import open_segmentation
+
+        assert isinstance(options, SegmentationConfig)
+        train = open_segmentation(setting.data, "train", options, Complaints(False), limit=1)
+        open_segmentation(
+            setting.val or setting.data,
+            "val",
+            options,
+            Complaints(False),
+            own=setting.val is None,
+            class_names=train.class_names,
+            limit=1,
+        )
+
+
+def score_bundle(
+    bundle: RunDir, config: ScoreConfig, data: str, *, seed: int, device: str, command: str
+) -> Scored:
+    """Score the encoder of a bundle in this process; results go beside it and onto its card.
+
+    Args:
+        bundle: its directory.
+        config: of the score.
+        data: URI of the pictures trained on.
+        seed: of the sweep.
+        device: as torch names it.
+        command: the command line, for the record.
+
+    Raises:
+        DataError: labels or pictures that cannot be used.
+        NonFiniteLossError: the probe diverged.
+    """
+    began = time.perf_counter()
+    task = TASKS[config.task]
+    options = checked_options(TASKS[config.task], config.options)
+    ref = EncoderRef.parse(bundle.uri)
+    setting = _setting(config, data, seed, device)
+    subject = partial(_on_device, ref, device) if task.dense else ref
+    try:
+        score: Score = load(task.evaluate)(subject, setting, options)
+    finally:
+        shutil.rmtree(setting.folder, ignore_errors=True)
+    seconds = time.perf_counter() - began
+    card = ref.card()
+    about = {
+        "task": config.task,
+        "encoder": bundle.uri,
+        "command": command,
+        "data": setting.data,
+        "val": setting.val,
+        "limit": setting.limit,
+        "seed": seed,
+        "config": options.model_dump(mode="json"),
+        "plan_hash": card.plan_hash,
+        "weights_sha256": card.weights_sha256,
+        "through": None,
+        "seconds": round(seconds, 2),
+    }
+    result = result_of(score, about)
+    write_result(results_folder(bundle), config.task, result, score)
+    add_to_card(bundle, config.task, result)
+    return Scored(score.headline, score.metrics, seconds)
+
+
+def _setting(config: ScoreConfig, data: str, seed: int, device: str) -> Setting:
+    return Setting(
+        data=config.data or data,
+        val=config.val,
+        limit=config.limit,
+        seed=seed,
+        skip_invalid=False,
+        device=device,
+        folder=Path(default_cache_dir()).with_name("evaluation") / f"tuning-{uuid.uuid4().hex}",
+        progress=_silent,
+    )
+
+
+def _on_device(ref: EncoderRef, device: str) -> FeatureEncoder:
+    return CachedEncoder(ref.load().to(device), ref.identity)
+
+
+def _silent(phase: str, done: int, total: int) -> None:
+    """A trial's progress is its rungs."""

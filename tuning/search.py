@@ -1,0 +1,303 @@
+"""Which trial comes next: lists in order, or Optuna; every sweep is a study that Optuna can open.
+
+What was begun and not finished comes first. A study holds values and scores only; what a trial has
+trained lies in its own directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from ray.tune.search import Searcher
+
+from trainers.errors import ConfigError, MimrayError, RunConflictError, StorageError
+from tuning.config import Choice, Domain, Grid, Int, LogUniform, OptunaSearch, SweepConfig, Uniform
+from tuning.record import ENDED, TrialRecord
+from tuning.space import Params, listed, space_digest
+
+if TYPE_CHECKING:
+    import optuna
+
+SAMPLES, SCORE = "samples", "score"
+NUMBER = "mimray.number"
+_SPACE = "mimray.space"
+
+logger = logging.getLogger(__name__)
+
+
+class Suggestions(Searcher):  # type: ignore[misc]
+    """Hands out trials to Tune as `{"number": …, "params": …}`.
+
+    Args:
+        config: of the sweep.
+        study: of `open_study`.
+        before: trials of earlier launches.
+        may_start: asked before each new trial; False once a budget is spent.
+        check: of a trial's values; raises what is wrong with them.
+    """
+
+    def __init__(
+        self,
+        config: SweepConfig,
+        study: optuna.Study,
+        before: Iterable[TrialRecord],
+        may_start: Callable[[], bool],
+        check: Callable[[Params], object],
+    ) -> None:
+        super().__init__(metric=SCORE, mode="max")
+        self._config = config
+        self._study = study
+        self._list = listed(config)
+        self._may_start = may_start
+        self._check = check
+        before = list(before)
+        self._unfinished = [trial for trial in before if trial.state not in ENDED]
+        self._next = len(before)
+        self._live: dict[str, int] = {}  # Tune's id -> our number
+        _catch_up(study, config, before)
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        """The next trial; `FINISHED` when there is none."""
+        if self._unfinished:
+            trial = self._unfinished.pop(0)
+            number, params = trial.number, dict(trial.params)
+        elif self.exhausted or not self._may_start():
+            finished: Any = Searcher.FINISHED
+            return finished  # type: ignore[no-any-return]
+        else:
+            number = self._next
+            self._next += 1
+            params = self._new(number)
+        self._live[trial_id] = number
+        return {"number": number, "params": params}
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """A rung: an intermediate value of Optuna's trial."""
+        if SCORE in result:
+            found = _of_number(self._study, self._live[trial_id])
+            with contextlib.suppress(RuntimeError, ValueError):  # told already, or by a twin
+                import optuna
+
+                trial = optuna.trial.Trial(self._study, found._trial_id)
+                trial.report(result[SCORE], result[SAMPLES])
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """The end of a trial; `ended` tells the study, since only the driver knows how."""
+        self._live.pop(trial_id, None)
+
+    def ended(self, trial: TrialRecord) -> None:
+        """Tell the study how a trial ended."""
+        _tell(self._study, trial)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the sweep's directory and the study are what is kept."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing, likewise."""
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether every trial there is to be has been handed out."""
+        if self._unfinished:
+            return False
+        most = self._config.budget.trials if self._list is None else len(self._list)
+        return most is not None and self._next >= most
+
+    def _new(self, number: int) -> Params:
+        domains = _distributions(self._config)
+        if self._list is not None:
+            self._study.enqueue_trial(_external(self._config, self._list[number]))
+        else:
+            # Suggestions follow from the seed and what is known, not from how often it was
+            # started; an unlucky combination is passed over.
+            self._study.sampler = _sampler(self._config, number)
+        trial = self._study.ask(domains)
+        trial.set_user_attr(NUMBER, number)
+        params = _internal(self._config, trial.params)
+        try:
+            self._check(params)
+        except MimrayError as error:
+            logger.warning("trial %d cannot run: %s", number, error)
+        return params
+
+
+def open_study(
+    config: SweepConfig, name: str, storage: str, *, fresh: bool = False
+) -> optuna.Study:
+    """Open a sweep's study, or make it.
+
+    Args:
+        config: of the sweep.
+        name: of the study, unique in its storage.
+        storage: URL of a database.
+        fresh: delete what is there under that name.
+
+    Raises:
+        RunConflictError: a study of that name searches another space.
+        StorageError: the database does not answer.
+        ConfigError: a value that Optuna cannot keep.
+    """
+    import optuna
+    from sqlalchemy.exc import SQLAlchemyError
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    digest = space_digest(config)
+    try:
+        if fresh and name in optuna.get_all_study_names(storage):
+            optuna.delete_study(study_name=name, storage=storage)
+        study = optuna.create_study(
+            storage=storage,
+            study_name=name,
+            sampler=_sampler(config, 0),
+            direction="maximize",
+            load_if_exists=True,
+        )
+        there = study.user_attrs.get(_SPACE)
+        if there is None and not study.trials:
+            study.set_user_attr(_SPACE, digest)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                study.set_metric_names([config.score.task])
+        elif there != digest:
+            raise RunConflictError(
+                f"the study {name!r} in {_without_password(storage)} belongs to another space",
+                hint="another --name, or `study: NAME` in the sweep",
+            )
+    except (SQLAlchemyError, ImportError, optuna.exceptions.StorageInternalError) as error:
+        raise StorageError(
+            f"Optuna's storage {_without_password(storage)} does not answer: "
+            f"{str(error).splitlines()[0]}",
+            hint="sqlite:///FILE or postgresql://USER@HOST/DATABASE (pip install psycopg[binary])",
+        ) from error
+    return study
+
+
+def _without_password(url: str) -> str:
+    scheme, sep, rest = url.partition("://")
+    account, at, place = rest.rpartition("@")
+    return f"{scheme}{sep}{account.partition(':')[0]}{at}{place}"
+
+
+def _sampler(config: SweepConfig, number: int) -> optuna.samplers.BaseSampler:
+    import optuna
+
+    if not isinstance(config.searcher, OptunaSearch):
+        return optuna.samplers.RandomSampler(seed=config.seed)
+    return optuna.samplers.TPESampler(
+        seed=config.seed * 100_003 + number,
+        n_startup_trials=config.searcher.num_startup_trials,
+        multivariate=config.searcher.multivariate,
+        constant_liar=True,  # what runs at the same time keeps apart
+    )
+
+
+def _distributions(config: SweepConfig) -> dict[str, optuna.distributions.BaseDistribution]:
+    return {key: _distribution(domain) for key, domain in config.space.items()}
+
+
+def _distribution(domain: Domain) -> optuna.distributions.BaseDistribution:
+    from optuna.distributions import (
+        CategoricalDistribution,
+        FloatDistribution,
+        IntDistribution,
+    )
+
+    match domain:
+        case Grid() | Choice():
+            values = domain.grid if isinstance(domain, Grid) else domain.choice
+            return CategoricalDistribution([_word(value) for value in values])
+        case Uniform():
+            return FloatDistribution(*domain.uniform)
+        case LogUniform():
+            return FloatDistribution(*domain.loguniform, log=True)
+        case Int():
+            return IntDistribution(*domain.int)
+
+
+def _word(value: Any) -> Any:
+    """A value as Optuna keeps it: lists only as text."""
+    return json.dumps(value) if isinstance(value, tuple | list) else value
+
+
+def _external(config: SweepConfig, params: Params) -> Params:
+    return {key: _word(params[key]) for key in config.space}
+
+
+def _internal(config: SweepConfig, params: Params) -> Params:
+    """Values as the sweep writes them, from what Optuna gives back."""
+    found = {}
+    for key, domain in config.space.items():
+        if isinstance(domain, Grid | Choice):
+            values = domain.grid if isinstance(domain, Grid) else domain.choice
+            by_word = {_word(value): value for value in values}
+            found[key] = by_word[params[key]]
+        else:
+            found[key] = params[key]
+    return found
+
+
+def _of_number(study: optuna.Study, number: int) -> optuna.trial.FrozenTrial:
+    trials = study.get_trials(deepcopy=False)
+    return next(t for t in reversed(trials) if t.user_attrs.get(NUMBER) == number)
+
+
+def _catch_up(study: optuna.Study, config: SweepConfig, before: Iterable[TrialRecord]) -> None:
+    """Bring a study to what the sweep's directory knows, which was written first."""
+    import optuna
+
+    known = {t.user_attrs.get(NUMBER) for t in study.get_trials(deepcopy=False)}
+    for trial in before:
+        if trial.number not in known:
+            study.add_trial(
+                optuna.create_trial(
+                    state=optuna.trial.TrialState.RUNNING,
+                    params=_external(config, trial.params),
+                    distributions=_distributions(config),
+                    user_attrs={NUMBER: trial.number},
+                )
+            )
+        if trial.state in ENDED:
+            _tell(study, trial)
+
+
+def _tell(study: optuna.Study, trial: TrialRecord) -> None:
+    import optuna
+
+    found = _of_number(study, trial.number)
+    if found.state.is_finished():
+        return
+    live = optuna.trial.Trial(study, found._trial_id)
+    for rung in trial.rungs:
+        if rung.samples not in found.intermediate_values:
+            live.report(rung.score, rung.samples)
+    live.set_user_attr("mimray.reason", trial.reason)
+    states = {
+        "finished": optuna.trial.TrialState.COMPLETE,
+        "stopped": optuna.trial.TrialState.PRUNED,
+        "failed": optuna.trial.TrialState.FAIL,
+    }
+    state = states[trial.state]
+    value = trial.score if state == optuna.trial.TrialState.COMPLETE else None
+    study.tell(live, value, state=state)
+
+
+def check_storable(config: SweepConfig) -> None:
+    """Refuse values that Optuna cannot keep apart.
+
+    Raises:
+        ConfigError: a value is there twice.
+    """
+    for key, domain in config.space.items():
+        if isinstance(domain, Grid | Choice):
+            values = domain.grid if isinstance(domain, Grid) else domain.choice
+            words = [_word(value) for value in values]
+            twice = [word for i, word in enumerate(words) if word in words[:i]]
+            if twice:
+                raise ConfigError(f"space.{key} has {twice[0]!r} twice")

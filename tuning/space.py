@@ -1,0 +1,146 @@
+"""From a search space to the trials: which values, in which order, each checked before it starts.
+
+What a trial tries is counted, not drawn: random values are a pure function of the seed and the
+trial's number, so that a sweep that is started again tries the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from trainers.config.recipes import NAMES_FIRST, assign, recipe_tree
+from trainers.config.run import Recipe, parse_recipe
+from trainers.data.rng import Stream, generator
+from trainers.errors import ConfigError
+from tuning.config import Choice, Domain, Grid, Int, LogUniform, SweepConfig, Uniform
+
+Params = dict[str, Any]
+
+# What must be alike in all trials, or is no part of what is learnt.
+_FIXED = {
+    "optim.steps": "trials of unlike length cannot be ranked; budget.steps sets it for all",
+    "optim.epochs": "trials of unlike length cannot be ranked; budget.steps sets it for all",
+    "data.limit": "trials on unlike data cannot be ranked; base.set has one value for all",
+}
+_FIXED_SECTIONS = {
+    "resources": "the sweep's own `resources` says what a trial holds",
+    "checkpoint": "it changes nothing that is learnt",
+    "logging": "it changes nothing that is learnt",
+    "about": "it changes nothing that is learnt",
+}
+
+
+def base_tree(config: SweepConfig) -> dict[str, Any]:
+    """The recipe that every trial begins with, as a tree.
+
+    Raises:
+        ConfigError: no such recipe, or a key that is not one.
+    """
+    tree = recipe_tree(config.base.recipe, config.budget.steps)
+    tree = _assigned(tree, config.base.set)
+    tree = assign(tree, "seed", config.seed)
+    parse_recipe(tree, f"base {config.base.recipe}")
+    return tree
+
+
+def trial_recipe(tree: Mapping[str, Any], params: Params, origin: str = "trial") -> Recipe:
+    """The checked recipe of one trial.
+
+    Args:
+        tree: of `base_tree`.
+        params: recipe keys and values.
+        origin: what to call it in errors.
+
+    Raises:
+        ConfigError: a key or a value that a recipe does not allow, or not together with others.
+    """
+    return parse_recipe(_assigned(dict(tree), params), origin)
+
+
+def check_space(config: SweepConfig, tree: Mapping[str, Any]) -> None:
+    """Hold every value of the space against the recipe's schema.
+
+    Each is tried alone, and the whole of a grid in every combination.
+
+    Raises:
+        ConfigError: naming the key and what is wrong with its value.
+    """
+    for key, domain in config.space.items():
+        reason = _FIXED.get(key) or _FIXED_SECTIONS.get(key.partition(".")[0])
+        if reason:
+            raise ConfigError(f"space.{key} cannot be searched: {reason}")
+        for value in _ends(domain):
+            trial_recipe(tree, {key: value}, f"space.{key}")
+    if config.searcher.name == "grid":
+        for params in combinations(config):
+            shown = ", ".join(f"{key}={value}" for key, value in params.items())
+            trial_recipe(tree, params, f"space, {shown}")
+
+
+def combinations(config: SweepConfig) -> list[Params]:
+    """Every combination of the grids, the last key fastest."""
+    grids = [d.grid for d in config.space.values() if isinstance(d, Grid)]
+    return [dict(zip(config.space, values, strict=True)) for values in itertools.product(*grids)]
+
+
+def drawn(config: SweepConfig, number: int) -> Params:
+    """The values of a random trial.
+
+    Args:
+        config: its space and seed.
+        number: of the trial.
+    """
+    rng = generator(config.seed, Stream.SEARCH, number)
+    return {key: _draw(domain, rng) for key, domain in config.space.items()}
+
+
+def listed(config: SweepConfig) -> list[Params] | None:
+    """All trials in their order, where the searcher knows them beforehand; else None."""
+    if config.searcher.name == "grid":
+        found = combinations(config)
+        return found[: config.budget.trials]
+    if config.searcher.name == "random":
+        assert config.budget.trials is not None
+        return [drawn(config, number) for number in range(config.budget.trials)]
+    return None
+
+
+def space_digest(config: SweepConfig) -> str:
+    """Tells one space from another, whatever searches it."""
+    tree = {key: domain.model_dump(mode="json") for key, domain in config.space.items()}
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _assigned(tree: dict[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
+    for key in sorted(params, key=lambda key: key not in NAMES_FIRST):
+        value = params[key]
+        tree = assign(tree, key, list(value) if isinstance(value, tuple) else value)
+    return tree
+
+
+def _ends(domain: Domain) -> tuple[Any, ...]:
+    """The values to check: all of a list, both ends of a range."""
+    [values] = (getattr(domain, name) for name in type(domain).model_fields)
+    return tuple(values)
+
+
+def _draw(domain: Domain, rng: np.random.Generator) -> Any:
+    match domain:
+        case Choice():
+            return domain.choice[int(rng.integers(len(domain.choice)))]
+        case Uniform():
+            return float(rng.uniform(*domain.uniform))
+        case LogUniform():
+            low, high = domain.loguniform
+            return math.exp(rng.uniform(math.log(low), math.log(high)))
+        case Int():
+            return int(rng.integers(domain.int[0], domain.int[1], endpoint=True))
+        case Grid():
+            raise AssertionError("grids are not drawn from")

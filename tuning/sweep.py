@@ -1,0 +1,347 @@
+"""A sweep on the cluster that Ray is connected to: Tuner, scheduler, budgets, going on later.
+
+Each launch is a fresh experiment of Tune's. What was done lies in the sweep's own directory: the
+search continues after what is there, and the scheduler is told its scores again.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.schedulers import (
+    ASHAScheduler,
+    FIFOScheduler,
+    MedianStoppingRule,
+    TrialScheduler,
+)
+from ray.tune.utils.log import Verbosity
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from trainers.errors import RunConflictError
+from trainers.launch import last_line
+from trainers.storage import RunDir, claim
+from tuning.board import Board
+from tuning.capacity import count
+from tuning.config import Asha, Median, SweepConfig
+from tuning.plan import SweepPlan, check_continues, new_record
+from tuning.record import ENDED, SWEEP, SweepRecord, TrialRecord, read_record, trial_dir
+from tuning.search import SAMPLES, SCORE, Suggestions, open_study
+from tuning.space import listed
+from tuning.trial import FAILED, Surroundings, Trial
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.5
+Watch = Callable[[SweepRecord, dict[int, dict[str, Any]], list[str]], None]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One start of a sweep.
+
+    Attributes:
+        plan: of `make_plan`.
+        storage: the directory of all runs and sweeps.
+        concurrent: trials at once; as many as fit by default.
+        fresh: delete what an earlier sweep of this name left.
+        cache_mib: bound of the decoded pictures that trials of a node share; 0 for none.
+    """
+
+    plan: SweepPlan
+    storage: str
+    concurrent: int | None = None
+    fresh: bool = False
+    cache_mib: int = 0
+
+
+def before(launch: Launch) -> SweepRecord | None:
+    """What an earlier launch of the same sweep left; None where there is none or it is not wanted.
+
+    Needs no cluster. Writes nothing.
+
+    Raises:
+        RunConflictError: the directory holds another sweep, or something else.
+    """
+    plan = launch.plan
+    directory = plan.directory
+    if not directory.exists(SWEEP):
+        if directory.exists("plan.json") or (launch.fresh and directory.exists()):
+            raise RunConflictError(
+                f"{directory} exists and is not a sweep", hint="choose another --name"
+            )
+        return None
+    if launch.fresh:
+        return None
+    found = read_record(directory)
+    check_continues(plan, found)
+    return found
+
+
+def run_sweep(launch: Launch, watch: Watch | None = None) -> SweepRecord:
+    """Run a sweep to its end, or as far as its budget goes; continues what is there.
+
+    Args:
+        launch: what was asked.
+        watch: called about twice a second with how it stands.
+
+    Returns:
+        The record at the end.
+
+    Raises:
+        ResourceError: the cluster can never run a trial, or not as many at once.
+        RunConflictError: the directory or the study belongs to another sweep.
+        StorageError: Optuna's database or the storage does not answer.
+    """
+    plan, config = launch.plan, launch.plan.config
+    earlier = before(launch)
+    trials = listed(config)
+    capacity = count(
+        config.resources, len(trials) if trials else config.budget.trials, launch.concurrent
+    )
+    directory = plan.directory
+    if launch.fresh:
+        directory.delete()
+    directory.create()
+    place = study_place(plan)
+    study = open_study(config, *place, fresh=launch.fresh)
+    record = earlier or new_record(plan, place)
+    record = record.model_copy(update={"config": config.model_dump(mode="json"), "ended": False})
+    launch_id = uuid.uuid4().hex
+    claim(directory, launch_id)
+
+    board = _open_board(record, launch)
+    started = time.monotonic()
+
+    def may_start() -> bool:
+        """Whether a budget has room for another trial."""
+        current: SweepRecord = ray.get(board.snapshot.remote())[0]
+        spent = sum(trial.samples for trial in current.trials)
+        return config.budget.samples is None or spent < config.budget.samples
+
+    suggestions = Suggestions(config, study, record.trials, may_start, plan.trial)
+    scheduler = Verdicts(_scheduler(config, plan.rung_samples), board, plan.rung_samples[-1])
+    scheduler.replay(record.trials)
+    around = Surroundings(plan, capacity, board, launch_id, launch.cache_mib)
+    left_s = None
+    if config.budget.hours is not None:
+        left_s = max(1.0, config.budget.hours * 3600 - record.elapsed_s)
+    # A trial that failed for good has no score to show.
+    os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
+    # Ray's own callbacks would write every trial a second time, in other words.
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_SYNCER"] = "1"
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+    tuner = tune.Tuner(
+        tune.with_resources(tune.with_parameters(Trial, around=around), capacity.tune),
+        tune_config=tune.TuneConfig(
+            search_alg=suggestions,
+            scheduler=scheduler,
+            num_samples=-1,
+            max_concurrent_trials=capacity.concurrent,
+            reuse_actors=True,
+            time_budget_s=left_s,
+        ),
+        # Ray resumes by its own records; ours are other, so each launch has a name of its own.
+        run_config=tune.RunConfig(
+            name=launch_id,
+            storage_path=(directory / ".ray").uri,
+            failure_config=tune.FailureConfig(max_failures=config.resources.max_failures),
+            callbacks=[_Ends(directory, board, suggestions, scheduler)],
+            verbose=Verbosity.V0_MINIMAL,
+        ),
+    )
+    with _Watcher(board, watch):
+        tuner.fit()
+    current: SweepRecord = ray.get(board.snapshot.remote())[0]
+    spent_s = time.monotonic() - started
+    done = all(trial.state in ENDED for trial in current.trials)
+    in_time = left_s is None or spent_s < left_s
+    ended = done and in_time and suggestions.exhausted
+    final: SweepRecord = ray.get(board.close.remote(ended, "FINISHED" if done else "KILLED"))
+    ray.kill(board)
+    if watch is not None:
+        watch(final, {}, [])
+    directory.delete(".ray")
+    return final
+
+
+def study_place(plan: SweepPlan) -> tuple[str, str]:
+    """Name and storage of a sweep's study: SQLite in its directory unless it says otherwise."""
+    from pathlib import Path
+
+    name = plan.config.study or plan.name
+    if plan.config.storage:
+        return name, plan.config.storage
+    local = plan.directory.local or Path("runs").absolute() / plan.name
+    local.mkdir(parents=True, exist_ok=True)
+    return name, f"sqlite:///{local}/study.db"
+
+
+def _scheduler(config: SweepConfig, rung_samples: tuple[int, ...]) -> TrialScheduler:
+    scheduler = config.scheduler
+    if isinstance(scheduler, Asha):
+        return ASHAScheduler(
+            time_attr=SAMPLES,
+            metric=SCORE,
+            mode="max",
+            max_t=rung_samples[-1],
+            grace_period=rung_samples[0],
+            reduction_factor=scheduler.reduction_factor,
+        )
+    if isinstance(scheduler, Median):
+        return MedianStoppingRule(
+            time_attr=SAMPLES,
+            metric=SCORE,
+            mode="max",
+            grace_period=rung_samples[0],
+            min_samples_required=scheduler.min_trials,
+            min_time_slice=float("inf"),  # it would swap trials in and out to be fair
+        )
+    return FIFOScheduler()
+
+
+@dataclass(frozen=True)
+class _Remembered:
+    """Stands in for a trial of an earlier launch, of which a scheduler asks the id alone."""
+
+    trial_id: str
+
+
+class Verdicts(FIFOScheduler):  # type: ignore[misc]
+    """A scheduler of Ray's, whose verdicts are written down.
+
+    Args:
+        inner: that judges.
+        board: told who passed.
+        last: pictures seen by a whole trial.
+    """
+
+    def __init__(self, inner: TrialScheduler, board: Any, last: int) -> None:
+        super().__init__()
+        self._inner, self._board, self._last = inner, board, last
+        self.stopped: set[str] = set()
+
+    def replay(self, trials: Iterable[TrialRecord]) -> None:
+        """Tell the scheduler what earlier launches measured.
+
+        Rungs that no verdict was given on are left out: their trials will report them again.
+        """
+        for trial in trials:
+            stand_in = _Remembered(f"earlier-{trial.number}")
+            judged = trial.state in ENDED
+            for rung in trial.rungs:
+                if judged or rung.passed:
+                    result = {SAMPLES: rung.samples, SCORE: rung.score}
+                    self._inner.on_trial_add(None, stand_in)
+                    self._inner.on_trial_complete(None, stand_in, result)
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """Pass it on."""
+        self._inner.on_trial_add(tune_controller, trial)
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Judge a rung."""
+        verdict: str = self._inner.on_trial_result(tune_controller, trial, result)
+        if verdict == TrialScheduler.CONTINUE:
+            self._board.passed.remote(trial.config["number"])
+        elif verdict == TrialScheduler.STOP:
+            self.stopped.add(trial.trial_id)
+        return verdict
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """Pass it on."""
+        self._inner.on_trial_complete(tune_controller, trial, result)
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        """Pass it on."""
+        self._inner.on_trial_error(tune_controller, trial)
+
+    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
+        """Pass it on."""
+        self._inner.on_trial_remove(tune_controller, trial)
+
+    def debug_string(self) -> str:
+        """Its own."""
+        return str(self._inner.debug_string())
+
+
+class _Ends(tune.Callback):  # type: ignore[misc]
+    """Writes down how trials end, which only the driver knows."""
+
+    def __init__(
+        self, sweep: RunDir, board: Any, suggestions: Suggestions, scheduler: Verdicts
+    ) -> None:
+        self._sweep, self._board = sweep, board
+        self._suggestions, self._scheduler = suggestions, scheduler
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        """A trial was stopped, or is at its end."""
+        result = trial.last_result or {}
+        if trial.trial_id in self._scheduler.stopped:
+            rung = result.get("rung", 0) + 1
+            self._end(trial, "stopped", f"the scheduler stopped it at rung {rung}")
+        elif result.get("done") and not result.get(FAILED):
+            self._end(trial, "finished", "")
+        elif result.get(FAILED):
+            self._end(trial, "failed", "")
+
+    def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        """A trial lost its process and gets another."""
+        self._board.lost.remote(trial.config["number"])
+
+    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        """A trial is given up."""
+        error = trial.get_error()
+        reason = last_line(error) if error is not None else "its process was lost"
+        self._end(trial, "failed", f"given up after {trial.num_failures} losses: {reason}")
+
+    def _end(self, trial: Any, state: str, reason: str) -> None:
+        number = trial.config["number"]
+        found = ray.get(self._board.end.remote(number, state, reason))
+        self._suggestions.ended(found)
+        # Nothing goes on from them; the bundle has the weights.
+        trial_dir(self._sweep, number).delete("checkpoints")
+
+
+class _Watcher:
+    """Polls the board while the driver waits in `fit`."""
+
+    def __init__(self, board: Any, watch: Watch | None) -> None:
+        self._board, self._watch = board, watch
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._poll, daemon=True)
+
+    def __enter__(self) -> None:
+        if self._watch is not None:
+            self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        if self._watch is not None:
+            self._thread.join()
+
+    def _poll(self) -> None:
+        assert self._watch is not None
+        while not self._stop.wait(POLL_S):
+            self._watch(*ray.get(self._board.snapshot.remote()))
+
+
+def _open_board(record: SweepRecord, launch: Launch) -> Any:
+    """On the driver's node, where SQLite and TensorBoard's files are."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = (
+        ray.remote(Board)
+        .options(num_cpus=0, scheduling_strategy=here)
+        .remote(record=record.model_dump_json(), storage=RunDir(launch.storage).uri)
+    )
+    ray.get(board.ready.remote())
+    return board
