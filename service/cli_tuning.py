@@ -66,7 +66,7 @@ def tune(
     )
     if as_json:
         click.echo(json.dumps(result))
-    if result["interrupted"]:
+    if result["interrupted"] or result["best"] is None:
         ctx.exit(1)
 
 

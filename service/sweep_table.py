@@ -30,11 +30,10 @@ class SweepTable:
     """
 
     def __init__(self, plan: SweepPlan, console: Console) -> None:
-        from tuning.space import listed
+        from tuning.space import num_trials
 
         self._plan, self._console = plan, console
-        trials = listed(plan.config)
-        self._total = len(trials) if trials else plan.config.budget.trials
+        self._total = num_trials(plan.config)
         self._live = Live(console=console, refresh_per_second=2, transient=False)
         self._next_line = 0.0
         self._told: set[tuple[int, int]] = set()

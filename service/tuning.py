@@ -129,11 +129,10 @@ def _plan(
 
 def _announce(plan: SweepPlan, earlier: SweepRecord | None) -> None:
     from tuning.record import ENDED
-    from tuning.space import listed
+    from tuning.space import num_trials
 
     config = plan.config
-    trials = listed(config)
-    count = len(trials) if trials else config.budget.trials
+    count = num_trials(config)
     rungs = ", ".join(f"{samples:,}" for samples in plan.rung_samples)
     console.print(
         f"{plan.uri}: {count} trials of {config.base.recipe} on {plan.facts.num_samples} pictures, "
@@ -151,13 +150,10 @@ def _announce(plan: SweepPlan, earlier: SweepRecord | None) -> None:
 
 def _say_capacity(launch: Any) -> None:
     from tuning.capacity import count
-    from tuning.space import listed
+    from tuning.space import num_trials
 
     config = launch.plan.config
-    trials = listed(config)
-    capacity = count(
-        config.resources, len(trials) if trials else config.budget.trials, launch.concurrent
-    )
+    capacity = count(config.resources, num_trials(config), launch.concurrent)
     console.print(capacity.arithmetic, markup=False)
 
 

@@ -47,7 +47,8 @@ def run_ui(storage: str, sweep: str | None, port: int) -> None:
         file = uri.removeprefix("sqlite:///")
         if file != uri and not Path(file).is_file():
             raise ConfigError(f"nothing is tracked in {file} yet", hint="another --storage?")
-        command = [_program("mlflow"), "ui", "--backend-store-uri", uri, "--host", HOST]
+        command = [_program("mlflow"), "server", "--backend-store-uri", uri, "--host", HOST]
+        command += ["--workers", "1"]  # one person looks
         pages["MLflow"] = port, [*command, "--port", str(port)]
     if sweep is not None:
         from tuning.events import event_folder

@@ -105,6 +105,7 @@ class SweepRecord(Config):
         seed: of everything.
         command: the command line.
         study: name and storage of Optuna's study.
+        planned: trials in the whole sweep, where that is known beforehand.
         elapsed_s: wall time of all launches together.
         ended: whether nothing is left to do.
         trials: by number.
@@ -123,6 +124,7 @@ class SweepRecord(Config):
     seed: int
     command: str
     study: tuple[str, str] = ("", "")
+    planned: int | None = None
     elapsed_s: float = 0.0
     ended: bool = False
     trials: tuple[TrialRecord, ...] = ()

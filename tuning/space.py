@@ -112,6 +112,12 @@ def listed(config: SweepConfig) -> list[Params] | None:
     return None
 
 
+def num_trials(config: SweepConfig) -> int | None:
+    """Trials in the whole sweep; None where only another budget ends it."""
+    trials = listed(config)
+    return config.budget.trials if trials is None else len(trials)
+
+
 def space_digest(config: SweepConfig) -> str:
     """Tells one space from another, whatever searches it."""
     tree = {key: domain.model_dump(mode="json") for key, domain in config.space.items()}

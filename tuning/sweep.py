@@ -35,7 +35,7 @@ from tuning.config import Asha, Median, SweepConfig
 from tuning.plan import SweepPlan, check_continues, new_record
 from tuning.record import ENDED, SWEEP, SweepRecord, TrialRecord, read_record, trial_dir
 from tuning.search import SAMPLES, SCORE, Suggestions, open_study
-from tuning.space import listed
+from tuning.space import num_trials
 from tuning.trial import FAILED, Surroundings, Trial
 
 logger = logging.getLogger(__name__)
@@ -103,10 +103,8 @@ def run_sweep(launch: Launch, watch: Watch | None = None) -> SweepRecord:
     """
     plan, config = launch.plan, launch.plan.config
     earlier = before(launch)
-    trials = listed(config)
-    capacity = count(
-        config.resources, len(trials) if trials else config.budget.trials, launch.concurrent
-    )
+    planned = num_trials(config)
+    capacity = count(config.resources, planned, launch.concurrent)
     directory = plan.directory
     if launch.fresh:
         directory.delete()
@@ -114,7 +112,13 @@ def run_sweep(launch: Launch, watch: Watch | None = None) -> SweepRecord:
     place = study_place(plan)
     study = open_study(config, *place, fresh=launch.fresh)
     record = earlier or new_record(plan, place)
-    record = record.model_copy(update={"config": config.model_dump(mode="json"), "ended": False})
+    record = record.model_copy(
+        update={
+            "config": config.model_dump(mode="json"),
+            "planned": planned,
+            "ended": False,
+        }
+    )
     launch_id = uuid.uuid4().hex
     claim(directory, launch_id)
 

@@ -119,6 +119,7 @@ def _rungs(around: Surroundings, number: int, params: Params) -> Generator[Rung,
         ray.get(begin(""))
         raise
     known: TrialRecord = ray.get(begin(plan.model_dump_json()))
+    check_seen(sweep.directory)
     run = trial_dir(sweep.directory, number)
     run.create()
     claim(run, around.launch_id)

@@ -136,6 +136,43 @@ def test_evaluate__puts_the_score_beside_the_bundle(cluster: Any, dataset: str, 
     assert score["num_val"] == 48
 
 
+def test_sweep__lies_in_the_bucket_and_goes_on_from_there(
+    cluster: Any, bucket: str, dataset: str
+) -> None:
+    storage, sweep = bucket.format("sweeps"), RunDir(bucket.format("sweeps/ratios"))
+    sets = [
+        "base.set.encoder.depth=1", "base.set.data.image_size=32", "base.set.optim.batch_size=16",
+        "base.set.logging.num_pictures=2", "base.set.checkpoint.every_steps=2",
+        "base.set.logging.every_steps=1", f"budget.steps={STEPS}",
+        "space.method.mask_ratio={grid: [0.5, 0.75]}", "space.method.decoder_depth={grid: [1]}",
+        "scheduler={name: none, num_rungs: 2}", f"score.val={dataset}",
+    ]  # fmt: skip
+    given = [argument for item in sets for argument in ("--set", item)]
+    asked = ["mae-mask-depth", "--data", dataset, "--storage", storage, "--name", "ratios", *given]
+
+    def second_has_begun() -> bool:
+        assert driver.poll() is None, cluster.output(driver)
+        return sweep.exists("trials/0001/metrics.jsonl")
+
+    driver = cluster.mimray("tune", *asked)
+    cluster.wait_until(second_has_begun)
+    driver.kill()
+    driver.wait()
+    first = losses(cluster, sweep / "trials/0000")
+    cluster.finish(
+        cluster.mimray("tune", "--resume", "ratios", "--storage", storage), timeout_s=280
+    )
+    record = json.loads(sweep.read("sweep.json"))
+    assert record["ended"]
+    for number in range(2):
+        place = sweep / f"trials/000{number}"
+        assert json.loads(place.read("trial.json"))["state"] == "finished"
+        assert list(losses(cluster, place)) == list(range(1, STEPS + 1))
+        assert place.exists("bundle/bundle.json")
+    assert losses(cluster, sweep / "trials/0000") == first
+    assert len(json.loads(sweep.read("report.json"))["ranked"]) == 2
+
+
 def test_serve__fetches_the_bundle(cluster: Any, run: str) -> None:
     [port] = cluster.free_ports(1)
     server = cluster.mimray("serve", run, "--port", str(port))

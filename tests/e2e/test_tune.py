@@ -200,6 +200,7 @@ def test_sweep__optuna_opens_the_study_itself(undisturbed: dict[str, Any]) -> No
     }
 
 
+@pytest.mark.slow
 def test_same_seed__same_trials_and_scores_however_many_at_once(
     start: Start, undisturbed: dict[str, Any], storage: Path
 ) -> None:
@@ -257,6 +258,7 @@ def test_killed_driver__resumes_and_trains_nothing_twice(
     assert [t.state.name for t in study.trials] == ["COMPLETE"] * 4
 
 
+@pytest.mark.slow
 def test_failed_trial__is_told_with_its_reason_and_ends_nothing(
     start: Start, storage: Path
 ) -> None:

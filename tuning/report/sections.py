@@ -30,6 +30,10 @@ class Material(NamedTuple):
     pictures: list[Picture]
 
 
+def _of(count: int, planned: int | None) -> str:
+    return str(count) if planned is None else f"{count} of {planned}"
+
+
 def head(m: Material) -> str:
     """Name and state of the sweep, and what it searches.
 
@@ -61,7 +65,7 @@ def summary(m: Material) -> str:
             score_text(best.score if best else None),
             f"trial {best.number}: {params_text(best.params, names)}" if best else "none yet",
         ),
-        ("Trials", str(len(record.trials)), f"{len(facts.ranked)} with a score"),
+        ("Trials", _of(len(record.trials), record.planned), f"{len(facts.ranked)} with a score"),
         ("Elapsed", duration(record.elapsed_s), f"{duration(spent)} of device time"),
         ("Pictures seen", f"{seen:,}", "by all trials"),
     ]
