@@ -70,12 +70,12 @@ def connected(address: str | None = None) -> Iterator[None]:
         logging.getLogger(name).setLevel(logging.ERROR)
     if not address:
         _keep_token_private()
-    try:
-        # Ray prints what befalls its workers; standard output is for results alone.
-        with contextlib.redirect_stdout(sys.stderr):
+    # Ray prints what befalls its workers, some of it as it ends; standard output is for results.
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
             yield
-    finally:
-        ray.shutdown()
+        finally:
+            ray.shutdown()
 
 
 def _keep_token_private() -> None:
