@@ -103,7 +103,9 @@ def test_compare__a_bundle_and_its_untrained_twin(
     Image.open(found["files"]["png"]).verify()
 
 
-@pytest.mark.parametrize("task", ["segmentation", "detection"])
+@pytest.mark.parametrize(
+    "task", ["segmentation", pytest.param("detection", marks=pytest.mark.slow)]
+)
 def test_through__an_endpoint_scores_as_the_bundle_does(
     task: str, scenes: Path, run: Path, ray_session: str, tmp_path: Path
 ) -> None:
