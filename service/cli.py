@@ -13,7 +13,9 @@ import click
 
 from service.cli_data import data
 from service.cli_evaluation import evaluate, extract
+from service.cli_keys import keys
 from service.cli_models import models
+from service.cli_serve import serve
 from service.cli_tuning import tune, ui
 from service.options import command_line, json_option
 from trainers.errors import MimrayError
@@ -294,30 +296,12 @@ def import_(
         click.echo(json.dumps(result))
 
 
-@cli.command()
-@click.argument("bundles", nargs=-1, required=True, metavar="[NAME=]BUNDLE…")
-@click.option("--host", default="127.0.0.1", show_default=True, help="A public one needs a key.")
-@click.option("--port", default=8000, show_default=True, type=click.IntRange(1, 65535))
-@click.option("--replicas", default=1, show_default=True, type=click.IntRange(min=1))
-@click.option("--max-batch-size", default=16, show_default=True, type=click.IntRange(min=1))
-def serve(
-    bundles: tuple[str, ...], host: str, port: int, replicas: int, max_batch_size: int
-) -> None:
-    """Serve frozen encoders over HTTP (Open Inference Protocol v2) until Ctrl-C.
-
-    With MIMRAY_API_KEY set, requests need it as a bearer token.
-
-    Example: mimray serve photos=runs/demo
-    """
-    from service.deploy import run_serve
-
-    run_serve(bundles, host=host, port=port, num_replicas=replicas, max_batch_size=max_batch_size)
-
-
 cli.add_command(data)
 cli.add_command(evaluate)
 cli.add_command(extract)
+cli.add_command(keys)
 cli.add_command(models)
+cli.add_command(serve)
 cli.add_command(tune)
 cli.add_command(ui)
 

@@ -150,52 +150,19 @@ def draw_reconstructions(
     oracle: bool,
 ) -> int:
     """Draw what a method makes of pictures, column by column; returns how many."""
-    import numpy as np
-    import torch
-
     from trainers.bundles import fetch_bundle
-    from trainers.config.run import parse_recipe
-    from trainers.data.decode import decode
-    from trainers.data.rng import Stream, generator
-    from trainers.data.transforms import inference_view
-    from trainers.errors import ConfigError, DataError
+    from trainers.data.decode import decode_rgb
+    from trainers.errors import DataError
     from trainers.methods import load_method
-    from trainers.models.normalise import normalise
+    from trainers.methods.reconstruction import reconstruct
     from trainers.pictures import panel_sheet
 
     method = load_method(fetch_bundle(run))
-    recipe = method.recipe
-    if recipe.learns_classes:
-        raise ConfigError(f"method {recipe.method.name} predicts classes, which draw no picture")
-    if mask_ratio is not None:
-        tree = recipe.model_dump(mode="json")
-        if "mask_ratio" not in tree["method"]:
-            raise ConfigError(f"method {recipe.method.name} hides nothing, so it has no mask ratio")
-        tree["method"]["mask_ratio"] = mask_ratio
-        recipe = parse_recipe(tree, "reconstruct")
-    views: dict[str, list[np.ndarray]] = {"images": [], "tokenizer_images": [], "mask": []}
-    for number, name in enumerate(pictures):
-        file = Path(name)
-        if not file.is_file():
+    for name in pictures:
+        if not Path(name).is_file():
             raise DataError(f"no picture at {name}")
-        image = decode(file.read_bytes()).image
-        if recipe.data.channels == 1:
-            image = image.convert("L")
-        views["images"].append(
-            inference_view(image, recipe.data.image_size, recipe.data.interpolation)
-        )
-        if recipe.tokenizer_size is not None:
-            views["tokenizer_images"].append(
-                inference_view(image, recipe.tokenizer_size, "lanczos")
-            )
-        mask = method.draw_mask(recipe, generator(seed, Stream.MASK, number))
-        if mask is not None:
-            views["mask"].append(mask)
-    inputs = {name: torch.from_numpy(np.stack(found)) for name, found in views.items() if found}
-    inputs["images"] = normalise(inputs["images"], recipe.data.mean, recipe.data.std)
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        panels = method.panels(inputs["images"], method(**inputs), oracle=oracle)
+    images = [decode_rgb(Path(name).read_bytes()) for name in pictures]
+    panels = reconstruct(method, images, mask_ratio=mask_ratio, seed=seed, oracle=oracle).panels
     sheet = panel_sheet(panels, captions=[Path(p).name for p in pictures])
     out.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(out)

@@ -1,253 +1,355 @@
 """The routes, as ASGI applications that know nothing of Ray.
 
-`model_app` answers below `/v2/models/<name>`, `root_app` everything else; both wear the same
-guard, because with HAProxy in front each replica's port can be reached beside it.
+`model_app` answers below `/v2/models/<name>`, `root_app` everything else. Both read a request
+into a `Call` and turn a `Reply` into the answer; who makes the one of the other is a function,
+which a model's replica answers itself and the root by asking one. Both wear the same edge,
+because with HAProxy in front each replica's port can be reached beside it.
 """
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from serving.access_log import AccessLog
+from serving.calls import Call, Reply, problem_reply
+from serving.edge import Bodies, Edge, EdgeLimits, send_reply
 from serving.errors import (
     EndpointError,
     InvalidRequestError,
-    ModelFailureError,
     OverloadedError,
-    TooLargeError,
-    UnauthorizedError,
     UnknownModelError,
     error_from_status,
-    problem,
 )
-from serving.handlers import VERSION, ModelHandler
-from serving.protocol import HEADER_LENGTH, inflate, parse_request
+from serving.keys import KeyRing, Quota
+from serving.protocol import HEADER_LENGTH
+from serving.tracing import Tracer
 
 SERVER_NAME = "mimray"
-OPEN_PATHS = ("/v2/health/live", "/v2/health/ready")
-"""Answered without a key, for probes that cannot carry one."""
+EXTENSIONS = ("binary_tensor_data", "model_repository", "model_configuration", "statistics")
+OPEN_PATHS = ("/v2/health/live", "/v2/health/ready", "/", "/page/")
+"""Answered without a key: for probes that cannot carry one, and the page that asks for it."""
+
+PAGE = Path(__file__).with_name("page")
+_PAGE_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
+    "connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
+)
+_PAGE_HEADERS = {
+    "Content-Security-Policy": _PAGE_POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+_KEPT_HEADERS = ("accept", "content-type", "if-none-match", HEADER_LENGTH.lower())
+
+Ask = Callable[[str, Call], Awaitable[Reply]]
+"""Answers a call to a model, by the model's name."""
 
 
-def hash_key(key: str) -> str:
-    """What is kept of an API key."""
-    return hashlib.sha256(key.encode()).hexdigest()
+@dataclass(frozen=True)
+class EdgeParts:
+    """What every application of a server shares.
 
-
-class Guard:
-    """Asks for the API key, and hands on the full path whatever prefix Ray mounted us under.
-
-    Args:
-        app: what is guarded.
-        key_hash: `hash_key` of the API key; None when none is needed.
+    Attributes:
+        limits: of what is read.
+        keys: who may come; None for everybody.
+        access_log: where requests are noted.
+        tracer: where spans go.
     """
 
-    def __init__(self, app: ASGIApp, *, key_hash: str | None) -> None:
-        self._app = app
-        self._key_hash = key_hash
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuse, or hand on."""
-        if scope["type"] == "http":
-            scope = {**scope, "root_path": ""}
-            if self._key_hash and scope["path"] not in OPEN_PATHS and not self._admits(scope):
-                refusal = UnauthorizedError(
-                    "this endpoint needs a valid API key",
-                    hint="send it as `Authorization: Bearer KEY` or `X-API-Key: KEY`",
-                )
-                await _problem_response(refusal)(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
-
-    def _admits(self, scope: Scope) -> bool:
-        headers = Request(scope).headers
-        scheme, _, token = headers.get("authorization", "").partition(" ")
-        key = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-        return hmac.compare_digest(hash_key(key), self._key_hash or "")
+    limits: EdgeLimits
+    keys: KeyRing | None
+    access_log: AccessLog
+    tracer: Tracer
 
 
-def model_app(handler: ModelHandler, *, key_hash: str | None, max_body_bytes: int) -> ASGIApp:
+def model_app(name: str, answer: Callable[[Call], Awaitable[Reply]], edge: EdgeParts) -> ASGIApp:
     """Routes of one model.
 
     Args:
-        handler: answers.
-        key_hash: see `Guard`.
-        max_body_bytes: most bytes of a request body, before and after inflating.
+        name: of the model.
+        answer: answers calls to it.
+        edge: what stands before them.
     """
 
-    async def metadata(request: Request) -> Response:
-        _check_version(request)
-        return JSONResponse(handler.metadata())
+    async def ask(model: str, call: Call) -> Reply:
+        assert model == name
+        return await answer(call)
 
-    async def ready(request: Request) -> Response:
-        _check_version(request)
-        return JSONResponse({"name": handler.name, "ready": True})
-
-    async def infer(request: Request) -> Response:
-        _check_version(request)
-        body = await _read_body(request, max_body_bytes)
-        encoding = request.headers.get("content-encoding", "")
-        body = inflate(body, encoding, max_bytes=max_body_bytes)
-        answer = await handler.infer(parse_request(body, request.headers.get(HEADER_LENGTH)))
-        return Response(answer.content, headers=answer.headers)
-
-    base = f"/v2/models/{handler.name}"
-    routes = [
-        route
-        for prefix in (base, base + "/versions/{version}")
-        for route in (
-            Route(prefix, metadata),
-            Route(prefix + "/ready", ready),
-            Route(prefix + "/infer", infer, methods=["POST"]),
-        )
-    ]
-    return _application(routes, key_hash)
+    bodies = Bodies(edge.limits)
+    return _application(_model_routes(f"/v2/models/{name}", name, ask, bodies), bodies, edge)
 
 
 def root_app(
-    models: Callable[[], Awaitable[Mapping[str, bool]]], *, version: str, key_hash: str | None
+    models: Callable[[], Awaitable[Mapping[str, bool]]],
+    ask: Ask,
+    edge: EdgeParts,
+    *,
+    version: str,
+    metrics: Callable[[], Awaitable[str]],
 ) -> ASGIApp:
     """Routes of the server as a whole, and the answer to every unknown path.
 
     Args:
         models: says of each model by name whether it is ready.
+        ask: answers calls to models.
+        edge: what stands before the routes.
         version: of this server.
-        key_hash: see `Guard`.
+        metrics: gives them in Prometheus' text format.
     """
+    bodies = Bodies(edge.limits)
 
     async def home(request: Request) -> Response:
+        if "text/html" in request.headers.get("accept", ""):
+            return FileResponse(PAGE / "index.html", headers={**_PAGE_HEADERS, "Vary": "Accept"})
+        states = await models() if edge.keys is None else {}
+        listed = [
+            {"name": name, "ready": ready, "url": f"/v2/models/{name}"}
+            for name, ready in states.items()
+        ]
         return JSONResponse(
             {
                 "name": SERVER_NAME,
                 "version": version,
                 "protocol": "Open Inference Protocol v2",
-                "models": [
-                    {"name": name, "ready": ready, "url": f"/v2/models/{name}"}
-                    for name, ready in (await models()).items()
-                ],
-            }
+                "openapi": "/openapi.json",
+                "models": listed,
+            },
+            headers={"Vary": "Accept"},
         )
 
+    async def asset(request: Request) -> Response:
+        file = (PAGE / request.path_params["path"]).resolve()
+        if not file.is_relative_to(PAGE) or not file.is_file():
+            raise UnknownModelError("there is no such file")
+        return FileResponse(file, headers=_PAGE_HEADERS)
+
     async def server(request: Request) -> Response:
-        extensions = ["binary_tensor_data", "model_repository"]
-        return JSONResponse({"name": SERVER_NAME, "version": version, "extensions": extensions})
+        return JSONResponse(
+            {"name": SERVER_NAME, "version": version, "extensions": list(EXTENSIONS)}
+        )
 
     async def live(request: Request) -> Response:
         return JSONResponse({"live": True})
 
     async def ready(request: Request) -> Response:
-        states = await models()
-        waiting = [name for name, ready in states.items() if not ready]
+        waiting = [name for name, ready in (await models()).items() if not ready]
         if waiting:
             raise OverloadedError(f"not ready yet: {', '.join(waiting)}")
         return JSONResponse({"ready": True})
 
     async def index(request: Request) -> Response:
-        return JSONResponse(
-            [
+        entries = []
+        for name, is_ready in (await models()).items():
+            facts = await _described(ask, name) if is_ready else None
+            entries.append(
                 {
                     "name": name,
-                    "version": VERSION,
-                    "state": "READY" if ready else "UNAVAILABLE",
+                    "version": facts["version"] if facts else "",
+                    "state": "READY" if is_ready else "UNAVAILABLE",
                     "reason": "",
                 }
-                for name, ready in (await models()).items()
-            ]
-        )
+            )
+        return JSONResponse(entries)
 
-    async def unknown_model(request: Request) -> Response:
-        name = request.path_params["name"]
-        states = await models()
-        if name in states:  # known, but nothing answers under its prefix
-            raise OverloadedError(f"model {name!r} is not ready")
-        known = ", ".join(states) or "none"
-        raise UnknownModelError(f"there is no model {name!r}", hint=f"models here: {known}")
+    async def listing(request: Request) -> Response:
+        entries = []
+        for name, is_ready in (await models()).items():
+            facts = await _described(ask, name) if is_ready else None
+            absent = {
+                "id": name, "object": "model", "created": 0, "owned_by": "mimray", "ready": False
+            }  # fmt: skip
+            entries.append(facts or absent)
+        return JSONResponse({"object": "list", "data": entries})
 
-    any_method = ["GET", "POST"]
+    async def one(request: Request) -> Response:
+        name = await _known(models, request.path_params["name"])
+        return _response(await ask(name, Call("describe")), request)
+
+    async def features(request: Request) -> Response:
+        return await _v1("features", request)
+
+    async def reconstruct(request: Request) -> Response:
+        return await _v1("reconstruct", request)
+
+    async def _v1(operation: str, request: Request) -> Response:
+        query = _query(request)
+        name = await _known(models, query.get("model"))
+        call = _call(operation, request, await bodies.read(request), query.get("version"))
+        return _response(await ask(name, call), request)
+
+    async def embeddings(request: Request) -> Response:
+        from serving.images import parse_object
+
+        body = await bodies.read(request)
+        name = await _known(models, parse_object(body).get("model"))
+        return _response(await ask(name, _call("embeddings", request, body)), request)
+
+    async def prometheus(request: Request) -> Response:
+        return Response(await metrics(), media_type="text/plain; version=0.0.4")
+
+    async def openapi(request: Request) -> Response:
+        from serving.openapi import document
+
+        return JSONResponse(document())
+
+    async def other_model(model: str, call: Call) -> Reply:
+        return await ask(await _known(models, model), call)
+
     routes = [
         Route("/", home),
+        Route("/page/{path:path}", asset),
+        Route("/openapi.json", openapi),
+        Route("/metrics", prometheus),
+        Route("/v1/models", listing),
+        Route("/v1/models/{name}", one),
+        Route("/v1/features", features, methods=["POST"]),
+        Route("/v1/embeddings", embeddings, methods=["POST"]),
+        Route("/v1/reconstruct", reconstruct, methods=["POST"]),
         Route("/v2", server),
         Route("/v2/", server),
         Route("/v2/health/live", live),
         Route("/v2/health/ready", ready),
         Route("/v2/repository/index", index, methods=["POST"]),
-        Route("/v2/models/{name}", unknown_model, methods=any_method),
-        Route("/v2/models/{name}/{rest:path}", unknown_model, methods=any_method),
+        *_model_routes("/v2/models/{name}", None, other_model, bodies),
     ]
-    return _application(routes, key_hash)
+    return _application(routes, bodies, edge)
 
 
-def _application(routes: list[Route], key_hash: str | None) -> ASGIApp:
+def _model_routes(prefix: str, name: str | None, ask: Ask, bodies: Bodies) -> list[Route]:
+    """Routes of the Open Inference Protocol for one model, or for any whose name is in the path."""
+
+    def described(operation: str) -> Callable[[Request], Awaitable[Response]]:
+        async def endpoint(request: Request) -> Response:
+            params = request.path_params
+            call = _call(operation, request, b"", params.get("version"))
+            return _response(await ask(name or params["name"], call), request)
+
+        return endpoint
+
+    async def infer(request: Request) -> Response:
+        params = request.path_params
+        body = await bodies.read(request)
+        call = _call("infer", request, body, params.get("version"))
+        return _response(await ask(name or params["name"], call), request)
+
+    return [
+        route
+        for base in (prefix, prefix + "/versions/{version}")
+        for route in (
+            Route(base, described("metadata")),
+            Route(base + "/ready", described("ready")),
+            Route(base + "/config", described("config")),
+            Route(base + "/stats", described("stats")),
+            Route(base + "/infer", infer, methods=["POST"]),
+        )
+    ]
+
+
+def _application(routes: list[Route], bodies: Bodies, edge: EdgeParts) -> ASGIApp:
     app = Starlette(
         routes=routes,
-        middleware=[Middleware(Guard, key_hash=key_hash)],
+        middleware=[
+            Middleware(
+                Edge,
+                bodies=bodies,
+                keys=edge.keys,
+                quota=Quota(),
+                access_log=edge.access_log,
+                tracer=edge.tracer,
+                open_paths=OPEN_PATHS,
+            )
+        ],
         exception_handlers={
             EndpointError: _on_endpoint_error,
             HTTPException: _on_http_exception,
-            Exception: _on_failure,
         },
     )
     app.router.redirect_slashes = False
     return app
 
 
-def _problem_response(error: EndpointError) -> Response:
-    headers = {}
-    if isinstance(error, OverloadedError):
-        headers["Retry-After"] = str(error.retry_after_s)
-    if isinstance(error, UnauthorizedError):
-        headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(
-        problem(error), error.status, headers, media_type="application/problem+json"
+class _Reply(Response):
+    """A `Reply` as Starlette sends it."""
+
+    def __init__(self, reply: Reply) -> None:
+        super().__init__(status_code=reply.status)
+        self._reply = reply
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send_reply(self._reply, scope, send)
+
+
+def _response(reply: Reply, request: Request) -> Response:
+    request.scope["mimray.notes"].update(reply.notes)
+    return _Reply(reply)
+
+
+def _call(operation: str, request: Request, body: bytes, version: str | None = None) -> Call:
+    notes = request.scope["mimray.notes"]
+    notes |= {"operation": operation, "bytes_in": len(body)}
+    headers = request.headers
+    return Call(
+        operation=operation,
+        query=_query(request),
+        headers={name: headers[name] for name in _KEPT_HEADERS if name in headers},
+        body=body,
+        version=version,
+        request_id=notes["request_id"],
+        traceparent=request.scope["mimray.traceparent"],
     )
+
+
+def _query(request: Request) -> dict[str, str]:
+    """Parameters of the query string; one given twice is a mistake."""
+    items = request.query_params.multi_items()
+    found = dict(items)
+    if len(found) != len(items):
+        raise InvalidRequestError("a parameter is given twice")
+    return found
+
+
+async def _known(models: Callable[[], Awaitable[Mapping[str, bool]]], name: Any) -> str:
+    """The model meant: the one named, or the only one there is."""
+    states = await models()
+    known = ", ".join(states) or "none"
+    if name is None and len(states) == 1:
+        return next(iter(states))
+    if name is None:
+        raise InvalidRequestError("no model is named", hint=f"models here: {known}")
+    if not isinstance(name, str) or name not in states:
+        raise UnknownModelError(
+            f"there is no model {str(name)[:60]!r}", hint=f"models here: {known}"
+        )
+    return name
+
+
+async def _described(ask: Ask, name: str) -> dict[str, Any] | None:
+    import json
+
+    reply = await ask(name, Call("describe"))
+    return json.loads(reply.body) if reply.status == 200 else None
 
 
 async def _on_endpoint_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, EndpointError)
-    return _problem_response(error)
+    return _response(problem_reply(error), request)
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    message = f"{request.method} {request.url.path}: {error.detail}"
-    response = _problem_response(error_from_status(error.status_code, message))
-    response.headers.update(error.headers or {})
-    return response
-
-
-async def _on_failure(request: Request, error: Exception) -> Response:
-    # Starlette raises it again after answering, so the replica's log has the traceback.
-    return _problem_response(ModelFailureError(f"unexpected {type(error).__name__}"))
-
-
-def _check_version(request: Request) -> None:
-    version: Any = request.path_params.get("version", VERSION)
-    if version != VERSION:
-        raise UnknownModelError(f"there is no version {version!r}", hint=f"there is {VERSION}")
-
-
-async def _read_body(request: Request, max_bytes: int) -> bytes:
-    """The raw body; counted while it comes, since the stated length may be absent or a lie."""
-    refusal = TooLargeError(f"the body has more than {max_bytes} bytes")
-    stated = request.headers.get("content-length", "0")
-    if not stated.isdigit():
-        raise InvalidRequestError(f"Content-Length is {stated!r}, not a number")
-    if int(stated) > max_bytes:
-        raise refusal
-    chunks: list[bytes] = []
-    size = 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > max_bytes:
-            raise refusal
-        chunks.append(chunk)
-    return b"".join(chunks)
+    message = f"{request.method} {request.url.path[:200]}: {error.detail}"
+    reply = problem_reply(error_from_status(error.status_code, message))
+    reply.headers.update(error.headers or {})
+    return _response(reply, request)

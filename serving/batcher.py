@@ -13,8 +13,6 @@ from collections.abc import Awaitable, Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from serving.errors import OverloadedError
-
 Key = TypeVar("Key", bound=Hashable)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -35,7 +33,6 @@ class Batcher(Generic[Key, Item, Result]):
             item alone, an exception raised fails this batch and no other.
         max_batch_size: most items in one batch.
         batch_wait_s: longest time an item waits for company while the model is free.
-        max_queue_size: most items waiting; beyond it `submit` refuses.
     """
 
     def __init__(
@@ -44,30 +41,14 @@ class Batcher(Generic[Key, Item, Result]):
         *,
         max_batch_size: int,
         batch_wait_s: float,
-        max_queue_size: int,
     ) -> None:
         assert max_batch_size >= 1
         self._run = run
         self._max_batch_size = max_batch_size
         self._batch_wait_s = batch_wait_s
-        self._max_queue_size = max_queue_size
         self._buckets: dict[Key, list[_Waiting[Item, Result]]] = {}
         self._arrival = asyncio.Event()
         self._loop_task: asyncio.Task[None] | None = None
-
-    @property
-    def queue_size(self) -> int:
-        """Items waiting for a batch."""
-        return sum(map(len, self._buckets.values()))
-
-    def reserve(self, count: int) -> None:
-        """Refuse `count` more items when the queue has no room for them.
-
-        Raises:
-            OverloadedError: the queue is full.
-        """
-        if self.queue_size + count > self._max_queue_size:
-            raise OverloadedError(f"{self.queue_size} pictures are waiting already")
 
     async def submit(self, key: Key, item: Item) -> Result:
         """The result for one item.

@@ -1,55 +1,202 @@
-"""Builders for Serve config files: what `import_path` names in KubeRay's RayService.
+"""Ray Serve's own configuration out of ours, and the applications it names.
 
-Pods listen on their own addresses, which others can reach, so these builders serve with an API
-key or not at all.
+`serve_schema` is what `mimray serve` runs and what `--build` writes for `serve deploy` and
+KubeRay's RayService; `model` and `root` are what its `import_path`s mean.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from ray import serve
 from ray.serve import Application
 
-from serving.app import hash_key
-from serving.deployment import ModelSettings, model_target, root_target
-from serving.run import API_KEY_VARIABLE
-from trainers.errors import ServingError
+from serving.config import ModelConfig, ServeConfig
+from serving.deployment import (
+    ROOT_APPLICATION,
+    EdgeSettings,
+    ModelReplica,
+    ModelSettings,
+    RootReplica,
+    Routing,
+    require_keys,
+)
+
+# Admission is ours (`PredictorLimits`), because what Serve itself refuses is plain text; this
+# only has to be out of the way.
+MAX_ONGOING_REQUESTS = 1000
+# A new replica is there before an old one goes, however few there are.
+_SURGE_PERCENT = 100
 
 
-class ModelArgs(BaseModel):
-    """`args` of one model's application.
+@dataclass(frozen=True)
+class Version:
+    """A bundle that a reference means now.
 
     Attributes:
-        name: the model's name; its `route_prefix` is `/v2/models/<name>`.
-        bundle: directory of its bundle, mounted on every worker.
-        num_replicas: processes of the model.
-        num_cpus: CPU cores a replica, and threads of a model on a CPU.
-        num_gpus: share of a GPU a replica.
+        reference: as it was given.
+        bundle: its directory.
+        number: of the version; `1` for a bundle that is not registered.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    reference: str
+    bundle: Path
+    number: str
+
+
+@dataclass(frozen=True)
+class Served:
+    """One model as it is to be served now.
+
+    Attributes:
+        name: in the URL.
+        config: of the model.
+        stable: what answers.
+        canary: what answers a share; None for nothing.
+    """
 
     name: str
-    bundle: Path
-    num_replicas: int = 1
-    num_cpus: float = 1.0
-    num_gpus: float = 0.0
+    config: ModelConfig
+    stable: Version
+    canary: Version | None = None
+
+    @property
+    def routing(self) -> Routing:
+        """Which application answers for which version."""
+        applications = {self.stable.number: self.name}
+        canary = self.config.canary
+        if self.canary is None or canary is None:
+            return Routing(default=self.stable.number, applications=applications)
+        applications[self.canary.number] = application_of(self.name, self.canary)
+        return Routing(
+            default=self.stable.number,
+            applications=applications,
+            canary=self.canary.number,
+            share=canary.share,
+        )
 
 
-class RootArgs(BaseModel):
-    """`args` of the application behind `/`.
+@dataclass(frozen=True)
+class Share:
+    """What a replica gets of the cluster.
 
     Attributes:
-        models: names of the models beside it.
+        num_cpus: as Ray counts them.
+        num_gpus: likewise.
+        num_threads: of a model on a CPU.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    num_cpus: float
+    num_gpus: float
+    num_threads: int
 
-    models: tuple[str, ...]
+
+def application_of(name: str, canary: Version) -> str:
+    """The application of a version that is not the default."""
+    return f"{name}@{canary.number}"
+
+
+def serve_schema(
+    config: ServeConfig,
+    models: Sequence[Served],
+    shares: Mapping[str, Share],
+    *,
+    key_sha256: str | None,
+    needs_key: bool,
+) -> dict[str, Any]:
+    """The configuration that Ray Serve is given.
+
+    Args:
+        config: of the endpoint.
+        models: what is served now.
+        shares: what a replica of each model gets.
+        key_sha256: digest of a key from the environment.
+        needs_key: see `EdgeSettings`.
+
+    Source: Ray's `ServeDeploySchema`.
+    """
+    edge = EdgeSettings(
+        keys=config.keys,
+        key_sha256=key_sha256,
+        needs_key=needs_key,
+        limits=config.limits,
+        access_log=config.access_log,
+    )
+    applications = []
+    for served in models:
+        share = shares[served.name]
+        applications.append(_application(config, served, served.stable, edge, share))
+        if served.canary is not None and served.config.canary is not None:
+            applications.append(_application(config, served, served.canary, edge, share))
+    routings = {served.name: served.routing.model_dump(mode="json") for served in models}
+    applications.append(
+        {
+            "name": ROOT_APPLICATION,
+            "route_prefix": "/",
+            "import_path": "serving.build:root",
+            "args": edge.model_dump(mode="json", exclude_defaults=True),
+            "deployments": [{"name": "root", "user_config": routings}],
+        }
+    )
+    return {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": config.host, "port": config.port},
+        "logging_config": {"log_level": "WARNING", "enable_access_log": False},
+        "applications": applications,
+    }
+
+
+def _application(
+    config: ServeConfig, served: Served, version: Version, edge: EdgeSettings, share: Share
+) -> dict[str, Any]:
+    model = served.config
+    is_canary = version is not served.stable
+    prefix = f"/v2/models/{served.name}"
+    settings = ModelSettings(
+        name=served.name,
+        bundle=version.bundle,
+        version=version.number,
+        device=model.device,
+        num_threads=share.num_threads,
+        max_batch_size=model.max_batch_size,
+        batch_wait_ms=model.batch_wait_ms,
+        max_queue_size=model.max_queue_size,
+        max_wait_s=model.max_wait_s,
+        cache_mib=model.cache_mib,
+        compile=model.compile,
+        jpeg_draft=model.jpeg_draft,
+        urls=config.urls,
+        edge=edge,
+    )
+    deployment: dict[str, Any] = {
+        "name": "model",
+        "ray_actor_options": {"num_cpus": share.num_cpus, "num_gpus": share.num_gpus},
+        "user_config": served.routing.model_dump(mode="json"),
+    }
+    if model.autoscaling is None:
+        deployment["num_replicas"] = 1 if is_canary else model.replicas
+    else:
+        scaling = model.autoscaling
+        deployment["autoscaling_config"] = {
+            "min_replicas": scaling.min_replicas,
+            "max_replicas": scaling.max_replicas,
+            "initial_replicas": max(1, scaling.min_replicas),
+            "target_ongoing_requests": scaling.target_requests,
+            "upscale_delay_s": scaling.upscale_delay_s,
+            "downscale_delay_s": scaling.downscale_delay_s,
+            "downscale_to_zero_delay_s": scaling.idle_s,
+        }
+    return {
+        "name": application_of(served.name, version) if is_canary else served.name,
+        "route_prefix": f"{prefix}/versions/{version.number}" if is_canary else prefix,
+        "import_path": "serving.build:model",
+        "args": settings.model_dump(mode="json", exclude_defaults=True),
+        "deployments": [deployment],
+    }
 
 
 # Ray turns `args` into a model by itself only where annotations are not strings, hence the two
@@ -57,34 +204,28 @@ class RootArgs(BaseModel):
 
 
 def model(args: Mapping[str, Any]) -> Application:
-    """One model as an application; `args` as in `ModelArgs`."""
-    wanted = ModelArgs.model_validate(args)
-    settings = ModelSettings(
-        name=wanted.name,
-        bundle=wanted.bundle,
-        device="cuda" if wanted.num_gpus else "cpu",
-        num_threads=max(1, int(wanted.num_cpus)),
-        key_hash=_key_hash(),
+    """One version of a model as an application; `args` as in `ModelSettings`."""
+    settings = ModelSettings.model_validate(args)
+    require_keys(settings.edge)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    deployment = serve.deployment(
+        serve.ingress()(ModelReplica),
+        name="model",
+        max_ongoing_requests=MAX_ONGOING_REQUESTS,
+        max_surge_percent=_SURGE_PERCENT,
     )
-    target = model_target(
-        settings,
-        num_replicas=wanted.num_replicas,
-        num_cpus=wanted.num_cpus,
-        num_gpus=wanted.num_gpus,
-    )
-    return target.target
+    return deployment.bind(settings)
 
 
 def root(args: Mapping[str, Any]) -> Application:
-    """Health, readiness and metadata of the server as a whole; `args` as in `RootArgs`."""
-    return root_target(RootArgs.model_validate(args).models, key_hash=_key_hash()).target
-
-
-def _key_hash() -> str:
-    key = os.environ.get(API_KEY_VARIABLE)
-    if not key:
-        raise ServingError(
-            f"{API_KEY_VARIABLE} is not set, and pods can be reached from other machines",
-            hint="give it to every container from a Secret",
-        )
-    return hash_key(key)
+    """Everything that is not a model as an application; `args` as in `EdgeSettings`."""
+    edge = EdgeSettings.model_validate(args)
+    require_keys(edge)
+    deployment = serve.deployment(
+        serve.ingress()(RootReplica),
+        name="root",
+        max_ongoing_requests=MAX_ONGOING_REQUESTS,
+        max_surge_percent=_SURGE_PERCENT,
+        ray_actor_options={"num_cpus": 0},
+    )
+    return deployment.bind(edge)

@@ -2,6 +2,7 @@
 
 Binary tensors are little-endian and row-major. A `BYTES` tensor is a one-dimensional list of
 items, each a 32-bit little-endian length and that many bytes; in JSON its items are base64.
+numpy has no bfloat16: a `BF16` tensor is the uint16 array of its bits, and numbers in JSON.
 Nothing here reshapes: data that do not have the stated shape are refused.
 """
 
@@ -19,15 +20,35 @@ import numpy as np
 from serving.errors import InvalidRequestError
 
 DTYPES: dict[str, np.dtype[Any]] = {
+    "BF16": np.dtype("<u2"),
     "FP16": np.dtype("<f2"),
     "FP32": np.dtype("<f4"),
-    "UINT8": np.dtype("|u1"),
+    "FP64": np.dtype("<f8"),
+    "INT8": np.dtype("|i1"),
+    "INT32": np.dtype("<i4"),
     "INT64": np.dtype("<i8"),
+    "UINT8": np.dtype("|u1"),
 }
+_WHOLE = ("INT8", "INT32", "INT64", "UINT8")
 _LENGTH = struct.Struct("<I")
 
 Array = np.ndarray[Any, Any]
 Tensor = Array | list[bytes]
+
+
+def widen_bfloat16(bits: Array) -> Array:
+    """bfloat16, given as uint16 of its bits, as float32."""
+    widened = bits.astype(np.uint32)
+    widened <<= 16
+    return widened.view(np.float32)
+
+
+def narrow_bfloat16(values: Array) -> Array:
+    """float32 as the uint16 that holds the bits of the nearest bfloat16, ties to even."""
+    bits = np.asarray(values, np.float32, order="C").view(np.uint32)
+    # Half of what is cut off carries into what stays; NaN would carry into infinity.
+    nearest = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+    return np.where(np.isnan(values), 0x7FC0, nearest).astype(np.uint16)
 
 
 def datatype_of(array: Array) -> str:
@@ -72,6 +93,8 @@ def encode_json(tensor: Tensor) -> list[Any]:
     """A tensor as the flat, row-major list the protocol puts into JSON."""
     if isinstance(tensor, list):
         return [base64.b64encode(item).decode("ascii") for item in tensor]
+    if datatype_of(tensor) == "BF16":
+        tensor = widen_bfloat16(tensor)
     values: list[Any] = tensor.ravel(order="C").tolist()
     return values
 
@@ -91,11 +114,12 @@ def decode_json(data: Any, datatype: str, shape: tuple[int, ...]) -> Tensor:
         values = np.asarray(data)
     except ValueError as error:
         raise InvalidRequestError("`data` is nested unevenly") from error
+    whole = datatype in _WHOLE
     if values.size == 0:
         values = values.astype(dtype)
-    if values.dtype.kind not in ("iu" if dtype.kind in "iu" else "iuf"):
+    if values.dtype.kind not in ("iu" if whole else "iuf"):
         raise InvalidRequestError(f"`data` holds something that is not {datatype}")
-    if dtype.kind in "iu" and values.size:
+    if whole and values.size:
         limits = np.iinfo(dtype)
         if values.min() < limits.min or values.max() > limits.max:
             raise InvalidRequestError(
@@ -106,7 +130,10 @@ def decode_json(data: Any, datatype: str, shape: tuple[int, ...]) -> Tensor:
             f"`data` has shape {list(values.shape)}, but {list(shape)} is stated",
             hint="give a flat row-major list or one nested like the shape",
         )
-    return values.astype(dtype).reshape(shape)
+    with np.errstate(over="ignore"):  # what is too large becomes infinity, as in binary
+        if datatype == "BF16":
+            values = narrow_bfloat16(values.astype(np.float32))
+        return values.astype(dtype, copy=False).reshape(shape)
 
 
 def _decode_base64_items(data: list[Any], count: int) -> list[bytes]:

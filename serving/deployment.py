@@ -1,119 +1,290 @@
-"""The applications Ray Serve runs: one a model, and one for everything else."""
+"""What Ray Serve runs: one application a version of a model, and one for everything else."""
 
 from __future__ import annotations
 
 import asyncio
 import importlib.metadata
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import logging
+import os
+import random
+import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ray import serve
 from starlette.types import ASGIApp
 
-from serving.app import model_app, root_app
-from serving.handlers import ModelHandler
-from serving.predictor import Predictor, PredictorLimits
+from serving.calls import Call, Reply, problem_reply
+from serving.config import API_KEY_VARIABLE, Limits, Urls
+from serving.errors import OverloadedError, UnknownModelError
+from trainers.config.base import Config
+from trainers.errors import ServingError
+
+if TYPE_CHECKING:
+    from serving.app import EdgeParts
+
+logger = logging.getLogger(__name__)
 
 ROOT_APPLICATION = "mimray"
-# Admission is ours (`PredictorLimits.max_queue_size`), because what Serve itself refuses is
-# plain text; this only has to be out of the way.
-MAX_ONGOING_REQUESTS = 1000
+# Asking the controller takes a few milliseconds, and probes come often.
+_STATUS_AGE_S = 0.5
+_MIB = 2**20
+# A replica may die with a call in it; the next one gets the call, too.
+_ATTEMPTS = 3
 
 
-@dataclass(frozen=True)
-class ModelSettings:
-    """What a replica needs to know to serve one model.
+class EdgeSettings(Config):
+    """What every replica needs to know to admit requests.
+
+    Attributes:
+        keys: file of keys, readable on every node.
+        key_sha256: digest of one more key.
+        needs_key: refuse to start where there is none.
+        limits: see there.
+        access_log: see `ServeConfig`.
+    """
+
+    keys: Path | None = None
+    key_sha256: str | None = None
+    needs_key: bool = True
+    limits: Limits = Limits()
+    access_log: str | None = "ray"
+
+
+class ModelSettings(Config):
+    """What a replica needs to know to serve one version of a model.
 
     Attributes:
         name: the model's name in the URL.
         bundle: directory of its bundle, readable on every node a replica may run on.
-        device: see `Predictor`.
-        num_threads: threads of the model on a CPU.
-        limits: see `Predictor`.
-        max_pictures: most pictures in one request.
-        max_body_bytes: most bytes of a request body.
-        key_hash: `hash_key` of the API key, None when none is needed.
+        version: of the model.
+        device: see `Predictor`; by default whatever Ray gave the replica.
+        num_threads: threads of the model on a CPU; by default the CPUs Ray gave the replica.
+
+    The others are as in `ModelConfig` and `ServeConfig`.
     """
 
     name: str
     bundle: Path
+    version: str = "1"
     device: str = "auto"
-    num_threads: int = 1
-    limits: PredictorLimits = field(default_factory=PredictorLimits)
-    max_pictures: int = 64
-    max_body_bytes: int = 64 * 2**20
-    key_hash: str | None = None
+    num_threads: int | None = None
+    max_batch_size: int = 16
+    batch_wait_ms: float = 5.0
+    max_queue_size: int = 256
+    max_wait_s: float = 20.0
+    cache_mib: int = 64
+    compile: str | bool = "auto"
+    jpeg_draft: bool = False
+    urls: Urls = Urls()
+    edge: EdgeSettings = EdgeSettings()
+
+
+class Routing(Config):
+    """What changes without a restart: which versions of a model there are.
+
+    Attributes:
+        default: the version that answers where none is named.
+        applications: of each version.
+        canary: the version that gets a share of what names none.
+        share: how much it gets.
+    """
+
+    default: str
+    applications: dict[str, str]
+    canary: str | None = None
+    share: float = 0.0
 
 
 class ModelReplica:
-    """Answers for one model."""
+    """Answers for one version of one model."""
 
     def __init__(self, settings: ModelSettings) -> None:
-        predictor = Predictor(
-            settings.bundle,
-            device=settings.device,
-            num_threads=settings.num_threads,
-            limits=settings.limits,
-        )
-        predictor.warm_up()
+        from serving.service import build_service
+
         self._settings = settings
-        self._handler = ModelHandler(settings.name, predictor, max_pictures=settings.max_pictures)
+        self._service = build_service(
+            settings, num_threads=settings.num_threads or _assigned_cpus()
+        )
+        self._routing: Routing | None = None
+
+    def reconfigure(self, routing: dict[str, Any]) -> None:
+        """Learn which versions there are now."""
+        self._routing = Routing.model_validate(routing)
+        self._service.versions = tuple(self._routing.applications)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """The routes, built once the model is loaded."""
-        return model_app(
-            self._handler,
-            key_hash=self._settings.key_hash,
-            max_body_bytes=self._settings.max_body_bytes,
-        )
+        from serving.app import model_app
+
+        return model_app(self._settings.name, self.answer, edge_parts(self._settings.edge))
+
+    async def answer(self, call: Call) -> Reply:
+        """Answer a call, or have the canary answer it."""
+        routing = self._routing
+        if (
+            routing is not None
+            and routing.canary is not None
+            and call.version is None
+            and call.operation in _SPLIT
+            and random.random() < routing.share
+        ):
+            try:
+                # Named, or the canary would split it again.
+                named = replace(call, version=routing.canary)
+                reply = await _ask(routing.applications[routing.canary], named)
+            except Exception as error:  # whatever it is, a canary's fall is nobody's harm
+                logger.warning("canary %s did not answer: %r", routing.canary, error)
+            else:
+                if reply.status < 500:
+                    return reply
+                logger.warning("canary %s answered %d", routing.canary, reply.status)
+        return await self._service.answer(call)
+
+
+# What is computed, as against what is told.
+_SPLIT = ("infer", "features", "embeddings", "reconstruct")
 
 
 class RootReplica:
     """Answers for the server as a whole."""
 
-    def __init__(self, models: Sequence[str], key_hash: str | None) -> None:
-        self._models = tuple(models)
-        self._key_hash = key_hash
+    def __init__(self, edge: EdgeSettings) -> None:
+        self._edge = edge
+        self._models: dict[str, Routing] = {}
+        self._states: dict[str, bool] = {}
+        self._asked = -_STATUS_AGE_S
+
+    def reconfigure(self, models: dict[str, Any]) -> None:
+        """Learn which models there are now."""
+        self._models = {name: Routing.model_validate(tree) for name, tree in models.items()}
+        self._asked = -_STATUS_AGE_S
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """The routes."""
-        version = importlib.metadata.version("mimray")
-        return root_app(self._states, version=version, key_hash=self._key_hash)
+        from serving.app import root_app
+        from serving.metrics import exposition
 
-    async def _states(self) -> Mapping[str, bool]:
-        # Blocks on the controller, so not on the event loop.
-        applications = (await asyncio.to_thread(serve.status)).applications
-        return {
-            name: name in applications and applications[name].status == "RUNNING"
-            for name in self._models
-        }
+        return root_app(
+            self._ready,
+            self._ask,
+            edge_parts(self._edge),
+            version=importlib.metadata.version("mimray"),
+            metrics=exposition,
+        )
+
+    async def _ready(self) -> Mapping[str, bool]:
+        if time.monotonic() - self._asked >= _STATUS_AGE_S:
+            # Blocks on the controller, so not on the event loop.
+            applications = (await asyncio.to_thread(serve.status)).applications
+            self._asked = time.monotonic()
+            self._states = {
+                name: _is_ready(applications.get(routing.applications[routing.default]))
+                for name, routing in self._models.items()
+            }
+        return self._states
+
+    async def _ask(self, name: str, call: Call) -> Reply:
+        routing = self._models[name]
+        version = call.version or routing.default
+        application = routing.applications.get(version)
+        if application is None:
+            known = ", ".join(routing.applications)
+            return problem_reply(
+                UnknownModelError(
+                    f"{name} has no version {version[:40]!r}", hint=f"there are {known}"
+                )
+            )
+        if not (await self._ready()).get(name):
+            return problem_reply(OverloadedError(f"model {name!r} is not ready"))
+        try:
+            async with asyncio.timeout(self._edge.limits.request_timeout_s):
+                return await _ask(application, call)
+        except TimeoutError:
+            return problem_reply(OverloadedError(f"model {name!r} did not answer in time"))
+        except Exception as error:  # the replica or its application is gone
+            logger.warning("%s did not answer: %r", application, error)
+            return problem_reply(OverloadedError(f"model {name!r} cannot be reached"))
 
 
-def model_target(
-    settings: ModelSettings, *, num_replicas: int, num_cpus: float, num_gpus: float
-) -> serve.RunTarget:
-    """One model as a Serve application behind its own route prefix."""
-    deployment = serve.deployment(
-        serve.ingress()(ModelReplica),
-        name="model",
-        num_replicas=num_replicas,
-        max_ongoing_requests=MAX_ONGOING_REQUESTS,
-        ray_actor_options={"num_cpus": num_cpus, "num_gpus": num_gpus},
+async def _ask(application: str, call: Call) -> Reply:
+    """A call answered by another application; sent again where its replica dies."""
+    from ray.exceptions import RayActorError
+
+    for attempt in range(_ATTEMPTS):
+        handle = serve.get_app_handle(application)
+        try:
+            reply: Reply = await handle.answer.remote(call)
+        except RayActorError:
+            if attempt == _ATTEMPTS - 1:
+                raise
+        else:
+            return reply
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _is_ready(application: Any) -> bool:
+    """Running, or a new version is being rolled in while the old one answers.
+
+    A model that scaled to zero is ready: a request wakes it.
+    """
+    if application is None:
+        return False
+    if application.status == "RUNNING":
+        return True
+    deployments = application.deployments.values()
+    return bool(deployments) and all(
+        deployment.replica_states.get("RUNNING", 0) > 0 for deployment in deployments
     )
-    return serve.RunTarget(
-        deployment.bind(settings), name=settings.name, route_prefix=f"/v2/models/{settings.name}"
+
+
+def edge_parts(settings: EdgeSettings) -> EdgeParts:
+    """What stands before the routes of a replica.
+
+    Raises:
+        ServingError: keys are needed, and there are none.
+    """
+    from serving.access_log import open_access_log
+    from serving.app import EdgeParts
+    from serving.edge import EdgeLimits
+    from serving.keys import KeyRing, hash_key
+    from serving.tracing import Tracer
+
+    require_keys(settings)
+    hashes = [settings.key_sha256] if settings.key_sha256 else []
+    if os.environ.get(API_KEY_VARIABLE):
+        hashes.append(hash_key(os.environ[API_KEY_VARIABLE]))
+    keys = KeyRing(settings.keys, hashes) if hashes or settings.keys else None
+    limits = settings.limits
+    return EdgeParts(
+        limits=EdgeLimits(
+            max_body_bytes=limits.body_mib * _MIB,
+            max_bodies_bytes=limits.bodies_mib * _MIB,
+            body_timeout_s=limits.body_timeout_s,
+        ),
+        keys=keys,
+        access_log=open_access_log(settings.access_log),
+        tracer=Tracer(),
     )
 
 
-def root_target(models: Sequence[str], *, key_hash: str | None) -> serve.RunTarget:
-    """The application that answers for everything that is not a model."""
-    deployment = serve.deployment(
-        serve.ingress()(RootReplica),
-        name="root",
-        max_ongoing_requests=MAX_ONGOING_REQUESTS,
-        ray_actor_options={"num_cpus": 0},
-    )
-    return serve.RunTarget(
-        deployment.bind(models, key_hash), name=ROOT_APPLICATION, route_prefix="/"
-    )
+def require_keys(settings: EdgeSettings) -> None:
+    """Refuse to serve whoever comes where others can come.
+
+    Raises:
+        ServingError: keys are needed, and there are none.
+    """
+    known = settings.keys or settings.key_sha256 or os.environ.get(API_KEY_VARIABLE)
+    if settings.needs_key and not known:
+        raise ServingError(
+            f"{API_KEY_VARIABLE} is not set, there is no file of keys, and others can reach this",
+            hint="give it to every container from a Secret",
+        )
+
+
+def _assigned_cpus() -> int:
+    import ray
+
+    return max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)))

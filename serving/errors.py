@@ -4,10 +4,15 @@
     ├── InvalidRequestError     400  the request breaks the protocol or asks for what is not there
     ├── UnauthorizedError       401  no key, or a wrong one
     ├── UnknownModelError       404  no such model, version or route
+    ├── NotAcceptableError      406  nothing that `Accept` takes can be made
+    ├── TimedOutError           408  the request itself came too slowly
+    ├── ConflictError           409  the model as it is served cannot do this
     ├── TooLargeError           413  more bytes, pixels or pictures than allowed
-    ├── UnsupportedEncodingError 415 a Content-Encoding that is not understood
+    ├── UnsupportedMediaTypeError 415 a Content-Type or -Encoding that is not understood
     ├── UnusablePictureError    422  pictures that cannot be decoded
-    ├── OverloadedError         503  try again later
+    ├── LaterError                   come back after `retry_after_s`
+    │   ├── QuotaExceededError  429  the key's own quota is spent
+    │   └── OverloadedError     503  the endpoint has no room now
     └── ModelFailureError       500  the model itself failed
 
 The server raises them and turns them into problem JSON (RFC 9457) with the `error` member
@@ -64,6 +69,30 @@ class UnknownModelError(EndpointError):
     title = "Not found"
 
 
+class NotAcceptableError(EndpointError):
+    """Nothing that the request's `Accept` takes can be made."""
+
+    code = "not_acceptable"
+    status = 406
+    title = "Not acceptable"
+
+
+class TimedOutError(EndpointError):
+    """The request itself came too slowly."""
+
+    code = "timeout"
+    status = 408
+    title = "Timed out"
+
+
+class ConflictError(EndpointError):
+    """The model as it is served cannot do this."""
+
+    code = "conflict"
+    status = 409
+    title = "Conflict"
+
+
 class TooLargeError(EndpointError):
     """More bytes, pixels or pictures than this endpoint takes in one request."""
 
@@ -72,12 +101,12 @@ class TooLargeError(EndpointError):
     title = "Too large"
 
 
-class UnsupportedEncodingError(EndpointError):
-    """A Content-Encoding that is not understood."""
+class UnsupportedMediaTypeError(EndpointError):
+    """A Content-Type or Content-Encoding that is not understood."""
 
-    code = "unsupported_encoding"
+    code = "unsupported_media_type"
     status = 415
-    title = "Unsupported encoding"
+    title = "Unsupported media type"
 
 
 class UnusablePictureError(EndpointError):
@@ -88,12 +117,8 @@ class UnusablePictureError(EndpointError):
     title = "Unusable picture"
 
 
-class OverloadedError(EndpointError):
-    """The queue is full, or nothing answers; `retry_after_s` says when to come back."""
-
-    code = "overloaded"
-    status = 503
-    title = "Overloaded"
+class LaterError(EndpointError):
+    """Not now; `retry_after_s`, a whole number, says when to come back."""
 
     def __init__(
         self,
@@ -105,6 +130,22 @@ class OverloadedError(EndpointError):
     ) -> None:
         super().__init__(message, hint=hint, details=details)
         self.retry_after_s = retry_after_s
+
+
+class QuotaExceededError(LaterError):
+    """The key's own quota is spent."""
+
+    code = "quota_exceeded"
+    status = 429
+    title = "Quota exceeded"
+
+
+class OverloadedError(LaterError):
+    """The queue is full, or nothing answers."""
+
+    code = "overloaded"
+    status = 503
+    title = "Overloaded"
 
 
 class ModelFailureError(EndpointError):
@@ -121,9 +162,13 @@ _BY_STATUS: dict[int, type[EndpointError]] = {
         InvalidRequestError,
         UnauthorizedError,
         UnknownModelError,
+        NotAcceptableError,
+        TimedOutError,
+        ConflictError,
         TooLargeError,
-        UnsupportedEncodingError,
+        UnsupportedMediaTypeError,
         UnusablePictureError,
+        QuotaExceededError,
         ModelFailureError,
         OverloadedError,
     )

@@ -7,74 +7,76 @@ a picture that cannot be used fails alone, whatever it was batched with.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
 from serving.batcher import Batcher
-from serving.errors import ModelFailureError, UnusablePictureError
+from serving.errors import (
+    EndpointError,
+    ModelFailureError,
+    OverloadedError,
+    TooLargeError,
+    UnusablePictureError,
+)
+from serving.geometry import Placement, Sizing
+from serving.options import PYRAMID_STRIDES, EncoderFacts, Options
+from serving.preparing import (
+    Array,
+    Picture,
+    PictureLimits,
+    Prepared,
+    Preparer,
+    token_validity,
+)
 from trainers.errors import ImageError
 
 if TYPE_CHECKING:
-    from PIL import Image
     from torch import Tensor
 
     from trainers.bundles import BundleCard
 
-Array = np.ndarray[Any, Any]
-Picture = bytes | Array
-"""An encoded picture, or uint8 [H, W, C] pixels."""
+Result = TypeVar("Result")
 
-
-@dataclass(frozen=True)
-class Options:
-    """What to compute; part of the batching key, so equal only when results may be shared.
-
-    Attributes:
-        tokens: whether the patch tokens are wanted beside the pooled vector.
-        layers: layers whose feature maps are wanted.
-        norm: whether the final norm is applied to those maps.
-        size: (height, width) of the model's input in pixels; the card's by default.
-    """
-
-    tokens: bool = True
-    layers: tuple[int, ...] = ()
-    norm: bool = True
-    size: tuple[int, int] | None = None
+_ITEM_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+# How much the newest batch counts in the estimate of what a picture costs.
+_SMOOTHING = 0.2
+_MAX_RETRY_AFTER_S = 60
 
 
 class Prediction(NamedTuple):
     """Features of one picture.
 
     Attributes:
-        pooled: float32 [D].
-        tokens: float32 [N, D]; None when not asked for.
-        layers: float32 [D, h, w] by layer.
-        grid: (h, w) of the tokens.
-        source_size: (height, width) of the upright picture, in pixels.
-        input_size: (height, width) of the model's input, in pixels.
+        outputs: by name: `pooled` [D], `tokens` [N, D], maps [D, h, w], of the dtype asked for;
+            bfloat16 as the uint16 that holds its bits.
+        placement: where the picture lay in the model's input.
     """
 
-    pooled: Array
-    tokens: Array | None
-    layers: dict[int, Array]
-    grid: tuple[int, int]
-    source_size: tuple[int, int]
-    input_size: tuple[int, int]
+    outputs: dict[str, Array]
+    placement: Placement
 
 
-class _Key(NamedTuple):
-    shape: tuple[int, ...]
-    options: Options
+@dataclass
+class Timeline:
+    """When the phases of one request ran: name, start and end on `time.perf_counter`."""
 
+    spans: list[tuple[str, float, float]] = field(default_factory=list)
 
-class _Prepared(NamedTuple):
-    pixels: Array  # uint8 [C, H, W] at the model's input size
-    source_size: tuple[int, int]
+    def add(self, name: str, start: float, end: float) -> None:
+        """Note a phase."""
+        self.spans.append((name, start, end))
+
+    def seconds(self, name: str) -> float:
+        """From the first start to the last end of a phase; 0 where it never ran."""
+        found = [(start, end) for phase, start, end in self.spans if phase == name]
+        return max(e for _, e in found) - min(s for s, _ in found) if found else 0.0
 
 
 @dataclass(frozen=True)
@@ -84,16 +86,30 @@ class PredictorLimits:
     Attributes:
         max_batch_size: most pictures in one pass through the model.
         batch_wait_s: longest wait for company while the model is free.
-        max_queue_size: most pictures waiting for the model.
-        max_pixels: most pixels of one picture, checked from its header.
-        max_input_pixels: most pixels of the model's input, where a request says its size.
+        max_queue_size: most pictures admitted and not yet answered.
+        max_wait_s: a request is refused when those before it would take longer than this.
+        max_output_bytes: most bytes of features in one answer.
+        pictures: of each picture.
     """
 
     max_batch_size: int = 16
     batch_wait_s: float = 0.005
     max_queue_size: int = 256
-    max_pixels: int = 50_000_000
-    max_input_pixels: int = 1536 * 1536
+    max_wait_s: float = 20.0
+    max_output_bytes: int = 256 * 2**20
+    pictures: PictureLimits = field(default_factory=PictureLimits)
+
+
+class _Key(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: str
+    options: Options
+
+
+class _Waiting(NamedTuple):
+    prepared: Prepared
+    since: float
+    timeline: Timeline
 
 
 class Predictor:
@@ -105,6 +121,13 @@ class Predictor:
         num_threads: threads the model may use on a CPU; Ray sets OMP_NUM_THREADS to 1, so
             this is said explicitly.
         limits: how much is taken in and how it is grouped.
+        jpeg_draft: decode large JPEGs at a fraction of their size; see `Preparer`.
+        on_batch: told the size of every batch and the pixels of its inputs.
+
+    Attributes:
+        card: of the bundle.
+        facts: what options are held against.
+        waiting: pictures admitted and not yet answered.
     """
 
     def __init__(
@@ -114,6 +137,8 @@ class Predictor:
         device: str = "auto",
         num_threads: int = 1,
         limits: PredictorLimits | None = None,
+        jpeg_draft: bool = False,
+        on_batch: Callable[[int, int], None] = lambda size, pixels: None,
     ) -> None:
         import torch
 
@@ -124,53 +149,124 @@ class Predictor:
         self._device = torch.device(_pick_device() if device == "auto" else device)
         self._encoder = load_bundle(bundle).to(self._device)
         self.card: BundleCard = self._encoder.card
-        self.depth: int = self._encoder.encoder.depth
-        self.width: int = self._encoder.encoder.width
-        self.stride: int = self._encoder.encoder.stride
-        self.layer_widths: tuple[int, ...] = self._encoder.encoder.widths
-        self.layer_strides: tuple[int, ...] = self._encoder.encoder.strides
+        encoder = self._encoder.encoder
+        self.facts = EncoderFacts(
+            depth=encoder.depth,
+            width=encoder.width,
+            stride=encoder.stride,
+            strides=tuple(encoder.strides),
+            widths=tuple(encoder.widths),
+            trained=self.card.image_size,
+            pooling=self.card.pooling,
+            has_class_token=getattr(encoder, "num_prefix_tokens", 0) > 0,
+            max_input_pixels=self.limits.pictures.max_input_pixels,
+        )
+        self.waiting = 0
+        self._seconds_per_picture = 0.0
+        self._on_batch = on_batch
         self._mean, self._std = (
             torch.tensor(values, device=self._device).view(1, -1, 1, 1)
             for values in (self.card.mean, self.card.std)
         )
+        self._preparer = Preparer(self.card, encoder.stride, self.limits.pictures, draft=jpeg_draft)
         self._decoders = ThreadPoolExecutor(max(2, num_threads), thread_name_prefix="decode")
         self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
-        self._batcher: Batcher[_Key, _Prepared, Prediction] = Batcher(
+        self._batcher: Batcher[_Key, _Waiting, Prediction] = Batcher(
             self._run_batch,
             max_batch_size=self.limits.max_batch_size,
             batch_wait_s=self.limits.batch_wait_s,
-            max_queue_size=self.limits.max_queue_size,
         )
 
     def warm_up(self) -> None:
-        """Run the model once, so that the first request does not pay for it."""
+        """Run the model a few times, so that no request pays for the first, and time it."""
         height, width = self.card.image_size
         blank = np.zeros((self.card.channels, height, width), np.uint8)
-        self._forward([blank], Options(layers=(self.depth - 1,)))
+        item = Prepared(blank, Placement((height, width), (height, width), (height, width)))
+        options = Options(tokens=True, layers=(self.facts.depth - 1,))
+        for _ in range(2):
+            started = time.perf_counter()
+            self._forward([item], options)
+        self._seconds_per_picture = time.perf_counter() - started
 
-    async def predict(self, pictures: Sequence[Picture], options: Options) -> list[Prediction]:
+    async def predict(
+        self, pictures: Sequence[Picture], options: Options, timeline: Timeline | None = None
+    ) -> list[Prediction]:
         """Features of every picture, in order.
+
+        Args:
+            pictures: see `Picture`.
+            options: what to compute.
+            timeline: where to note when the phases ran.
 
         Raises:
             UnusablePictureError: some pictures cannot be used; it lists all of them.
+            TooLargeError: the answer would be too large.
             OverloadedError: too many pictures are waiting already.
             ModelFailureError: the model failed.
         """
-        self._batcher.reserve(len(pictures))
-        loop = asyncio.get_running_loop()
-        size = options.size or self.card.image_size
-        prepared = await asyncio.gather(
-            *(loop.run_in_executor(self._decoders, self._prepare, p, size) for p in pictures),
-            return_exceptions=True,
-        )
-        _refuse_unusable(prepared)
-        return await asyncio.gather(
-            *(
-                self._batcher.submit(_Key(item.pixels.shape, options), item)
-                for item in prepared
-                if not isinstance(item, BaseException)
+        self.admit(len(pictures))
+        timeline = timeline or Timeline()
+        self.waiting += len(pictures)
+        try:
+            prepared = await self._prepare(pictures, options.sizing, timeline)
+            self._check_output(prepared, options)
+            now = time.perf_counter()
+            return await asyncio.gather(
+                *(
+                    self._batcher.submit(
+                        _Key(item.pixels.shape, item.pixels.dtype.str, options),
+                        _Waiting(item, now, timeline),
+                    )
+                    for item in prepared
+                )
             )
-        )
+        finally:
+            self.waiting -= len(pictures)
+
+    def admit(self, count: int) -> None:
+        """Refuse `count` more pictures when those waiting are too many already.
+
+        Raises:
+            OverloadedError: it says when to come back.
+        """
+        wait_s = self.waiting * self._seconds_per_picture
+        # Whoever comes to an empty house is let in, however slow the model is.
+        full = self.waiting and self.waiting + count > self.limits.max_queue_size
+        if full or wait_s > self.limits.max_wait_s:
+            raise OverloadedError(
+                f"{self.waiting} pictures are waiting already",
+                retry_after_s=max(1, min(_MAX_RETRY_AFTER_S, math.ceil(wait_s / 2))),
+            )
+
+    async def alone(self, work: Callable[[], Result], timeline: Timeline) -> Result:
+        """Run something in the model's thread, after the batch that is in it.
+
+        Args:
+            work: what to run; an `ImageError` becomes an `UnusablePictureError`.
+            timeline: where to note when it ran.
+
+        Raises:
+            OverloadedError: too many pictures are waiting already.
+        """
+        self.admit(1)
+        asked = time.perf_counter()
+
+        def run() -> Result:
+            started = time.perf_counter()
+            timeline.add("queue", asked, started)
+            try:
+                return work()
+            finally:
+                timeline.add("model", started, time.perf_counter())
+
+        self.waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._model_thread, run)
+        except ImageError as error:
+            _refuse_unusable([error])
+            raise
+        finally:
+            self.waiting -= 1
 
     async def close(self) -> None:
         """Stop the batcher and the threads."""
@@ -178,81 +274,95 @@ class Predictor:
         self._decoders.shutdown(wait=False, cancel_futures=True)
         self._model_thread.shutdown(wait=False, cancel_futures=True)
 
-    def _prepare(self, picture: Picture, size: tuple[int, int]) -> _Prepared:
-        """Decode and resize one picture to the model's input, (height, width) pixels.
-
-        Raises:
-            ImageError: the picture cannot be used.
-        """
-        from trainers.data.decode import decode_rgb
-        from trainers.data.transforms import inference_view
-
-        card = self.card
-        if isinstance(picture, bytes):
-            image = decode_rgb(picture, max_pixels=self.limits.max_pixels)
-            if card.channels == 1:
-                image = image.convert("L")
-            elif card.channels != 3:
-                raise ImageError(
-                    "wrong_channels",
-                    f"encoded pictures give 3 channels, the model takes {card.channels}",
-                    hint="send UINT8 pixels",
-                )
-        else:
-            _check_pixels(picture, card.channels, self.limits.max_pixels)
-            if picture.shape[:2] == size:
-                return _Prepared(picture.transpose(2, 0, 1), size)
-            image = _image_from_pixels(picture, size)
-        pixels = inference_view(image, size, card.interpolation)
-        return _Prepared(pixels, (image.height, image.width))
-
-    async def _run_batch(self, key: _Key, items: Sequence[_Prepared]) -> list[Prediction]:
+    async def _prepare(
+        self, pictures: Sequence[Picture], sizing: Sizing, timeline: Timeline
+    ) -> list[Prepared]:
         loop = asyncio.get_running_loop()
-        pixels = [item.pixels for item in items]
-        try:
-            return await loop.run_in_executor(
-                self._model_thread, self._finish, pixels, items, key.options
+        asked = time.perf_counter()
+
+        def prepare(picture: Picture) -> Prepared:
+            started = time.perf_counter()
+            try:
+                return self._preparer.prepare(picture, sizing)
+            finally:
+                timeline.add("queue", asked, started)
+                timeline.add("decode", started, time.perf_counter())
+
+        outcomes = await asyncio.gather(
+            *(loop.run_in_executor(self._decoders, prepare, picture) for picture in pictures),
+            return_exceptions=True,
+        )
+        _refuse_unusable(outcomes)
+        return [outcome for outcome in outcomes if isinstance(outcome, Prepared)]
+
+    def _check_output(self, prepared: Sequence[Prepared], options: Options) -> None:
+        size = sum(output_bytes(self.facts, item.placement, options) for item in prepared)
+        if size > self.limits.max_output_bytes:
+            raise TooLargeError(
+                f"the answer would have {size} bytes, at most {self.limits.max_output_bytes} "
+                "are given",
+                hint="ask for fewer layers or pictures, a smaller `size`, or dtype float16",
             )
+
+    async def _run_batch(self, key: _Key, items: Sequence[_Waiting]) -> list[Prediction]:
+        loop = asyncio.get_running_loop()
+        started = time.perf_counter()
+        try:
+            outputs = await loop.run_in_executor(
+                self._model_thread, self._forward, [item.prepared for item in items], key.options
+            )
+        except EndpointError:
+            raise
         except Exception as error:
             raise ModelFailureError(f"{type(error).__name__}: {error}") from error
-
-    def _finish(
-        self, pixels: Sequence[Array], items: Sequence[_Prepared], options: Options
-    ) -> list[Prediction]:
-        pooled, tokens, layers, grid = self._forward(pixels, options)
+        ended = time.perf_counter()
+        for item in items:
+            item.timeline.add("batch_wait", item.since, started)
+            item.timeline.add("model", started, ended)
+        per_picture = (ended - started) / len(items)
+        self._seconds_per_picture += _SMOOTHING * (per_picture - self._seconds_per_picture)
+        self._on_batch(len(items), len(items) * math.prod(key.shape[1:]))
         return [
             Prediction(
-                pooled[index],
-                None if tokens is None else tokens[index],
-                {layer: maps[index] for layer, maps in layers.items()},
-                grid,
-                item.source_size,
-                (item.pixels.shape[1], item.pixels.shape[2]),
+                {name: values[index] for name, values in outputs.items()}, item.prepared.placement
             )
             for index, item in enumerate(items)
         ]
 
-    def _forward(
-        self, pixels: Sequence[Array], options: Options
-    ) -> tuple[Array, Array | None, dict[int, Array], tuple[int, int]]:
+    def _forward(self, items: Sequence[Prepared], options: Options) -> dict[str, Array]:
         import torch
+
+        from serving.derived import compute_outputs
 
         with torch.inference_mode():
             # uint8 to the device, a quarter of the bytes; normalised there.
-            batch = torch.from_numpy(np.stack(pixels)).to(self._device)
-            images = (batch.float().div(255) - self._mean) / self._std
-            features = self._encoder(images)
-            maps = (
-                self._encoder.features(images, layers=options.layers, norm=options.norm)
-                if options.layers
-                else ()
+            batch = torch.from_numpy(np.stack([item.pixels for item in items])).to(self._device)
+            images = (
+                batch
+                if batch.is_floating_point()
+                else (batch.float().div_(255) - self._mean) / self._std
             )
-            return (
-                _to_numpy(features.pooled),
-                _to_numpy(features.tokens) if options.tokens else None,
-                {layer: _to_numpy(m) for layer, m in zip(options.layers, maps, strict=True)},
-                features.grid,
-            )
+            valid = None
+            if not all(item.placement.is_whole for item in items):
+                stride = self.facts.stride
+                flags = np.stack([token_validity(item.placement, stride) for item in items])
+                valid = torch.from_numpy(flags).to(self._device)
+            outputs = compute_outputs(self._encoder, images, valid, options)
+            return {name: _to_numpy(tensor) for name, tensor in outputs.items()}
+
+
+def output_bytes(facts: EncoderFacts, placement: Placement, options: Options) -> int:
+    """Bytes of one picture's features, but for the few of int8 scales."""
+    height, width = placement.input_size
+    pixels = height * width
+    numbers = facts.width if options.pooled else 0
+    if options.tokens:
+        numbers += facts.width * pixels // facts.stride**2
+    numbers += sum(facts.widths[i] * pixels // facts.strides[i] ** 2 for i in options.layers)
+    if options.pyramid is not None:
+        widest = facts.widths[options.pyramid]
+        numbers += sum(widest * math.ceil(pixels / s**2) for s in PYRAMID_STRIDES)
+    return numbers * _ITEM_SIZES[options.dtype]
 
 
 def _pick_device() -> str:
@@ -262,38 +372,18 @@ def _pick_device() -> str:
 
 
 def _to_numpy(tensor: Tensor) -> Array:
-    return tensor.float().cpu().numpy()
+    import torch
+
+    tensor = tensor.contiguous().cpu()
+    if tensor.dtype == torch.bfloat16:  # which numpy does not have
+        return tensor.view(torch.int16).numpy().view(np.uint16)
+    return tensor.numpy()
 
 
-def _check_pixels(pixels: Array, channels: int, max_pixels: int) -> None:
-    height, width, found = pixels.shape
-    if found != channels:
-        raise ImageError("wrong_channels", f"{found} channels, the model takes {channels}")
-    if min(height, width) < 2:
-        raise ImageError("too_small", f"{width} x {height} pixels; each side needs at least 2")
-    if height * width > max_pixels:
-        raise ImageError(
-            "too_large", f"{width} x {height} pixels are more than the allowed {max_pixels}"
-        )
-
-
-def _image_from_pixels(pixels: Array, input_size: tuple[int, int]) -> Image.Image:
-    from PIL import Image
-
-    channels = pixels.shape[2]
-    if channels not in (1, 3):
-        raise ImageError(
-            "wrong_size",
-            f"pictures of {channels} channels are not resized here",
-            hint=f"send them at {input_size[0]} x {input_size[1]} (height x width)",
-        )
-    return Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
-
-
-def _refuse_unusable(prepared: Sequence[_Prepared | BaseException]) -> None:
+def _refuse_unusable(outcomes: Sequence[Prepared | BaseException]) -> None:
     """Raise for what could not be prepared, saying which pictures and why."""
     unusable = []
-    for index, outcome in enumerate(prepared):
+    for index, outcome in enumerate(outcomes):
         if isinstance(outcome, ImageError):
             unusable.append({"index": index, "reason": outcome.reason, "message": str(outcome)})
         elif isinstance(outcome, BaseException):

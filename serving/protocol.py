@@ -25,10 +25,12 @@ from serving.codecs import (
     encode_binary,
     encode_json,
 )
-from serving.errors import InvalidRequestError, TooLargeError, UnsupportedEncodingError
+from serving.errors import InvalidRequestError, TooLargeError, UnsupportedMediaTypeError
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 MAX_JSON_BYTES = 64 * 2**20
+# JSON may end in spaces, and arrays are read in place only where they lie at whole words.
+_ALIGNMENT = 8
 
 Parameters = dict[str, str | int | float | bool | None]
 
@@ -193,8 +195,8 @@ def build_response(
     return _join(message, blobs)
 
 
-def parse_response(body: bytes, header_length: str | None) -> InferResponse:
-    """Read an inference response.
+def parse_response(body: bytes | bytearray, header_length: str | None) -> InferResponse:
+    """Read an inference response; of a bytearray, its arrays are writable views.
 
     Raises:
         InvalidRequestError: anything that is not the protocol.
@@ -214,7 +216,7 @@ def inflate(body: bytes, encoding: str, *, max_bytes: int) -> bytes:
     """Undo a gzip or deflate `Content-Encoding`, never producing more than `max_bytes`.
 
     Raises:
-        UnsupportedEncodingError: another encoding.
+        UnsupportedMediaTypeError: another encoding.
         TooLargeError: more than `max_bytes` would come out.
         InvalidRequestError: damaged data.
     """
@@ -222,7 +224,7 @@ def inflate(body: bytes, encoding: str, *, max_bytes: int) -> bytes:
     if encoding in ("", "identity"):
         return body
     if encoding not in ("gzip", "deflate"):
-        raise UnsupportedEncodingError(
+        raise UnsupportedMediaTypeError(
             f"Content-Encoding {encoding!r} is not supported", hint="use gzip, deflate or none"
         )
     inflater = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # 32: zlib or gzip, by its header
@@ -237,7 +239,7 @@ def inflate(body: bytes, encoding: str, *, max_bytes: int) -> bytes:
     return content
 
 
-def _split(body: bytes, header_length: str | None) -> tuple[memoryview, memoryview]:
+def _split(body: bytes | bytearray, header_length: str | None) -> tuple[memoryview, memoryview]:
     view = memoryview(body)
     if header_length is None:
         length = len(view)
@@ -335,5 +337,6 @@ def _join(message: dict[str, Any], blobs: list[bytes]) -> Body:
     text = json.dumps(message, separators=(",", ":"), allow_nan=False).encode()
     if not blobs:
         return Body(text, {"Content-Type": "application/json"})
+    text += b" " * (-len(text) % _ALIGNMENT)
     headers = {"Content-Type": "application/octet-stream", HEADER_LENGTH: str(len(text))}
     return Body(b"".join((text, *blobs)), headers)

@@ -23,7 +23,7 @@ class RemoteEncoder:
     Args:
         url: where the endpoint answers.
         model: name of the model.
-        api_key: the endpoint's key, if it has one.
+        api_key: the endpoint's key; `MIMRAY_API_KEY` by default.
 
     Attributes:
         card: what the endpoint says of the model.
@@ -37,7 +37,7 @@ class RemoteEncoder:
     """
 
     def __init__(self, url: str, model: str, api_key: str | None = None) -> None:
-        self._client = FeatureClient(url, api_key, timeout_s=120.0)
+        self._client = FeatureClient(url, api_key, timeout_s=120.0, deadline_s=600.0)
         self._model = model
         metadata = self._client.metadata(model)
         facts = metadata["parameters"]

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import ipaddress
 import logging
-import math
 import os
 import re
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING, Any
 
-from serving.app import hash_key
+from serving.config import API_KEY_VARIABLE, ServeConfig, check_config
 from serving.haproxy import HAProxyState, haproxy_available, port_is_free
-from serving.predictor import PredictorLimits
-from trainers.errors import ResourceError, ServingError
+from trainers.errors import ServingError
+
+if TYPE_CHECKING:
+    from serving.rollout import Resolve, Rollout
 
 logger = logging.getLogger(__name__)
 
-API_KEY_VARIABLE = "MIMRAY_API_KEY"
+
 # Ray keeps a replica for 30 s after it was told to stop, for load balancers that poll; ours is
 # told at once.
 _DRAIN_S = 1
@@ -40,16 +42,32 @@ class Endpoint:
     """
 
     def __init__(
-        self, url: str, models: tuple[str, ...], state: HAProxyState, *, owns_ray: bool
+        self, config: ServeConfig, rollout: Rollout, state: HAProxyState, *, owns_ray: bool
     ) -> None:
-        self.url = url
-        self.models = models
+        shown = f"[{config.host}]" if ":" in config.host else config.host
+        self.url = f"http://{shown}:{config.port}"
+        self.models = tuple(config.models)
+        self._config = config
+        self._rollout = rollout
         self._state = state
         self._owns_ray = owns_ray
         self._closed = False
 
-    def wait(self) -> None:
-        """Block until Ctrl-C or SIGTERM, then close."""
+    @property
+    def versions(self) -> dict[str, str]:
+        """The version of each model that answers where none is named."""
+        return {name: served.stable.number for name, served in self._rollout.models.items()}
+
+    def follow(self) -> list[str]:
+        """Look aliases up once, and roll in what they point at now; see `Rollout.follow`."""
+        return self._rollout.follow()
+
+    def wait(self, tell: Callable[[str], None] = logger.info) -> None:
+        """Follow aliases until Ctrl-C or SIGTERM, then close.
+
+        Args:
+            tell: told what was rolled in or refused, in words.
+        """
         stop = threading.Event()
 
         def on_signal(number: int, frame: FrameType | None) -> None:
@@ -57,8 +75,9 @@ class Endpoint:
 
         with _signals_handled_by(on_signal):
             try:
-                while not stop.wait(timeout=1.0):
-                    pass
+                while not stop.wait(timeout=self._config.follow_s):
+                    for line in self.follow():
+                        tell(line)
             finally:
                 self.close()
 
@@ -80,28 +99,50 @@ def serve_bundles(
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
-    num_replicas: int = 1,
-    num_cpus: float | None = None,
-    device: str = "auto",
-    max_batch_size: int = 16,
-    batch_wait_s: float = 0.005,
     api_key: str | None = None,
+    **options: Any,
 ) -> Endpoint:
+    """Serve frozen encoders from folders.
+
+    Args:
+        models: bundles by the name they get in the URL.
+        host: see `ServeConfig`.
+        port: likewise.
+        api_key: see `start`.
+        options: of every model; see `ModelConfig`.
+
+    Returns:
+        The endpoint, ready to answer.
+
+    Raises:
+        ServingError: as of `start`.
+    """
+    from serving.build import Version
+
+    tree = {
+        "host": host,
+        "port": port,
+        "models": {name: {"bundle": str(path), **options} for name, path in models.items()},
+    }
+    if not models:
+        raise ServingError("there is nothing to serve", hint="name at least one bundle")
+
+    def resolve(reference: str) -> Version:
+        return Version(reference, Path(reference).resolve(), "1")
+
+    return start(check_config(tree, "serve"), resolve, api_key=api_key)
+
+
+def start(config: ServeConfig, resolve: Resolve, *, api_key: str | None = None) -> Endpoint:
     """Serve frozen encoders over HTTP.
 
     Ray is started when the caller has not, or joined where `RAY_ADDRESS` says.
 
     Args:
-        models: bundles by the name they get in the URL.
-        host: address to listen on; anything but loopback needs an API key.
-        port: port to listen on.
-        num_replicas: processes a model.
-        num_cpus: CPU cores a replica, which is also its number of threads; by default an equal
-            share of what the cluster has.
-        device: `cpu`, `cuda`, or `auto` for a GPU where the cluster has one.
-        max_batch_size: most pictures in one pass through a model.
-        batch_wait_s: longest a picture waits for company while the model is free.
-        api_key: the key clients must send; by default the environment's `MIMRAY_API_KEY`.
+        config: of the endpoint.
+        resolve: what a model's reference means now.
+        api_key: a key clients may send beside those of `config.keys`; by default the
+            environment's `MIMRAY_API_KEY`.
 
     Returns:
         The endpoint, ready to answer.
@@ -111,11 +152,14 @@ def serve_bundles(
         BundleError: a bundle is missing or damaged.
         ResourceError: the cluster cannot hold the replicas.
     """
-    from trainers.bundles import load_bundle
+    from serving.keys import KeyRing, hash_key
 
     key = api_key or os.environ.get(API_KEY_VARIABLE) or None
-    _check_names(models)
-    _check_address(host, key)
+    _check_names(config.models)
+    _check_address(config.host, has_keys=bool(key or config.keys))
+    if config.keys is not None:
+        KeyRing(config.keys, [])  # refuses a file that is absent or damaged, now rather than later
+    host, port = config.host, config.port
     state = HAProxyState(port)
     if state.clean_leftovers():
         logger.warning("ended the HAProxy that an earlier server left on port %d", port)
@@ -123,8 +167,16 @@ def serve_bundles(
         raise ServingError(
             f"port {port} on {host} is taken", hint="choose another with --port, or stop its owner"
         )
-    for bundle in models.values():
-        load_bundle(bundle)
+
+    from serving.rollout import Rollout
+
+    rollout = Rollout(
+        config,
+        resolve,
+        key_sha256=hash_key(key) if key else None,
+        needs_key=not is_loopback(host),
+    )
+    rollout.prepare()
 
     import ray
 
@@ -144,72 +196,28 @@ def serve_bundles(
     try:
         # After `ray.init`, which puts a handler of its own in place.
         with _signals_handled_by(interrupt):
-            _start(
-                models,
-                state,
-                host=host,
-                port=port,
-                num_replicas=num_replicas,
-                num_cpus=num_cpus,
-                device=device,
-                limits=PredictorLimits(max_batch_size=max_batch_size, batch_wait_s=batch_wait_s),
-                key_hash=hash_key(key) if key else None,
-            )
+            _start_serve(config, state)
+            rollout.start()
     except BaseException:
         _shut_down(state, owns_ray=owns_ray)
         raise
-    shown = f"[{host}]" if ":" in host else host
-    return Endpoint(f"http://{shown}:{port}", tuple(models), state, owns_ray=owns_ray)
+    return Endpoint(config, rollout, state, owns_ray=owns_ray)
 
 
-def _start(
-    models: Mapping[str, Path],
-    state: HAProxyState,
-    *,
-    host: str,
-    port: int,
-    num_replicas: int,
-    num_cpus: float | None,
-    device: str,
-    limits: PredictorLimits,
-    key_hash: str | None,
-) -> None:
+def _start_serve(config: ServeConfig, state: HAProxyState) -> None:
     from ray import serve
     from ray.serve.config import ControllerOptions, HTTPOptions
 
-    from serving.deployment import ModelSettings, model_target, root_target
-
-    cpus, gpus = _share(num_replicas * len(models), num_cpus, device)
     environment = {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(_DRAIN_S)}
-    if haproxy_available() and _haproxy_reaches_replicas(host):
+    if haproxy_available() and _haproxy_reaches_replicas(config.host):
         state.claim()
         environment |= state.environment()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(
-        http_options=HTTPOptions(host=host, port=port),
+        http_options=HTTPOptions(host=config.host, port=config.port),
         controller_options=ControllerOptions(runtime_env={"env_vars": environment}),
         logging_config={"log_level": "WARNING", "enable_access_log": False},
     )
-    targets = [
-        model_target(
-            ModelSettings(
-                name=name,
-                bundle=Path(bundle).resolve(),
-                device=device,
-                num_threads=max(1, int(cpus)),
-                limits=limits,
-                key_hash=key_hash,
-            ),
-            num_replicas=num_replicas,
-            num_cpus=cpus,
-            num_gpus=gpus,
-        )
-        for name, bundle in models.items()
-    ]
-    try:
-        serve.run_many([*targets, root_target(tuple(models), key_hash=key_hash)])
-    except RuntimeError as error:
-        raise ServingError(f"Ray Serve did not start the endpoint: {error}") from error
 
 
 def _haproxy_reaches_replicas(host: str) -> bool:
@@ -231,9 +239,7 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def _check_names(models: Mapping[str, Path]) -> None:
-    if not models:
-        raise ServingError("there is nothing to serve", hint="name at least one bundle")
+def _check_names(models: Mapping[str, Any]) -> None:
     for name in models:
         if not _MODEL_NAME.fullmatch(name):
             raise ServingError(
@@ -242,35 +248,13 @@ def _check_names(models: Mapping[str, Path]) -> None:
             )
 
 
-def _check_address(host: str, key: str | None) -> None:
-    if not is_loopback(host) and not key:
+def _check_address(host: str, *, has_keys: bool) -> None:
+    if not is_loopback(host) and not has_keys:
         raise ServingError(
             f"{host} can be reached from other machines, and no API key is set",
-            hint=f"set {API_KEY_VARIABLE}, or listen on 127.0.0.1",
+            hint=f"`mimray keys add NAME` makes one, or set {API_KEY_VARIABLE}; "
+            "or listen on 127.0.0.1",
         )
-
-
-def _share(num_replicas: int, num_cpus: float | None, device: str) -> tuple[float, float]:
-    """CPUs and GPUs of one replica, held against what the cluster has."""
-    import ray
-
-    resources = ray.cluster_resources()
-    cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
-    if num_cpus is None:
-        num_cpus = float(math.floor(cpus / num_replicas)) or cpus / num_replicas
-    if num_cpus * num_replicas > cpus or cpus == 0:
-        raise ResourceError(
-            f"{num_replicas} replicas of {num_cpus:g} CPUs need {num_replicas * num_cpus:g}, "
-            f"the cluster has {cpus:g}",
-            hint="fewer replicas, or fewer CPUs each",
-        )
-    if device == "cpu" or (device == "auto" and gpus == 0):
-        return num_cpus, 0.0
-    if gpus == 0:
-        raise ResourceError(
-            f"device {device!r} needs a GPU, the cluster has none", hint="use --device cpu"
-        )
-    return num_cpus, 1.0 / math.ceil(num_replicas / gpus)
 
 
 def _serve_is_running() -> bool:

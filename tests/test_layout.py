@@ -150,7 +150,7 @@ def test_rayservice__names_applications_that_can_be_built(monkeypatch: pytest.Mo
         built = call_user_app_builder_with_args_if_necessary(builder, application["args"])
         assert isinstance(built, Application)
     models, root = applications[:-1], applications[-1]
-    assert root["args"]["models"] == [model["args"]["name"] for model in models]
+    assert list(root["deployments"][0]["user_config"]) == [m["args"]["name"] for m in models]
     for model in models:
         assert model["route_prefix"] == f"/v2/models/{model['name']}"
 
@@ -162,7 +162,7 @@ def test_rayservice__is_not_built_without_a_key(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delenv("MIMRAY_API_KEY", raising=False)
 
     with pytest.raises(ServingError, match="MIMRAY_API_KEY is not set"):
-        root({"models": []})
+        root({})
 
 
 def test_rayignore__a_job_carries_code_and_no_data(tmp_path: Path):

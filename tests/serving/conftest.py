@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,3 +78,70 @@ def reference(bundles: dict[str, Path]) -> Callable[[bytes], tuple[np.ndarray, n
         return features.pooled[0].numpy(), features.tokens[0].numpy()
 
     return compute
+
+
+@pytest.fixture(scope="session")
+def application(bundles: dict[str, Path]) -> Callable[..., Any]:
+    """Makes the whole endpoint as one ASGI application, without Ray."""
+
+    def make(
+        names: tuple[str, ...] = ("alpha", "beta"),
+        *,
+        edge: Mapping[str, Any] | None = None,
+        ready: Mapping[str, bool] | None = None,
+        **settings: Any,
+    ) -> Any:
+        from serving.app import root_app
+        from serving.calls import Call, Reply
+        from serving.deployment import EdgeSettings, ModelSettings, edge_parts
+        from serving.service import build_service
+
+        shared = EdgeSettings(**{"needs_key": False, "access_log": None, **(edge or {})})
+        services = {
+            name: build_service(
+                ModelSettings(
+                    name=name, bundle=bundles[name], device="cpu", edge=shared, **settings
+                ),
+                num_threads=1,
+            )
+            for name in names
+        }
+
+        async def models() -> dict[str, bool]:
+            return {**dict.fromkeys(names, True), **(ready or {})}
+
+        async def ask(name: str, call: Call) -> Reply:
+            return await services[name].answer(call)
+
+        async def metrics() -> str:
+            return ""
+
+        return root_app(models, ask, edge_parts(shared), version="9", metrics=metrics)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def serve_application() -> Callable[[Any], Any]:
+    """Runs an ASGI application behind a real socket in a thread; a context manager of its URL."""
+    from contextlib import contextmanager
+
+    import uvicorn
+
+    @contextmanager
+    def run(application: Any) -> Iterator[str]:
+        config = uvicorn.Config(application, port=0, log_level="warning", lifespan="off")
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, daemon=True)
+        thread.start()
+        deadline = time.monotonic() + 20
+        while not server.started:
+            assert time.monotonic() < deadline, "the server did not start"
+            time.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield f"http://127.0.0.1:{port}"
+        server.should_exit = True
+        thread.join(timeout=20)
+        assert not thread.is_alive()
+
+    return run

@@ -1,215 +1,207 @@
-"""The routes without Ray: protocol, limits, keys, and every way to get it wrong."""
+"""The routes without Ray: every protocol, limits, keys, and every way to get it wrong."""
 
 from __future__ import annotations
 
 import base64
 import gzip
+import io
 import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
-from serving.app import hash_key, model_app, root_app
-from serving.handlers import ModelHandler
-from serving.predictor import Options, Predictor, PredictorLimits
-from serving.protocol import HEADER_LENGTH, build_request, parse_response
-
 INFER = "/v2/models/alpha/infer"
+JPEG = {"Content-Type": "image/jpeg"}
 
 
 @pytest.fixture(scope="module")
-def handler(bundles: dict[str, Path]) -> ModelHandler:
-    limits = PredictorLimits(max_batch_size=4, batch_wait_s=0.01, max_pixels=30_000)
-    predictor = Predictor(bundles["alpha"], device="cpu", limits=limits)
-    return ModelHandler("alpha", predictor, max_pictures=8)
-
-
-@pytest.fixture(scope="module")
-def client(handler: ModelHandler) -> Iterator[TestClient]:
-    with TestClient(model_app(handler, key_hash=None, max_body_bytes=200_000)) as client:
+def client(application: Callable[..., Any]) -> Iterator[TestClient]:
+    limits = {"body_mib": 1, "pictures": 8, "picture_pixels": 30_000, "input_pixels": 60_000}
+    with TestClient(application(edge={"limits": limits}, max_batch_size=4)) as client:
         yield client
 
 
-def _infer(client: TestClient, image: Any, outputs: list[str], **parameters: Any) -> Any:
-    body = build_request({"image": image}, outputs, parameters)
-    return client.post(INFER, content=body.content, headers=body.headers)
-
-
-def test_infer__json_in_and_out(
-    client: TestClient, picture: Callable[..., bytes], reference: Callable[..., Any]
-) -> None:
-    data = picture(1)
-    entry = {
-        "name": "image",
-        "datatype": "BYTES",
-        "shape": [1],
-        "data": [base64.b64encode(data).decode()],
-    }
-    response = client.post(INFER, content=json.dumps({"id": "q", "inputs": [entry]}))
-    assert response.status_code == 200
-    answer = response.json()
-    assert answer["id"] == "q"
-    assert answer["model_name"] == "alpha"
-    assert answer["parameters"] == {"grid": "3,4", "input_size": "48,64"}
-    shapes = {output["name"]: output["shape"] for output in answer["outputs"]}
-    assert shapes == {"pooled": [1, 64], "tokens": [1, 12, 64]}
-    pooled, tokens = reference(data)
-    np.testing.assert_allclose(answer["outputs"][0]["data"], pooled, atol=1e-5)
-    np.testing.assert_allclose(answer["outputs"][1]["data"], tokens.ravel(), atol=1e-5)
-
-
-def test_infer__raw_picture_and_gzip(client: TestClient, picture: Callable[..., bytes]) -> None:
-    data = picture(1)
-    plain = client.post(INFER, content=data, headers={HEADER_LENGTH: "0"})
-    packed = client.post(
-        INFER,
-        content=gzip.compress(data),
-        headers={HEADER_LENGTH: "0", "Content-Encoding": "gzip"},
-    )
-    assert plain.status_code == packed.status_code == 200
-    assert plain.content == packed.content
-
-
-def test_infer__layers_match_tokens_and_norm_matters(
-    client: TestClient, picture: Callable[..., bytes]
-) -> None:
-    names = ["layer_2", "tokens", "layer_0", "source_size"]
-    response = _infer(client, [picture(1, (90, 70))], names)
-    outputs = parse_response(response.content, response.headers[HEADER_LENGTH]).outputs
-    assert list(outputs) == names
-    assert outputs["source_size"].tolist() == [[70, 90]]
-    last = outputs["layer_2"]
-    assert last.shape == (1, 64, 3, 4)
-    tokens = last.reshape(1, 64, 12).transpose(0, 2, 1)
-    np.testing.assert_allclose(tokens, outputs["tokens"], atol=1e-5)
-    raw = _infer(client, [picture(1)], ["layer_2"], norm=False)
-    raw_last = parse_response(raw.content, raw.headers[HEADER_LENGTH]).outputs["layer_2"]
-    assert np.abs(raw_last - last).max() > 1e-2
-
-
-def test_infer__pixels_equal_the_encoded_picture(
-    client: TestClient, picture: Callable[..., bytes]
-) -> None:
-    import io
-
-    from PIL import Image
-
-    data = picture(3)
-    pixels = np.asarray(Image.open(io.BytesIO(data)))[None]
-    by_bytes, by_pixels = (_infer(client, image, ["pooled"]) for image in ([data], pixels))
-    assert by_bytes.content == by_pixels.content
-
-
-def test_infer__bad_pictures_are_named_and_fail_alone(
-    client: TestClient, picture: Callable[..., bytes]
-) -> None:
-    good, jpeg = picture(1), picture(2, format="JPEG")
-    bad = [jpeg[: len(jpeg) // 2], picture(1, (1, 1)), b"some text", b"", picture(1, (200, 200))]
-    response = _infer(client, [good, *bad], ["pooled"])
-    assert response.status_code == 422
-    assert response.headers["content-type"] == "application/problem+json"
-    problem = response.json()
-    assert problem["error"] == problem["detail"]
-    assert [p["index"] for p in problem["pictures"]] == [1, 2, 3, 4, 5]
-    assert [p["reason"] for p in problem["pictures"]] == [
-        "truncated", "too_small", "not_an_image", "empty", "too_large"
-    ]  # fmt: skip
-    assert _infer(client, [good], ["pooled"]).status_code == 200
-
-
-def test_predictor__same_numbers_whatever_the_company(
-    bundles: dict[str, Path], picture: Callable[..., bytes], reference: Callable[..., Any]
-) -> None:
-    import asyncio
-
-    async def main() -> None:
-        limits = PredictorLimits(max_batch_size=8, batch_wait_s=0.02)
-        predictor = Predictor(bundles["alpha"], device="cpu", limits=limits)
-        pictures = [picture(seed, (60 + seed, 80)) for seed in range(11)]
-        together = await asyncio.gather(
-            *(predictor.predict([data], Options()) for data in pictures),
-            predictor.predict([b"broken"], Options()),
-            return_exceptions=True,
-        )
-        assert isinstance(together[-1], Exception)
-        for data, result in zip(pictures, together, strict=False):
-            assert not isinstance(result, BaseException)
-            pooled, tokens = reference(data)
-            np.testing.assert_allclose(result[0].pooled, pooled, rtol=0, atol=1e-5)
-            assert result[0].tokens is not None
-            np.testing.assert_allclose(result[0].tokens, tokens, rtol=0, atol=1e-5)
-        await predictor.close()
-
-    asyncio.run(main())
-
-
-@pytest.mark.parametrize(
-    ("changes", "status"),
-    [
-        ({"outputs": [{"name": "nose"}]}, 400),
-        ({"outputs": [{"name": "layer_3"}]}, 400),
-        ({"outputs": [{"name": "pooled"}, {"name": "pooled"}]}, 400),
-        ({"parameters": {"dtype": "FP8"}}, 400),
-        ({"parameters": {"norm": "yes"}}, 400),
-        ({"inputs": [{"name": "x", "datatype": "BYTES", "shape": [1], "data": ["aGk="]}]}, 400),
-        ({"inputs": [{"name": "image", "datatype": "FP32", "shape": [1], "data": [1.0]}]}, 400),
-        ({"inputs": [{"name": "image", "datatype": "UINT8", "shape": [1], "data": [1]}]}, 400),
-        ({"inputs": [{"name": "image", "datatype": "BYTES", "shape": [0], "data": []}]}, 400),
-        (
-            {
-                "inputs": [
-                    {"name": "image", "datatype": "BYTES", "shape": [9], "data": ["aGk="] * 9}
-                ]
-            },
-            413,
-        ),
-        (
-            {
-                "inputs": [
-                    {"name": "image", "datatype": "UINT8", "shape": [1, 2, 2, 1], "data": [0] * 4}
-                ]
-            },
-            422,
-        ),
-    ],
-)
-def test_infer__refusals(client: TestClient, changes: dict[str, Any], status: int) -> None:
-    entry = {"name": "image", "datatype": "BYTES", "shape": [1], "data": ["aGk="]}
-    response = client.post(INFER, content=json.dumps({"inputs": [entry], **changes}))
-    assert response.status_code == status
-    assert response.json()["error"]
-
-
-def test_infer__large_bodies(client: TestClient) -> None:
-    assert client.post(INFER, content=bytes(200_001)).status_code == 413
-    chunks = (bytes(50_000) for _ in range(5))  # no Content-Length
+def test_bodies__too_large_in_every_way(client: TestClient) -> None:
+    assert client.post(INFER, content=bytes(2**20 + 1)).status_code == 413
+    chunks = (bytes(300_000) for _ in range(5))  # no Content-Length
     assert client.post(INFER, content=chunks).status_code == 413
-    bomb = gzip.compress(bytes(5_000_000))
-    assert len(bomb) < 200_000
+    bomb = gzip.compress(bytes(50_000_000))
+    assert len(bomb) < 2**20
     response = client.post(INFER, content=bomb, headers={"Content-Encoding": "gzip"})
     assert response.status_code == 413
     response = client.post(INFER, content=b"x", headers={"Content-Encoding": "br"})
     assert response.status_code == 415
+    assert client.post("/v1/features?model=alpha", content=bytes(2**20 + 1)).status_code == 413
 
 
-def test_model_app__versions_and_unknown_routes(client: TestClient) -> None:
+def test_features__raw_multipart_and_json_are_the_same(
+    client: TestClient, picture: Callable[..., bytes], reference: Callable[..., Any]
+) -> None:
+    data = picture(4, format="JPEG")
+    text = base64.b64encode(data).decode()
+    url = "/v1/features?model=alpha"
+    answers = [
+        client.post(url, content=data, headers=JPEG),
+        client.post(url, content=data),
+        client.post(url, files={"picture": ("a.jpg", data, "image/jpeg")}, data={"note": "x"}),
+        client.post(url, json={"images": [f"data:image/jpeg;base64,{text}"]}),
+        client.post(url, json={"images": [text]}),
+    ]
+    for answer in answers:
+        assert answer.status_code == 200, answer.text
+        (row,) = answer.json()["data"]
+        np.testing.assert_allclose(row["pooled"], reference(data)[0], atol=1e-5)
+        assert row["source_size"] == [70, 90]
+    several = [("file", (str(i), picture(i), "image/png")) for i in range(3)]
+    answer = client.post(url, files=several).json()
+    for index, row in enumerate(answer["data"]):
+        np.testing.assert_allclose(row["pooled"], reference(picture(index))[0], atol=1e-5)
+    assert answer["metadata"]["weights_sha256"]
+
+
+def test_features__maps_as_files(client: TestClient, picture: Callable[..., bytes]) -> None:
+    url = "/v1/features?model=alpha&outputs=tokens&layers=1&pyramid=true&size=keep:32,64"
+    url += "&dtype=float16"
+    answer = client.post(url, content=picture(4), headers={"Accept": "application/x-npz"})
+    assert answer.status_code == 200, answer.text
+    with np.load(io.BytesIO(answer.content)) as found:
+        assert found["tokens"].shape == (1, 8, 64)
+        assert found["layer_1"].dtype == np.float16
+        assert found["pyramid_4"].shape == (1, 64, 8, 16)
+        metadata = json.loads(str(found["metadata"]))
+    assert metadata["pictures"][0]["valid_region"] == [0, 0, 41, 32]
+    alone = "/v1/features?model=alpha&layers=1"
+    npy = client.post(alone, content=picture(4), headers={"Accept": "application/x-npy"})
+    assert np.load(io.BytesIO(npy.content)).shape == (1, 64, 3, 4)
+    assert json.loads(npy.headers["x-mimray-metadata"])["outputs"][0]["layer"] == 1
+
+
+def test_features__entity_tags(client: TestClient, picture: Callable[..., bytes]) -> None:
+    url = "/v1/features?model=alpha"
+    first = client.post(url, content=picture(7), headers=JPEG)
+    assert first.headers["vary"] == "Accept"
+    tag = first.headers["etag"]
+    again = client.post(url, content=picture(7), headers={**JPEG, "If-None-Match": f'"x", W/{tag}'})
+    assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", tag)
+    others = [
+        client.post(url, content=picture(8), headers=JPEG),
+        client.post(url + "&pooling=gem", content=picture(7), headers=JPEG),
+        client.post(url, content=picture(7), headers={**JPEG, "Accept": "application/x-npy"}),
+        client.post("/v1/features?model=beta", content=picture(7), headers=JPEG),
+    ]
+    assert len({tag, *(other.headers["etag"] for other in others)}) == 5
+
+
+@pytest.mark.parametrize(
+    ("query", "content", "headers", "status"),
+    [
+        ("model=gamma", b"x", {}, 404),
+        ("", b"x", {}, 400),
+        ("model=alpha&model=beta", b"x", {}, 400),
+        ("model=alpha&layer=1", b"x", {}, 400),
+        ("model=alpha&version=2", b"x", {}, 404),
+        ("model=alpha&outputs=nose", b"x", {}, 400),
+        ("model=alpha", b"", {}, 400),
+        ("model=alpha", b"x", {}, 422),
+        ("model=alpha", b"x", {"Content-Type": "text/plain"}, 415),
+        ("model=alpha", b"x", {"Accept": "text/html"}, 406),
+        ("model=alpha&outputs=tokens", b"x", {"Content-Type": "image/png"}, 422),
+        ("model=alpha", b"x", {"Content-Type": "multipart/form-data"}, 400),
+        ("model=alpha", b"x", {"Content-Type": "multipart/form-data; boundary=b"}, 400),
+        ("model=alpha", b"{}", {"Content-Type": "application/json"}, 400),
+        ("model=alpha", b'{"images": ["?"]}', {"Content-Type": "application/json"}, 400),
+        ("model=alpha", b'{"images": ["data:,x"]}', {"Content-Type": "application/json"}, 400),
+        ("model=alpha", b'{"images": ["https://a.b"]}', {"Content-Type": "application/json"}, 400),
+    ],
+)  # fmt: skip
+def test_features__refusals(
+    client: TestClient, query: str, content: bytes, headers: dict[str, str], status: int
+) -> None:
+    response = client.post(f"/v1/features?{query}", content=content, headers=headers)
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    assert response.json()["error"] == response.json()["detail"]
+    assert response.json()["status"] == status
+
+
+def test_features__one_model_needs_no_name(
+    application: Callable[..., Any], picture: Callable[..., bytes]
+) -> None:
+    with TestClient(application(("alpha",))) as client:
+        answer = client.post("/v1/features", content=picture(1), headers=JPEG)
+        assert answer.json()["model"] == "alpha"
+
+
+def test_embeddings__as_openai_has_them(
+    client: TestClient, picture: Callable[..., bytes], reference: Callable[..., Any]
+) -> None:
+    text = base64.b64encode(picture(1)).decode()
+    ask = {"model": "alpha", "input": [text, f"data:image/png;base64,{text}"], "user": "me"}
+    answer = client.post("/v1/embeddings", json=ask).json()
+    assert (answer["object"], answer["model"]) == ("list", "alpha")
+    assert [row["index"] for row in answer["data"]] == [0, 1]
+    packed = client.post("/v1/embeddings", json={**ask, "encoding_format": "base64"}).json()
+    for row, other in zip(answer["data"], packed["data"], strict=True):
+        np.testing.assert_allclose(row["embedding"], reference(picture(1))[0], atol=1e-5)
+        raw = np.frombuffer(base64.b64decode(other["embedding"]), np.float32)
+        np.testing.assert_array_equal(raw, np.array(row["embedding"], np.float32))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"input": 3}, {"input": []}, {"encoding_format": "hex"}, {"dimensions": 3}, {"pooling": "x"}],
+)
+def test_embeddings__refusals(client: TestClient, changes: dict[str, Any]) -> None:
+    response = client.post("/v1/embeddings", json={"model": "alpha", "input": "aGk=", **changes})
+    assert response.status_code == 400, response.text
+
+
+def test_models__and_what_is_said_of_them(client: TestClient) -> None:
+    listed = client.get("/v1/models").json()["data"]
+    assert [m["id"] for m in listed] == ["alpha", "beta"]
+    assert listed[0] == client.get("/v1/models/alpha").json()
+    assert (listed[0]["depth"], listed[0]["patch_size"], listed[0]["layers"]) == (3, 16, [0, 2])
+    assert listed[0]["can_reconstruct"] is False
+    assert client.post("/v1/reconstruct?model=alpha", content=b"x").status_code == 409
+    assert client.get("/v2/models/alpha/config").json()["max_batch_size"] == 0
+    stats = client.get("/v2/models/alpha/stats").json()["model_stats"][0]
+    assert stats["inference_count"] >= 0
+    index = client.post("/v2/repository/index").json()
+    assert [(m["name"], m["version"], m["state"]) for m in index] == [
+        ("alpha", "1", "READY"), ("beta", "1", "READY")
+    ]  # fmt: skip
+
+
+def test_routes__versions_and_unknown_ones(client: TestClient) -> None:
     assert client.get("/v2/models/alpha/versions/1/ready").status_code == 200
     for path, status in [
         ("/v2/models/alpha/versions/2", 404),
         ("/v2/models/alpha/nothing", 404),
+        ("/v2/models/gamma", 404),
+        ("/page/../app.py", 404),
+        ("/page/..%2Fapp.py", 404),
         (INFER, 405),
     ]:
         response = client.get(path)
-        assert response.status_code == status
+        assert response.status_code == status, path
         assert response.json()["error"]
+    assert client.get(INFER).headers["allow"] == "POST"
 
 
-def test_guard__asks_for_the_key(handler: ModelHandler) -> None:
-    app = model_app(handler, key_hash=hash_key("secret"), max_body_bytes=1000)
+def test_home__a_page_for_browsers(client: TestClient) -> None:
+    page = client.get("/", headers={"Accept": "text/html,*/*"})
+    assert "text/html" in page.headers["content-type"]
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert [m["name"] for m in client.get("/").json()["models"]] == ["alpha", "beta"]
+
+
+def test_edge__asks_for_the_key(application: Callable[..., Any]) -> None:
+    from serving.keys import hash_key
+
+    app = application(("alpha",), edge={"key_sha256": hash_key("secret")}, ready={"beta": False})
     with TestClient(app) as client:
         for headers in ({}, {"X-API-Key": "Secret"}, {"Authorization": "Basic secret"}):
             response = client.get("/v2/models/alpha", headers=headers)
@@ -218,25 +210,68 @@ def test_guard__asks_for_the_key(handler: ModelHandler) -> None:
             assert response.json()["error"]
         for headers in ({"X-API-Key": "secret"}, {"Authorization": "bearer secret"}):
             assert client.get("/v2/models/alpha", headers=headers).status_code == 200
-
-
-def test_root_app__readiness_is_that_of_all_models() -> None:
-    states = {"a": True, "b": False}
-
-    async def models() -> dict[str, bool]:
-        return states
-
-    with TestClient(root_app(models, version="9", key_hash=hash_key("secret"))) as client:
         assert client.get("/v2/health/live").status_code == 200
+        assert client.get("/", headers={"Accept": "text/html"}).status_code == 200
+        assert client.get("/").json()["models"] == []  # names are for those who may ask
         waiting = client.get("/v2/health/ready")
-        assert waiting.status_code == 503
-        assert waiting.headers["retry-after"] == "1"
-        assert "b" in waiting.json()["error"]
-        states["b"] = True
-        assert client.get("/v2/health/ready").status_code == 200
-        assert client.get("/").status_code == 401
-        client.headers["X-API-Key"] = "secret"
-        assert [m["name"] for m in client.get("/").json()["models"]] == ["a", "b"]
-        unknown = client.post("/v2/models/c/infer", content=b"{}")
-        assert unknown.status_code == 404
-        assert "models here: a, b" in unknown.json()["error"]
+        assert (waiting.status_code, waiting.headers["retry-after"]) == (503, "1")
+        assert "beta" in waiting.json()["error"]
+
+
+def test_edge__continues_a_trace_and_names_the_request(client: TestClient) -> None:
+    parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    answer = client.get("/v2/health/live", headers={"traceparent": parent})
+    version, trace, span, _ = answer.headers["traceparent"].split("-")
+    assert (version, trace) == ("00", "0af7651916cd43dd8448eb211c80319c")
+    assert span != "b7ad6b7169203331"
+
+
+def test_edge__bodies_that_do_not_come_and_bodies_that_are_too_many(
+    application: Callable[..., Any],
+) -> None:
+    import asyncio
+
+    app = application(("alpha",), edge={"limits": {"body_timeout_s": 0.05, "bodies_mib": 1}})
+
+    async def post(messages: list[dict[str, Any]], hang: bool) -> tuple[int, bytes]:
+        sent: list[dict[str, Any]] = []
+
+        async def receive() -> dict[str, Any]:
+            if messages:
+                return messages.pop(0)
+            if hang:
+                await asyncio.sleep(30)
+            return {"type": "http.disconnect"}
+
+        async def send(message: dict[str, Any]) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": INFER, "query_string": b"",
+                 "headers": [], "http_version": "1.1", "scheme": "http", "server": None,
+                 "client": None, "raw_path": b"", "root_path": ""}  # fmt: skip
+        await app(scope, receive, send)
+        return (sent[0]["status"], sent[1]["body"]) if sent else (0, b"")
+
+    chunk = {"type": "http.request", "body": bytes(600_000), "more_body": True}
+    assert asyncio.run(post([dict(chunk)], hang=True))[0] == 408
+    status, body = asyncio.run(post([dict(chunk), dict(chunk)], hang=True))
+    assert status == 503
+    assert b"large bodies" in body
+    assert asyncio.run(post([dict(chunk)], hang=False)) == (0, b"")  # gone; nothing is said
+    # What they held is free again.
+    assert asyncio.run(post([dict(chunk)], hang=True))[0] == 408
+
+
+def test_edge__what_nobody_foresaw_is_a_problem_too(
+    application: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import serving.openapi
+
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(serving.openapi, "document", fail)
+    with TestClient(application(("alpha",))) as client:
+        response = client.get("/openapi.json")
+    assert response.status_code == 500
+    assert response.json()["error"] == "unexpected ZeroDivisionError"

@@ -3,10 +3,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-import pytest
-
 from serving.batcher import Batcher
-from serving.errors import OverloadedError
 
 
 def _batcher(
@@ -19,7 +16,7 @@ def _batcher(
             raise RuntimeError("the whole batch")
         return [ValueError("one item") if item == 7 else item * 10 for item in items]
 
-    return Batcher(run, max_batch_size=max_batch_size, batch_wait_s=batch_wait_s, max_queue_size=6)
+    return Batcher(run, max_batch_size=max_batch_size, batch_wait_s=batch_wait_s)
 
 
 def test_batcher__groups_by_key_and_never_exceeds_the_size() -> None:
@@ -82,21 +79,6 @@ def test_batcher__rare_key_is_not_starved_by_full_batches() -> None:
         await asyncio.sleep(0)
         assert await asyncio.wait_for(batcher.submit("rare", 1), timeout=0.2) == 10
         await asyncio.gather(*floods)
-        await batcher.close()
-
-    asyncio.run(main())
-
-
-def test_batcher__refuses_when_full() -> None:
-    async def main() -> None:
-        batcher = _batcher([], batch_wait_s=0.05)
-        batcher.reserve(6)
-        waiting = [asyncio.create_task(batcher.submit(str(i), i)) for i in range(4)]
-        await asyncio.sleep(0)
-        with pytest.raises(OverloadedError, match="waiting"):
-            batcher.reserve(3)
-        batcher.reserve(2)
-        await asyncio.gather(*waiting)
         await batcher.close()
 
     asyncio.run(main())

@@ -31,7 +31,7 @@ from serving.haproxy import HAProxyState, haproxy_available
 from serving.run import Endpoint, serve_bundles
 from trainers.errors import BundleError, ServingError
 
-KEY = "correct horse"
+KEY = "correct-horse"
 
 
 def _free_port() -> int:
@@ -223,7 +223,7 @@ def test_client__refusals_become_exceptions(
 ) -> None:
     with pytest.raises(UnknownModelError, match="models here: alpha, beta"):
         client.embed([picture(0)], model="gamma")
-    with pytest.raises(InvalidRequestError, match="layer_0 to layer_2"):
+    with pytest.raises(InvalidRequestError, match="no layer 3"):
         client.features(picture(0), model="alpha", layers=(3,))
     with pytest.raises(TooLargeError):
         client.embed([bytes(64 * 2**20)], model="alpha")

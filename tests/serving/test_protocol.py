@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from serving.errors import (
     InvalidRequestError,
     TooLargeError,
-    UnsupportedEncodingError,
+    UnsupportedMediaTypeError,
 )
 from serving.protocol import (
     HEADER_LENGTH,
@@ -64,6 +64,22 @@ def test_response__round_trip_keeps_values_types_and_id(binary: bool) -> None:
     for name, tensor in tensors.items():
         assert response.outputs[name].dtype == tensor.dtype
         np.testing.assert_array_equal(response.outputs[name], tensor)
+
+
+@given(st.integers(0, 30), st.integers(1, 4))
+def test_binary__tensors_lie_at_whole_words(length: int, count: int) -> None:
+    tensors = {f"{'x' * length}{index}": np.arange(2.0) for index in range(count)}
+    body = build_response(
+        InferRequest(inputs=(), binary_output=True), tensors, model_name="m", model_version="1",
+        parameters={},
+    )  # fmt: skip
+    assert int(body.headers[HEADER_LENGTH]) % 8 == 0
+    response = parse_response(bytearray(body.content), body.headers[HEADER_LENGTH])
+    for array in response.outputs.values():
+        assert isinstance(array, np.ndarray)
+        assert array.flags.aligned
+        assert array.flags.writeable
+        np.testing.assert_array_equal(array, [0, 1])
 
 
 def test_response__outputs_choose_binary_one_by_one() -> None:
@@ -151,5 +167,5 @@ def test_inflate__bounded_and_checked() -> None:
         inflate(gzip.compress(b"abc")[:-3], "gzip", max_bytes=100)
     with pytest.raises(InvalidRequestError):
         inflate(b"plain", "gzip", max_bytes=100)
-    with pytest.raises(UnsupportedEncodingError):
+    with pytest.raises(UnsupportedMediaTypeError):
         inflate(b"", "br", max_bytes=100)

@@ -76,6 +76,7 @@ def decode(
     *,
     max_pixels: int = MAX_PIXELS,
     min_side_px: int = MIN_SIDE_PX,
+    max_frames: int | None = None,
     draft_size: tuple[int, int] | None = None,
 ) -> Decoded:
     """Decode a whole picture to upright 8-bit RGB.
@@ -88,6 +89,7 @@ def decode(
         data: the encoded picture.
         max_pixels: pictures with more pixels are refused from their header, before decoding.
         min_side_px: pictures with a shorter side are refused.
+        max_frames: files with more frames or pages are refused.
         draft_size: (width, height) of the upright picture that is enough for the caller; a
             JPEG is then decoded at 1/2, 1/4 or 1/8 where that still covers it. Others ignore it.
 
@@ -96,11 +98,16 @@ def decode(
 
     Raises:
         ImageError: with reason `empty`, `not_an_image`, `too_large`, `too_small`, `truncated`,
-            `broken` or `unsupported_mode`.
+            `too_many_frames`, `broken` or `unsupported_mode`.
     """
     image = _open(data)
     try:
         _check_size(image, max_pixels, min_side_px)
+        frames = getattr(image, "n_frames", 1) if max_frames is not None else 1
+        if max_frames is not None and frames > max_frames:
+            raise ImageError(
+                "too_many_frames", f"{frames} frames are more than the allowed {max_frames}"
+            )
         stored_size, mode, layout = image.size, image.mode, _raw_mode(image)
         if draft_size is not None and image.format in DRAFTED:
             turned = _orientation(image) >= 5

@@ -81,6 +81,18 @@ class Encoder(nn.Module, ABC):
             Maps [B, widths[layer], H / strides[layer], W / strides[layer]].
         """
 
+    def forward_intermediates(
+        self, images: Float[Tensor, "B C H W"], layers: Sequence[int], norm: bool = True
+    ) -> tuple[Features, tuple[Float[Tensor, "B _ _ _"], ...]]:
+        """What `forward` and `features` give; encoders that can give both in one pass.
+
+        Args:
+            images: normalised pictures.
+            layers: as of `features`; may be empty.
+            norm: as of `features`; the tokens are always normed.
+        """
+        return self(images), self.features(images, layers, norm) if layers else ()
+
     @property
     @abstractmethod
     def last_decay_layer(self) -> int:

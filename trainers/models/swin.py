@@ -173,6 +173,18 @@ class Swin(Encoder):
             maps[i] = (self.norm(x) if norm and last else x).permute(0, 3, 1, 2)  # B D h w
         return tuple(maps[i] for i in wanted)
 
+    def forward_intermediates(
+        self, images: Float[Tensor, "B C H W"], layers: Sequence[int], norm: bool = True
+    ) -> tuple[Features, tuple[Float[Tensor, "B _ _ _"], ...]]:
+        """Features and maps in one pass."""
+        wanted = self._wanted(layers) if layers else []
+        maps = self.features(images, tuple(range(self.depth)), norm)
+        last = maps[-1].permute(0, 2, 3, 1)  # B h w D
+        tokens = (last if norm else self.norm(last)).flatten(1, 2)  # B N D
+        grid = (last.shape[1], last.shape[2])
+        features = Features(tokens, tokens[:, :0], pooled=tokens.mean(dim=1), grid=grid)
+        return features, tuple(maps[i] for i in wanted)
+
     def _run_stage(self, stage: Any, x: Tensor) -> Tensor:
         x = stage["downsample"](x)
         for block in stage["blocks"]:

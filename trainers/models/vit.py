@@ -242,9 +242,30 @@ class ViT(Encoder):
         for i, block in enumerate(self.blocks[: max(wanted) + 1]):
             x = self._run(block, x, relative)
             if i in wanted:
-                tokens = (self.norm(x) if norm else x)[:, 1:]  # B N D
-                maps[i] = tokens.transpose(1, 2).unflatten(2, grid)  # B D h w
+                maps[i] = self._map(x, grid, norm)
         return tuple(maps[i] for i in wanted)
+
+    def forward_intermediates(
+        self, images: Float[Tensor, "B C H W"], layers: Sequence[int], norm: bool = True
+    ) -> tuple[Features, tuple[Float[Tensor, "B _ _ _"], ...]]:
+        """Features and maps in one pass."""
+        wanted = self._wanted(layers) if layers else []
+        grid = self._grid_of((images.shape[2], images.shape[3]))
+        x = self._embed(images, grid)
+        relative = self._relative(grid, x.dtype)
+        maps: dict[int, Tensor] = {}
+        for i, block in enumerate(self.blocks):
+            x = self._run(block, x, relative)
+            if i in wanted:
+                maps[i] = self._map(x, grid, norm)
+        x = self.norm(x)  # B 1+N D
+        prefix, tokens = x[:, :1], x[:, 1:]
+        features = Features(tokens, prefix, pooled=tokens.mean(dim=1), grid=grid)
+        return features, tuple(maps[i] for i in wanted)
+
+    def _map(self, x: Tensor, grid: tuple[int, int], norm: bool) -> Tensor:
+        tokens = (self.norm(x) if norm else x)[:, 1:]  # B N D
+        return cast(Tensor, tokens.transpose(1, 2).unflatten(2, grid))  # B D h w
 
     def _embed(
         self,

@@ -1,0 +1,19 @@
+"""Features over HTTP, with neither torch nor Ray; numpy arrays come back.
+
+with FeatureClient("http://127.0.0.1:8000") as client:
+    vectors = client.embed(["cat.jpg", open("dog.png", "rb").read()], model="mae-photos")
+
+async with AsyncFeatureClient("http://127.0.0.1:8000") as client:
+    features = await client.features("cat.jpg", model="mae-photos", layers=(2, 5, 8, 11))
+
+`core` says what is asked and how answers read, `flows` when a request is sent again; the two
+clients only send and wait.
+"""
+
+from serving.client.blocking import FeatureClient
+from serving.client.core import Size
+from serving.client.images import Image
+from serving.client.nonblocking import AsyncFeatureClient
+from serving.client.results import Features, Reconstruction
+
+__all__ = ["AsyncFeatureClient", "FeatureClient", "Features", "Image", "Reconstruction", "Size"]

@@ -1,0 +1,178 @@
+"""The client for asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Iterable, Sequence
+from typing import Any, TypeVar
+
+import httpx2
+
+from serving.client.base import LIVE, READY, Client, Dtype, Pooling
+from serving.client.core import Size, feature_parameters
+from serving.client.flows import All, Answer, Failure, Flow, Load, Pause, Send
+from serving.client.images import Image
+from serving.client.results import Features, Reconstruction
+from serving.codecs import Array
+
+T = TypeVar("T")
+
+
+class AsyncFeatureClient(Client):
+    """`FeatureClient` for asyncio; its methods are described there.
+
+    Args:
+        base_url: where the endpoint answers, e.g. `http://127.0.0.1:8000`.
+        api_key: the endpoint's key; `MIMRAY_API_KEY` by default.
+        timeout_s: longest wait for a connection and between bytes.
+        max_retries: further attempts after the first.
+        batch_size: most pictures in one request.
+        deadline_s: longest time for a request, its retries and pauses included.
+        headers: sent with every request, or a function that makes them, e.g. for `traceparent`.
+        transport: of httpx2, for other ways than TCP.
+    """
+
+    _http_class = httpx2.AsyncClient
+
+    async def embed(
+        self,
+        images: Iterable[Image],
+        model: str,
+        pooling: Pooling | None = None,
+        size: Size | None = None,
+        concurrency: int = 4,
+    ) -> Array:
+        """Pooled features of pictures, float32 [B, D]."""
+        return await self._run(self._core.embed(images, model, pooling, size, concurrency))
+
+    async def outputs(
+        self,
+        images: Iterable[Image],
+        model: str,
+        names: Sequence[str],
+        *,
+        norm: bool = True,
+        size: Size | None = None,
+        concurrency: int = 4,
+    ) -> dict[str, Array]:
+        """Any outputs of many pictures, arrays [B, …] by name."""
+        return await self._run(self._core.outputs(images, model, names, norm, size, concurrency))
+
+    async def features(
+        self,
+        image: Image,
+        model: str,
+        layers: Sequence[int] = (),
+        pooling: Pooling | None = None,
+        norm: bool = True,
+        pyramid: bool = False,
+        size: Size | None = None,
+        dtype: Dtype = "float32",
+    ) -> Features:
+        """Dense features of one picture."""
+        parameters = feature_parameters(layers, pooling, norm, pyramid, size, dtype)
+        return await self._run(self._core.features(image, model, parameters))
+
+    def features_many(
+        self,
+        images: Iterable[Image],
+        model: str,
+        layers: Sequence[int] = (),
+        pooling: Pooling | None = None,
+        norm: bool = True,
+        pyramid: bool = False,
+        size: Size | None = None,
+        dtype: Dtype = "float32",
+        concurrency: int = 4,
+    ) -> AsyncIterator[Features]:
+        """Dense features of many pictures, in order."""
+        parameters = feature_parameters(layers, pooling, norm, pyramid, size, dtype)
+        return self._each(self._core.features_many(images, model, parameters, concurrency))
+
+    async def reconstruct(
+        self, image: Image, model: str, mask_ratio: float | None = None, seed: int = 0
+    ) -> Reconstruction:
+        """Hide a part of a picture and see what the model predicts there."""
+        return await self._run(self._core.reconstruct(image, model, mask_ratio, seed))
+
+    async def models(self) -> list[str]:
+        """Names of the models the endpoint serves."""
+        return await self._run(self._core.models())
+
+    async def model(self, name: str) -> dict[str, Any]:
+        """What the endpoint says of a model."""
+        return await self._run(self._core.model(name))
+
+    async def metadata(self, model: str) -> dict[str, Any]:
+        """The Open Inference Protocol's description of a model."""
+        return await self._run(self._core.metadata(model))
+
+    async def ready(self) -> bool:
+        """Whether the endpoint and all its models can answer now."""
+        return await self._run(self._core.healthy(READY))
+
+    async def live(self) -> bool:
+        """Whether the endpoint runs."""
+        return await self._run(self._core.healthy(LIVE))
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    async def __aenter__(self) -> AsyncFeatureClient:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
+
+    async def _run(self, flow: Flow[T]) -> T:
+        outcome: Any = None
+        while True:
+            try:
+                step = flow.send(outcome)
+            except StopIteration as end:
+                result: T = end.value
+                return result
+            match step:
+                case Send():
+                    outcome = await self._send(step)
+                case Load(function):
+                    outcome = await asyncio.to_thread(function)
+                case All():
+                    outcome = [result async for result in self._each(step)]
+                case Pause(seconds):
+                    outcome = None
+                    await asyncio.sleep(seconds)
+
+    async def _each(self, batch: All[T]) -> AsyncIterator[T]:
+        turns = asyncio.Semaphore(batch.concurrency)
+
+        async def run(flow: Flow[T]) -> T:
+            async with turns:
+                return await self._run(flow)
+
+        waiting: deque[asyncio.Task[T]] = deque()
+        try:
+            for flow in batch.flows:
+                waiting.append(asyncio.create_task(run(flow)))
+                if len(waiting) == 2 * batch.concurrency:
+                    yield await waiting.popleft()
+            while waiting:
+                yield await waiting.popleft()
+        finally:
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+
+    async def _send(self, send: Send) -> Answer | Failure:
+        parts: list[bytes] = []
+        try:
+            async with (
+                asyncio.timeout(send.left_s),
+                self._http.stream(**self._arguments(send)) as response,
+            ):
+                parts = [part async for part in response.aiter_bytes()]
+        except (httpx2.RequestError, TimeoutError) as error:
+            return Failure(error)
+        return Answer(response.status_code, response.headers, bytearray().join(parts))

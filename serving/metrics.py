@@ -1,0 +1,206 @@
+"""What can be watched: counted in each replica, given out by Ray's agent of each node.
+
+Ray puts `ray_` before every name and `_total` behind counters. A scrape of the agents, or of the
+endpoint's `/metrics`, which asks them, finds these beside Ray Serve's own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+FAMILIES = ("ray_mimray_", "ray_serve_")
+"""What `/metrics` gives out of all that Ray counts."""
+
+_SECONDS = (
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+    30.0,
+    60.0,
+)
+_PICTURES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
+_BYTES = tuple(float(4**power) for power in range(5, 15))
+_TIMEOUT_S = 5.0
+_NAME = re.compile(r"# (?:HELP|TYPE) (\S+)")
+
+
+class Kind(NamedTuple):
+    """One thing that is counted.
+
+    Attributes:
+        type: `counter`, `gauge` or `histogram`.
+        text: what it is.
+        labels: beside `model` and `version`.
+        buckets: upper bounds of a histogram.
+    """
+
+    type: str
+    text: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+
+KINDS = {
+    "mimray_requests": Kind("counter", "Requests answered", ("operation", "status")),
+    "mimray_request_seconds": Kind(
+        "histogram", "From a request read to its answer made", ("operation",), _SECONDS
+    ),
+    "mimray_phase_seconds": Kind(
+        "histogram",
+        "Parts of a request: queue, decode, batch_wait, model, encode",
+        ("phase",),
+        _SECONDS,
+    ),
+    "mimray_pictures": Kind("counter", "Pictures answered", ("operation",)),
+    "mimray_batch_pictures": Kind("histogram", "Pictures in a pass", (), _PICTURES),
+    "mimray_pixels": Kind("counter", "Pixels of the model's input"),
+    "mimray_waiting_pictures": Kind("gauge", "Pictures admitted and not yet answered"),
+    "mimray_rejections": Kind("counter", "Requests refused", ("reason",)),
+    "mimray_cache_requests": Kind("counter", "Requests by whether they were kept", ("result",)),
+    "mimray_answer_bytes": Kind("histogram", "Bytes of an answer", (), _BYTES),
+}
+
+
+class Metrics:
+    """Counts for one version of one model; outside Ray, for nobody.
+
+    Args:
+        model: name.
+        version: of it.
+    """
+
+    def __init__(self, model: str, version: str) -> None:
+        import ray
+
+        self._tags = {"model": model, "version": version}
+        self._kinds: dict[str, Any] = {}
+        if ray.is_initialized():
+            self._kinds = {name: _made(name, kind) for name, kind in KINDS.items()}
+
+    def request(self, operation: str, status: int, seconds: float, pictures: int) -> None:
+        """A request was answered."""
+        self._add("mimray_requests", 1, operation=operation, status=str(status))
+        self._add("mimray_request_seconds", seconds, operation=operation)
+        if pictures and status < 400:
+            self._add("mimray_pictures", pictures, operation=operation)
+
+    def phase(self, name: str, seconds: float) -> None:
+        """A part of a request took a while."""
+        self._add("mimray_phase_seconds", seconds, phase=name)
+
+    def batch(self, size: int, pixels: int) -> None:
+        """The model ran."""
+        self._add("mimray_batch_pictures", size)
+        self._add("mimray_pixels", pixels)
+
+    def waiting(self, pictures: int) -> None:
+        """So many wait now."""
+        self._add("mimray_waiting_pictures", pictures)
+
+    def rejected(self, reason: str) -> None:
+        """A request was refused."""
+        self._add("mimray_rejections", 1, reason=reason)
+
+    def cache(self, hit: bool) -> None:
+        """A request was looked up."""
+        self._add("mimray_cache_requests", 1, result="hit" if hit else "miss")
+
+    def answer_bytes(self, size: int) -> None:
+        """An answer was made."""
+        self._add("mimray_answer_bytes", size)
+
+    def _add(self, name: str, value: float, **labels: str) -> None:
+        kind = self._kinds.get(name)
+        if kind is None:
+            return
+        tags = {**self._tags, **labels}
+        if KINDS[name].type == "counter":
+            kind.inc(value, tags)
+        elif KINDS[name].type == "gauge":
+            kind.set(value, tags)
+        else:
+            kind.observe(value, tags)
+
+
+def _made(name: str, kind: Kind) -> Any:
+    from ray.util.metrics import Counter, Gauge, Histogram
+
+    keys = ("model", "version", *kind.labels)
+    if kind.type == "histogram":
+        return Histogram(name, kind.text, boundaries=list(kind.buckets), tag_keys=keys)
+    made = {"counter": Counter, "gauge": Gauge}[kind.type]
+    return made(name, kind.text, tag_keys=keys)
+
+
+async def exposition() -> str:
+    """Ours and Ray Serve's metrics of every node, in Prometheus' text format.
+
+    A node that does not answer is left out. Values are up to ten seconds old: that is how often
+    Ray collects them.
+    """
+    import httpx2
+    import ray
+
+    nodes = [node for node in await asyncio.to_thread(ray.nodes) if node["Alive"]]
+
+    async def ask(client: httpx2.AsyncClient, node: dict[str, Any]) -> str:
+        address, port = node["NodeManagerAddress"], node["MetricsExportPort"]
+        shown = f"[{address}]" if ":" in address else address
+        try:
+            response = await client.get(f"http://{shown}:{port}/metrics")
+        except httpx2.HTTPError:
+            return ""
+        return str(response.text) if response.status_code == 200 else ""
+
+    async with httpx2.AsyncClient(
+        headers=_authorisation(), timeout=_TIMEOUT_S, trust_env=False
+    ) as client:
+        return merged(await asyncio.gather(*(ask(client, node) for node in nodes)))
+
+
+def merged(texts: Sequence[str]) -> str:
+    """Several expositions as one: each family once, with the samples of all."""
+    heads: dict[str, list[str]] = {}
+    samples: dict[str, list[str]] = {}
+    for text in texts:
+        family = ""
+        fresh: set[str] = set()
+        for line in text.splitlines():
+            if found := _NAME.match(line):
+                family = found[1]
+                if family.startswith(FAMILIES) and family not in heads:
+                    heads[family], samples[family] = [], []
+                    fresh.add(family)
+                if family in fresh:
+                    heads[family].append(line)
+            elif family in samples and line and not line.startswith("#"):
+                samples[family].append(line)
+    lines = [line for family in heads for line in (*heads[family], *samples[family])]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _authorisation() -> dict[str, str]:
+    """The header Ray's agents want where the cluster has a token."""
+    import os
+    from pathlib import Path
+
+    token = os.environ.get("RAY_AUTH_TOKEN", "")
+    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    if not token and file.is_file():
+        token = file.read_text(encoding="utf-8").strip()
+    return {"Authorization": f"Bearer {token}"} if token else {}

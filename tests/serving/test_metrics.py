@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from serving.metrics import KINDS, exposition, merged
+
+DASHBOARD = Path(__file__).parents[2] / "deploy" / "grafana" / "mimray.json"
+
+
+def test_merged__each_family_once_and_ours_alone() -> None:
+    node = (
+        "# HELP ray_mimray_requests_total d\n# TYPE ray_mimray_requests_total counter\n"
+        'ray_mimray_requests_total{node="%s"} 1.0\n'
+        "# HELP ray_tasks t\n# TYPE ray_tasks gauge\nray_tasks 3\n"
+    )
+    assert merged([node % "a", "", node % "b"]) == (
+        "# HELP ray_mimray_requests_total d\n# TYPE ray_mimray_requests_total counter\n"
+        'ray_mimray_requests_total{node="a"} 1.0\nray_mimray_requests_total{node="b"} 1.0\n'
+    )
+
+
+@pytest.mark.timeout(90)
+def test_exposition__what_a_replica_counted(ray_session: str) -> None:
+    import ray
+    from prometheus_client.parser import text_string_to_metric_families
+
+    @ray.remote
+    class Replica:
+        def count(self) -> None:
+            from serving.metrics import Metrics
+
+            metrics = Metrics("m", "3")
+            metrics.request("features", 200, 0.02, 4)
+            metrics.phase("model", 0.01)
+            metrics.batch(4, 4 * 48 * 64)
+            metrics.waiting(2)
+            metrics.rejected("overloaded")
+            metrics.cache(hit=True)
+            metrics.answer_bytes(5000)
+
+    replica = Replica.options(num_cpus=0).remote()  # type: ignore[attr-defined]
+    ray.get(replica.count.remote())
+
+    async def counted() -> str:
+        for _ in range(150):
+            text = await exposition()
+            if "ray_mimray_requests_total" in text and "ray_mimray_answer_bytes" in text:
+                return text
+            await asyncio.sleep(0.2)
+        raise AssertionError("Ray's agent never had them")
+
+    families = {f.name: f for f in text_string_to_metric_families(asyncio.run(counted()))}
+    for name, kind in KINDS.items():
+        family = families[f"ray_{name}"]
+        assert family.type == kind.type, name
+        ours = [s for s in family.samples if s.labels.get("model") == "m"]
+        assert ours, name
+        assert {"model", "version", *kind.labels} <= ours[0].labels.keys()
+    (requests,) = [
+        s for s in families["ray_mimray_requests"].samples if s.labels.get("model") == "m"
+    ]
+    assert (requests.value, requests.labels["status"]) == (1.0, "200")
+    ray.kill(replica)
+
+
+def test_dashboard__asks_for_what_there_is() -> None:
+    dashboard = json.loads(DASHBOARD.read_text())
+    expressions = [t["expr"] for panel in dashboard["panels"] for t in panel.get("targets", ())]
+    assert len(expressions) >= 10
+    used: set[str] = set()
+    for expression in expressions:
+        for name, labels in re.findall(r"ray_(mimray_\w+)\{([^}]*)\}", expression):
+            base = re.sub(r"_(total|bucket|sum|count)$", "", name)
+            kind = KINDS[base]
+            used.add(base)
+            suffix = name.removeprefix(base)
+            assert suffix in {
+                "counter": {"_total"}, "gauge": {""}, "histogram": {"_bucket", "_sum", "_count"}
+            }[kind.type], name  # fmt: skip
+            asked = set(re.findall(r"(\w+)=", labels))
+            assert asked <= {"model", "version", *kind.labels}
+        for by in re.findall(r"by \(([^)]*)\)", expression):
+            known = {"le", "model", "version"} | {x for k in KINDS.values() for x in k.labels}
+            assert {word.strip() for word in by.split(",")} <= known
+    assert used == KINDS.keys()  # nothing is counted that nobody looks at
+    taken: set[tuple[int, int]] = set()
+    for panel in dashboard["panels"]:
+        at = panel["gridPos"]
+        cells = {
+            (x, y)
+            for x in range(at["x"], at["x"] + at["w"])
+            for y in range(at["y"], at["y"] + at["h"])
+        }
+        assert not cells & taken, panel["title"]
+        assert at["x"] + at["w"] <= 24
+        taken |= cells

@@ -1,0 +1,190 @@
+"""Pictures to features without a protocol: the numbers, the company they came in, the limits."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from serving.errors import OverloadedError, TooLargeError, UnusablePictureError
+from serving.geometry import Sizing
+from serving.options import Options
+from serving.predictor import Prediction, Predictor, PredictorLimits, Timeline, output_bytes
+from serving.preparing import PictureLimits
+
+LIMITS = PredictorLimits(max_batch_size=8, batch_wait_s=0.01)
+
+
+@pytest.fixture
+def predictor(bundles: dict[str, Path]) -> Predictor:
+    return Predictor(bundles["alpha"], device="cpu", limits=LIMITS)
+
+
+def _predict(bundle: Path, data: list[Any], options: Options, **limits: Any) -> list[Any]:
+    """Each picture as a request of its own, all at once."""
+
+    async def main() -> list[Any]:
+        settings = {"max_batch_size": 8, "batch_wait_s": 0.02, **limits}
+        predictor = Predictor(bundle, device="cpu", limits=PredictorLimits(**settings))
+        try:
+            jobs = (predictor.predict([picture], options) for picture in data)
+            return await asyncio.gather(*jobs, return_exceptions=True)
+        finally:
+            await predictor.close()
+
+    return asyncio.run(main())
+
+
+def test_predict__same_numbers_whatever_the_company(
+    bundles: dict[str, Path], picture: Callable[..., bytes], reference: Callable[..., Any]
+) -> None:
+    pictures = [picture(seed, (60 + seed, 80)) for seed in range(11)]
+    found = _predict(bundles["alpha"], [*pictures, b"broken"], Options(tokens=True))
+    assert isinstance(found.pop(), UnusablePictureError)
+    for data, (result,) in zip(pictures, found, strict=True):
+        pooled, tokens = reference(data)
+        np.testing.assert_allclose(result.outputs["pooled"], pooled, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(result.outputs["tokens"], tokens, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [Sizing("keep"), Sizing("native"), Sizing("stretch", (32, 80))])
+def test_predict__batched_or_alone_at_any_size(
+    bundles: dict[str, Path], picture: Callable[..., bytes], size: Sizing
+) -> None:
+    shapes = [(90, 70), (70, 90), (64, 64), (90, 70), (90, 70)]
+    pictures = [picture(seed, shape) for seed, shape in enumerate(shapes)]
+    options = Options(tokens=True, layers=(0, 2), pyramid=2, sizing=size)
+    together = _predict(bundles["alpha"], pictures, options)
+    alone = [r for p in pictures for r in _predict(bundles["alpha"], [p], options)]
+    for (one,), (other,) in zip(together, alone, strict=True):
+        assert one.placement == other.placement
+        assert one.outputs.keys() == other.outputs.keys() == set(options.names)
+        for name, values in one.outputs.items():
+            np.testing.assert_allclose(values, other.outputs[name], rtol=0, atol=1e-5)
+
+
+def test_predict__padding_does_not_enter_the_pooled_vector(
+    bundles: dict[str, Path], picture: Callable[..., bytes]
+) -> None:
+    data = picture(3, (30, 120))  # wide: 48 x 64 shows it on 48 x 12
+    ((tall,),) = _predict(
+        bundles["alpha"], [picture(3, (30, 120))], Options(tokens=True, sizing=Sizing("keep"))
+    )
+    assert tall.placement.shown_size == (48, 12)
+    tokens = tall.outputs["tokens"].reshape(3, 4, 64)
+    np.testing.assert_allclose(tall.outputs["pooled"], tokens[:, 0].mean(0), atol=1e-5)
+    # The padding is the mean colour, which is nothing once normalised.
+    predictor = Predictor(bundles["alpha"], device="cpu")
+    pixels = predictor._preparer.prepare(data, Sizing("keep")).pixels
+    assert pixels[:, :, 12:].reshape(3, -1).std(axis=1).max() == 0
+    np.testing.assert_allclose(pixels[:, 0, -1] / 255, (0.4, 0.5, 0.6), atol=0.5 / 255)
+
+
+def test_predict__pixels_and_normalised_inputs(
+    bundles: dict[str, Path], picture: Callable[..., bytes], reference: Callable[..., Any]
+) -> None:
+    data = picture(5)
+    pooled, _ = reference(data)
+    pixels = np.asarray(Image.open(io.BytesIO(data)))
+    resized = Image.open(io.BytesIO(data)).resize((64, 48), Image.Resampling.BICUBIC)
+    mean, std = np.array((0.4, 0.5, 0.6)), np.array((0.2, 0.25, 0.3))
+    normalised = ((np.asarray(resized) / 255 - mean) / std).transpose(2, 0, 1).astype(np.float32)
+    found = _predict(bundles["alpha"], [data, pixels, normalised], Options())
+    for (result,) in found:
+        np.testing.assert_allclose(result.outputs["pooled"], pooled, rtol=0, atol=1e-5)
+    bad = normalised.copy()
+    bad[0, 0, 0] = np.nan
+    (refused,) = _predict(bundles["alpha"], [bad], Options())
+    assert refused.details["pictures"][0]["reason"] == "not_finite"
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [("float16", 1e-3), ("bfloat16", 8e-3), ("int8", 1.0)])
+def test_predict__narrow_types(
+    bundles: dict[str, Path], picture: Callable[..., bytes], dtype: Any, rtol: float
+) -> None:
+    data = picture(6)
+    ((wide,),) = _predict(bundles["alpha"], [data], Options(tokens=True, layers=(1,)))
+    ((narrow,),) = _predict(
+        bundles["alpha"], [data], Options(tokens=True, layers=(1,), dtype=dtype)
+    )
+    for name in ("pooled", "tokens", "layer_1"):
+        values = narrow.outputs[name]
+        if dtype == "bfloat16":
+            values = (values.astype(np.uint32) << 16).view(np.float32)
+        if dtype == "int8":
+            scale = narrow.outputs[f"{name}_scale"]
+            assert (np.abs(values * scale - wide.outputs[name]) <= scale * 0.501).all()
+        else:
+            np.testing.assert_allclose(values, wide.outputs[name], rtol=rtol, atol=1e-3)
+
+
+def test_predict__refuses_what_would_be_too_much(
+    bundles: dict[str, Path], picture: Callable[..., bytes]
+) -> None:
+    (too_large,) = _predict(bundles["alpha"], [picture(1)], Options(tokens=True),
+                            max_output_bytes=1000)  # fmt: skip
+    assert isinstance(too_large, TooLargeError)
+    frames = [Image.new("RGB", (20, 20), (i, 0, 0)) for i in range(5)]
+    file = io.BytesIO()
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
+    limits = PictureLimits(max_frames=3)
+    (animated,) = _predict(bundles["alpha"], [file.getvalue()], Options(), pictures=limits)
+    assert animated.details["pictures"][0]["reason"] == "too_many_frames"
+    found = _predict(bundles["alpha"], [picture(i) for i in range(9)], Options(),
+                     max_queue_size=4)  # fmt: skip
+    refused = [r for r in found if isinstance(r, OverloadedError)]
+    assert len(refused) == 5
+    assert all(r.retry_after_s >= 1 for r in refused)
+
+
+def test_predict__a_slow_model_is_not_queued_for_longer_than_allowed(
+    bundles: dict[str, Path], picture: Callable[..., bytes]
+) -> None:
+    async def main() -> None:
+        limits = PredictorLimits(max_wait_s=1.0)
+        predictor = Predictor(bundles["alpha"], device="cpu", limits=limits)
+        predictor._seconds_per_picture = 0.4
+        first = asyncio.gather(*(predictor.predict([picture(i)], Options()) for i in range(3)))
+        await asyncio.sleep(0)
+        with pytest.raises(OverloadedError) as refused:
+            await predictor.predict([picture(9)], Options())
+        assert refused.value.retry_after_s == 1
+        await first
+        assert predictor.waiting == 0
+        await predictor.predict([picture(9)], Options())
+        await predictor.close()
+
+    asyncio.run(main())
+
+
+def test_timeline__covers_the_phases(predictor: Predictor, picture: Callable[..., bytes]) -> None:
+    async def main() -> Timeline:
+        timeline = Timeline()
+        await predictor.predict([picture(1), picture(2)], Options(), timeline)
+        return timeline
+
+    timeline = asyncio.run(main())
+    assert {name for name, _, _ in timeline.spans} == {"queue", "decode", "batch_wait", "model"}
+    assert all(start <= end for _, start, end in timeline.spans)
+    assert timeline.seconds("model") > 0
+    assert timeline.seconds("nothing") == 0
+
+
+def test_output_bytes__is_what_comes_out(
+    predictor: Predictor, picture: Callable[..., bytes]
+) -> None:
+    options = Options(tokens=True, layers=(0, 2), pyramid=2, dtype="float16")
+
+    async def main() -> Prediction:
+        return (await predictor.predict([picture(1)], options))[0]
+
+    found = asyncio.run(main())
+    size = sum(values.nbytes for values in found.outputs.values())
+    # Levels of odd grids are kept whole, so a little more than the arithmetic.
+    assert size * 0.97 <= output_bytes(predictor.facts, found.placement, options) <= size

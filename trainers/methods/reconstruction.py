@@ -1,0 +1,83 @@
+"""What a trained method makes of whole pictures, for people to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from trainers.errors import ConfigError
+from trainers.methods.base import Method
+from trainers.models.normalise import normalise
+from trainers.types import Panel
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+class Reconstruction(NamedTuple):
+    """Panels column by column, and what was hidden.
+
+    Attributes:
+        panels: each with a picture a row.
+        mask: bool [B, N], True = hidden; None where the method hides nothing.
+    """
+
+    panels: list[Panel]
+    mask: np.ndarray | None
+
+
+def reconstruct(
+    method: Method,
+    pictures: Sequence[Image.Image],
+    *,
+    mask_ratio: float | None = None,
+    seed: int = 0,
+    oracle: bool = False,
+) -> Reconstruction:
+    """Hide a part of pictures and draw what the method predicts.
+
+    Args:
+        method: trained, in evaluation mode.
+        pictures: RGB, of any size.
+        mask_ratio: share of patches to hide; the recipe's own by default.
+        seed: of the masks; the same ones for the same seed, ratio and position.
+        oracle: see `Method.panels`.
+
+    Raises:
+        ConfigError: the method draws no pictures, or has no such ratio.
+    """
+    from trainers.config.run import parse_recipe
+    from trainers.data.rng import Stream, generator
+    from trainers.data.transforms import inference_view
+
+    recipe = method.recipe
+    if recipe.learns_classes:
+        raise ConfigError(f"method {recipe.method.name} predicts classes, which draw no picture")
+    if mask_ratio is not None:
+        tree = recipe.model_dump(mode="json")
+        if "mask_ratio" not in tree["method"]:
+            raise ConfigError(f"method {recipe.method.name} hides nothing, so it has no mask ratio")
+        tree["method"]["mask_ratio"] = mask_ratio
+        recipe = parse_recipe(tree, "reconstruct")
+    data = recipe.data
+    views: dict[str, list[np.ndarray]] = {"images": [], "tokenizer_images": [], "mask": []}
+    for number, picture in enumerate(pictures):
+        image = picture.convert("L") if data.channels == 1 else picture
+        views["images"].append(inference_view(image, data.image_size, data.interpolation))
+        if recipe.tokenizer_size is not None:
+            views["tokenizer_images"].append(
+                inference_view(image, recipe.tokenizer_size, "lanczos")
+            )
+        mask = method.draw_mask(recipe, generator(seed, Stream.MASK, number))
+        if mask is not None:
+            views["mask"].append(mask)
+    inputs = {name: torch.from_numpy(np.stack(found)) for name, found in views.items() if found}
+    inputs["images"] = normalise(inputs["images"], data.mean, data.std)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        output = method(**inputs)
+        panels = method.panels(inputs["images"], output, oracle=oracle)
+    return Reconstruction(panels, np.stack(views["mask"]) if views["mask"] else None)
