@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 from typing import Any, get_args
 
 from serving.formats import ARROW, JSON, METADATA_HEADER, NPY, NPZ, SAFETENSORS
@@ -338,3 +339,7 @@ def _refusal(status: str) -> Tree:
         **({"headers": headers} if headers else {}),
         "content": {_PROBLEM: {"schema": ref("Problem")}},
     }
+
+
+if __name__ == "__main__":
+    print(json.dumps(document(), indent=1))

@@ -1,0 +1,108 @@
+"""The document against the application, the file in the repository, and a fuzzer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from hypothesis.errors import Unsatisfiable
+from schemathesis import GenerationMode
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+
+from serving.formats import WRITERS
+from serving.openapi import document
+from serving.options import NAMES
+
+EXAMPLES = 20
+
+FILE = Path(__file__).parents[2] / "docs" / "openapi.json"
+
+
+def test_document__is_what_the_repository_holds() -> None:
+    wanted = json.dumps(document(), indent=1) + "\n"
+    assert FILE.read_text() == wanted, (
+        "docs/openapi.json is not what serving/openapi.py says; write it with "
+        "`python -m serving.openapi > docs/openapi.json`"
+    )
+
+
+def test_document__describes_every_route_and_no_other(application: Callable[..., Any]) -> None:
+    app = application(("alpha",))
+    served = {
+        (route.path.replace("{path:path}", "{path}"), method.lower())
+        for route in app.routes
+        for method in route.methods - {"HEAD"}
+    }
+    described = {
+        (path, method)
+        for path, item in document()["paths"].items()
+        for method in item
+        if method != "parameters"
+    }
+    assert described == served
+
+
+def test_document__knows_every_option_and_format() -> None:
+    features = document()["paths"]["/v1/features"]["post"]
+    assert {p["name"] for p in features["parameters"]} == {"model", "version", "outputs", *NAMES}
+    assert features["responses"]["200"]["content"].keys() == WRITERS.keys()
+    codes = document()["components"]["responses"]
+    for path in document()["paths"].values():
+        for method, operation in path.items():
+            if method != "parameters":
+                refused = [s for s in operation["responses"] if s >= "400"]
+                assert set(refused) <= codes.keys()
+
+
+@pytest.fixture(scope="module")
+def url(application: Callable[..., Any], serve_application: Callable[..., Any]) -> Iterator[str]:
+    limits = {"body_mib": 1, "pictures": 8, "input_pixels": 448 * 448}
+    with serve_application(application(edge={"limits": limits})) as url:
+        yield url
+
+
+@pytest.mark.parametrize("operation", sorted(
+    f"{method.upper()} {path}"
+    for path, item in document()["paths"].items()
+    for method in item
+    if method != "parameters"
+))  # fmt: skip
+def test_endpoint__a_fuzzer_finds_nothing(url: str, operation: str) -> None:
+    """Answers are described, refusals are problems, and nothing is a 500."""
+    method, path = operation.split(" ")
+    tree = document()
+    # Names that exist, or hardly any request would come further than 404.
+    for item in tree["paths"].values():
+        for parameter in item.get("parameters", []):
+            values = {"name": ["alpha", "gamma"], "version": ["1", "2"]}[parameter["name"]]
+            parameter["schema"] = {"enum": values}
+        for verb, details in item.items():
+            for parameter in details.get("parameters", []) if verb != "parameters" else []:
+                if parameter["name"] == "model":
+                    parameter["schema"] = {"enum": ["alpha", "gamma"]}
+    tree_operation = tree["paths"][path][method.lower()]
+    schema = schemathesis.openapi.from_dict(tree)
+    for mode in GenerationMode:
+
+        @given(case=schema[path][method].as_strategy(generation_mode=mode))
+        @settings(
+            max_examples=EXAMPLES,
+            deadline=None,
+            database=None,
+            derandomize=True,
+            suppress_health_check=list(HealthCheck),
+        )
+        def check(case: Any) -> None:
+            # No schema can say what bytes are a picture, so not every body it allows is one.
+            excluded = [positive_data_acceptance] if "requestBody" in tree_operation else []
+            case.call_and_validate(base_url=url, timeout=20, excluded_checks=excluded)
+
+        try:
+            check()
+        except Unsatisfiable:  # nothing can be wrong with a request that has no parts
+            assert mode == GenerationMode.NEGATIVE
