@@ -1,0 +1,133 @@
+"""What people write in serve.yaml and on the command line, and what Ray Serve is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from serving.build import Served, Share, Version, serve_schema
+from serving.config import check_config
+from serving.deployment import ModelSettings
+from trainers.errors import ConfigError, ServingError
+
+
+def _config(**model: Any) -> Any:
+    return check_config({"models": {"m": {"bundle": "m@champion", **model}}}, "test")
+
+
+@pytest.mark.parametrize(
+    ("tree", "match"),
+    [
+        ({}, "missing key 'models'"),
+        ({"models": {}}, "models"),
+        ({"models": {"m": {}}}, "models.m.bundle"),
+        ({"models": {"m": {"bundle": "x", "replica": 2}}}, "unknown key 'models.m.replica'"),
+        ({"models": {"m": {"bundle": "x"}}, "port": 0}, "port"),
+        (
+            {"models": {"m": {"bundle": "x", "replicas": 2, "autoscaling": {}}}},
+            "exclude each other",
+        ),
+        (
+            {"models": {"m": {"bundle": "x", "autoscaling": {"min_replicas": 3}}}},
+            "more than max_replicas",
+        ),
+        ({"models": {"m": {"bundle": "x", "canary": {"bundle": "y", "share": "120%"}}}}, "share"),
+        (
+            {"models": {"m": {"bundle": "x"}}, "urls": {"allowed_hosts": ["http://a"]}},
+            "allowed_hosts",
+        ),
+    ],
+)
+def test_check_config__names_what_is_wrong(tree: dict[str, Any], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        check_config(tree, "serve.yaml")
+
+
+@pytest.mark.parametrize(("text", "share"), [("10%", 0.1), (0.25, 0.25), ("0.5", 0.5)])
+def test_check_config__shares(text: Any, share: float) -> None:
+    canary = _config(canary={"bundle": "m@canary", "share": text}).models["m"].canary
+    assert canary is not None
+    assert canary.share == share
+
+
+def test_serve_schema__is_one_that_ray_serve_takes() -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    config = _config(
+        autoscaling={"min_replicas": 0, "max_replicas": 4, "idle_s": 60},
+        canary={"bundle": "m@canary", "share": "10%"},
+        max_batch_size=32,
+    )
+    stable = Version("m@champion", Path("/b/1"), "1")
+    canary = Version("m@canary", Path("/b/2"), "2")
+    served = Served("m", config.models["m"], stable, canary)
+    tree = serve_schema(
+        config, [served], {"m": Share(1.5, 0.5, 2)}, key_sha256="0" * 64, needs_key=True
+    )
+    ServeDeploySchema.model_validate(tree)
+    first, second, root = tree["applications"]
+    assert (first["name"], first["route_prefix"]) == ("m", "/v2/models/m")
+    assert (second["name"], second["route_prefix"]) == ("m@2", "/v2/models/m/versions/2")
+    settings = ModelSettings.model_validate(first["args"])
+    assert (settings.max_batch_size, settings.num_threads) == (32, 2)
+    (deployment,) = first["deployments"]
+    assert deployment["ray_actor_options"] == {"num_cpus": 1.5, "num_gpus": 0.5}
+    assert deployment["autoscaling_config"]["min_replicas"] == 0
+    assert deployment["autoscaling_config"]["downscale_to_zero_delay_s"] == 60
+    routing = {"default": "1", "applications": {"1": "m", "2": "m@2"}, "canary": "2", "share": 0.1}
+    assert deployment["user_config"] == routing
+    assert root["deployments"][0]["user_config"] == {"m": routing}
+
+
+def test_shares__leave_room_for_one_more(ray_session: str) -> None:
+    from serving.rollout import shares
+    from trainers.errors import ResourceError
+
+    (share,) = shares(_config(replicas=2)).values()
+    assert share.num_threads == 1
+    assert share.num_cpus * 3 <= 2
+    with pytest.raises(ResourceError, match="need 3 CPUs, the cluster has 2"):
+        shares(_config(replicas=3, num_cpus=1))
+    with pytest.raises(ResourceError, match="needs a GPU"):
+        shares(_config(device="cuda"))
+
+
+def test_build__writes_what_serve_deploy_takes(bundles: dict[str, Path], tmp_path: Path) -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    from service.cli import cli
+
+    file = tmp_path / "serve.yaml"
+    file.write_text(yaml.safe_dump({"models": {"a": {"bundle": str(bundles["alpha"])}}}))
+    arguments = ["serve", f"b={bundles['beta']}", "--config", str(file), "--build"]
+    done = CliRunner().invoke(cli, [*arguments, "--port", "8001"])
+    assert done.exit_code == 0, done.output
+    tree = yaml.safe_load(done.stdout)
+    ServeDeploySchema.model_validate(tree)
+    assert tree["http_options"]["port"] == 8001
+    assert [application["name"] for application in tree["applications"]] == ["a", "b", "mimray"]
+    out = tmp_path / "out.yaml"
+    assert CliRunner().invoke(cli, [*arguments, "--out", str(out)]).stdout == ""
+    ServeDeploySchema.model_validate(yaml.safe_load(out.read_text()))
+
+
+def test_serve_config__what_a_command_line_means(bundles: dict[str, Path]) -> None:
+    from service.deploy import serve_config
+
+    alpha = str(bundles["alpha"])
+    config = serve_config([alpha], None, None, {"port": 9, "replicas": 2, "host": None})
+    assert config.port == 9
+    assert config.models["alpha"].replicas == 2
+    with pytest.raises(ServingError, match="NAME=BUNDLE names them apart"):
+        serve_config([f"a={alpha}", f"a={alpha}"], None, None, {})
+    with pytest.raises(ServingError, match="alias"):
+        serve_config([f"a={alpha}"], None, "10%", {})
+    with pytest.raises(ServingError, match="nothing to serve"):
+        serve_config([], None, None, {})
+    canary = serve_config(["m=photos@champion"], None, "10%", {}).models["m"].canary
+    assert canary is not None
+    assert (canary.bundle, canary.share) == ("photos@canary", 0.1)
