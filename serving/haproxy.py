@@ -8,6 +8,7 @@ of who owns it; the path stands in HAProxy's command line, by which leftovers ar
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shlex
@@ -15,6 +16,7 @@ import shutil
 import socket
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import psutil
@@ -30,6 +32,7 @@ _RETRIES = 3
 # Between two pieces of a request or an answer.
 _SILENCE_S = 60
 _EXIT_WAIT_S = 5.0
+_POLL_S = 0.05
 
 
 def haproxy_available() -> bool:
@@ -101,6 +104,28 @@ class HAProxyState:
         shutil.rmtree(self.folder, ignore_errors=True)
         return ended
 
+    def drain(self, timeout_s: float) -> bool:
+        """Take no more connections, and wait for the requests that were accepted.
+
+        Returns:
+            Whether all of them were answered in time.
+        """
+        deadline = time.monotonic() + timeout_s
+        for path in self._admin_sockets():
+            _command(path, "disable frontend http_frontend")
+        while self.requests():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_POLL_S)
+        return True
+
+    def requests(self) -> int:
+        """Requests that are being answered now."""
+        return sum(map(_requests, self._admin_sockets()))
+
+    def _admin_sockets(self) -> list[Path]:
+        return [path for path in self.folder.glob("*/admin.sock") if path.is_socket()]
+
     def release(self) -> None:
         """End what still runs out of the directory and remove it."""
         self.end_processes()
@@ -154,6 +179,24 @@ class HAProxyState:
             return bool(abs(process.create_time() - note["create_time"]) < 1)
         except (OSError, ValueError, KeyError, psutil.NoSuchProcess):
             return False
+
+
+def _command(admin: Path, text: str) -> str:
+    """What HAProxy says to a command; nothing where it is gone."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(_EXIT_WAIT_S)
+        try:
+            connection.connect(str(admin))
+            connection.sendall(f"{text}\n".encode())
+            return b"".join(iter(lambda: connection.recv(65536), b"")).decode()
+        except OSError:
+            return ""
+
+
+def _requests(admin: Path) -> int:
+    """Requests that are with some backend now."""
+    rows = list(csv.DictReader(_command(admin, "show stat").removeprefix("# ").splitlines()))
+    return sum(int(row["scur"] or 0) for row in rows if row["svname"] == "BACKEND")
 
 
 def port_is_free(host: str, port: int) -> bool:

@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 # told at once.
 _DRAIN_S = 1
 _SHUTDOWN_TIMEOUT_S = 30
+# Accepted requests are answered before anything stops.
+_DRAIN_TIMEOUT_S = 30
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -276,6 +278,8 @@ def _shut_down(state: HAProxyState, *, owns_ray: bool) -> None:
 
     with _signals_handled_by(signal.SIG_IGN):
         try:
+            if not state.drain(_DRAIN_TIMEOUT_S):
+                logger.warning("some requests took longer than %d s", _DRAIN_TIMEOUT_S)
             if ray.is_initialized():
                 _end_controller()
                 serve.shutdown()

@@ -8,10 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx2
 import psutil
 import pytest
 
@@ -89,7 +91,22 @@ def test_wait__sigterm_leaves_no_process_and_no_port(
     assert _answers(port, picture)
     family = psutil.Process(server.pid).children(recursive=True)
     assert len(family) > 3
+    answers: list[tuple[int, str]] = []
+
+    def ask() -> None:
+        pictures = [("f", (str(i), picture(i), "image/png")) for i in range(12)]
+        url = f"http://127.0.0.1:{port}/v1/features?size=1024"
+        answer = httpx2.post(url, files=pictures, timeout=60)
+        answers.append((answer.status_code, answer.text))
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    deadline = time.monotonic() + 20
+    while HAProxyState(port).requests() == 0:
+        assert time.monotonic() < deadline, "the request never came"
     server.terminate()
+    asking.join(timeout=60)
+    assert [status for status, _ in answers] == [200], answers  # what was accepted is answered
     assert server.wait(timeout=40) == 0
     _assert_nothing_left(family, port)
 
