@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 # Ray keeps a replica for 30 s after it was told to stop, for load balancers that poll; ours is
 # told at once.
 _DRAIN_S = 1
+# Ray's 0.1 s costs the controller 4 % of a core while nothing happens.
+_CONTROL_LOOP_S = 0.5
 _SHUTDOWN_TIMEOUT_S = 30
 # Accepted requests are answered before anything stops.
 _DRAIN_TIMEOUT_S = 30
@@ -210,7 +212,10 @@ def _start_serve(config: ServeConfig, state: HAProxyState) -> None:
     from ray import serve
     from ray.serve.config import ControllerOptions, HTTPOptions
 
-    environment = {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(_DRAIN_S)}
+    environment = {
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(_DRAIN_S),
+        "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": str(_CONTROL_LOOP_S),
+    }
     if haproxy_available() and _haproxy_reaches_replicas(config.host):
         state.claim()
         environment |= state.environment()

@@ -9,7 +9,7 @@ from serving.batcher import Batcher
 def _batcher(
     log: list[tuple[str, list[int]]], *, max_batch_size: int = 4, batch_wait_s: float = 0.01
 ) -> Batcher[str, int, int]:
-    async def run(key: str, items: Sequence[int]) -> list[int | Exception]:
+    async def run(key: str, items: Sequence[int], lanes: int) -> list[int | Exception]:
         log.append((key, list(items)))
         await asyncio.sleep(0.005)
         if 13 in items:
@@ -79,6 +79,54 @@ def test_batcher__rare_key_is_not_starved_by_full_batches() -> None:
         await asyncio.sleep(0)
         assert await asyncio.wait_for(batcher.submit("rare", 1), timeout=0.2) == 10
         await asyncio.gather(*floods)
+        await batcher.close()
+
+    asyncio.run(main())
+
+
+def test_batcher__lanes_share_what_waits_and_one_item_gets_them_all() -> None:
+    async def main() -> None:
+        log: list[tuple[list[int], int]] = []
+        running = most = 0
+
+        async def run(key: str, items: Sequence[int], lanes: int) -> list[int | Exception]:
+            nonlocal running, most
+            log.append((list(items), lanes))
+            running += lanes
+            most = max(most, running)
+            await asyncio.sleep(0.005)
+            running -= lanes
+            return list(items)
+
+        batcher = Batcher(run, max_batch_size=8, batch_wait_s=0.001, lanes=2)
+        assert await batcher.submit("a", 1) == 1
+        assert log == [([1], 2)]
+        assert await asyncio.gather(*(batcher.submit("a", i) for i in range(6))) == list(range(6))
+        assert log[1:] == [([0, 1, 2], 1), ([3, 4, 5], 1)]
+        assert most == 2
+        await batcher.close()
+
+    asyncio.run(main())
+
+
+def test_batcher__waits_for_those_that_are_expected_but_not_for_ever() -> None:
+    async def main() -> None:
+        log: list[tuple[str, list[int]]] = []
+
+        async def run(key: str, items: Sequence[int], lanes: int) -> list[int | Exception]:
+            log.append((key, list(items)))
+            return list(items)
+
+        batcher = Batcher(run, max_batch_size=8, batch_wait_s=0.001, patience_s=lambda: 0.05)
+        with batcher.expecting(1):
+            first = asyncio.ensure_future(batcher.submit("a", 1))
+            await asyncio.sleep(0.01)
+            second = asyncio.ensure_future(batcher.submit("a", 2))
+            await asyncio.sleep(0)
+        await asyncio.gather(first, second)
+        assert log == [("a", [1, 2])]
+        with batcher.expecting(1):  # which never comes
+            assert await asyncio.wait_for(batcher.submit("a", 3), timeout=1) == 3
         await batcher.close()
 
     asyncio.run(main())
