@@ -6,11 +6,16 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 # Ray reads this when it is imported, which a test may do before any command has set it.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
+# How often Ray Train looks whether its workers have ended; 2 s are long beside runs of tests.
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +27,21 @@ def ray_session() -> Iterator[str]:
     context = ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield context.address_info["address"]
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of pictures, told apart by colour, with a held-out split."""
+    folder = tmp_path_factory.mktemp("labelled")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 16), ("val", 8)):
+        for label, tint in (("red", (200, 40, 40)), ("blue", (40, 40, 200))):
+            place = folder / split / label
+            place.mkdir(parents=True)
+            for i in range(count):
+                pixels = np.clip(rng.normal(tint, 50, (6, 6, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).resize((40, 40)).save(place / f"{i:02d}.png")
+    return folder
 
 
 @pytest.fixture(scope="session")

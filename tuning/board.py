@@ -124,10 +124,16 @@ class Board:
         if message not in self._notes:
             self._notes.append(message)
 
+    def current(self) -> SweepRecord:
+        """The record as it is; warnings stay with the board."""
+        elapsed_s = self._elapsed_before_s + time.monotonic() - self._began
+        trials = tuple(self._trials[number] for number in sorted(self._trials))
+        return self._record.model_copy(update={"elapsed_s": elapsed_s, "trials": trials})
+
     def snapshot(self) -> tuple[SweepRecord, dict[int, dict[str, Any]], list[str]]:
-        """The record as it is, the newest row of each trial, and warnings not yet handed out."""
+        """The record, the newest row of each trial, and warnings, each once: for who shows them."""
         notes, self._notes = self._notes, []
-        return self._current(), dict(self._rows), notes
+        return self.current(), dict(self._rows), notes
 
     def close(self, ended: bool, status: Literal["FINISHED", "KILLED"]) -> SweepRecord:
         """End the sweep, or this launch of it; trials that still run are cut.
@@ -142,16 +148,11 @@ class Board:
         self._record = self._record.model_copy(update={"ended": ended})
         self._keep()
         if self._tracked:
-            final = self._current()
+            final = self.current()
             self._push(lambda events: events.close(final, status))
             self._queue.put(None)
             self._thread.join()
-        return self._current()
-
-    def _current(self) -> SweepRecord:
-        elapsed_s = self._elapsed_before_s + time.monotonic() - self._began
-        trials = tuple(self._trials[number] for number in sorted(self._trials))
-        return self._record.model_copy(update={"elapsed_s": elapsed_s, "trials": trials})
+        return self.current()
 
     def _put(self, trial: TrialRecord) -> None:
         self._trials[trial.number] = trial
@@ -161,7 +162,7 @@ class Board:
         self._keep()
 
     def _keep(self) -> None:
-        tree = self._current().model_copy(update={"trials": ()})
+        tree = self.current().model_copy(update={"trials": ()})
         self._sweep.write(SWEEP, tree.model_dump_json(indent=1, exclude={"trials"}).encode())
 
     def _push(self, event: Callable[[Events], None]) -> None:

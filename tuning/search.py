@@ -11,6 +11,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Iterable
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from ray.tune.search import Searcher
@@ -57,7 +58,7 @@ class Suggestions(Searcher):  # type: ignore[misc]
         self._check = check
         before = list(before)
         self._unfinished = [trial for trial in before if trial.state not in ENDED]
-        self._next = len(before)
+        self._given = {trial.number for trial in before}
         self._live: dict[str, int] = {}  # Tune's id -> our number
         _catch_up(study, config, before)
 
@@ -71,7 +72,7 @@ class Suggestions(Searcher):  # type: ignore[misc]
             return finished  # type: ignore[no-any-return]
         else:
             number = self._next
-            self._next += 1
+            self._given.add(number)
             params = self._new(number)
         self._live[trial_id] = number
         return {"number": number, "params": params}
@@ -80,6 +81,7 @@ class Suggestions(Searcher):  # type: ignore[misc]
         """A rung: an intermediate value of Optuna's trial."""
         if SCORE in result:
             found = _of_number(self._study, self._live[trial_id])
+            assert found is not None
             with contextlib.suppress(RuntimeError, ValueError):  # told already, or by a twin
                 import optuna
 
@@ -103,6 +105,11 @@ class Suggestions(Searcher):  # type: ignore[misc]
         """Nothing, likewise."""
 
     @property
+    def _next(self) -> int:
+        """The lowest number that is free: trials at once need not be recorded in their order."""
+        return next(number for number in count() if number not in self._given)
+
+    @property
     def exhausted(self) -> bool:
         """Whether every trial there is to be has been handed out."""
         if self._unfinished:
@@ -111,6 +118,19 @@ class Suggestions(Searcher):  # type: ignore[misc]
         return most is not None and self._next >= most
 
     def _new(self, number: int) -> Params:
+        known = _of_number(self._study, number)
+        if known is not None and not known.state.is_finished():
+            # A driver that was killed before the trial began had asked for it.
+            params = _internal(self._config, known.params)
+        else:
+            params = self._asked(number)
+        try:
+            self._check(params)
+        except MimrayError as error:
+            logger.warning("trial %d cannot run: %s", number, error)
+        return params
+
+    def _asked(self, number: int) -> Params:
         domains = _distributions(self._config)
         if self._list is not None:
             self._study.enqueue_trial(_external(self._config, self._list[number]))
@@ -120,12 +140,7 @@ class Suggestions(Searcher):  # type: ignore[misc]
             self._study.sampler = _sampler(self._config, number)
         trial = self._study.ask(domains)
         trial.set_user_attr(NUMBER, number)
-        params = _internal(self._config, trial.params)
-        try:
-            self._check(params)
-        except MimrayError as error:
-            logger.warning("trial %d cannot run: %s", number, error)
-        return params
+        return _internal(self._config, trial.params)
 
 
 def open_study(
@@ -243,9 +258,9 @@ def _internal(config: SweepConfig, params: Params) -> Params:
     return found
 
 
-def _of_number(study: optuna.Study, number: int) -> optuna.trial.FrozenTrial:
-    trials = study.get_trials(deepcopy=False)
-    return next(t for t in reversed(trials) if t.user_attrs.get(NUMBER) == number)
+def _of_number(study: optuna.Study, number: int) -> optuna.trial.FrozenTrial | None:
+    trials = reversed(study.get_trials(deepcopy=False))
+    return next((t for t in trials if t.user_attrs.get(NUMBER) == number), None)
 
 
 def _catch_up(study: optuna.Study, config: SweepConfig, before: Iterable[TrialRecord]) -> None:
@@ -271,6 +286,7 @@ def _tell(study: optuna.Study, trial: TrialRecord) -> None:
     import optuna
 
     found = _of_number(study, trial.number)
+    assert found is not None
     if found.state.is_finished():
         return
     live = optuna.trial.Trial(study, found._trial_id)

@@ -127,7 +127,7 @@ def run_sweep(launch: Launch, watch: Watch | None = None) -> SweepRecord:
 
     def may_start() -> bool:
         """Whether a budget has room for another trial."""
-        current: SweepRecord = ray.get(board.snapshot.remote())[0]
+        current: SweepRecord = ray.get(board.current.remote())
         spent = sum(trial.samples for trial in current.trials)
         return config.budget.samples is None or spent < config.budget.samples
 
@@ -165,15 +165,15 @@ def run_sweep(launch: Launch, watch: Watch | None = None) -> SweepRecord:
     )
     with _Watcher(board, watch):
         tuner.fit()
-    current: SweepRecord = ray.get(board.snapshot.remote())[0]
+    current: SweepRecord = ray.get(board.current.remote())
     spent_s = time.monotonic() - started
     done = all(trial.state in ENDED for trial in current.trials)
     in_time = left_s is None or spent_s < left_s
     ended = done and in_time and suggestions.exhausted
     final: SweepRecord = ray.get(board.close.remote(ended, "FINISHED" if done else "KILLED"))
-    ray.kill(board)
     if watch is not None:
-        watch(final, {}, [])
+        watch(*ray.get(board.snapshot.remote()))
+    ray.kill(board)
     directory.delete(".ray")
     return final
 

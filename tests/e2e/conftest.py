@@ -1,4 +1,4 @@
-"""Ray nodes as an administrator starts them, and commands that run against them."""
+"""Ray nodes as an administrator starts them, commands that run against them, and what they read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from click.testing import CliRunner, Result
 from PIL import Image
+
+from service.cli import cli
 
 BIN = Path(sys.executable).parent
 TINY = [
@@ -149,10 +152,7 @@ class Workbench:
     @staticmethod
     def wait_until(ready: Callable[[], bool], timeout_s: float = 120) -> None:
         """Wait until something is so."""
-        deadline = time.monotonic() + timeout_s
-        while not ready():
-            assert time.monotonic() < deadline, "it never came"
-            time.sleep(0.05)
+        wait_until(ready, timeout_s)
 
     @staticmethod
     def free_ports(count: int) -> list[int]:
@@ -182,7 +182,93 @@ def bench() -> Iterator[Workbench]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+class Commands:
+    """`mimray …` on the session's cluster, called here or as a process of its own.
+
+    A process costs the seconds of its imports: it is for what is killed, and for what a whole
+    process prints.
+
+    Args:
+        address: of the cluster.
+        storage: of the runs; MLflow's database is there, too.
+    """
+
+    def __init__(self, address: str, storage: Path) -> None:
+        tracking = {"MLFLOW_TRACKING_URI": f"sqlite:///{storage}/mlflow.db"}
+        self._environment = {**os.environ, "RAY_ADDRESS": address, **tracking}
+        self._tracking = tracking
+        self._started: list[subprocess.Popen[str]] = []
+
+    def call(self, *arguments: str) -> Result:
+        """What a command does and prints, in this process."""
+        return CliRunner().invoke(cli, list(arguments), env=self._tracking)
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """Start a command as a process."""
+        process = subprocess.Popen(
+            [sys.executable, "-m", "service", *arguments],
+            env=self._environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        self._started.append(process)
+        return process
+
+    @staticmethod
+    def finish(done: subprocess.Popen[str] | Result, timeout_s: float = 280) -> str:
+        """Ask for a good end; gives what was printed for machines."""
+        if isinstance(done, Result):
+            assert done.exit_code == 0, (done.stderr, done.exception)
+            return done.stdout
+        out, err = done.communicate(timeout=timeout_s)
+        assert done.returncode == 0, err
+        return out
+
+    @staticmethod
+    def refused(done: Result, code: int = 2) -> str:
+        """Ask for an end with a message, not a traceback; gives the message."""
+        assert done.exit_code == code, (done.stderr, done.exception)
+        assert "Traceback" not in done.stderr
+        return done.stderr
+
+    @staticmethod
+    def wait_until(ready: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+        """Wait until something is so while a process runs."""
+
+        def still_runs() -> bool:
+            assert process.poll() is None, process.communicate()
+            return ready()
+
+        wait_until(still_runs, timeout_s=150)
+
+    def close(self) -> None:
+        """End every process that was started."""
+        for process in self._started:
+            process.kill()
+            process.wait()
+
+
+def wait_until(ready: Callable[[], bool], timeout_s: float) -> None:
+    """Wait until something is so."""
+    deadline = time.monotonic() + timeout_s
+    while not ready():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.02)
+
+
 @pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty directory of runs."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def commands(ray_session: str, storage: Path) -> Iterator[Commands]:
+    """Commands whose runs lie in `storage`."""
+    found = Commands(ray_session, storage)
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """48 smooth pictures in two class folders."""
     folder = tmp_path_factory.mktemp("photos")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import socket
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,8 @@ TASKS: dict[str, tuple[str, list[str]]] = {
     "segmentation": ("", ["--epochs", "2", "--set", "batch_size=4", "--set", "num_views=1"]),
     "detection": ("", ["--epochs", "1", "--set", "batch_size=4", "--set", "num_views=1"]),
 }
+
+Scored = Callable[[str], dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +53,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def private(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache and an MLflow of this test's own."""
+@pytest.fixture(scope="module", autouse=True)
+def private(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache and an MLflow of this module's own."""
     place = tmp_path_factory.mktemp("private")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(place))
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place}/mlflow.db")
-    monkeypatch.chdir(place)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(place))
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place}/mlflow.db")
+        patch.chdir(place)
+        yield
 
 
 def evaluate(*arguments: str) -> dict[str, Any]:
@@ -69,11 +76,28 @@ def asked_of(task: str, scenes: Path) -> list[str]:
     return ["--task", task, "--data", str(scenes / below), *options]
 
 
+@pytest.fixture(scope="module")
+def scored(scenes: Path, run: Path, ray_session: str) -> Scored:
+    """What a task found the first time it was asked."""
+    return cache(lambda task: evaluate(str(run), *asked_of(task, scenes)))
+
+
+def at_hand(patch: pytest.MonkeyPatch) -> None:
+    """Probes make features in this process, since encoders take long to start on a cluster.
+
+    `test_extraction_on_ray.py` holds one against the other.
+    """
+    patch.setattr("service.evaluation.connected", nullcontext)
+    patch.setattr("ray.is_initialized", lambda: False)
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_evaluate__figures_pictures_and_the_card(
-    task: str, scenes: Path, run: Path, ray_session: str
+    task: str, scenes: Path, run: Path, scored: Scored, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = evaluate(str(run), *asked_of(task, scenes))
+    if task in ("knn", "linear"):
+        at_hand(monkeypatch)
+    first = scored(task)
     again = evaluate(str(run), *asked_of(task, scenes))
 
     assert first["headline"] == again["headline"]
@@ -88,9 +112,18 @@ def test_evaluate__figures_pictures_and_the_card(
     assert read_card(run / "bundle").scores[task]["headline"] == first["headline"]
 
 
+@pytest.mark.parametrize("where", ["here", pytest.param("cluster", marks=pytest.mark.slow)])
 def test_compare__a_bundle_and_its_untrained_twin(
-    scenes: Path, run: Path, ray_session: str, tmp_path: Path
+    where: str,
+    scenes: Path,
+    run: Path,
+    ray_session: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if where == "here":
+        at_hand(monkeypatch)
     found = evaluate(
         "--compare", str(run), f"untrained:{run}", "untrained:vit_tiny", "--image-size", "64",
         *asked_of("knn", scenes), "--out", str(tmp_path / "out"),
@@ -107,11 +140,11 @@ def test_compare__a_bundle_and_its_untrained_twin(
     "task", ["segmentation", pytest.param("detection", marks=pytest.mark.slow)]
 )
 def test_through__an_endpoint_scores_as_the_bundle_does(
-    task: str, scenes: Path, run: Path, ray_session: str, tmp_path: Path
+    task: str, scenes: Path, run: Path, scored: Scored, tmp_path: Path
 ) -> None:
     from serving.run import serve_bundles
 
-    near = evaluate(str(run), *asked_of(task, scenes), "--out", str(tmp_path / "near"))
+    near = scored(task)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

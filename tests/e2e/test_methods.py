@@ -27,11 +27,6 @@ SHORT = [
 FEW_CODES = {"dvae-tiny": ["method.codebook_size=32"], "beit-tiny": ["method.vocab_size=32"]}
 
 
-@pytest.fixture(scope="module")
-def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("runs")
-
-
 Launch = Callable[..., Outcome]
 
 

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import optuna
 import psutil
 import pytest
-from click.testing import CliRunner
 from mlflow.tracking import MlflowClient
-from PIL import Image
 
-from service.cli import cli
 from trainers import load_bundle
+from trainers.storage import RunDir
+from tuning.record import read_record
 
 STEPS = 8
 SETS = [
@@ -33,65 +28,24 @@ SETS = [
     "space.method.mask_ratio={grid: [0.5, 0.75]}", "space.method.decoder_depth={grid: [1]}",
     "scheduler={name: none, num_rungs: 2}",
 ]  # fmt: skip
-Start = Callable[..., subprocess.Popen[str]]
+# One CPU a trial, as when two run at once: figures depend in the last digits on threads.
+ONE, ONE_CPU = ("--concurrent", "1"), ("resources.cpus_per_worker=1",)
+Asked = Callable[..., list[str]]
+Found = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes, told apart by colour, with a held-out split."""
-    folder = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 16), ("val", 8)):
-        for label, tint in (("red", (200, 40, 40)), ("blue", (40, 40, 200))):
-            place = folder / split / label
-            place.mkdir(parents=True)
-            for i in range(count):
-                pixels = np.clip(rng.normal(tint, 50, (6, 6, 3)), 0, 255).astype(np.uint8)
-                Image.fromarray(pixels).resize((40, 40)).save(place / f"{i:02d}.png")
-    return folder
+def asked(labelled: Path, storage: Path) -> Asked:
+    """Arguments of a small `tune` under a name."""
 
-
-@pytest.fixture(scope="module")
-def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("runs")
-
-
-@pytest.fixture(scope="module")
-def start(ray_session: str, pictures: Path, storage: Path) -> Iterator[Start]:
-    """Starts `python -m service tune mae-mask-depth` against the session's cluster."""
-    started: list[subprocess.Popen[str]] = []
-
-    def run(name: str, *extra: str, sets: tuple[str, ...] = (), resume: bool = False) -> Any:
-        if resume:
-            asked = ["--resume", name]
-        else:
-            given = [arg for item in (*SETS, *sets) for arg in ("--set", item)]
-            asked = ["mae-mask-depth", "--data", str(pictures), "--name", name, *given]
-        command = [
-            sys.executable, "-m", "service", "tune", *asked, "--storage", str(storage),
-            "--json", *extra,
+    def arguments(name: str, *extra: str, sets: tuple[str, ...] = ()) -> list[str]:
+        given = [arg for item in (*SETS, *sets) for arg in ("--set", item)]
+        return [
+            "tune", "mae-mask-depth", "--data", str(labelled), "--name", name, *given,
+            "--storage", str(storage), "--json", *extra,
         ]  # fmt: skip
-        environment = {
-            **os.environ, "RAY_ADDRESS": ray_session, "RAY_AUTH_MODE": "token",
-            "MLFLOW_TRACKING_URI": f"sqlite:///{storage}/mlflow.db",
-        }  # fmt: skip
-        process = subprocess.Popen(
-            command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-        started.append(process)
-        return process
 
-    yield run
-    for process in started:
-        process.kill()
-        process.wait()
-
-
-def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
-    out, err = process.communicate(timeout=280)
-    assert process.returncode == 0, err
-    found: dict[str, Any] = json.loads(out)
-    return found
+    return arguments
 
 
 def scores(folder: Path) -> dict[str, list[float]]:
@@ -109,33 +63,29 @@ def losses(trial: Path) -> list[float]:
     return [row["loss"] for row in map(json.loads, lines)]
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 150
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "it never came to that"
-        time.sleep(0.02)
-
-
 def reached(trial: Path, step: int) -> bool:
     return (trial / "metrics.jsonl").is_file() and len(losses(trial)) >= step
 
 
-def trial_processes() -> list[psutil.Process]:
-    return [
+def kill_trial_processes() -> None:
+    victims = [
         process
         for process in psutil.process_iter(["cmdline"])
         if any("ray::ResourceTrainable" in part for part in process.info["cmdline"] or [])
     ]
+    assert victims
+    for victim in victims:
+        victim.kill()
 
 
 @pytest.fixture(scope="module")
-def undisturbed(start: Start) -> dict[str, Any]:
-    """A sweep that nothing happened to."""
-    return finish(start("undisturbed"))
+def undisturbed(commands: Any, asked: Asked) -> Found:
+    """A sweep that nothing happened to; its process printed its result and nothing else."""
+    found: Found = json.loads(commands.finish(commands.start(*asked("undisturbed"))))
+    return found
 
 
-def test_sweep__leaves_everything_it_promises(undisturbed: dict[str, Any], storage: Path) -> None:
+def test_sweep__leaves_everything_it_promises(undisturbed: Found, storage: Path) -> None:
     folder = storage / "undisturbed"
     assert undisturbed["ended"]
     assert [t["state"] for t in undisturbed["trials"]] == ["finished"] * 2
@@ -154,9 +104,7 @@ def test_sweep__leaves_everything_it_promises(undisturbed: dict[str, Any], stora
         assert card.scores["knn"]["headline"] == scores(folder)[trial.name][-1]
 
 
-def test_sweep__mlflow_has_a_parent_and_its_children(
-    undisturbed: dict[str, Any], storage: Path
-) -> None:
+def test_sweep__mlflow_has_a_parent_and_its_children(undisturbed: Found, storage: Path) -> None:
     client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
     experiment = client.get_experiment_by_name("mimray")
     assert experiment is not None
@@ -176,9 +124,7 @@ def test_sweep__mlflow_has_a_parent_and_its_children(
             child.info.run_id, "images"))  # fmt: skip
 
 
-def test_sweep__tensorboard_has_curves_and_hparams(
-    undisturbed: dict[str, Any], storage: Path
-) -> None:
+def test_sweep__tensorboard_has_curves_and_hparams(undisturbed: Found, storage: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for trial in undisturbed["trials"]:
@@ -191,7 +137,7 @@ def test_sweep__tensorboard_has_curves_and_hparams(
         )
 
 
-def test_sweep__optuna_opens_the_study_itself(undisturbed: dict[str, Any]) -> None:
+def test_sweep__optuna_opens_the_study_itself(undisturbed: Found) -> None:
     name, place = undisturbed["study"]
     study = optuna.load_study(study_name=name, storage=place)
     found = {t.user_attrs["mimray.number"]: (t.params, t.value) for t in study.trials}
@@ -202,10 +148,9 @@ def test_sweep__optuna_opens_the_study_itself(undisturbed: dict[str, Any]) -> No
 
 @pytest.mark.slow
 def test_same_seed__same_trials_and_scores_however_many_at_once(
-    start: Start, undisturbed: dict[str, Any], storage: Path
+    commands: Any, asked: Asked, undisturbed: Found, storage: Path
 ) -> None:
-    # One CPU a trial, as when two run at once: figures depend in the last digits on threads.
-    again = finish(start("again", "--concurrent", "1", sets=("resources.cpus_per_worker=1",)))
+    again = json.loads(commands.finish(commands.call(*asked("again", *ONE, sets=ONE_CPU))))
     strip = ("trial", "params", "state", "score", "rung", "samples")
     assert [[t[k] for k in strip] for t in again["trials"]] == [
         [t[k] for k in strip] for t in undisturbed["trials"]
@@ -216,40 +161,44 @@ def test_same_seed__same_trials_and_scores_however_many_at_once(
         assert losses(storage / trials[0] / name) == losses(storage / trials[1] / name)
 
 
-def test_killed_trial_process__resumes_and_changes_nothing(
-    start: Start, undisturbed: dict[str, Any], storage: Path
+# One by one, the same is asked of the sweep whose driver is killed, too.
+@pytest.mark.slow
+def test_killed_trial_processes__resume_and_change_nothing(
+    commands: Any, asked: Asked, undisturbed: Found, storage: Path
 ) -> None:
     folder = storage / "lost"
-    sweep = start("lost")
-    wait_until(lambda: reached(folder / "trials/0001", 3), sweep)
-    victims = trial_processes()
-    assert victims
-    for victim in victims:
-        victim.kill()
-    found = finish(sweep)
+    sweep = commands.start(*asked("lost"))
+    commands.wait_until(lambda: reached(folder / "trials/0001", 3), sweep)
+    kill_trial_processes()
+    found = json.loads(commands.finish(sweep))
     assert [t["state"] for t in found["trials"]] == ["finished"] * 2
     assert sum(t["failures"] for t in found["trials"]) >= 1
     assert scores(folder) == scores(storage / "undisturbed")
     assert losses(folder / "trials/0001") == losses(storage / "undisturbed/trials/0001")
 
 
-def test_killed_driver__resumes_and_trains_nothing_twice(
-    start: Start, undisturbed: dict[str, Any], storage: Path
+def test_killed_trial_and_driver__resume_and_train_nothing_twice(
+    commands: Any, asked: Asked, undisturbed: Found, storage: Path
 ) -> None:
     folder = storage / "orphaned"
-    sweep = start("orphaned", "--concurrent", "1", sets=("resources.cpus_per_worker=1",))
-    wait_until(lambda: reached(folder / "trials/0001", 5), sweep)
+    sweep = commands.start(*asked("orphaned", *ONE, sets=ONE_CPU))
+    commands.wait_until(lambda: reached(folder / "trials/0001", 2), sweep)
+    kill_trial_processes()
+    commands.wait_until(lambda: reached(folder / "trials/0001", 5), sweep)
     sweep.send_signal(signal.SIGKILL)
     sweep.wait()
     before = (folder / "trials/0000/metrics.jsonl").stat()
-    refused = start("orphaned", sets=("budget.steps=4",))
-    _, said = refused.communicate(timeout=120)
-    assert refused.returncode == 2
-    assert "budget.steps: 8 -> 4" in said
+    assert read_record(RunDir(str(folder))).trials[1].failures == 1
+    changed = asked("orphaned", sets=("budget.steps=4",))
+    assert "budget.steps: 8 -> 4" in commands.refused(commands.call(*changed))
 
-    found = finish(start("orphaned", "--concurrent", "1", resume=True))
+    resumed = commands.call(
+        "tune", "--resume", "orphaned", "--storage", str(storage), "--json", *ONE
+    )
+    found = json.loads(commands.finish(resumed))
     assert found["ended"]
     assert [t["state"] for t in found["trials"]] == ["finished"] * 2
+    assert [t["failures"] for t in found["trials"]] == [0, 1]
     assert (folder / "trials/0000/metrics.jsonl").stat().st_mtime_ns == before.st_mtime_ns
     assert scores(folder) == scores(storage / "undisturbed")
     assert losses(folder / "trials/0001") == losses(storage / "undisturbed/trials/0001")
@@ -259,13 +208,13 @@ def test_killed_driver__resumes_and_trains_nothing_twice(
 
 @pytest.mark.slow
 def test_failed_trial__is_told_with_its_reason_and_ends_nothing(
-    start: Start, storage: Path
+    commands: Any, asked: Asked, storage: Path
 ) -> None:
     sets = (
         "space.method.decoder_depth=null", "space.method.mask_ratio=null",
         "space.optim.base_lr={grid: [1.0e-3, 1.0e+30]}",
     )  # fmt: skip
-    found = finish(start("diverging", sets=sets))
+    found = json.loads(commands.finish(commands.call(*asked("diverging", sets=sets))))
     assert found["ended"]
     assert [t["state"] for t in found["trials"]] == ["finished", "failed"]
     assert "not finite" in found["trials"][1]["reason"]
@@ -273,25 +222,38 @@ def test_failed_trial__is_told_with_its_reason_and_ends_nothing(
     assert "not finite" in (storage / "diverging/report.html").read_text()
 
 
-def test_impossible_sweep__is_refused_before_anything_starts(start: Start, storage: Path) -> None:
+@pytest.mark.slow
+def test_hours__cut_what_runs_and_more_of_them_go_on(
+    commands: Any, asked: Asked, undisturbed: Found, storage: Path
+) -> None:
+    short = ("budget.hours=0.0025", *ONE_CPU)  # 9 s: long enough to begin in, not to end
+    cut = json.loads(commands.finish(commands.call(*asked("timed", *ONE, sets=short))))
+    assert not cut["ended"]
+    assert {t["state"] for t in cut["trials"]} <= {"finished", "cut"}
+    longer = asked("timed", *ONE, sets=("budget.hours=1", *ONE_CPU))
+    found = json.loads(commands.finish(commands.call(*longer)))
+    assert found["ended"]
+    assert found["seconds"] > cut["seconds"] > 9
+    assert scores(storage / "timed") == scores(storage / "undisturbed")
+
+
+def test_impossible_sweep__is_refused_before_anything_starts(
+    commands: Any, asked: Asked, storage: Path
+) -> None:
     began = time.monotonic()
-    sweep = start("impossible", sets=("resources.num_workers=4",))
-    _, said = sweep.communicate(timeout=120)
-    assert sweep.returncode == 2
+    said = commands.refused(commands.call(*asked("impossible", sets=("resources.num_workers=4",))))
     assert "4 workers x 1 CPU; the cluster has 2 CPUs" in said
     assert time.monotonic() - began < 60
     assert not (storage / "impossible").exists()
 
 
 def test_winner__is_registered_with_its_lineage_and_served_by_name(
-    undisturbed: dict[str, Any], storage: Path, monkeypatch: pytest.MonkeyPatch
+    commands: Any, undisturbed: Found, storage: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{storage}/mlflow.db")
 
     def models(*arguments: str) -> Any:
-        result = CliRunner().invoke(cli, ["models", *arguments, "--json"], catch_exceptions=False)
-        assert result.exit_code == 0, result.stderr
-        return json.loads(result.stdout)
+        return json.loads(commands.finish(commands.call("models", *arguments, "--json")))
 
     place = ("--storage", str(storage))
     best = undisturbed["best"]
@@ -317,11 +279,11 @@ def test_winner__is_registered_with_its_lineage_and_served_by_name(
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_trials_of_two_workers__nest_a_trainer_each(start: Start, storage: Path) -> None:
-    process = start("pairs", sets=("resources.num_workers=2",))
-    out, err = process.communicate(timeout=800)
-    assert process.returncode == 0, err
-    found = json.loads(out)
+def test_trials_of_two_workers__nest_a_trainer_each(
+    commands: Any, asked: Asked, storage: Path
+) -> None:
+    pairs = commands.call(*asked("pairs", sets=("resources.num_workers=2",)))
+    found = json.loads(commands.finish(pairs))
     assert [t["state"] for t in found["trials"]] == ["finished"] * 2
     assert [len(s) for s in scores(storage / "pairs").values()] == [2, 2]
     assert len(losses(storage / "pairs/trials/0000")) == STEPS

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -12,7 +11,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
@@ -35,8 +33,9 @@ def pictures(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def without_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is called in this process starts no Ray of its own."""
+    """What is called in this process is done in it, without Ray."""
     monkeypatch.setattr("service.extracting.connected", nullcontext)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
 
 
 def command(pictures: Path, out: Path) -> list[str]:
@@ -50,26 +49,24 @@ def parts(out: Path) -> dict[str, int]:
     return {file.name: file.stat().st_mtime_ns for file in sorted(out.glob("part-*.parquet"))}
 
 
-def test_extract__killed_and_run_again_does_what_is_missing(pictures: Path, tmp_path: Path):
+def test_extract__killed_and_run_again_does_what_is_missing(
+    pictures: Path, tmp_path: Path, ray_session: str
+):
     out, whole = tmp_path / "out", tmp_path / "whole"
-    log = (tmp_path / "log").open("wb")
-    first = subprocess.Popen(
-        [sys.executable, "-m", "service", *command(pictures, out)],
-        stdout=log,
-        stderr=log,
-        start_new_session=True,
-    )
-    while len(parts(out)) < 3:
-        assert first.poll() is None, (tmp_path / "log").read_text()
-        time.sleep(0.01)
-    family = psutil.Process(first.pid).children(recursive=True)
-    os.kill(first.pid, signal.SIGKILL)
-    first.wait()
-    for process in family:  # its Ray, which would end by itself some seconds later
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue
+    with (tmp_path / "log").open("wb") as log:
+        first = subprocess.Popen(
+            [sys.executable, "-m", "service", *command(pictures, out)],
+            stdout=log,
+            stderr=log,
+            env={**os.environ, "RAY_ADDRESS": ray_session},
+        )
+    try:
+        while len(parts(out)) < 3:
+            assert first.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.01)
+    finally:
+        first.kill()  # it alone writes; its workers end with it
+        first.wait()
     kept = parts(out)
     assert 3 <= len(kept) < NUM_PARTS
     assert not (out / "extraction.json").exists()

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +13,9 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from serving.access_log import open_access_log
+from serving import access_log
+from serving.access_log import AccessLog, open_access_log
+from trainers.errors import ServingError
 
 
 def test_access_log__a_line_of_json_each(tmp_path: Path) -> None:
@@ -22,6 +28,75 @@ def test_access_log__a_line_of_json_each(tmp_path: Path) -> None:
     first, second = map(json.loads, lines)
     assert (first["path"], first["level"], second["level"]) == ('/a"b\n', "info", "error")
     assert first["ts"].endswith("Z")
+
+
+def test_access_log__long_strings_and_odd_values(tmp_path: Path) -> None:
+    log = open_access_log(str(tmp_path / "access.jsonl"))
+    log.write({"status": 404, "path": "/" * 60_000, "odd": tmp_path})
+    log.close()
+    (file,) = tmp_path.iterdir()
+    line = json.loads(file.read_text())
+    assert (len(line["path"]), line["odd"]) == (500, str(tmp_path))
+
+
+def test_access_log__a_stuck_disk_costs_lines_not_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(access_log, "MAX_WAITING", 5)
+    stuck, written = threading.Event(), []
+
+    class Disk(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            stuck.wait(10)
+            written.append(self.format(record))
+
+    log = AccessLog(Disk())
+    for _ in range(50):
+        log.write({"status": 200})
+    stuck.set()
+    log.close()
+    assert log.lost >= 44  # five wait, and the thread holds one
+    assert len(written) + log.lost == 50
+
+
+def test_access_log__a_full_disk_disturbs_nobody(
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = AccessLog(access_log._File("/dev/full"))
+    for _ in range(3):
+        log.write({"status": 200})
+    log.close()
+    assert "No space left" in caplog.text
+    assert len(caplog.records) == 2  # once for the lines, once as it closes
+    assert not capsys.readouterr().err
+
+
+def test_access_log__turned_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(access_log, "MAX_BYTES", 2000)
+    log = open_access_log(str(tmp_path / "access.jsonl"))
+    for number in range(500):
+        log.write({"status": 200, "number": number})
+    log.close()
+    files = list(tmp_path.iterdir())
+    assert len(files) == 1 + access_log.KEPT_FILES
+    assert all(file.stat().st_size <= 2000 for file in files)
+    newest = (tmp_path / f"access-{os.getpid()}.jsonl").read_text().splitlines()
+    assert json.loads(newest[-1])["number"] == 499
+
+
+def test_access_log__written_to_the_end_by_a_process_that_ends(tmp_path: Path) -> None:
+    code = (
+        "import sys; from serving.access_log import open_access_log\n"
+        "log = open_access_log(sys.argv[1])\n"
+        "for _ in range(2000): log.write({'status': 200})"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "a.jsonl"], check=True, timeout=60)
+    (file,) = tmp_path.iterdir()
+    assert len(file.read_text().splitlines()) == 2000
+
+
+def test_open_access_log__where_nothing_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ServingError, match="cannot be written"):
+        open_access_log(str(tmp_path / "file" / "access.jsonl"))
 
 
 def test_open_access_log__standard_output_and_nowhere(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,12 +3,16 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from serving.metrics import KINDS, exposition, merged
 
+SERVE = "ray_serve_deployment_replica_healthy"
 DASHBOARD = Path(__file__).parents[2] / "deploy" / "grafana" / "mimray.json"
 
 
@@ -18,10 +22,22 @@ def test_merged__each_family_once_and_ours_alone() -> None:
         'ray_mimray_requests_total{node="%s"} 1.0\n'
         "# HELP ray_tasks t\n# TYPE ray_tasks gauge\nray_tasks 3\n"
     )
-    assert merged([node % "a", "", node % "b"]) == (
+    silent = "# 10.0.0.3 did not answer\n"
+    assert merged([node % "a", silent, node % "b"]) == (
+        "# 10.0.0.3 did not answer\n"
         "# HELP ray_mimray_requests_total d\n# TYPE ray_mimray_requests_total counter\n"
         'ray_mimray_requests_total{node="a"} 1.0\nray_mimray_requests_total{node="b"} 1.0\n'
     )
+
+
+def test_metrics__nothing_outside_ray() -> None:
+    """In a process of its own: this one may be in a cluster by now."""
+    code = (
+        "import asyncio, sys; from serving.metrics import Metrics, exposition\n"
+        "metrics = Metrics('m', '3'); metrics.request('infer', 200, 0.1, 1); metrics.batch(1, 9)\n"
+        "assert asyncio.run(exposition()) == '' and 'ray' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 @pytest.mark.timeout(90)
@@ -36,8 +52,9 @@ def test_exposition__what_a_replica_counted(ray_session: str) -> None:
 
             metrics = Metrics("m", "3")
             metrics.request("features", 200, 0.02, 4)
-            metrics.phase("model", 0.01)
-            metrics.batch(4, 4 * 48 * 64)
+            metrics.phase("model", 0.012)
+            metrics.phase("queue", 0.0)
+            metrics.batch(3, 3 * 48 * 64)
             metrics.waiting(2)
             metrics.rejected("overloaded")
             metrics.cache(hit=True)
@@ -61,10 +78,17 @@ def test_exposition__what_a_replica_counted(ray_session: str) -> None:
         ours = [s for s in family.samples if s.labels.get("model") == "m"]
         assert ours, name
         assert {"model", "version", *kind.labels} <= ours[0].labels.keys()
-    (requests,) = [
-        s for s in families["ray_mimray_requests"].samples if s.labels.get("model") == "m"
-    ]
+
+    def only(name: str) -> Any:
+        (sample,) = [s for s in families[name].samples if s.labels.get("model") == "m"]
+        return sample
+
+    requests = only("ray_mimray_requests")
     assert (requests.value, requests.labels["status"]) == (1.0, "200")
+    # Exactly, where the sums of Ray's histograms are not.
+    assert only("ray_mimray_phase_spent_seconds").value == 0.012
+    assert only("ray_mimray_batched_pictures").value == 3
+    assert all(name.startswith(("ray_mimray_", "ray_serve_")) for name in families)
     ray.kill(replica)
 
 
@@ -72,6 +96,7 @@ def test_dashboard__asks_for_what_there_is() -> None:
     dashboard = json.loads(DASHBOARD.read_text())
     expressions = [t["expr"] for panel in dashboard["panels"] for t in panel.get("targets", ())]
     assert len(expressions) >= 10
+    assert set(re.findall(r"ray_serve_\w+", " ".join(expressions))) == {SERVE}
     used: set[str] = set()
     for expression in expressions:
         for name, labels in re.findall(r"ray_(mimray_\w+)\{([^}]*)\}", expression):
@@ -86,6 +111,8 @@ def test_dashboard__asks_for_what_there_is() -> None:
             assert asked <= {"model", "version", *kind.labels}
         for by in re.findall(r"by \(([^)]*)\)", expression):
             known = {"le", "model", "version"} | {x for k in KINDS.values() for x in k.labels}
+            if expression.endswith(f"({SERVE})"):
+                known = {"application"}
             assert {word.strip() for word in by.split(",")} <= known
     assert used == KINDS.keys()  # nothing is counted that nobody looks at
     taken: set[tuple[int, int]] = set()

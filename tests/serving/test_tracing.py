@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -11,6 +15,7 @@ from typing import Any
 import pytest
 
 from serving.tracing import Tracer, continued
+from trainers.errors import ServingError
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
@@ -45,8 +50,17 @@ def test_continued__keeps_the_decision_not_to_record() -> None:
 
 
 @pytest.fixture
-def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """An OTLP collector; the spans it was sent."""
+def plain(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """An environment that says nothing of OpenTelemetry."""
+    for name in os.environ:
+        if name.startswith("OTEL_"):
+            monkeypatch.delenv(name)
+    return monkeypatch
+
+
+@pytest.fixture
+def collector(plain: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """An OTLP collector; the spans it was sent, each with its resource's attributes."""
     from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
     spans: list[Any] = []
@@ -55,14 +69,13 @@ def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             if self.headers.get("Content-Encoding") == "gzip":
-                import gzip
-
                 body = gzip.decompress(body)
             message = ExportTraceServiceRequest.FromString(body)
             for resource in message.resource_spans:
+                about = _facts(resource.resource.attributes)
                 for scope in resource.scope_spans:
-                    spans.extend(scope.spans)
-            self.send_response(200)
+                    spans.extend((span, about) for span in scope.spans)
+            self.send_response(200 if self.path == "/v1/traces" else 404)
             self.end_headers()
 
         def log_message(self, *arguments: Any) -> None:
@@ -71,24 +84,30 @@ def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    plain.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     yield spans
     server.shutdown()
     server.server_close()
     thread.join()
 
 
+def _facts(attributes: Any) -> dict[str, Any]:
+    return {a.key: getattr(a.value, a.value.WhichOneof("value")) for a in attributes}
+
+
 def test_tracer__exports_what_was_on_the_wire(collector: list[Any]) -> None:
     tracer = Tracer()
     span = tracer.start(f"00-{TRACE}-{PARENT}-01")
     started = time.perf_counter() - 1
-    tracer.record(
-        span.traceparent, [("decode", started + 0.1, started + 0.4)], {"mimray.model": "m"}
-    )
+    parts = [("decode", started + at, started + at + 0.2) for at in (0.1, 0.2)]
+    tracer.record(span.traceparent, parts, {"mimray.model": "m"})
     tracer.finish(span, "POST features", started, {"http.response.status_code": 200})
-    tracer.finish(tracer.start(f"00-{TRACE}-{PARENT}-00"), "unsampled", started, {})
+    unsampled = tracer.start(f"00-{TRACE}-{PARENT}-00")
+    assert unsampled.traceparent.endswith("-00")
+    tracer.record(unsampled.traceparent, parts, {})
+    tracer.finish(unsampled, "unsampled", started, {})
     tracer.close()
-    found = {span.name: span for span in collector}
+    found = {span.name: span for span, _ in collector}
     assert found.keys() == {"decode", "POST features"}
     server, decode = found["POST features"], found["decode"]
     assert server.trace_id.hex() == decode.trace_id.hex() == TRACE
@@ -96,11 +115,70 @@ def test_tracer__exports_what_was_on_the_wire(collector: list[Any]) -> None:
     assert decode.parent_span_id.hex() == span.span_id
     assert decode.end_time_unix_nano - decode.start_time_unix_nano == pytest.approx(3e8, rel=1e-3)
     assert abs(server.end_time_unix_nano - time.time_ns()) < 60e9
-    assert server.attributes[0].value.int_value == 200
+    assert (server.kind, server.status.code) == (server.SPAN_KIND_SERVER, 0)
+    assert _facts(server.attributes) == {"http.response.status_code": 200}
+    assert _facts(decode.attributes) == {"mimray.model": "m"}
+    assert {about["service.name"] for _, about in collector} == {"mimray"}
 
 
-def test_tracer__costs_nothing_where_nobody_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT", raising=False)
+def test_tracer__a_failure_is_one(collector: list[Any], plain: pytest.MonkeyPatch) -> None:
+    plain.setenv("OTEL_SERVICE_NAME", "features")
     tracer = Tracer()
-    tracer.finish(tracer.start(""), "x", 0.0, {})
+    tracer.finish(tracer.start(""), "POST", 0.0, {"http.response.status_code": 500})
     tracer.close()
+    ((span, about),) = collector
+    assert span.status.code == span.status.STATUS_CODE_ERROR
+    assert _facts(span.attributes)["error.type"] == "500"
+    assert (span.parent_span_id, about["service.name"]) == (b"", "features")
+
+
+def test_tracer__samples_as_the_environment_says(
+    collector: list[Any], plain: pytest.MonkeyPatch
+) -> None:
+    plain.setenv("OTEL_TRACES_SAMPLER", "parentbased_always_off")
+    tracer = Tracer()
+    begun = tracer.start("")
+    assert begun.traceparent.endswith("-00")
+    taken_up = tracer.start(f"00-{TRACE}-{PARENT}-01")
+    for span in (begun, taken_up):
+        tracer.record(span.traceparent, [("model", 0.0, 1.0)], {})
+        tracer.finish(span, "x", 0.0, {})
+    tracer.close()
+    assert {span.trace_id.hex() for span, _ in collector} == {TRACE}
+
+
+def test_tracer__loads_nothing_where_nobody_asked(plain: pytest.MonkeyPatch) -> None:
+    code = (
+        "import sys; from serving.tracing import Tracer\n"
+        "tracer = Tracer(); span = tracer.start(''); tracer.finish(span, 'x', 0.0, {})\n"
+        "tracer.record(span.traceparent, [('model', 0.0, 1.0)], {}); tracer.close()\n"
+        "assert not [name for name in sys.modules if name.startswith('opentelemetry')]\n"
+        "assert span.traceparent.endswith('-00')  # it is recorded nowhere"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("OTEL_TRACES_EXPORTER", "zipkin", "zipkin"),
+        ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc", "http/protobuf"),
+    ],
+)
+def test_tracer__refuses_what_it_does_not_know(
+    plain: pytest.MonkeyPatch, name: str, value: str, told: str
+) -> None:
+    plain.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:4318")
+    plain.setenv(name, value)
+    with pytest.raises(ServingError, match=told):
+        Tracer()
+    plain.setenv("OTEL_SDK_DISABLED", "true")
+    Tracer()
+
+
+def test_tracer__names_the_extra_that_is_missing(plain: pytest.MonkeyPatch) -> None:
+    plain.setenv("OTEL_TRACES_EXPORTER", "otlp")
+    plain.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
+    with pytest.raises(ServingError) as caught:
+        Tracer()
+    assert "mimray[otel]" in caught.value.hint

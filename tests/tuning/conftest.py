@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from sqlalchemy import Engine, event
 
 from tuning.config import SweepConfig
 from tuning.plan import SweepPlan, load_sweep, make_plan
@@ -25,19 +26,17 @@ GRID = [
 ]
 
 
-@pytest.fixture(scope="session")
-def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes of pictures, told apart by colour, with a held-out split."""
-    folder = tmp_path_factory.mktemp("labelled")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 16), ("val", 8)):
-        for label, tint in (("red", (200, 40, 40)), ("blue", (40, 40, 200))):
-            place = folder / split / label
-            place.mkdir(parents=True)
-            for i in range(count):
-                pixels = np.clip(rng.normal(tint, 50, (6, 6, 3)), 0, 255).astype(np.uint8)
-                Image.fromarray(pixels).resize((40, 40)).save(place / f"{i:02d}.png")
-    return folder
+@pytest.fixture(scope="session", autouse=True)
+def hasty() -> Iterator[None]:
+    """SQLite that does not wait for the disk; a study here outlives no power cut."""
+
+    def hurry(connection: Any, record: object) -> None:
+        if type(connection).__module__.startswith("sqlite3"):
+            connection.execute("PRAGMA synchronous=OFF")
+
+    event.listen(Engine, "connect", hurry)
+    yield
+    event.remove(Engine, "connect", hurry)
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import pwd
 import shutil
 import socket
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -34,16 +35,15 @@ def _binaries() -> Path:
 
 
 @pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def database() -> Iterator[str]:
     """URL of an empty database of a server of its own."""
     binaries = _binaries()
-    folder = tmp_path_factory.mktemp("postgresql")
+    # Another user gets in here; pytest keeps its own folders from others.
+    folder = Path(tempfile.mkdtemp(prefix="mr-"))
     as_user: list[str] = []
     if os.getuid() == 0:  # which PostgreSQL refuses to run as
         user = pwd.getpwnam("postgres" if _known("postgres") else "nobody")
         os.chown(folder, user.pw_uid, user.pw_gid)
-        for above in folder.parents[:2]:
-            above.chmod(0o755)
         as_user = ["setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups"]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -60,6 +60,7 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     )  # fmt: skip
     yield f"postgresql://me@127.0.0.1:{port}/postgres"
     subprocess.run([*control, "-m", "immediate", "stop"], check=True, capture_output=True, cwd="/")
+    shutil.rmtree(folder)
 
 
 def _known(name: str) -> bool:

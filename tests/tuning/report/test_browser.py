@@ -78,57 +78,44 @@ def undrawn(page: Any) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_page__draws_every_plot_without_a_network(
-    grid: SweepRecord, tmp_path: Path, look: Make, draw: Make, scheme: str
+def colours(page: Any) -> list[str]:
+    page.wait_for_timeout(200)
+    found: list[str] = page.evaluate(
+        """[getComputedStyle(document.body).backgroundColor,
+            getComputedStyle(document.querySelector("#plot-scores .xtick text")).fill,
+            document.querySelector("#plot-heatmap").data[0].colorscale[0][1]]"""
+    )
+    return found
+
+
+@pytest.mark.parametrize(
+    ("width", "schemes"), [(1200, ("light", "dark")), (375, ("dark", "light"))]
+)
+def test_page__draws_every_plot_in_its_width_and_follows_the_scheme(
+    grid: SweepRecord, tmp_path: Path, look: Make, draw: Make, width: int, schemes: tuple[str, str]
 ):
     draw(tmp_path, grid.ranked()[0].number)
     rows = [{"step": i, "samples": 10 * i, "loss": 1 / (i + 1)} for i in range(40)]
     curves = {trial.number: rows for trial in grid.trials}
     write_report(grid, RunDir(str(tmp_path)), curves=curves, speed={0.75: 3.8})
 
-    page, wrong = look(tmp_path, scheme=scheme)
+    page, wrong = look(tmp_path, width=width, scheme=schemes[0])
 
     names = page.evaluate("[...document.querySelectorAll('.plot')].map(plot => plot.id.slice(5))")
     assert sorted(names) == sorted(
         ["heatmap", "compute-samples", "compute-device-seconds", "scores", "losses", "parallel",
          "importance", "speed"]
     )  # fmt: skip
-    assert undrawn(page) == []
+    seen = []
+    for scheme in schemes:
+        page.emulate_media(color_scheme=scheme)
+        seen.append(colours(page))
+        assert undrawn(page) == []
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.evaluate("document.body.scrollWidth") <= width
+    assert all(first != then for first, then in zip(*seen, strict=True))
     assert page.evaluate("[...document.images].every(image => image.naturalWidth > 0)")
     assert wrong == []
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_page__fits_a_phone(grid: SweepRecord, tmp_path: Path, look: Make, draw: Make, scheme: str):
-    draw(tmp_path, grid.ranked()[0].number)
-    write_report(grid, RunDir(str(tmp_path)))
-
-    page, wrong = look(tmp_path, width=375, scheme=scheme)
-
-    assert page.evaluate("document.documentElement.scrollWidth") <= 375
-    assert page.evaluate("document.body.scrollWidth") <= 375
-    assert wrong == []
-
-
-def test_page__follows_the_scheme(grid: SweepRecord, tmp_path: Path, look: Make):
-    write_report(grid, RunDir(str(tmp_path)))
-    page, _ = look(tmp_path)
-
-    def colours() -> list[str]:
-        page.wait_for_timeout(200)
-        found: list[str] = page.evaluate(
-            """[getComputedStyle(document.body).backgroundColor,
-                getComputedStyle(document.querySelector("#plot-scores .xtick text")).fill,
-                document.querySelector("#plot-heatmap").data[0].colorscale[0][1]]"""
-        )
-        return found
-
-    light = colours()
-    page.emulate_media(color_scheme="dark")
-    dark = colours()
-
-    assert all(before != after for before, after in zip(light, dark, strict=True))
 
 
 def test_page__runs_nothing_that_a_name_holds(
