@@ -14,7 +14,8 @@ from serving.formats import dumps
 from serving.images import Fetch, decoded_pictures, parse_object
 from serving.metadata import Identity
 from serving.options import parse_options
-from serving.predictor import Predictor, Timeline
+from serving.predictor import Predictor
+from serving.timeline import Timeline
 
 _OPTIONS = ("pooling", "size")
 

@@ -8,7 +8,8 @@ from serving.formats import WRITERS, Answer, negotiate
 from serving.images import Fetch, read_pictures
 from serving.metadata import Identity, answer_metadata
 from serving.options import NAMES, Options, parse_options
-from serving.predictor import Predictor, Timeline
+from serving.predictor import Predictor
+from serving.timeline import Timeline
 
 _QUERY = ("model", "version", "outputs", *NAMES)
 _PLAIN = ("pooled", "tokens")

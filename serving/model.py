@@ -24,8 +24,9 @@ from serving.images import Fetch
 from serving.metadata import Identity
 from serving.metrics import Metrics
 from serving.oip import infer, model_config, model_metadata
-from serving.predictor import Predictor, Timeline
+from serving.predictor import Predictor
 from serving.reconstruct import Reconstructor, reconstruction
+from serving.timeline import Timeline
 from serving.tracing import Tracer
 
 logger = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from serving.errors import InvalidRequestError, ModelFailureError, TooLargeError
 from serving.formats import dumps, stacked
 from serving.metadata import Identity, answer_metadata
 from serving.options import NAMES, PYRAMID_STRIDES, Options, parse_options
-from serving.predictor import Prediction, Predictor, Timeline
+from serving.predictor import Prediction, Predictor
 from serving.preparing import Array, Picture
 from serving.protocol import (
     HEADER_LENGTH,
@@ -34,6 +34,7 @@ from serving.protocol import (
     build_response,
     parse_request,
 )
+from serving.timeline import Timeline
 
 PLATFORM = "mimray_pytorch"
 _GEOMETRY = ("source_size", "transform", "valid_region")

@@ -23,7 +23,6 @@ from serving.errors import (
     ModelFailureError,
     OverloadedError,
     TooLargeError,
-    UnusablePictureError,
 )
 from serving.geometry import Placement, Sizing
 from serving.options import PYRAMID_STRIDES, EncoderFacts, Options
@@ -33,8 +32,10 @@ from serving.preparing import (
     PictureLimits,
     Prepared,
     Preparer,
+    refuse_unusable,
     token_validity,
 )
+from serving.timeline import Timeline
 from trainers.errors import ImageError
 
 if TYPE_CHECKING:
@@ -67,22 +68,6 @@ class Prediction(NamedTuple):
 
     outputs: dict[str, Array]
     placement: Placement
-
-
-@dataclass
-class Timeline:
-    """When the phases of one request ran: name, start and end on `time.perf_counter`."""
-
-    spans: list[tuple[str, float, float]] = field(default_factory=list)
-
-    def add(self, name: str, start: float, end: float) -> None:
-        """Note a phase."""
-        self.spans.append((name, start, end))
-
-    def seconds(self, name: str) -> float:
-        """From the first start to the last end of a phase; 0 where it never ran."""
-        found = [(start, end) for phase, start, end in self.spans if phase == name]
-        return max(e for _, e in found) - min(s for s, _ in found) if found else 0.0
 
 
 @dataclass(frozen=True)
@@ -276,7 +261,7 @@ class Predictor:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._model_thread, run)
         except ImageError as error:
-            _refuse_unusable([error])
+            refuse_unusable([error])
             raise
         finally:
             self.waiting -= 1
@@ -310,7 +295,7 @@ class Predictor:
             *(loop.run_in_executor(self._decoders, prepare, picture) for picture in pictures),
             return_exceptions=True,
         )
-        _refuse_unusable(outcomes)
+        refuse_unusable(outcomes)
         return [outcome for outcome in outcomes if isinstance(outcome, Prepared)]
 
     def _check_output(self, prepared: Sequence[Prepared], options: Options) -> None:
@@ -411,20 +396,3 @@ def _to_numpy(tensor: Tensor) -> Array:
     if tensor.dtype == torch.bfloat16:  # which numpy does not have
         return tensor.view(torch.int16).numpy().view(np.uint16)
     return tensor.numpy()
-
-
-def _refuse_unusable(outcomes: Sequence[Prepared | BaseException]) -> None:
-    """Raise for what could not be prepared, saying which pictures and why."""
-    unusable = []
-    for index, outcome in enumerate(outcomes):
-        if isinstance(outcome, ImageError):
-            unusable.append({"index": index, "reason": outcome.reason, "message": str(outcome)})
-        elif isinstance(outcome, BaseException):
-            raise outcome
-    if unusable:
-        first = unusable[0]
-        more = f" (and {len(unusable) - 1} more)" if len(unusable) > 1 else ""
-        raise UnusablePictureError(
-            f"picture {first['index']} cannot be used: {first['message']}{more}",
-            details={"pictures": unusable},
-        )

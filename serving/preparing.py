@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from serving.errors import InvalidRequestError
+from serving.errors import InvalidRequestError, UnusablePictureError
 from serving.geometry import Placement, Size, Sizing, place
 from trainers.errors import ImageError
 
@@ -174,3 +175,27 @@ def _image_from_pixels(pixels: Array, input_size: Size) -> Image.Image:
             hint=f"send them at {input_size[0]} x {input_size[1]} (height x width)",
         )
     return Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
+
+
+def refuse_unusable(outcomes: Sequence[Prepared | BaseException]) -> None:
+    """Raise for what could not be prepared, saying which pictures and why.
+
+    Args:
+        outcomes: of every picture, in order.
+
+    Raises:
+        UnusablePictureError: some cannot be used; it lists all of them.
+    """
+    unusable = []
+    for index, outcome in enumerate(outcomes):
+        if isinstance(outcome, ImageError):
+            unusable.append({"index": index, "reason": outcome.reason, "message": str(outcome)})
+        elif isinstance(outcome, BaseException):
+            raise outcome
+    if unusable:
+        first = unusable[0]
+        more = f" (and {len(unusable) - 1} more)" if len(unusable) > 1 else ""
+        raise UnusablePictureError(
+            f"picture {first['index']} cannot be used: {first['message']}{more}",
+            details={"pictures": unusable},
+        )

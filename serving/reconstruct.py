@@ -11,7 +11,8 @@ from serving.calls import Call, Reply
 from serving.errors import ConflictError, InvalidRequestError
 from serving.formats import dumps
 from serving.images import Fetch, read_pictures
-from serving.predictor import Predictor, Timeline
+from serving.predictor import Predictor
+from serving.timeline import Timeline
 from trainers.errors import ConfigError
 
 if TYPE_CHECKING:

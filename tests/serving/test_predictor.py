@@ -15,8 +15,9 @@ from PIL import Image
 from serving.errors import OverloadedError, TooLargeError, UnusablePictureError
 from serving.geometry import Sizing
 from serving.options import Options
-from serving.predictor import Prediction, Predictor, PredictorLimits, Timeline, output_bytes
+from serving.predictor import Prediction, Predictor, PredictorLimits, output_bytes
 from serving.preparing import PictureLimits
+from serving.timeline import Timeline
 
 LIMITS = PredictorLimits(max_batch_size=8, batch_wait_s=0.01)
 
