@@ -63,6 +63,7 @@ def endpoint(registry: Registry, ray_session: str) -> Iterator[Endpoint]:
         "device": "cpu",
         "num_cpus": 0.3,
         "cache_mib": 0,
+        "max_queue_size": 8,
         "canary": {"bundle": "m@canary", "share": 0.5},
     }
     config = check_config({"port": port, "models": {"m": model}}, "test")
@@ -312,6 +313,40 @@ def test_completed__refuses_what_it_does_not_know() -> None:
 
     with pytest.raises(ValueError, match="HAProxy's configuration"):
         completed("global\ndefaults\n    mode http\n", "x")
+
+
+def test_overload__is_refused_and_what_is_taken_is_quick(
+    endpoint: Endpoint, picture: Callable[..., bytes], expected: dict[str, Any]
+) -> None:
+    """Ten times as many at once as are admitted."""
+    path = "/v1/features?model=m"
+    with _load(endpoint, picture, expected, path):
+        memory = sum(process.memory_info().rss for process in _replicas())
+    several = [("f", (str(i), picture(1), "image/png")) for i in range(4)]
+    statuses: Counter[int] = Counter()
+    taken: list[float] = []
+
+    def flood() -> None:
+        with httpx2.Client(base_url=endpoint.url, timeout=60) as client:
+            for _ in range(4):
+                started = time.perf_counter()
+                answer = client.post(path, files=several)
+                statuses[answer.status_code] += 1
+                if answer.status_code == 200:
+                    taken.append(time.perf_counter() - started)
+                else:
+                    assert answer.headers["retry-after"].isdigit()
+
+    threads = [threading.Thread(target=flood) for _ in range(40)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+        assert not thread.is_alive(), "a request hangs"
+    assert statuses.keys() == {200, 503}
+    assert sum(statuses.values()) == 160
+    assert max(taken) < 20  # `max_wait_s`
+    assert sum(process.memory_info().rss for process in _replicas()) < memory + 200 * 2**20
 
 
 def test_files_and_processes__do_not_pile_up(

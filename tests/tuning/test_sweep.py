@@ -76,6 +76,7 @@ def tuner(monkeypatch: pytest.MonkeyPatch) -> type[Tuner]:
         return Actor(Board(record=written, storage=launch.storage, tracked=False))
 
     monkeypatch.setattr(sweep.tune, "Tuner", Played)
+    monkeypatch.setattr(sweep.tune, "with_parameters", lambda trainable, **_: trainable)
     monkeypatch.setattr(sweep, "time", Played.clock)
     monkeypatch.setattr(sweep, "POLL_S", 3600)
     monkeypatch.setattr(sweep, "_open_board", open_board)
