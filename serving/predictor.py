@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import numpy as np
 
 from serving.batcher import Batcher
+from serving.devices import compile_encoder, pays_to_compile, pick_device
 from serving.errors import (
     EndpointError,
     ModelFailureError,
@@ -113,6 +114,7 @@ class Predictor:
             this is said explicitly.
         limits: how much is taken in and how it is grouped.
         jpeg_draft: decode large JPEGs at a fraction of their size; see `Preparer`.
+        compile: see `pays_to_compile`.
         on_batch: told the size of every batch and the pixels of its inputs.
 
     Attributes:
@@ -129,6 +131,7 @@ class Predictor:
         num_threads: int = 1,
         limits: PredictorLimits | None = None,
         jpeg_draft: bool = False,
+        compile: str | bool = "auto",
         on_batch: Callable[[int, int], None] = lambda size, pixels: None,
     ) -> None:
         import torch
@@ -136,7 +139,7 @@ class Predictor:
         from trainers.bundles import load_bundle
 
         self.limits = limits or PredictorLimits()
-        self._device = torch.device(_pick_device() if device == "auto" else device)
+        self._device = pick_device(device)
         self._encoder = load_bundle(bundle).to(self._device)
         self.card: BundleCard = self._encoder.card
         encoder = self._encoder.encoder
@@ -151,6 +154,7 @@ class Predictor:
             has_class_token=getattr(encoder, "num_prefix_tokens", 0) > 0,
             max_input_pixels=self.limits.pictures.max_input_pixels,
         )
+        self._compile = pays_to_compile(compile, self._device)
         self.waiting = 0
         self._seconds_per_picture = 0.0
         self._on_batch = on_batch
@@ -177,6 +181,8 @@ class Predictor:
     def warm_up(self) -> None:
         """Run the model a few times, so that no request pays for the first, and time it."""
         height, width = self.card.image_size
+        if self._compile:
+            compile_encoder(self._encoder)
         blank = np.zeros((self.card.channels, height, width), np.uint8)
         item = Prepared(blank, Placement((height, width), (height, width), (height, width)))
         options = Options(tokens=True, layers=(self.facts.depth - 1,))
@@ -381,12 +387,6 @@ def _threads(count: int, name: str, *, num_threads: int) -> ThreadPoolExecutor:
         initializer=torch.set_num_threads,
         initargs=(num_threads,),
     )
-
-
-def _pick_device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _to_numpy(tensor: Tensor) -> Array:

@@ -49,6 +49,7 @@ def build_service(settings: ModelSettings, *, num_threads: int) -> ModelService:
             ),
         ),
         jpeg_draft=settings.jpeg_draft,
+        compile=settings.compile,
         on_batch=metrics.batch,
     )
     predictor.warm_up()

@@ -189,3 +189,45 @@ def test_output_bytes__is_what_comes_out(
     size = sum(values.nbytes for values in found.outputs.values())
     # Levels of odd grids are kept whole, so a little more than the arithmetic.
     assert size * 0.97 <= output_bytes(predictor.facts, found.placement, options) <= size
+
+
+def test_compile__where_it_pays_and_never_at_the_price_of_an_answer(
+    bundles: dict[str, Path],
+    picture: Callable[..., bytes],
+    reference: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    import torch
+
+    from serving.devices import pays_to_compile
+
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert [pays_to_compile("auto", cpu), pays_to_compile("auto", cuda)] == [False, True]
+    assert [pays_to_compile(True, cpu), pays_to_compile(False, cuda)] == [True, False]
+    calls = []
+
+    def compile(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        def compiled(*arguments: Any) -> Any:
+            calls.append(options)
+            if len(calls) == 1:
+                raise RuntimeError("no compiler\nand a long story")
+            return function(*arguments)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compile)
+
+    async def pooled() -> Any:
+        predictor = Predictor(bundles["alpha"], device="cpu", compile=True)
+        predictor.warm_up()
+        (found,) = await predictor.predict([picture(1)], Options())
+        await predictor.close()
+        return found.outputs["pooled"]
+
+    expected = reference(picture(1))[0]
+    np.testing.assert_allclose(asyncio.run(pooled()), expected, atol=1e-5)
+    assert "not compiled: no compiler" in caplog.text
+    assert len(calls) == 1
+    np.testing.assert_allclose(asyncio.run(pooled()), expected, atol=1e-5)
+    assert len(calls) > 2
