@@ -30,10 +30,13 @@ def build_service(settings: ModelSettings, *, num_threads: int) -> ModelService:
     Raises:
         BundleError: the bundle is missing or damaged.
     """
+    from trainers.bundles import CARD, bundle_folder
+
     limits = settings.edge.limits
+    bundle = bundle_folder(settings.bundle)
     metrics = Metrics(settings.name, settings.version)
     predictor = Predictor(
-        settings.bundle,
+        bundle,
         device=settings.device,
         num_threads=num_threads,
         limits=PredictorLimits(
@@ -53,7 +56,7 @@ def build_service(settings: ModelSettings, *, num_threads: int) -> ModelService:
         on_batch=metrics.batch,
     )
     predictor.warm_up()
-    reconstructor = Reconstructor(settings.bundle, max_pixels=limits.picture_pixels)
+    reconstructor = Reconstructor(bundle, max_pixels=limits.picture_pixels)
     identity = Identity(
         name=settings.name,
         version=settings.version,
@@ -62,7 +65,7 @@ def build_service(settings: ModelSettings, *, num_threads: int) -> ModelService:
         limits=predictor.limits,
         max_pictures=limits.pictures,
         can_reconstruct=reconstructor.available,
-        created_s=int((settings.bundle / "bundle.json").stat().st_mtime),
+        created_s=int((bundle / CARD).stat().st_mtime),
     )
     urls = settings.urls
     policy = (
