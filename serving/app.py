@@ -32,6 +32,7 @@ from serving.errors import (
     error_from_status,
 )
 from serving.keys import KeyRing, Quota
+from serving.metrics import Metrics
 from serving.protocol import HEADER_LENGTH
 from serving.tracing import Tracer
 
@@ -66,12 +67,19 @@ class EdgeParts:
         keys: who may come; None for everybody.
         access_log: where requests are noted.
         tracer: where spans go.
+        metrics: where refusals of no model are counted.
     """
 
     limits: EdgeLimits
     keys: KeyRing | None
     access_log: AccessLog
     tracer: Tracer
+    metrics: Metrics
+
+    def close(self) -> None:
+        """Write and send what is left."""
+        self.access_log.close()
+        self.tracer.close()
 
 
 def model_app(name: str, answer: Callable[[Call], Awaitable[Reply]], edge: EdgeParts) -> ASGIApp:
@@ -268,6 +276,7 @@ def _application(routes: list[Route], bodies: Bodies, edge: EdgeParts) -> ASGIAp
                 quota=Quota(),
                 access_log=edge.access_log,
                 tracer=edge.tracer,
+                metrics=edge.metrics,
                 open_paths=OPEN_PATHS,
             )
         ],

@@ -110,6 +110,7 @@ class ModelReplica:
         )
         self._routing: Routing | None = None
         self._others = _Others()
+        self._edge = edge_parts(settings.edge)
 
     def reconfigure(self, routing: dict[str, Any]) -> None:
         """Learn which versions there are now."""
@@ -120,7 +121,13 @@ class ModelReplica:
         """The routes, built once the model is loaded."""
         from serving.app import model_app
 
-        return model_app(self._settings.name, self.answer, edge_parts(self._settings.edge))
+        return model_app(self._settings.name, self.answer, self._edge)
+
+    def __del__(self) -> None:
+        """Serve calls this as a replica ends."""
+        if hasattr(self, "_edge"):
+            self._edge.close()
+            self._service.close()
 
     async def answer(self, call: Call) -> Reply:
         """Answer a call, or have the canary answer it."""
@@ -153,7 +160,8 @@ class RootReplica:
     """Answers for the server as a whole."""
 
     def __init__(self, edge: EdgeSettings) -> None:
-        self._edge = edge
+        self._timeout_s = edge.limits.request_timeout_s
+        self._edge = edge_parts(edge)
         self._models: dict[str, Routing] = {}
         self._states: dict[str, bool] = {}
         self._applications: dict[str, Any] = {}
@@ -173,10 +181,15 @@ class RootReplica:
         return root_app(
             self._ready,
             self._ask,
-            edge_parts(self._edge),
+            self._edge,
             version=importlib.metadata.version("mimray"),
             metrics=exposition,
         )
+
+    def __del__(self) -> None:
+        """Serve calls this as a replica ends."""
+        if hasattr(self, "_edge"):
+            self._edge.close()
 
     async def _ready(self) -> Mapping[str, bool]:
         if time.monotonic() - self._asked >= _STATUS_AGE_S:
@@ -211,7 +224,7 @@ class RootReplica:
         if not states.get(name) and application not in self._applications:
             return problem_reply(OverloadedError(f"model {name!r} is not ready"))
         try:
-            async with asyncio.timeout(self._edge.limits.request_timeout_s):
+            async with asyncio.timeout(self._timeout_s):
                 return await self._others.ask(application, call)
         except TimeoutError:
             return problem_reply(OverloadedError(f"model {name!r} did not answer in time"))
@@ -253,6 +266,7 @@ def edge_parts(settings: EdgeSettings) -> EdgeParts:
     from serving.app import EdgeParts
     from serving.edge import EdgeLimits
     from serving.keys import KeyRing, hash_key
+    from serving.metrics import Metrics
     from serving.tracing import Tracer
 
     require_keys(settings)
@@ -270,6 +284,7 @@ def edge_parts(settings: EdgeSettings) -> EdgeParts:
         keys=keys,
         access_log=open_access_log(settings.access_log),
         tracer=Tracer(),
+        metrics=Metrics("", ""),
     )
 
 

@@ -26,6 +26,7 @@ from serving.errors import (
     TooLargeError,
 )
 from serving.keys import KeyRing, Quota
+from serving.metrics import Metrics
 from serving.protocol import inflate
 from serving.tracing import Span, Tracer
 
@@ -124,6 +125,7 @@ class Edge:
         quota: how much each may ask for.
         access_log: where requests are noted.
         tracer: where spans go.
+        metrics: where refusals of no model are counted.
         open_paths: answered without a key: whole paths, or prefixes that end in `/`.
     """
 
@@ -136,6 +138,7 @@ class Edge:
         quota: Quota,
         access_log: AccessLog,
         tracer: Tracer,
+        metrics: Metrics,
         open_paths: Iterable[str],
     ) -> None:
         self._app = app
@@ -144,6 +147,7 @@ class Edge:
         self._quota = quota
         self._log = access_log
         self._tracer = tracer
+        self._metrics = metrics
         self._open = frozenset(open_paths)
         self._open_folders = tuple(
             path for path in self._open if path.endswith("/") and path != "/"
@@ -202,14 +206,17 @@ class Edge:
             self._quota.charge(scope["mimray.key"], int(notes["pictures"]))
         seconds = time.perf_counter() - started
         client = scope.get("client")
-        route = notes.get("operation", scope["path"])
+        if "error" in notes and "version" not in notes:  # no model has counted it
+            self._metrics.rejected(str(notes["error"]))
+        # Paths are without number, and a name of a span is not.
+        name = " ".join([scope["method"], *([notes["operation"]] if "operation" in notes else [])])
         attributes = {
             "http.request.method": scope["method"],
             "http.response.status_code": sent.status,
             "url.path": scope["path"],
             **{f"mimray.{name}": notes[name] for name in ("pictures", "version") if name in notes},
         }
-        self._tracer.finish(span, f"{scope['method']} {route}", started, attributes)
+        self._tracer.finish(span, name, started, attributes)
         self._log.write(
             {
                 "request_id": notes.pop("request_id"),

@@ -155,6 +155,10 @@ class ModelService:
         reply, hit = await self._cache.get_or_compute(key, compute)
         return replace(reply, notes={**reply.notes, "cache": "hit" if hit else "miss"})
 
+    def close(self) -> None:
+        """Send what is left of spans."""
+        self._tracer.close()
+
     def _check_version(self, version: str | None) -> None:
         if version is not None and version != self.identity.version:
             raise UnknownModelError(
@@ -184,7 +188,8 @@ class ModelService:
             name: timeline.seconds(name) for name in ("queue", "decode", "batch_wait", "model")
         }
         if timeline.spans and reply.status < 400:
-            phases["encode"] = max(0.0, time.perf_counter() - max(e for _, _, e in timeline.spans))
+            timeline.add("encode", max(end for _, _, end in timeline.spans), time.perf_counter())
+            phases["encode"] = timeline.seconds("encode")
         pictures = int(reply.notes.get("pictures", 0))
         self._tracer.record(call.traceparent, timeline.spans, {"mimray.model": self.identity.name})
         self._answered += pictures
@@ -200,7 +205,9 @@ class ModelService:
         if "cache" in reply.notes:
             self._metrics.cache(reply.notes["cache"] != "miss")
         milliseconds = {f"{name}_ms": round(1000 * spent, 3) for name, spent in phases.items()}
-        notes = {"version": self.identity.version, **milliseconds, **reply.notes}
+        identity = self.identity
+        named = {"model": identity.name, "version": identity.version}
+        notes = {**named, **milliseconds, **reply.notes}
         return replace(reply, notes=notes)
 
 

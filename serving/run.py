@@ -157,6 +157,7 @@ def start(config: ServeConfig, resolve: Resolve, *, api_key: str | None = None) 
         ResourceError: the cluster cannot hold the replicas.
     """
     from serving.keys import KeyRing, hash_key
+    from serving.tracing import Tracer
 
     key = api_key or os.environ.get(API_KEY_VARIABLE) or None
     _check_names(config.models)
@@ -181,6 +182,7 @@ def start(config: ServeConfig, resolve: Resolve, *, api_key: str | None = None) 
         needs_key=not is_loopback(host),
     )
     rollout.prepare()
+    Tracer().close()  # an exporter that is set and missing is told of now
 
     import ray
 
