@@ -18,7 +18,10 @@ file_option = click.option(
 
 @click.group()
 def keys() -> None:
-    """API keys of endpoints: named, kept as hashes, added and revoked while they run."""
+    """API keys of endpoints: named, kept as hashes, added and revoked while they run.
+
+    Example: mimray keys add detectors
+    """
 
 
 @keys.command()
