@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np
@@ -238,6 +238,18 @@ class Commands:
             return ready()
 
         wait_until(still_runs, timeout_s=150)
+
+    @staticmethod
+    def kill_ray(name: str, most: int | None = None) -> None:
+        """SIGKILL to processes of the session's Ray, by a part of the name that Ray gives them."""
+        victims = []
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if any(name in part for part in process.cmdline()):
+                    victims.append(process)
+        assert victims
+        for victim in victims[:most]:
+            victim.kill()
 
     def close(self) -> None:
         """End every process that was started."""

@@ -6,8 +6,8 @@ import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import psutil
 import pytest
 import torch
 
@@ -56,14 +56,11 @@ def rows(run: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in json.loads(line).items() if k not in unsteady} for line in lines]
 
 
-def kill_a_worker(run: Path, step: int, over: threading.Event) -> None:
+def kill_a_worker(run: Path, step: int, over: threading.Event, commands: Any) -> None:
     """SIGKILL one training worker once the run has come to a step."""
     while not over.wait(0.02):
         if (run / "metrics.jsonl").is_file() and len(rows(run)) >= step:
-            break
-    for process in psutil.Process().children(recursive=True):
-        if any("RayTrainWorker" in part for part in process.cmdline()):
-            process.kill()
+            commands.kill_ray("RayTrainWorker", most=1)
             return
 
 
@@ -81,12 +78,12 @@ def kill_a_worker(run: Path, step: int, over: threading.Event) -> None:
     ],
 )  # fmt: skip
 def test_method__lives_through_a_kill_and_leaves_a_bundle(
-    recipe: str, launch: Launch, photos: Path, storage: Path
+    recipe: str, launch: Launch, commands: Any, photos: Path, storage: Path
 ) -> None:
     undisturbed = launch(recipe, recipe)
     over = threading.Event()
     killed = storage / f"{recipe}-killed"
-    killer = threading.Thread(target=kill_a_worker, args=(killed, 3, over))
+    killer = threading.Thread(target=kill_a_worker, args=(killed, 3, over, commands))
     killer.start()
     attempts: list[int] = []
     launch(recipe, killed.name, attempts)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 
 STEPS = 12
@@ -43,13 +42,6 @@ def losses(run: Path) -> dict[int, float]:
 
 def reached(run: Path, step: int) -> bool:
     return (run / "metrics.jsonl").is_file() and len(losses(run)) >= step
-
-
-def training_worker() -> psutil.Process:
-    for process in psutil.process_iter(["cmdline"]):
-        if any("RayTrainWorker" in part for part in process.info["cmdline"] or []):
-            return process
-    raise AssertionError("no training worker is running")
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +95,7 @@ def test_killed_worker__run_goes_on_by_itself_bit_for_bit(
 ) -> None:
     process = commands.start(*asked("worker-killed", "--set", "checkpoint.every_steps=2"))
     commands.wait_until(lambda: reached(storage / "worker-killed", 5), process)
-    training_worker().kill()
+    commands.kill_ray("RayTrainWorker")
     commands.finish(process)
     assert losses(storage / "worker-killed") == undisturbed
 

@@ -270,11 +270,12 @@ def test_winner__is_registered_with_its_lineage_and_served_by_name(
     second = models("register", f"undisturbed:{int(other['trial'])}", "--name", "photos", *place)
     assert second["model"] == "photos@v2"
 
-    from service.deploy import parse_models
+    from service.deploy import resolve, serve_config
 
-    served = parse_models(["photos@champion"])
-    assert list(served) == ["photos"]
-    assert (served["photos"] / "bundle.json").is_file()
+    config = serve_config(["photos@champion"], None, None, {})
+    served = resolve(config.models["photos"].bundle)
+    assert served.number == "1"
+    assert (served.bundle / "bundle.json").is_file()
 
 
 @pytest.mark.slow
