@@ -21,9 +21,10 @@ MARK = "# completed by mimray"
 STRIPPED = (
     "x-request-timeout-seconds",
     "x-request-disconnect-disabled",
-    "serve_multiplexed_model_id",
+    "serve-multiplexed-model-id",
+    "x-session-id",
 )
-"""Headers of requests that Ray Serve obeys."""
+"""Headers of requests that Ray Serve obeys, `-` and `_` alike."""
 
 _ROUTER_PREFIX = "x-serve-router-"
 _RETRY_AFTER_S = 1
@@ -95,8 +96,8 @@ def completed(config: str, folder: str) -> str:
     own = '{ res.hdr(content-type) -m beg "text/plain" }'
     overloaded = _quoted(problem_body(503))
     frontend = [
-        *(f"    http-request del-header {name}" for name in STRIPPED),
-        f"    http-request del-header {_ROUTER_PREFIX} -m beg",
+        *(f"    http-request del-header ^{_either(name)}$ -m reg" for name in STRIPPED),
+        f"    http-request del-header ^{_either(_ROUTER_PREFIX)} -m reg",
         # What Ray's layer in front of the application says by itself is plain text.
         f"    http-response return status 503 content-type application/problem+json "
         f"hdr Retry-After {_RETRY_AFTER_S} string {overloaded} if {{ status 500:504 }} {own}",
@@ -129,6 +130,10 @@ def _changed(config: str, pattern: str, replacement: str) -> str:
     if count != 1:
         raise ValueError(f"{count} places in HAProxy's configuration look like {pattern!r}")
     return config
+
+
+def _either(name: str) -> str:
+    return name.replace("-", "[_-]")
 
 
 def _quoted(text: str) -> str:
