@@ -31,6 +31,8 @@ _MAX_CONNECTIONS = 1024
 _RETRIES = 3
 # Between two pieces of a request or an answer.
 _SILENCE_S = 60
+# A model that scaled to zero has to load first.
+_ANSWER_S = 300
 _EXIT_WAIT_S = 5.0
 _POLL_S = 0.05
 
@@ -162,6 +164,7 @@ class HAProxyState:
             "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(_BUFFER_BYTES),
             "RAY_SERVE_HAPROXY_MAXCONN": str(_MAX_CONNECTIONS),
             "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(_SILENCE_S),
+            "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": str(_ANSWER_S),
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(self.folder / "haproxy.cfg"),
             "RAY_SERVE_HAPROXY_SOCKET_PATH": str(self.folder / "admin.sock"),
             "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(self.folder),
