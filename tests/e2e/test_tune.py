@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-import psutil
 import pytest
 from mlflow.tracking import MlflowClient
 
@@ -65,17 +64,6 @@ def losses(trial: Path) -> list[float]:
 
 def reached(trial: Path, step: int) -> bool:
     return (trial / "metrics.jsonl").is_file() and len(losses(trial)) >= step
-
-
-def kill_trial_processes() -> None:
-    victims = [
-        process
-        for process in psutil.process_iter(["cmdline"])
-        if any("ray::ResourceTrainable" in part for part in process.info["cmdline"] or [])
-    ]
-    assert victims
-    for victim in victims:
-        victim.kill()
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +157,7 @@ def test_killed_trial_processes__resume_and_change_nothing(
     folder = storage / "lost"
     sweep = commands.start(*asked("lost"))
     commands.wait_until(lambda: reached(folder / "trials/0001", 3), sweep)
-    kill_trial_processes()
+    commands.kill_ray("ResourceTrainable")
     found = json.loads(commands.finish(sweep))
     assert [t["state"] for t in found["trials"]] == ["finished"] * 2
     assert sum(t["failures"] for t in found["trials"]) >= 1
@@ -183,7 +171,7 @@ def test_killed_trial_and_driver__resume_and_train_nothing_twice(
     folder = storage / "orphaned"
     sweep = commands.start(*asked("orphaned", *ONE, sets=ONE_CPU))
     commands.wait_until(lambda: reached(folder / "trials/0001", 2), sweep)
-    kill_trial_processes()
+    commands.kill_ray("ResourceTrainable")
     commands.wait_until(lambda: reached(folder / "trials/0001", 5), sweep)
     sweep.send_signal(signal.SIGKILL)
     sweep.wait()

@@ -76,7 +76,7 @@ def locked_site(
         yield url
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     if shutil.which(CHROMIUM) is None:
         if os.environ.get("CI"):
