@@ -228,7 +228,7 @@ def large_answer(
         size = len(connection.ask(request))
         over = time.perf_counter() - began - sum(alone.values())
         shares.append(over / alone["model_s"])
-    return {"round_mb": size / 1e6, "shares": shares[1:]}
+    return {"answer_mb": size / 1e6, "shares": shares[1:]}
 
 
 def spread(values: list[float]) -> str:
@@ -277,6 +277,7 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, help="where peers' environments are, or are made")
     parser.add_argument("--models", default="ti,b")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=6, help="of a measurement; ViT-B's twice")
     parser.add_argument("--quick", action="store_true", help="whether it runs at all, in a minute")
     parser.add_argument("--json", type=Path, help="write all figures here")
     arguments = parser.parse_args()
@@ -291,11 +292,11 @@ def main() -> None:
             else:
                 settings = Settings(
                     rounds=max(1, arguments.rounds - 2) if slow else arguments.rounds,
-                    seconds=12 if slow else 6,
+                    seconds=arguments.seconds * (2 if slow else 1),
                     warm_up_s=4 if slow else 1.5,
                     batches=(1, 2, 4, 8, 16),
-                    pairs=12 if slow else 60,
-                    large_pairs=2 if slow else 5,
+                    pairs=12 if slow else 40,
+                    large_pairs=2 if slow else 4,
                 )
             findings = measure(model, Path(scratch), pictures, settings, arguments.peers)
             report(findings)
