@@ -17,12 +17,14 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import signal
 import statistics
 import sys
 import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from operator import sub
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +65,13 @@ class Findings:
     """Figures of one model, by name and round."""
 
     model: str
-    pictures_per_s: dict[str, list[float]] = field(default_factory=dict)
     loads: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     figures: dict[str, Any] = field(default_factory=dict)
 
     def ratios(self, one: str, other: str) -> list[float]:
         """Round by round."""
-        pairs = zip(self.pictures_per_s[one], self.pictures_per_s[other], strict=True)
-        return [a / b for a, b in pairs]
+        pairs = zip(self.loads[one], self.loads[other], strict=True)
+        return [a["pictures_per_s"] / b["pictures_per_s"] for a, b in pairs]
 
 
 def photographs(count: int) -> list[bytes]:
@@ -170,48 +171,50 @@ def measure(
         findings.figures["idle_cores"] = {
             system.name: (system.cpu_seconds() - idle[system.name]) / IDLE_S for system in systems
         }
+        for system in systems:
+            system.tell(signal.SIGSTOP)
         best = findings.figures["best_batch"] = {
             name: max(
-                settings.batches, key=lambda batch: bare.rate(batch, passes, settings.seconds / 3)
+                settings.batches,
+                key=lambda batch: bare.rate(batch, passes, settings.seconds / 3)["pictures_per_s"],
             )
             for name, passes in BARE.items()
         }
         for _ in range(settings.rounds):
             for name, passes in BARE.items():
                 rate = bare.rate(best[name], passes, settings.seconds)
-                findings.pictures_per_s.setdefault(name, []).append(rate)
+                findings.loads.setdefault(name, []).append(rate)
             for system in systems:
-                round_ = system.load(CONNECTIONS, settings.seconds, settings.warm_up_s)
-                findings.loads.setdefault(system.name, []).append(round_)
-                findings.pictures_per_s.setdefault(system.name, []).append(round_["pictures_per_s"])
-        findings.figures["one"] = one_connection(systems, bare, plain, settings.pairs)
-        findings.figures["large"] = large_answer(
-            systems[0], large_body, bare, plain / "0", settings.large_pairs
-        )
+                with system.awake():
+                    load = system.load(CONNECTIONS, settings.seconds, settings.warm_up_s)
+                findings.loads.setdefault(system.name, []).append(load)
+        findings.figures["one"] = {
+            system.name: one_connection(system, bare, plain, settings.pairs) for system in systems
+        }
+        with systems[0].awake():
+            findings.figures["large"] = large_answer(
+                systems[0], large_body, bare, plain / "0", settings.large_pairs
+            )
     return findings
 
 
-def one_connection(
-    systems: list[System], bare: Bare, bodies: Path, pairs: int
-) -> dict[str, dict[str, float]]:
+def one_connection(system: System, bare: Bare, bodies: Path, pairs: int) -> dict[str, float]:
     """Latency of one picture at a time beside decoding it and the model alone, in turns."""
-    connections = {s.name: Connection(s.port) for s in systems}
-    requests = {s.name: requests_of(s.port, s.path, s.bodies) for s in systems}
-    spent: dict[str, list[float]] = {name: [] for name in ("bare", *connections)}
-    for number in range(-2, pairs):
-        alone = bare.once(bodies / str(number % PICTURES), 224, ())
-        row = {"bare": sum(alone.values())}
-        for name, connection in connections.items():
+    requests = requests_of(system.port, system.path, system.bodies)
+    latencies, over = [], []
+    with system.awake():
+        connection = Connection(system.port)
+        for number in range(-2, pairs):
+            alone = bare.once(bodies / str(number % PICTURES), 224, ())
             began = time.perf_counter()
-            connection.ask(requests[name][number % PICTURES])
-            row[name] = time.perf_counter() - began
-        if number >= 0:
-            for name, seconds in row.items():
-                spent[name].append(1000 * seconds)
-    base = statistics.median(spent["bare"])
+            connection.ask(requests[number % PICTURES])
+            latency = time.perf_counter() - began
+            if number >= 0:
+                latencies.append(1000 * latency)
+                over.append(1000 * (latency - sum(alone.values())))
     return {
-        name: {"median_ms": statistics.median(times), "over_ms": statistics.median(times) - base}
-        for name, times in spent.items()
+        "median_ms": statistics.median(latencies),
+        "over_ms": statistics.median(latencies) - statistics.median(map(sub, latencies, over)),
     }
 
 
@@ -238,24 +241,24 @@ def spread(values: list[float]) -> str:
 
 def report(findings: Findings) -> None:
     """Print one model's figures."""
-    rates, figures = findings.pictures_per_s, findings.figures
+    figures = findings.figures
     of_bare, of_peers = TARGETS[findings.model]
     print(f"\n## ViT-{findings.model.capitalize()}/16, {CONNECTIONS} connections")
-    for name, values in rates.items():
-        line = f"{name}: {statistics.median(values):.2f} pictures/s"
+    for name, loads in findings.loads.items():
+        middle = {key: statistics.median(load[key] for load in loads) for key in loads[0]}
+        line = (
+            f"{name}: {middle['pictures_per_s']:.2f} pictures/s, "
+            f"{middle['cpu_ms_per_picture']:.1f} ms of CPU each"
+        )
         if name in BARE:
             line += f", batches of {figures['best_batch'][name]}"
         else:
-            loads = findings.loads[name]
-            middle = {key: statistics.median(load[key] for load in loads) for key in loads[0]}
             line += (
-                f", median latency {middle['median_ms']:.0f} ms, "
-                f"{middle['cpu_ms_per_picture']:.1f} ms of CPU a picture "
-                f"({figures['idle_cores'][name]:.1%} of a core idle); of both, the client took "
-                f"{middle['client_cpu_share']:.1%}, strangers {middle['strangers_cpu_share']:.1%}"
+                f" ({figures['idle_cores'][name]:.1%} of a core idle), median latency "
+                f"{middle['median_ms']:.0f} ms; the client took {middle['client_cpu_share']:.1%}"
             )
-        print(line)
-    for name in rates:
+        print(f"{line}; others {middle['strangers_cpu_share']:.1%} of both cores")
+    for name in findings.loads:
         if name != "mimray":
             target = of_bare if name in BARE else of_peers
             print(f"mimray / {name}: {spread(findings.ratios('mimray', name))} (target {target})")
@@ -277,7 +280,7 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, help="where peers' environments are, or are made")
     parser.add_argument("--models", default="ti,b")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=6, help="of a measurement; ViT-B's twice")
+    parser.add_argument("--seconds", type=float, default=5, help="of a measurement; ViT-B's thrice")
     parser.add_argument("--quick", action="store_true", help="whether it runs at all, in a minute")
     parser.add_argument("--json", type=Path, help="write all figures here")
     arguments = parser.parse_args()
@@ -288,12 +291,12 @@ def main() -> None:
             # A batch of 16 takes ViT-B nearly four seconds here.
             slow = model == "b"
             if arguments.quick:
-                settings = Settings(1, 3, 1, (2, 8), 3, 1)
+                settings = Settings(1, 8 if slow else 3, 1, (2, 8), 3, 1)
             else:
                 settings = Settings(
                     rounds=max(1, arguments.rounds - 2) if slow else arguments.rounds,
-                    seconds=arguments.seconds * (2 if slow else 1),
-                    warm_up_s=4 if slow else 1.5,
+                    seconds=arguments.seconds * (3 if slow else 1),
+                    warm_up_s=9 if slow else 2,
                     batches=(1, 2, 4, 8, 16),
                     pairs=12 if slow else 40,
                     large_pairs=2 if slow else 4,

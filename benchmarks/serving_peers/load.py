@@ -94,10 +94,12 @@ def measure(
     if failures:
         raise failures[0]
     # From an answer to an answer, as batches answer in bursts: counting from a moment between two
-    # bursts would add or lose most of one.
+    # bursts would add or lose most of one. The first answer to everyone ends such a burst, too.
     times = sorted(end for end, _ in finished)
-    first = max(i for i, end in enumerate(times) if end <= max(began + warm_up_s, times[0]))
-    last = max(i for i, end in enumerate(times) if end <= stop)
+    first = max(connections - 1, sum(end <= began + warm_up_s for end in times) - 1)
+    last = sum(end <= stop for end in times) - 1
+    if last <= first:
+        raise RuntimeError("too slow to be measured in this time")
     latencies = [spent for end, spent in finished if end > times[first]]
     return {
         "pictures_per_s": (last - first) / (times[last] - times[first]),

@@ -12,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ REPOSITORY = HERE.parents[1]
 MAX_BATCH = 16
 WAIT_S = 0.005
 START_S = 120
+WAKE_S = 1
 
 
 @dataclass
@@ -57,6 +58,22 @@ class System:
             total += times.user + times.system
         return total
 
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Lets it run for a while; outside, its processes are stopped, as idling costs CPU, too."""
+        self.tell(signal.SIGCONT)
+        time.sleep(WAKE_S)
+        try:
+            yield
+        finally:
+            self.tell(signal.SIGSTOP)
+
+    def tell(self, number: signal.Signals) -> None:
+        """Send a signal to every process of it."""
+        for process in self.processes():
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+
     def ask(self) -> bytes:
         """The tensors of the first picture; waits for a server that is starting."""
         file, headers = json.loads((self.bodies / "bodies.json").read_text())[0]
@@ -80,20 +97,25 @@ class System:
         """One round of a closed loop: what `load.py` says, and the CPU it cost."""
         command = [sys.executable, "-S", str(HERE / "load.py"), str(self.port), self.path]
         command += [str(self.bodies), str(connections), str(seconds), str(warm_up_s)]
-        machine, own = psutil.cpu_times(), self.cpu_seconds()
+        busy, own = busy_seconds(), self.cpu_seconds()
         began = time.perf_counter()
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         answer: dict[str, float] = json.loads(done.stdout)
         cores_s = (time.perf_counter() - began) * (os.cpu_count() or 1)
         own = self.cpu_seconds() - own
-        after = psutil.cpu_times()
-        busy = sum(after) - after.idle - after.iowait - sum(machine) + machine.idle + machine.iowait
+        busy = busy_seconds() - busy
         return {
             **answer,
             "cpu_ms_per_picture": 1000 * own / answer["answers"],
             "client_cpu_share": answer["client_cpu_s"] / cores_s,
             "strangers_cpu_share": (busy - own - answer["client_cpu_s"]) / cores_s,
         }
+
+
+def busy_seconds() -> float:
+    """CPU that everything on this machine has taken so far."""
+    times = psutil.cpu_times()
+    return float(sum(times) - times.idle - times.iowait)
 
 
 class Bare:
@@ -109,10 +131,17 @@ class Bare:
         )
         self._read()
 
-    def rate(self, batch: int, passes: int, seconds: float) -> float:
-        """Pictures a second of the forward pass."""
-        answer: float = self._ask(batch=batch, passes=passes, seconds=seconds)
-        return answer
+    def rate(self, batch: int, passes: int, seconds: float) -> dict[str, float]:
+        """Pictures a second of the forward pass, and what others took of the CPU meanwhile."""
+        busy, began = busy_seconds(), time.perf_counter()
+        answer: dict[str, float] = self._ask(batch=batch, passes=passes, seconds=seconds)
+        cores_s = (time.perf_counter() - began) * (os.cpu_count() or 1)
+        strangers = busy_seconds() - busy - answer["cpu_s"]
+        return {
+            "pictures_per_s": answer["pictures_per_s"],
+            "cpu_ms_per_picture": 1000 * answer["cpu_s"] / answer["pictures"],
+            "strangers_cpu_share": strangers / cores_s,
+        }
 
     def once(self, file: Path, size: int, layers: tuple[int, ...]) -> dict[str, float]:
         """Seconds of decoding and of the model for one picture."""
@@ -189,6 +218,7 @@ def started(
         yield system
     finally:
         family = system.processes()
+        system.tell(signal.SIGCONT)
         process.send_signal(signal.SIGTERM)
         _, left = psutil.wait_procs(family, timeout=40)
         for survivor in left:
