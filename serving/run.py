@@ -31,8 +31,6 @@ _DRAIN_S = 1
 # Ray's 0.1 s costs the controller 4 % of a core while nothing happens.
 _CONTROL_LOOP_S = 0.5
 _SHUTDOWN_TIMEOUT_S = 30
-# Accepted requests are answered before anything stops.
-_DRAIN_TIMEOUT_S = 30
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -89,7 +87,7 @@ class Endpoint:
         """Stop serving; Ray itself is stopped only if this endpoint started it."""
         if not self._closed:
             self._closed = True
-            _shut_down(self._state, owns_ray=self._owns_ray)
+            _shut_down(self._state, self._config, owns_ray=self._owns_ray)
 
     def __enter__(self) -> Endpoint:
         return self
@@ -205,7 +203,7 @@ def start(config: ServeConfig, resolve: Resolve, *, api_key: str | None = None) 
             _start_serve(config, state)
             rollout.start()
     except BaseException:
-        _shut_down(state, owns_ray=owns_ray)
+        _shut_down(state, config, owns_ray=owns_ray)
         raise
     return Endpoint(config, rollout, state, owns_ray=owns_ray)
 
@@ -220,7 +218,7 @@ def _start_serve(config: ServeConfig, state: HAProxyState) -> None:
     }
     if haproxy_available() and _haproxy_reaches_replicas(config.host):
         state.claim()
-        environment |= state.environment()
+        environment |= state.environment(silence_s=config.limits.body_timeout_s)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(
         http_options=HTTPOptions(host=config.host, port=config.port),
@@ -278,15 +276,16 @@ def _serve_is_running() -> bool:
     return True
 
 
-def _shut_down(state: HAProxyState, *, owns_ray: bool) -> None:
+def _shut_down(state: HAProxyState, config: ServeConfig, *, owns_ray: bool) -> None:
     """Stop Serve and, if it is ours, Ray; a second Ctrl-C does not cut it short."""
     import ray
     from ray import serve
 
     with _signals_handled_by(signal.SIG_IGN):
         try:
-            if not state.drain(_DRAIN_TIMEOUT_S):
-                logger.warning("some requests took longer than %d s", _DRAIN_TIMEOUT_S)
+            timeout_s = config.limits.request_timeout_s
+            if not state.drain(timeout_s):
+                logger.warning("some requests took longer than %g s", timeout_s)
             if ray.is_initialized():
                 _end_controller()
                 serve.shutdown()

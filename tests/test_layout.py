@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import os
 import re
 import shutil
 import subprocess
@@ -101,6 +102,9 @@ def test_cluster__every_node_asks_for_a_token_and_serves_by_haproxy(
 
     assert "export RAY_AUTH_MODE=token" in environment
     assert "RAY_SERVE_ENABLE_HA_PROXY=1" in environment
+    (launcher,) = re.findall(r"RAY_SERVE_HAPROXY_BINARY_PATH=([^\s;]+)", environment)
+    (folder,) = [there for there, here in cluster["file_mounts"].items() if here == "."]
+    assert os.access(ROOT / Path(launcher).relative_to(folder), os.X_OK)
     (path,) = re.findall(r"RAY_AUTH_TOKEN_PATH=([^\s;]+)", environment)
     assert cluster["file_mounts"][path] == "~/.ray/auth_token"
     assert "0.0.0.0" not in start

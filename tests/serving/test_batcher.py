@@ -130,3 +130,26 @@ def test_batcher__waits_for_those_that_are_expected_but_not_for_ever() -> None:
         await batcher.close()
 
     asyncio.run(main())
+
+
+def test_batcher__who_comes_alone_again_waits_for_nobody() -> None:
+    async def main() -> None:
+        log: list[tuple[str, list[int]]] = []
+        batcher = _batcher(log, batch_wait_s=0.3)
+        loop = asyncio.get_running_loop()
+
+        async def seconds(*items: int) -> float:
+            started = loop.time()
+            await asyncio.gather(*(batcher.submit("a", item) for item in items))
+            return loop.time() - started
+
+        assert await seconds(1) >= 0.3  # company might have come
+        assert await seconds(2) < 0.3
+        with batcher.expecting(1):  # someone is on the way
+            assert await seconds(3) >= 0.3
+        await seconds(4, 5)
+        assert await seconds(6) >= 0.3  # two came at once the last time
+        assert [items for _, items in log] == [[1], [2], [3], [4, 5], [6]]
+        await batcher.close()
+
+    asyncio.run(main())

@@ -11,7 +11,8 @@ from click.testing import CliRunner
 
 from serving.build import Served, Share, Version, serve_schema
 from serving.config import check_config
-from serving.deployment import ModelSettings
+from serving.deployment import ModelSettings, Routing
+from serving.rollout import steps
 from trainers.errors import ConfigError, ServingError
 
 
@@ -81,6 +82,44 @@ def test_serve_schema__is_one_that_ray_serve_takes() -> None:
     routing = {"default": "1", "applications": {"1": "m", "2": "m@2"}, "canary": "2", "share": 0.1}
     assert deployment["user_config"] == routing
     assert root["deployments"][0]["user_config"] == {"m": routing}
+
+
+V = {number: Version(f"m@{number}", Path(f"/b/{number}"), number) for number in "1234"}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "between"),
+    [
+        ("1", "2", []),
+        ("1", "1 2", ["1 (2)"]),
+        ("1 2", "1", ["1 (2)"]),
+        ("1 2", "2", ["1 (2)", "2 (2)"]),
+        ("1 2", "3 2", []),
+        ("1 2", "1 3", ["1 (2)", "1", "1 (3)"]),
+        ("1 2", "3 4", ["1 (2)", "3 (2)", "3", "3 (4)"]),
+    ],
+)
+def test_steps__nothing_is_handed_to_what_is_not_there(
+    before: str, after: str, between: list[str]
+) -> None:
+    """Written as the stable version and the canary, in brackets where it has no share."""
+    config = _config(canary={"bundle": "m@canary", "share": "10%"}).models["m"]
+
+    def served(text: str) -> Served:
+        stable, *canary = text.replace("(", "").replace(")", "").split()
+        return Served("m", config, V[stable], V[canary[0]] if canary else None, "(" not in text)
+
+    assert steps(served(before), served(after)) == [served(text) for text in (*between, after)]
+
+
+def test_routing__a_canary_that_is_promoted_answers_as_the_stable_one() -> None:
+    config = _config(canary={"bundle": "m@canary", "share": "10%"}).models["m"]
+    assert Served("m", config, V["2"], V["2"], is_split=False).routing == Routing(
+        default="2", applications={"2": "m"}
+    )
+    assert Served("m", config, V["1"], V["2"], is_split=False).routing == Routing(
+        default="1", applications={"1": "m", "2": "m@2"}
+    )
 
 
 def test_shares__leave_room_for_one_more(ray_session: str) -> None:

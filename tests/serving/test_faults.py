@@ -5,8 +5,11 @@ Every answer is 200 with the right numbers, or a refusal that says when to come 
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -21,6 +24,7 @@ import numpy as np
 import psutil
 import pytest
 
+import serving.haproxy
 from serving.build import Version
 from serving.config import check_config
 from serving.haproxy import HAProxyState, haproxy_available
@@ -300,6 +304,11 @@ def test_haproxy__runs_as_we_completed_it(endpoint: Endpoint) -> None:
     assert not [
         line for line in config.splitlines() if line.strip().startswith(("bind :", "bind *"))
     ]
+    # Which models there are is for those with a key.
+    routes = httpx2.get(endpoint.url + "/-/routes")
+    assert routes.status_code == 404
+    assert routes.json()["error"] == "there is nothing at this path"
+    assert routes.headers["content-type"] == "application/problem+json"
     # A client cannot switch its own timeout off, or on.
     found = httpx2.get(endpoint.url + "/v1/models", headers={STRIPPED[0]: "1e-6"})
     assert found.status_code == 200
@@ -308,11 +317,20 @@ def test_haproxy__runs_as_we_completed_it(endpoint: Endpoint) -> None:
         assert connection.makefile("rb").read().startswith(b"HTTP/1.1 400")
 
 
-def test_completed__refuses_what_it_does_not_know() -> None:
-    from serving.haproxy_launcher import completed
-
-    with pytest.raises(ValueError, match="HAProxy's configuration"):
-        completed("global\ndefaults\n    mode http\n", "x")
+def test_launcher__refuses_what_it_does_not_know(tmp_path: Path) -> None:
+    """Better no endpoint than one that clients can command."""
+    config = tmp_path / "haproxy.cfg"
+    config.write_text("global\ndefaults\n    mode http\n    timeout client 60s\n")
+    launcher = Path(serving.haproxy.__file__).with_name("haproxy.sh")
+    done = subprocess.run(
+        [str(launcher), "-db", "-f", str(config)],
+        env={**os.environ, "MIMRAY_PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert done.returncode == 1
+    assert "this HAProxy is not started: nothing in HAProxy's configuration" in done.stderr
 
 
 def test_overload__is_refused_and_what_is_taken_is_quick(

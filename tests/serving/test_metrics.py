@@ -50,7 +50,7 @@ def test_exposition__what_a_replica_counted(ray_session: str) -> None:
         def count(self) -> None:
             from serving.metrics import Metrics
 
-            metrics = Metrics("m", "3")
+            metrics = Metrics("counted", "3")
             metrics.request("features", 200, 0.02, 4)
             metrics.phase("model", 0.012)
             metrics.phase("queue", 0.0)
@@ -72,7 +72,7 @@ def test_exposition__what_a_replica_counted(ray_session: str) -> None:
             of_model = {
                 name
                 for name, family in families.items()
-                if any(s.labels.get("model") == "m" for s in family.samples)
+                if any(s.labels.get("model") == "counted" for s in family.samples)
             }
             absent = {f"ray_{name}" for name in KINDS} - of_model
             if not absent:
@@ -84,11 +84,11 @@ def test_exposition__what_a_replica_counted(ray_session: str) -> None:
     for name, kind in KINDS.items():
         family = families[f"ray_{name}"]
         assert family.type == kind.type, name
-        ours = [s for s in family.samples if s.labels.get("model") == "m"]
+        ours = [s for s in family.samples if s.labels.get("model") == "counted"]
         assert {"model", "version", *kind.labels} <= ours[0].labels.keys()
 
     def only(name: str) -> Any:
-        (sample,) = [s for s in families[name].samples if s.labels.get("model") == "m"]
+        (sample,) = [s for s in families[name].samples if s.labels.get("model") == "counted"]
         return sample
 
     requests = only("ray_mimray_requests")
