@@ -106,7 +106,8 @@ class ModelConfig(Config):
         max_queue_size: most pictures a replica admits before they are answered.
         max_wait_s: requests are refused when those before them would take longer.
         cache_mib: memory a replica keeps answers in, by the content of requests; 0 for none.
-        compile: compile the model; `auto` where it pays.
+        compile: have torch compile the model; `auto` does on GPUs, and on CPUs has oneDNN compute
+            its linear layers, which is faster and has their weights in memory twice.
         jpeg_draft: decode large JPEGs at a fraction of their size; faster, pixels differ a little.
         canary: see there.
     """

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor, nn
 
     from trainers.bundles import FrozenEncoder
 
@@ -22,13 +24,20 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def pays_to_compile(wanted: str | bool, device: torch.device) -> bool:
-    """Whether to compile: as told, or by `auto` on GPUs alone.
+def what_pays(
+    compile: str | bool, device: torch.device
+) -> Callable[[FrozenEncoder], object] | None:
+    """What makes an encoder faster.
 
-    On CPUs a compiled ViT-Ti/16 took 1.09 times as long as one that is not, after 154 s of
-    compiling.
+    Args:
+        compile: `auto` for `compile_encoder` on GPUs and `pack_linears` on CPUs, where a compiled
+            ViT-Ti/16 took 1.09 times as long as one that is not, after 154 s of compiling; True
+            for the first, False for nothing.
+        device: that it runs on.
     """
-    return device.type == "cuda" if wanted == "auto" else bool(wanted)
+    if compile == "auto":
+        return compile_encoder if device.type == "cuda" else pack_linears
+    return compile_encoder if compile else None
 
 
 def compile_encoder(encoder: FrozenEncoder) -> bool:
@@ -55,3 +64,50 @@ def compile_encoder(encoder: FrozenEncoder) -> bool:
         return False
     object.__setattr__(inner, "forward_intermediates", fast)
     return True
+
+
+def pack_linears(encoder: FrozenEncoder) -> None:
+    """Have oneDNN compute an encoder's linear layers, from weights laid out as its kernels read.
+
+    On 2 cores of an EPYC with AVX-512 this made ViT-B/16 1.2 and ViT-Ti/16 1.1 times as fast as
+    torch's own matrix products; numbers change by a few 1e-6. The weights are in memory twice.
+
+    Args:
+        encoder: in float32 on a CPU, to be changed; as it was, where this torch has no oneDNN.
+    """
+    import torch
+    from timm.layers import Mlp
+    from torch import nn
+
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return
+    modules = list(encoder.encoder.modules())
+    # The activation in the same pass over memory as the product before it.
+    fused = {
+        module.fc1
+        for module in modules
+        if isinstance(module, Mlp) and type(module.act) is nn.GELU
+        if module.act.approximate == "none"
+    }
+    for module in modules:
+        if isinstance(module, Mlp) and module.fc1 in fused:
+            module.act = nn.Identity()
+        elif type(module) is nn.Linear:
+            _pack(module, "gelu" if module in fused else "none")
+
+
+def _pack(linear: nn.Linear, activation: str) -> None:
+    """Replace what a layer does, and leave its weights to whoever reads them."""
+    import torch
+
+    # What torch's own compiler makes of a linear layer (`torch._inductor.mkldnn_ir`).
+    operations = torch.ops.mkldnn
+    weight = operations._reorder_linear_weight(linear.weight.detach(), None)
+    bias = None if linear.bias is None else linear.bias.detach()
+    algorithm = "none" if activation == "gelu" else ""
+
+    def forward(x: Tensor) -> Tensor:
+        y: Tensor = operations._linear_pointwise(x, weight, bias, activation, [], algorithm)
+        return y
+
+    object.__setattr__(linear, "forward", forward)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import numpy as np
 
 from serving.batcher import Batcher
-from serving.devices import compile_encoder, pays_to_compile, pick_device
+from serving.devices import pick_device, what_pays
 from serving.errors import (
     EndpointError,
     ModelFailureError,
@@ -114,7 +114,7 @@ class Predictor:
             this is said explicitly.
         limits: how much is taken in and how it is grouped.
         jpeg_draft: decode large JPEGs at a fraction of their size; see `Preparer`.
-        compile: see `pays_to_compile`.
+        compile: see `what_pays`.
         on_batch: told the size of every batch and the pixels of its inputs.
 
     Attributes:
@@ -161,7 +161,7 @@ class Predictor:
             has_class_token=getattr(encoder, "num_prefix_tokens", 0) > 0,
             max_input_pixels=self.limits.pictures.max_input_pixels,
         )
-        self._compile = pays_to_compile(compile, self._device)
+        self._faster = what_pays(compile, self._device)
         self.waiting = 0
         self._seconds_per_picture = 0.0
         self._on_batch = on_batch
@@ -185,8 +185,8 @@ class Predictor:
     def warm_up(self) -> None:
         """Run the model a few times, so that no request pays for the first, and time it."""
         height, width = self.card.image_size
-        if self._compile:
-            self._model_thread.submit(compile_encoder, self._encoder).result()
+        if self._faster is not None:
+            self._model_thread.submit(self._faster, self._encoder).result()
         blank = np.zeros((self.card.channels, height, width), np.uint8)
         item = Prepared(blank, Placement((height, width), (height, width), (height, width)))
         options = Options(tokens=True, layers=(self.facts.depth - 1,))

@@ -200,11 +200,11 @@ def test_compile__where_it_pays_and_never_at_the_price_of_an_answer(
 ) -> None:
     import torch
 
-    from serving.devices import pays_to_compile
+    from serving.devices import compile_encoder, pack_linears, what_pays
 
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert [pays_to_compile("auto", cpu), pays_to_compile("auto", cuda)] == [False, True]
-    assert [pays_to_compile(True, cpu), pays_to_compile(False, cuda)] == [True, False]
+    assert [what_pays("auto", cpu), what_pays("auto", cuda)] == [pack_linears, compile_encoder]
+    assert [what_pays(True, cpu), what_pays(False, cuda)] == [compile_encoder, None]
     calls = []
 
     def compile(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -231,3 +231,43 @@ def test_compile__where_it_pays_and_never_at_the_price_of_an_answer(
     assert len(calls) == 1
     np.testing.assert_allclose(asyncio.run(pooled()), expected, atol=1e-5)
     assert len(calls) > 2
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"name": "vit", "width": 64, "depth": 2, "num_heads": 4, "patch_size": 16},
+        {"name": "vit", "width": 64, "depth": 2, "num_heads": 4, "rel_pos_bias": "per_block"},
+        {"name": "swin", "width": 32, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4},
+    ],
+)
+def test_pack_linears__same_numbers_from_other_kernels(tree: dict[str, Any]) -> None:
+    import torch
+    from pydantic import TypeAdapter
+
+    from serving.devices import pack_linears
+    from trainers.bundles import BundleCard, FrozenEncoder
+    from trainers.config.model import EncoderConfig
+    from trainers.models import build_encoder
+
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        pytest.skip("this torch has no oneDNN")
+    torch.manual_seed(0)
+    config = TypeAdapter(EncoderConfig).validate_python(tree)
+    card = BundleCard(
+        name="m", encoder=config, image_size=(64, 64), channels=3, mean=(0.5,) * 3,
+        std=(0.5,) * 3, layers=(0, 1),
+    )  # fmt: skip
+    encoder = FrozenEncoder(build_encoder(config, (64, 64), 3), card)
+    images = torch.randn(3, 3, 64, 64)
+    with torch.inference_mode():
+        plain = encoder(images).tokens
+        before = [module.forward for module in encoder.modules()]
+        pack_linears(encoder)
+        changed = [m for m, f in zip(encoder.modules(), before, strict=True) if m.forward != f]
+        packed = encoder(images).tokens
+        alone = encoder(images[:1]).tokens
+    assert len(changed) >= 8  # four linear layers a block
+    assert not torch.equal(packed, plain)  # or nothing was replaced
+    torch.testing.assert_close(packed, plain, rtol=0, atol=1e-5)
+    torch.testing.assert_close(alone, packed[:1], rtol=0, atol=1e-5)
