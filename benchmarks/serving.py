@@ -222,11 +222,11 @@ def large_answer(
     system: System, body: Path, bare: Bare, picture: Path, pairs: int
 ) -> dict[str, Any]:
     """Four layers of a picture at 1024 x 1024: what does not belong to decoding and the model."""
-    connection = Connection(system.port)
     (request,) = requests_of(system.port, system.path, body)
     shares, size = [], 0
     for _ in range(pairs + 1):
         alone = bare.once(picture, 1024, LAYERS)
+        connection = Connection(system.port)  # an idle one would be closed meanwhile
         began = time.perf_counter()
         size = len(connection.ask(request))
         over = time.perf_counter() - began - sum(alone.values())

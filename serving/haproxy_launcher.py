@@ -35,6 +35,8 @@ _ROUTER_PREFIX = "x-serve-router-"
 _RETRY_AFTER_S = 1
 # Of a request's headers; its body has as long as the client may be silent (`timeout client`).
 _HEADERS_TIMEOUT_S = 10
+# Between two requests on a connection.
+_KEEP_ALIVE_S = 75
 # Buffers a thread keeps for itself: with 16 MiB of them, of 1 MiB each, a request costs 0.4 ms of
 # CPU, and 1.5 ms where each has to be asked of the system.
 _HOT_BYTES = 16 * 2**20
@@ -109,9 +111,12 @@ def completed(config: str, folder: str) -> str:
         for status in (*_MEANINGS, *_SENT_AS)
     ]
     config = re.sub(r"^ *errorfile \d+ .*\n", "", config, flags=re.M)
-    config = re.sub(r"^ *timeout http-request .*\n", "", config, flags=re.M)
+    config = re.sub(r"^ *timeout http-(request|keep-alive) .*\n", "", config, flags=re.M)
     defaults = [
         f"    timeout http-request {_HEADERS_TIMEOUT_S}s",
+        f"    timeout http-keep-alive {_KEEP_ALIVE_S}s",
+        # A connection opened in advance is closed in time, not told that it is late.
+        "    option http-ignore-probes",
         *files,
     ]
     silence = re.search(r"^ *timeout client (\d+s)$", config, flags=re.M)
