@@ -37,7 +37,7 @@ _ANSWER_S = 300
 # A request on a connection that is kept alive may be on its way.
 _QUIET_S = 0.5
 _EXIT_WAIT_S = 5.0
-_POLL_S = 0.05
+_POLL_S = 0.1
 
 
 def haproxy_available() -> bool:
@@ -107,7 +107,9 @@ class HAProxyState:
             _command(path, "shutdown frontend http_frontend")
         quiet_since = time.monotonic()
         while sockets and time.monotonic() < quiet_since + _QUIET_S:
-            if self.requests():
+            # One that a newer one replaced ends what it has, and the socket does not tell of it.
+            replaced = len(self.processes()) > len(sockets)
+            if replaced or self.requests():
                 quiet_since = time.monotonic()
             if time.monotonic() > deadline:
                 return False

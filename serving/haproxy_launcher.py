@@ -35,8 +35,9 @@ _ROUTER_PREFIX = "x-serve-router-"
 _RETRY_AFTER_S = 1
 # Of a request's headers; its body has as long as the client may be silent (`timeout client`).
 _HEADERS_TIMEOUT_S = 10
-# Between two requests on a connection.
-_KEEP_ALIVE_S = 75
+# Between two requests on a connection; short, as each keeps a HAProxy that was replaced, and the
+# replicas it knew, until then.
+_KEEP_ALIVE_S = 10
 # Buffers a thread keeps for itself: with 16 MiB of them, of 1 MiB each, a request costs 0.4 ms of
 # CPU, and 1.5 ms where each has to be asked of the system.
 _HOT_BYTES = 16 * 2**20
