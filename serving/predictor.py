@@ -141,13 +141,11 @@ class Predictor:
         self.limits = limits or PredictorLimits()
         self._device = pick_device(device)
         # One for the whole model, and one for each lane; at any time either the one is in use or
-        # the others. The one loads the model, too: where any other thread has had OpenMP start
-        # workers, there are more than cores, and they sleep between operations instead of waiting
-        # ready (a picture took ViT-Ti 37 ms instead of 25 on 2 cores).
+        # the others. The one loads the model, too: once OpenMP has more workers than cores, they
+        # sleep between operations (a picture took ViT-Ti 37 ms instead of 25 on 2 cores).
         self._model_thread = _threads(1, "model", num_threads=num_threads)
-        self._encoder = self._model_thread.submit(
-            lambda: load_bundle(bundle).to(self._device)
-        ).result()
+        loading = self._model_thread.submit(lambda: load_bundle(bundle).to(self._device))
+        self._encoder = loading.result()
         self.card: BundleCard = self._encoder.card
         encoder = self._encoder.encoder
         self.facts = EncoderFacts(
@@ -279,9 +277,8 @@ class Predictor:
     async def close(self) -> None:
         """Stop the batcher and the threads."""
         await self._batcher.close()
-        self._decoders.shutdown(wait=False, cancel_futures=True)
-        self._model_thread.shutdown(wait=False, cancel_futures=True)
-        self._lanes.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._decoders, self._model_thread, self._lanes):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     def _patience_s(self) -> float:
         """While a lane is idle others decode: as long as one picture takes is well spent."""
