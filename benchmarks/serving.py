@@ -1,6 +1,6 @@
 """What the endpoint costs beside the bare model, LitServe and BentoML; everything in one run.
 
-    python benchmarks/serving.py [--peers FOLDER] [--models ti,b] [--quick] [--json FILE]
+    python benchmarks/serving.py [--peers FOLDER] [--models ti,b] [--plain] [--quick] [--json FILE]
 
 On 2 cores, ViT-Ti/16 and ViT-B/16 at 224, untrained; photographs as JPEG in, tokens out as
 float16; 16 connections that ask again as soon as they are answered; caching off. The systems take
@@ -9,7 +9,8 @@ least and the most. The bare model is the forward pass alone at its best batch s
 cores as two threads of one pass (`bare`) or as two passes of one thread (`bare, two passes`).
 
 --peers names a folder for the virtual environments of LitServe and BentoML, which are made there
-if they are missing; without it they are left out.
+if they are missing; without it they are left out. --plain has the endpoint compute with torch's own
+kernels (`compile: false`), as all others do.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from operator import sub
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +139,12 @@ def write_bodies(folder: Path, bodies: list[tuple[bytes, dict[str, str]]]) -> Pa
 
 
 def measure(
-    model: str, scratch: Path, pictures: list[bytes], settings: Settings, peers: Path | None
+    model: str,
+    scratch: Path,
+    pictures: list[bytes],
+    settings: Settings,
+    peers: Path | None,
+    compile: str,
 ) -> Findings:
     """All figures of one model."""
     import bare as reference
@@ -160,7 +165,9 @@ def measure(
     with ExitStack() as stack:
         bare = Bare(bundle)
         stack.callback(bare.close)
-        systems = [stack.enter_context(started("mimray", bundle, own_bodies, scratch))]
+        systems = [
+            stack.enter_context(started("mimray", bundle, own_bodies, scratch, compile=compile))
+        ]
         for name in PEERS if peers else ():
             systems.append(stack.enter_context(started(name, bundle, plain, scratch, peers)))
         for system in systems:
@@ -201,21 +208,19 @@ def measure(
 def one_connection(system: System, bare: Bare, bodies: Path, pairs: int) -> dict[str, float]:
     """Latency of one picture at a time beside decoding it and the model alone, in turns."""
     requests = requests_of(system.port, system.path, system.bodies)
-    latencies, over = [], []
+    latencies, base = [], []
     with system.awake():
         connection = Connection(system.port)
         for number in range(-2, pairs):
-            alone = bare.once(bodies / str(number % PICTURES), 224, ())
+            alone = sum(bare.once(bodies / str(number % PICTURES), 224, ()).values())
             began = time.perf_counter()
             connection.ask(requests[number % PICTURES])
             latency = time.perf_counter() - began
             if number >= 0:
                 latencies.append(1000 * latency)
-                over.append(1000 * (latency - sum(alone.values())))
-    return {
-        "median_ms": statistics.median(latencies),
-        "over_ms": statistics.median(latencies) - statistics.median(map(sub, latencies, over)),
-    }
+                base.append(1000 * alone)
+    median_ms = statistics.median(latencies)
+    return {"median_ms": median_ms, "over_ms": median_ms - statistics.median(base)}
 
 
 def large_answer(
@@ -281,6 +286,7 @@ def main() -> None:
     parser.add_argument("--models", default="ti,b")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=5, help="of a measurement; ViT-B's thrice")
+    parser.add_argument("--plain", action="store_true", help="torch's own kernels in the endpoint")
     parser.add_argument("--quick", action="store_true", help="whether it runs at all, in a minute")
     parser.add_argument("--json", type=Path, help="write all figures here")
     arguments = parser.parse_args()
@@ -301,7 +307,8 @@ def main() -> None:
                     pairs=12 if slow else 40,
                     large_pairs=2 if slow else 4,
                 )
-            findings = measure(model, Path(scratch), pictures, settings, arguments.peers)
+            compile = "false" if arguments.plain else "auto"
+            findings = measure(model, Path(scratch), pictures, settings, arguments.peers, compile)
             report(findings)
             everything.append(asdict(findings))
     if arguments.json:

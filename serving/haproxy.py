@@ -116,6 +116,12 @@ class HAProxyState:
             time.sleep(_POLL_S)
         return True
 
+    def complaint(self) -> str:
+        """The last thing an HAProxy, or its launcher, said before it ended; empty for nothing."""
+        logs = sorted(self.folder.glob("*/*.stderr.log"), key=lambda log: log.stat().st_mtime)
+        lines = [line for log in logs for line in log.read_text(errors="replace").splitlines()]
+        return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
     def requests(self) -> int:
         """Requests that are being answered now."""
         return sum(map(_requests, self._admin_sockets()))

@@ -210,6 +210,7 @@ def start(config: ServeConfig, resolve: Resolve, *, api_key: str | None = None) 
 
 def _start_serve(config: ServeConfig, state: HAProxyState) -> None:
     from ray import serve
+    from ray.exceptions import RayError
     from ray.serve.config import ControllerOptions, HTTPOptions
 
     environment = {
@@ -220,11 +221,17 @@ def _start_serve(config: ServeConfig, state: HAProxyState) -> None:
         state.claim()
         environment |= state.environment(silence_s=config.limits.body_timeout_s)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    serve.start(
-        http_options=HTTPOptions(host=config.host, port=config.port),
-        controller_options=ControllerOptions(runtime_env={"env_vars": environment}),
-        logging_config={"log_level": "WARNING", "enable_access_log": False},
-    )
+    try:
+        serve.start(
+            http_options=HTTPOptions(host=config.host, port=config.port),
+            controller_options=ControllerOptions(runtime_env={"env_vars": environment}),
+            logging_config={"log_level": "WARNING", "enable_access_log": False},
+        )
+    except RayError as error:
+        raise ServingError(
+            f"Ray Serve did not start: {state.complaint() or str(error).splitlines()[0]}",
+            hint="install the Ray of constraints.txt; `mimray doctor` says what there is",
+        ) from error
 
 
 def _haproxy_reaches_replicas(host: str) -> bool:

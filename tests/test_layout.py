@@ -159,6 +159,25 @@ def test_rayservice__names_applications_that_can_be_built(monkeypatch: pytest.Mo
         assert model["route_prefix"] == f"/v2/models/{model['name']}"
 
 
+def test_rayservice__has_haproxy_as_mimray_serve_has_it():
+    from serving.config import Limits
+    from serving.haproxy import HAProxyState
+
+    cluster = load_yaml("deploy/kuberay/rayservice.yaml")["spec"]["rayClusterConfig"]
+    (container,) = cluster["headGroupSpec"]["template"]["spec"]["containers"]
+    given = {v["name"]: v["value"] for v in container["env"] if "RAY_SERVE_" in v["name"]}
+    ours = HAProxyState(8000).environment(silence_s=Limits().body_timeout_s)
+    of_this_machine = r"_(PATH|LOC|BASE|FILE|PORT|NBTHREAD)$"
+
+    launcher = Path(given.pop("RAY_SERVE_HAPROXY_BINARY_PATH"))
+    assert (ROOT / launcher.relative_to(launcher.parents[1])).is_file()
+    assert given == {
+        name: value
+        for name, value in ours.items()
+        if name.startswith("RAY_SERVE_") and not re.search(of_this_machine, name)
+    }
+
+
 def test_rayservice__is_not_built_without_a_key(monkeypatch: pytest.MonkeyPatch):
     from serving.build import root
     from trainers.errors import ServingError

@@ -1,5 +1,6 @@
 """The endpoint as `mimray serve` starts it, caching off: `python mimray_server.py BUNDLE PORT`."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -16,4 +17,5 @@ if __name__ == "__main__":
         max_batch_size=MAX_BATCH,
         batch_wait_ms=1000 * WAIT_S,
         cache_mib=0,
+        compile=False if os.environ["COMPILE"] == "false" else "auto",
     ).wait()

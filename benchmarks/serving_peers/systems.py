@@ -189,7 +189,12 @@ def peer_python(folder: Path, package: str) -> Path:
 
 @contextmanager
 def started(
-    name: str, bundle: Path, bodies: Path, scratch: Path, peers: Path | None = None
+    name: str,
+    bundle: Path,
+    bodies: Path,
+    scratch: Path,
+    peers: Path | None = None,
+    compile: str = "auto",
 ) -> Iterator[System]:
     """The endpoint (`mimray`), or a peer with the bare model; ended on leaving.
 
@@ -199,6 +204,7 @@ def started(
         bodies: see `System`.
         scratch: where its log goes.
         peers: folder of the peers' environments.
+        compile: of the endpoint, `auto` or `false`.
     """
     python = peer_python(peers, name) if peers else Path(sys.executable)
     port = free_port()
@@ -207,7 +213,12 @@ def started(
         command += ["--host", "127.0.0.1", "--port", str(port)]
     else:
         command = [str(python), str(HERE / f"{name}_server.py"), str(bundle), str(port)]
-    more = {"BUNDLE": str(bundle), "BENTOML_HOME": str(scratch), "BENTOML_DO_NOT_TRACK": "1"}
+    more = {
+        "COMPILE": compile,
+        "BUNDLE": str(bundle),
+        "BENTOML_HOME": str(scratch),
+        "BENTOML_DO_NOT_TRACK": "1",
+    }
     with (scratch / f"{bundle.name}-{name}.log").open("wb") as log:
         process = subprocess.Popen(
             command, cwd=HERE, env=environment(**more), stdout=log, stderr=log

@@ -34,18 +34,13 @@ from trainers.errors import BundleError, ServingError
 KEY = "correct-horse"
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
-
-
 @pytest.fixture(scope="module")
-def endpoint(bundles: dict[str, Path], ray_session: str) -> Iterator[Endpoint]:
+def endpoint(
+    bundles: dict[str, Path], ray_session: str, free_port: Callable[[], int]
+) -> Iterator[Endpoint]:
     import ray
 
-    port = _free_port()
+    port = free_port()
     two = {name: bundles[name] for name in ("alpha", "beta")}  # other files of tests add theirs
     with serve_bundles(two, port=port, device="cpu", num_cpus=0.5, api_key=KEY) as endpoint:
         yield endpoint
@@ -236,8 +231,8 @@ def test_client__refusals_become_exceptions(
     assert client.ready()
 
 
-def test_client__nobody_there() -> None:
-    with FeatureClient(f"http://127.0.0.1:{_free_port()}", max_retries=1) as client:
+def test_client__nobody_there(free_port: Callable[[], int]) -> None:
+    with FeatureClient(f"http://127.0.0.1:{free_port()}", max_retries=1) as client:
         assert not client.ready()
         with pytest.raises(OverloadedError, match="does not answer"):
             client.models()
@@ -253,7 +248,10 @@ def test_client__imports_neither_torch_nor_ray() -> None:
 
 
 def test_serve_bundles__refuses_before_anything_starts(
-    bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bundles: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    free_port: Callable[[], int],
 ) -> None:
     monkeypatch.delenv("MIMRAY_API_KEY", raising=False)
     with pytest.raises(ServingError, match="no API key"):
@@ -267,13 +265,13 @@ def test_serve_bundles__refuses_before_anything_starts(
         with pytest.raises(ServingError, match=f"port {port} .* is taken .*--port"):
             serve_bundles(bundles, port=port)
     with pytest.raises(BundleError, match="no bundle"):
-        serve_bundles({"a": tmp_path / "nowhere"}, port=_free_port())
+        serve_bundles({"a": tmp_path / "nowhere"}, port=free_port())
     damaged = tmp_path / "damaged"
     damaged.mkdir()
     for file in bundles["alpha"].iterdir():
         (damaged / file.name).write_bytes(file.read_bytes()[:-1] + b"\0")
     with pytest.raises(BundleError):
-        serve_bundles({"a": damaged}, port=_free_port())
+        serve_bundles({"a": damaged}, port=free_port())
 
 
 def test_size__inputs_of_other_sizes(client: FeatureClient, picture: Callable[..., bytes]) -> None:

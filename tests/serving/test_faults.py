@@ -57,10 +57,10 @@ def registry(bundles: dict[str, Path]) -> Registry:
 
 
 @pytest.fixture(scope="module")
-def endpoint(registry: Registry, ray_session: str) -> Iterator[Endpoint]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def endpoint(
+    registry: Registry, ray_session: str, free_port: Callable[[], int]
+) -> Iterator[Endpoint]:
+    port = free_port()
     model = {
         "bundle": "m@champion",
         "replicas": 2,

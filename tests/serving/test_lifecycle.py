@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +18,8 @@ import pytest
 
 from serving.client import FeatureClient
 from serving.haproxy import HAProxyState, haproxy_available, port_is_free
+from serving.run import serve_bundles
+from trainers.errors import ServingError
 
 PROGRAM = """
 import sys
@@ -31,10 +32,8 @@ endpoint.wait()
 
 
 @pytest.fixture
-def port() -> Iterator[int]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
+def port(free_port: Callable[[], int]) -> Iterator[int]:
+    port = free_port()
     yield port
     HAProxyState(port).release()
 
@@ -171,3 +170,23 @@ def test_clean_leftovers__ends_only_what_has_no_owner(port: int) -> None:
         orphan.kill()
         orphan.wait()
         shutil.rmtree(state.folder, ignore_errors=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+@pytest.mark.skipif(not haproxy_available(), reason="no HAProxy on this platform")
+def test_serve_bundles__says_why_haproxy_did_not_start(
+    bundles: dict[str, Path],
+    port: int,
+    ray_session: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    refusing = tmp_path / "haproxy.sh"
+    refusing.write_text("#!/bin/sh\necho 'mimray: not this configuration' >&2\nexit 1\n")
+    refusing.chmod(0o755)
+    monkeypatch.setattr("serving.haproxy._LAUNCHER", refusing)
+    with pytest.raises(ServingError, match="did not start: mimray: not this configuration"):
+        serve_bundles({"a": bundles["alpha"]}, port=port, device="cpu")
+    assert not HAProxyState(port).folder.exists()
+    assert port_is_free("127.0.0.1", port)

@@ -262,12 +262,11 @@ def test_pack_linears__same_numbers_from_other_kernels(tree: dict[str, Any]) -> 
     images = torch.randn(3, 3, 64, 64)
     with torch.inference_mode():
         plain = encoder(images).tokens
-        before = [module.forward for module in encoder.modules()]
+        linears = [module for module in encoder.modules() if type(module) is torch.nn.Linear]
         pack_linears(encoder)
-        changed = [m for m, f in zip(encoder.modules(), before, strict=True) if m.forward != f]
         packed = encoder(images).tokens
         alone = encoder(images[:1]).tokens
-    assert len(changed) >= 8  # four linear layers a block
-    assert not torch.equal(packed, plain)  # or nothing was replaced
+    assert len(linears) >= 8  # four a block
+    assert all("forward" in vars(linear) for linear in linears)  # or nothing was replaced
     torch.testing.assert_close(packed, plain, rtol=0, atol=1e-5)
     torch.testing.assert_close(alone, packed[:1], rtol=0, atol=1e-5)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,13 +22,12 @@ pytestmark = [
 
 
 @pytest.fixture
-def endpoint(bundles: dict[str, Path], ray_session: str) -> Iterator[Endpoint]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def endpoint(
+    bundles: dict[str, Path], ray_session: str, free_port: Callable[[], int]
+) -> Iterator[Endpoint]:
     scaling = {"min_replicas": 0, "max_replicas": 1, "idle_s": 1, "downscale_delay_s": 1}
     model = {"bundle": "alpha", "device": "cpu", "num_cpus": 0.3, "autoscaling": scaling}
-    config = check_config({"port": port, "models": {"m": model}}, "test")
+    config = check_config({"port": free_port(), "models": {"m": model}}, "test")
     with start(config, lambda name: Version(name, bundles[name], "1")) as endpoint:
         yield endpoint
 
