@@ -19,12 +19,12 @@ from collections.abc import Callable
 
 import numpy as np
 
-from trainers.config.recipes import load_recipe
-from trainers.data.decoded import decoded_bytes, release
-from trainers.data.loader import Place, Views
-from trainers.data.selection import Selection
-from trainers.data.sources import open_source
-from trainers.methods.mae import MAE
+from mimray.trainers.config.recipes import load_recipe
+from mimray.trainers.data.decoded import decoded_bytes, release
+from mimray.trainers.data.loader import Place, Views
+from mimray.trainers.data.selection import Selection
+from mimray.trainers.data.sources import open_source
+from mimray.trainers.methods.mae import MAE
 
 
 def samples(views: Views, epoch: int) -> int:

@@ -15,8 +15,8 @@ from collections.abc import Callable
 
 import torch
 
-from trainers.config.recipes import load_recipe
-from trainers.methods import build_method
+from mimray.trainers.config.recipes import load_recipe
+from mimray.trainers.methods import build_method
 
 
 def ours(batch: int) -> Callable[[], None]:

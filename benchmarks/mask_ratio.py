@@ -14,9 +14,9 @@ from __future__ import annotations
 import argparse
 import statistics
 
-from trainers.config.recipes import load_recipe
-from trainers.config.run import Recipe
-from tuning.report.speed import QUOTED, encoder_seconds, token_bound
+from mimray.trainers.config.recipes import load_recipe
+from mimray.trainers.config.run import Recipe
+from mimray.tuning.report.speed import QUOTED, encoder_seconds, token_bound
 
 
 def bounds(recipe: Recipe, mask_ratio: float) -> tuple[float, float]:

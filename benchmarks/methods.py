@@ -18,11 +18,11 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from trainers.config.recipes import load_recipe, shipped_recipes
-from trainers.config.run import Recipe
-from trainers.cost.step import shape_of, trace
-from trainers.methods import build_method
-from trainers.methods.beit import BEiT
+from mimray.trainers.config.recipes import load_recipe, shipped_recipes
+from mimray.trainers.config.run import Recipe
+from mimray.trainers.cost.step import shape_of, trace
+from mimray.trainers.methods import build_method
+from mimray.trainers.methods.beit import BEiT
 
 TOKENIZERS = {"beit-tiny": "dvae-tiny", "beit-vit-b": "dvae-vq-8192"}
 

@@ -76,7 +76,7 @@ class Findings:
 
 def photographs(count: int) -> list[bytes]:
     """JPEGs of 500 x 375 pixels cut from the photographs that come with the installation."""
-    from trainers.data.samples import PHOTOGRAPHS, photograph
+    from mimray.trainers.data.sample_photos import PHOTOGRAPHS, photograph
 
     rng = np.random.default_rng(0)
     names = sorted(PHOTOGRAPHS)
@@ -98,9 +98,9 @@ def write_bundle(folder: Path, width: int, heads: int) -> Path:
     """An untrained encoder."""
     import torch
 
-    from trainers.bundles import BundleCard, save_bundle
-    from trainers.config.model import ViTConfig
-    from trainers.models import build_encoder
+    from mimray.trainers.bundles import BundleCard, save_bundle
+    from mimray.trainers.config.model import ViTConfig
+    from mimray.trainers.models import build_encoder
 
     torch.manual_seed(0)
     config = ViTConfig(name="vit", width=width, depth=12, num_heads=heads, patch_size=16)
@@ -121,7 +121,7 @@ def our_request(
     picture: bytes, outputs: tuple[str, ...], **parameters: str
 ) -> tuple[bytes, dict[str, str]]:
     """Body and headers of the Open Inference Protocol."""
-    from serving.protocol import build_request
+    from mimray.serving.wire.oip_messages import build_request
 
     request = build_request({"image": [picture]}, outputs, {"dtype": "FP16", **parameters})
     return request.content, request.headers

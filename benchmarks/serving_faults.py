@@ -43,10 +43,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
-    from serving.build import Version
-    from serving.config import check_config
-    from serving.haproxy import HAProxyState
-    from serving.run import start
+    from mimray.serving.deploy.config import check_config
+    from mimray.serving.deploy.endpoint import start
+    from mimray.serving.deploy.haproxy import HAProxyState
+    from mimray.serving.deploy.serve_schema import Version
 
     with tempfile.TemporaryDirectory() as scratch:
         bundles = [_bundle(Path(scratch) / str(seed), seed) for seed in (0, 1)]
@@ -174,8 +174,8 @@ def _table(results: list[dict[str, Any]]) -> str:
 
 def _pooled(bundle: Path, picture: bytes) -> Any:
     """What the model gives, without a server."""
-    from serving.options import Options
-    from serving.predictor import Predictor
+    from mimray.serving.inference.options import Options
+    from mimray.serving.inference.predictor import Predictor
 
     async def main() -> Any:
         predictor = Predictor(bundle, device="cpu")
@@ -206,9 +206,9 @@ def _photograph() -> bytes:
 def _bundle(folder: Path, seed: int) -> Path:
     import torch
 
-    from trainers.bundles import BundleCard, save_bundle
-    from trainers.config.model import ViTConfig
-    from trainers.models import build_encoder
+    from mimray.trainers.bundles import BundleCard, save_bundle
+    from mimray.trainers.config.model import ViTConfig
+    from mimray.trainers.models import build_encoder
 
     torch.manual_seed(seed)
     config = ViTConfig(name="vit", width=192, depth=12, num_heads=3, patch_size=16)

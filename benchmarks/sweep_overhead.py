@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from service.cluster import connected, set_environment
+from mimray.service.cluster import connected, set_environment
 
 
 def main() -> None:
@@ -29,10 +29,10 @@ def main() -> None:
     arguments = parser.parse_args()
     set_environment()
 
-    from trainers.data.samples import write_photo_tiles
-    from tuning.plan import load_sweep, make_plan
-    from tuning.report import write_report
-    from tuning.sweep import Launch, run_sweep
+    from mimray.trainers.data.sample_photos import write_photo_tiles
+    from mimray.tuning.plan import load_sweep, make_plan
+    from mimray.tuning.report import write_report
+    from mimray.tuning.sweep import Launch, run_sweep
 
     with tempfile.TemporaryDirectory(prefix="mimray-") as scratch:
         data = arguments.data

@@ -1,5 +1,5 @@
 """`python -m service` is the `mimray` command."""
 
-from service.cli import main
+from mimray.service.cli.main import main
 
 main()

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from trainers.errors import ResourceError
+from mimray.trainers.errors import ResourceError
 
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",

@@ -50,7 +50,7 @@ def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     import torch
     import torch.distributed as dist
 
-    from trainers.engine.deepspeed import prepare_process
+    from mimray.trainers.engine.deepspeed import prepare_process
 
     prepare_process(torch.device("cpu"))
     meeting = tmp_path_factory.mktemp("group") / "meeting"

@@ -1,7 +1,7 @@
 """Everything that learns: data, models, methods, the training loop and the frozen result.
 
 The public names are loaded on first use, so that importing a leaf of this package
-(`trainers.errors`, `trainers.config`) costs no torch.
+(`mimray.trainers.errors`, `mimray.trainers.config`) costs no torch.
 """
 
 from __future__ import annotations
@@ -9,24 +9,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trainers.evaluation.heads import load_head as load_head
-    from trainers.methods import load_method as load_method
-    from trainers.registry import load_bundle as load_bundle
+    from mimray.trainers.evaluation.load_head import load_head as load_head
+    from mimray.trainers.methods import load_method as load_method
+    from mimray.trainers.registry import load_bundle as load_bundle
 
 __all__ = ["load_bundle", "load_head", "load_method"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "load_bundle":
-        from trainers.registry import load_bundle
+        from mimray.trainers.registry import load_bundle
 
         return load_bundle
     if name == "load_head":
-        from trainers.evaluation.heads import load_head
+        from mimray.trainers.evaluation.load_head import load_head
 
         return load_head
     if name == "load_method":
-        from trainers.methods import load_method
+        from mimray.trainers.methods import load_method
 
         return load_method
-    raise AttributeError(f"module 'trainers' has no attribute {name!r}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,13 +23,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from trainers.config.base import Config
-from trainers.config.model import EncoderConfig
-from trainers.errors import BundleError
-from trainers.models import build_encoder
-from trainers.models.encoder import Encoder
-from trainers.storage import RunDir, storage_errors
-from trainers.types import Features
+from mimray.trainers.config.base import Config
+from mimray.trainers.config.model import EncoderConfig
+from mimray.trainers.errors import BundleError
+from mimray.trainers.models import build_encoder
+from mimray.trainers.models.encoder import Encoder
+from mimray.trainers.storage import RunDir, storage_errors
+from mimray.trainers.types import Features
 
 CARD = "bundle.json"
 ENCODER = "encoder.safetensors"

@@ -13,7 +13,7 @@
     ├── BundleError            a frozen encoder that cannot be loaded or written
     ├── NonFiniteLossError     training diverged
     ├── CodebookCollapseError  a tokenizer uses next to none of its codes
-    └── ServingError           the endpoint (its own leaves live in `serving.errors`)
+    └── ServingError           the endpoint (its own leaves live in `mimray.serving.wire.errors`)
 
 Everything a person can cause is one of these; the command line prints it in one line
 and exits with `exit_code`. Broken invariants of our own are asserts, not errors.

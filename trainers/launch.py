@@ -15,13 +15,13 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from trainers.config.run import Plan, Recipe, differences, resolve
-from trainers.data.selection import open_training, with_classes
-from trainers.desk import Desk, DeskState, Link
-from trainers.engine.initial import initial_within, keep_initial, with_initial
-from trainers.errors import DataError, MimrayError, ResourceError, RunConflictError
-from trainers.storage import RunDir, check_seen, claim
-from trainers.tokenizers import keep_tokenizer, tokenizer_within, with_tokenizer
+from mimray.trainers.config.run import Plan, Recipe, differences, resolve
+from mimray.trainers.data.selection import open_training, with_classes
+from mimray.trainers.engine.initial import initial_within, keep_initial, with_initial
+from mimray.trainers.errors import DataError, MimrayError, ResourceError, RunConflictError
+from mimray.trainers.recorder import Desk, DeskState, Link
+from mimray.trainers.storage import RunDir, check_seen, claim
+from mimray.trainers.tokenizers import keep_tokenizer, tokenizer_within, with_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -211,8 +211,8 @@ def workers(
 
 def finished(job: Job, plan: Plan) -> Outcome | None:
     """The outcome of a job that has nothing left to do; needs no cluster."""
-    from trainers.bundles import CARD
-    from trainers.engine.metrics import read_metrics
+    from mimray.trainers.bundles import CARD
+    from mimray.trainers.engine.metrics import read_metrics
 
     run = job.run
     if job.fresh or not run.exists(f"bundle/{CARD}"):
@@ -295,8 +295,8 @@ def _work(config: dict[str, Any]) -> None:
     """What every worker runs; called again after a failure, it continues."""
     import ray.train.torch
 
-    from trainers.engine.export import write_bundle
-    from trainers.engine.loop import train
+    from mimray.trainers.engine.export import write_bundle
+    from mimray.trainers.engine.loop import train
 
     link = Link(config["desk"])
     if link.failed():

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from trainers.errors import DataError
-from trainers.types import Panel
+from mimray.trainers.errors import DataError
+from mimray.trainers.types import Panel
 
 Pixels = NDArray[np.uint8]
 Flags = NDArray[np.bool_]

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-from trainers.bundles import BundleCard, FrozenEncoder, bundle_place, fetch_bundle, read_card
-from trainers.bundles import load_bundle as load_bundle_at
-from trainers.data.cache import default_cache_dir
-from trainers.data.files import parent
-from trainers.errors import BundleError, ConfigError, StorageError
-from trainers.storage import RunDir
-from trainers.tracking import Tracker, check_reachable, client_of, tracking_uri
+from mimray.trainers.bundles import BundleCard, FrozenEncoder, bundle_place, fetch_bundle, read_card
+from mimray.trainers.bundles import load_bundle as load_bundle_at
+from mimray.trainers.data.cache import default_cache_dir
+from mimray.trainers.data.files import parent
+from mimray.trainers.errors import BundleError, ConfigError, StorageError
+from mimray.trainers.storage import RunDir
+from mimray.trainers.tracking import Tracker, check_reachable, client_of, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

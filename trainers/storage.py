@@ -14,8 +14,8 @@ from pathlib import Path
 
 from pyarrow import fs as pafs
 
-from trainers.data.files import join
-from trainers.errors import RunConflictError, StorageError
+from mimray.trainers.data.files import join
+from mimray.trainers.errors import RunConflictError, StorageError
 
 
 class RunDir:

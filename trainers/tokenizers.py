@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from trainers.bundles import (
+from mimray.trainers.bundles import (
     CARD,
     ENCODER,
     METHOD,
@@ -21,10 +21,10 @@ from trainers.bundles import (
     read_card,
     verify_weights,
 )
-from trainers.config.method import BEiTConfig, DVAEConfig
-from trainers.config.run import Recipe, parse_recipe
-from trainers.errors import BundleError, ConfigError
-from trainers.storage import RunDir
+from mimray.trainers.config.method import BEiTConfig, DVAEConfig
+from mimray.trainers.config.run import Recipe, parse_recipe
+from mimray.trainers.errors import BundleError, ConfigError
+from mimray.trainers.storage import RunDir
 
 
 def with_tokenizer(recipe: Recipe) -> Recipe:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
-from trainers.errors import StorageError
+from mimray.trainers.errors import StorageError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import ray
 
-from trainers.errors import ResourceError
-from trainers.launch import autoscaler_limits
-from tuning.config import TrialResources
+from mimray.trainers.errors import ResourceError
+from mimray.trainers.launch import autoscaler_limits
+from mimray.tuning.config import TrialResources
 
 _NO_LIMIT = 1_000_000
 # Every cluster has it, on the head; a request for nothing at all is refused by Tune.

@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from trainers.config.base import Config
+from mimray.trainers.config.base import Config
 
 
 def _number(value: Any) -> Any:

@@ -13,21 +13,21 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from trainers.config.base import explain
-from trainers.config.recipes import override
-from trainers.config.run import Plan, resolve
-from trainers.data.files import absolute
-from trainers.data.selection import open_training, with_classes
-from trainers.engine.initial import with_initial
-from trainers.errors import ConfigError, RunConflictError
-from trainers.storage import RunDir
-from trainers.tokenizers import with_tokenizer
-from trainers.types import DatasetFacts
-from tuning.config import Asha, SweepConfig
-from tuning.record import SWEEP, SweepRecord
-from tuning.score import check_score, metric_of
-from tuning.search import check_storable
-from tuning.space import Params, base_tree, check_space, listed, trial_recipe
+from mimray.trainers.config.base import explain
+from mimray.trainers.config.recipes import override
+from mimray.trainers.config.run import Plan, resolve
+from mimray.trainers.data.files import absolute
+from mimray.trainers.data.selection import open_training, with_classes
+from mimray.trainers.engine.initial import with_initial
+from mimray.trainers.errors import ConfigError, RunConflictError
+from mimray.trainers.storage import RunDir
+from mimray.trainers.tokenizers import with_tokenizer
+from mimray.trainers.types import DatasetFacts
+from mimray.tuning.config import Asha, SweepConfig
+from mimray.tuning.record import SWEEP, SweepRecord
+from mimray.tuning.score import check_score, metric_of
+from mimray.tuning.search import check_storable
+from mimray.tuning.space import Params, base_tree, check_space, listed, trial_recipe
 
 # May differ when a sweep is continued: they change no trial, only how many there are and where.
 _OPERATIONAL = ("about", "storage", "study")
@@ -133,7 +133,7 @@ def parse_sweep(tree: dict[str, Any], origin: str) -> SweepConfig:
 
 def shipped_sweeps() -> dict[str, Path]:
     """Names of the sweeps inside the package, with their files."""
-    folder = Path(str(resources.files("tuning.sweeps")))
+    folder = Path(str(resources.files("mimray.tuning.sweeps")))
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 

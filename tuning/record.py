@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from trainers.config.base import Config
-from trainers.engine.metrics import read_metrics
-from trainers.errors import StorageError
-from trainers.storage import RunDir
+from mimray.trainers.config.base import Config
+from mimray.trainers.engine.metrics import read_metrics
+from mimray.trainers.errors import StorageError
+from mimray.trainers.storage import RunDir
 
 SWEEP = "sweep.json"
 TRIALS = "trials"
@@ -94,7 +94,7 @@ class SweepRecord(Config):
     Attributes:
         name: of the sweep.
         uri: of its directory.
-        config: the sweep as the user wrote it, with every default (`tuning.config.SweepConfig`).
+        config: the sweep as the user wrote it, with every default (`config.SweepConfig`).
         keys: recipe keys searched, in the order of the space.
         metric: what a score is, e.g. `accuracy`, `mIoU`, `RankMe`.
         proxy: why a score is only a stand-in, where no labels were given; else empty.

@@ -13,18 +13,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trainers.data.cache import default_cache_dir
-from trainers.data.selection import labels_of
-from trainers.data.sources import open_source
-from trainers.errors import DataError
-from trainers.evaluation.cache import CachedEncoder
-from trainers.evaluation.encoders import EncoderRef, FeatureEncoder
-from trainers.evaluation.results import add_to_card, result_of, results_folder, write_result
-from trainers.evaluation.score import Score, Setting
-from trainers.evaluation.splits import open_splits
-from trainers.evaluation.tasks import TASKS, checked_options, load
-from trainers.storage import RunDir
-from tuning.config import ScoreConfig
+from mimray.trainers.data.cache import default_cache_dir
+from mimray.trainers.data.selection import labels_of
+from mimray.trainers.data.sources import open_source
+from mimray.trainers.errors import DataError
+from mimray.trainers.evaluation.features.encoders import EncoderRef, FeatureEncoder
+from mimray.trainers.evaluation.features.map_cache import CachedEncoder
+from mimray.trainers.evaluation.results import add_to_card, result_of, results_folder, write_result
+from mimray.trainers.evaluation.score import Score, Setting
+from mimray.trainers.evaluation.splits import open_splits
+from mimray.trainers.evaluation.tasks import TASKS, checked_options, load
+from mimray.trainers.storage import RunDir
+from mimray.tuning.config import ScoreConfig
 
 _METRICS = {"knn": "accuracy", "linear": "accuracy", "segmentation": "mIoU", "rankme": "RankMe"}
 _PROXY = (
@@ -77,9 +77,9 @@ def check_score(config: ScoreConfig, data: str, seed: int) -> None:
             ) from None
         open_splits(setting)
     elif config.task == "segmentation":
-        from trainers.config.evaluation.segmentation import SegmentationConfig
-        from trainers.evaluation.annotations.base import Complaints
-        from trainers.evaluation.annotations.segmentation import open_segmentation
+        from mimray.trainers.config.evaluation.segmentation import SegmentationConfig
+        from mimray.trainers.evaluation.annotations.base import Complaints
+        from mimray.trainers.evaluation.annotations.segmentation import open_segmentation
 
         assert isinstance(options, SegmentationConfig)
         train = open_segmentation(setting.data, "train", options, Complaints(False), limit=1)

@@ -16,10 +16,19 @@ from typing import TYPE_CHECKING, Any
 
 from ray.tune.search import Searcher
 
-from trainers.errors import ConfigError, MimrayError, RunConflictError, StorageError
-from tuning.config import Choice, Domain, Grid, Int, LogUniform, OptunaSearch, SweepConfig, Uniform
-from tuning.record import ENDED, TrialRecord
-from tuning.space import Params, listed, space_digest
+from mimray.trainers.errors import ConfigError, MimrayError, RunConflictError, StorageError
+from mimray.tuning.config import (
+    Choice,
+    Domain,
+    Grid,
+    Int,
+    LogUniform,
+    OptunaSearch,
+    SweepConfig,
+    Uniform,
+)
+from mimray.tuning.record import ENDED, TrialRecord
+from mimray.tuning.space import Params, listed, space_digest
 
 if TYPE_CHECKING:
     import optuna

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from trainers.config.recipes import NAMES_FIRST, assign, recipe_tree
-from trainers.config.run import Recipe, parse_recipe
-from trainers.data.rng import Stream, generator
-from trainers.errors import ConfigError
-from tuning.config import Choice, Domain, Grid, Int, LogUniform, SweepConfig, Uniform
+from mimray.trainers.config.recipes import NAMES_FIRST, assign, recipe_tree
+from mimray.trainers.config.run import Recipe, parse_recipe
+from mimray.trainers.data.rng import Stream, generator
+from mimray.trainers.errors import ConfigError
+from mimray.tuning.config import Choice, Domain, Grid, Int, LogUniform, SweepConfig, Uniform
 
 Params = dict[str, Any]
 

@@ -26,17 +26,17 @@ from ray.tune.schedulers import (
 from ray.tune.utils.log import Verbosity
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from trainers.errors import RunConflictError
-from trainers.launch import last_line
-from trainers.storage import RunDir, claim
-from tuning.board import Board
-from tuning.capacity import count
-from tuning.config import Asha, Median, SweepConfig
-from tuning.plan import SweepPlan, check_continues, new_record
-from tuning.record import ENDED, SWEEP, SweepRecord, TrialRecord, read_record, trial_dir
-from tuning.search import SAMPLES, SCORE, Suggestions, open_study
-from tuning.space import num_trials
-from tuning.trial import FAILED, Surroundings, Trial
+from mimray.trainers.errors import RunConflictError
+from mimray.trainers.launch import last_line
+from mimray.trainers.storage import RunDir, claim
+from mimray.tuning.capacity import count
+from mimray.tuning.config import Asha, Median, SweepConfig
+from mimray.tuning.plan import SweepPlan, check_continues, new_record
+from mimray.tuning.record import ENDED, SWEEP, SweepRecord, TrialRecord, read_record, trial_dir
+from mimray.tuning.recorder import Board
+from mimray.tuning.search import SAMPLES, SCORE, Suggestions, open_study
+from mimray.tuning.space import num_trials
+from mimray.tuning.trial import FAILED, Surroundings, Trial
 
 logger = logging.getLogger(__name__)
 

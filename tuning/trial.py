@@ -18,22 +18,22 @@ import torch
 import torch.distributed as dist
 from ray import tune
 
-from trainers.config.run import Plan
-from trainers.data.selection import open_training
-from trainers.engine.export import write_bundle
-from trainers.engine.initial import keep_initial
-from trainers.engine.loop import Trained, stages
-from trainers.errors import MimrayError, NonFiniteLossError, ResourceError
-from trainers.launch import Share, last_line, workers
-from trainers.storage import RunDir, check_seen, claim
-from trainers.tokenizers import keep_tokenizer
-from tuning.board import BoardLink
-from tuning.capacity import Capacity
-from tuning.plan import SweepPlan
-from tuning.record import Rung, TrialRecord, trial_dir
-from tuning.score import score_bundle
-from tuning.search import SAMPLES, SCORE
-from tuning.space import Params
+from mimray.trainers.config.run import Plan
+from mimray.trainers.data.selection import open_training
+from mimray.trainers.engine.export import write_bundle
+from mimray.trainers.engine.initial import keep_initial
+from mimray.trainers.engine.loop import Trained, stages
+from mimray.trainers.errors import MimrayError, NonFiniteLossError, ResourceError
+from mimray.trainers.launch import Share, last_line, workers
+from mimray.trainers.storage import RunDir, check_seen, claim
+from mimray.trainers.tokenizers import keep_tokenizer
+from mimray.tuning.capacity import Capacity
+from mimray.tuning.plan import SweepPlan
+from mimray.tuning.record import Rung, TrialRecord, trial_dir
+from mimray.tuning.recorder import BoardLink
+from mimray.tuning.score import score_bundle
+from mimray.tuning.search import SAMPLES, SCORE
+from mimray.tuning.space import Params
 
 logger = logging.getLogger(__name__)
 
@@ -280,7 +280,7 @@ def _with_resources(plan: Plan, around: Surroundings) -> Plan:
 
 def _join_group(device: torch.device) -> None:
     """A process group of this process alone; DeepSpeed remembers it, so it outlives trials."""
-    from trainers.engine.deepspeed import prepare_process
+    from mimray.trainers.engine.deepspeed import prepare_process
 
     prepare_process(device)
     if not dist.is_initialized():

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainers.bundles import load_bundle
-from trainers.data.decode import decode_rgb
-from trainers.data.transforms import inference_view
+from mimray.trainers.bundles import load_bundle
+from mimray.trainers.data.decode import decode_rgb
+from mimray.trainers.data.transforms import inference_view
 
 THREADS = 2
 

@@ -46,7 +46,7 @@ class Front:
     model = bentoml.depends(Model)
 
     def __init__(self) -> None:
-        from trainers.bundles import read_card
+        from mimray.trainers.bundles import read_card
 
         self.card = read_card(os.environ["BUNDLE"])
 
@@ -58,8 +58,8 @@ class Front:
         return tokens.tobytes()
 
     def _prepare(self, image: Path) -> np.ndarray:
-        from trainers.data.decode import decode_rgb
-        from trainers.data.transforms import inference_view
+        from mimray.trainers.data.decode import decode_rgb
+        from mimray.trainers.data.transforms import inference_view
 
         return inference_view(
             decode_rgb(image.read_bytes()), self.card.image_size, self.card.interpolation

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from systems import MAX_BATCH, WAIT_S
 
-from serving.run import serve_bundles
+from mimray.serving.deploy.endpoint import serve_bundles
 
 if __name__ == "__main__":
     serve_bundles(

@@ -10,10 +10,10 @@ async with AsyncFeatureClient("http://127.0.0.1:8000") as client:
 clients only send and wait.
 """
 
-from serving.client.blocking import FeatureClient
-from serving.client.core import Size
-from serving.client.images import Image
-from serving.client.nonblocking import AsyncFeatureClient
-from serving.client.results import Features, Reconstruction
+from mimray.serving.client.blocking import FeatureClient
+from mimray.serving.client.core import Size
+from mimray.serving.client.images import Image
+from mimray.serving.client.nonblocking import AsyncFeatureClient
+from mimray.serving.client.results import Features, Reconstruction
 
 __all__ = ["AsyncFeatureClient", "FeatureClient", "Features", "Image", "Reconstruction", "Size"]

@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 import httpx2
 
-from serving.client.core import Core, request_headers
-from serving.client.flows import Send, Sending
-from trainers.errors import ServingError
+from mimray.serving.client.core import Core, request_headers
+from mimray.serving.client.flows import Send, Sending
+from mimray.trainers.errors import ServingError
 
 Pooling = Literal["mean", "cls", "gem"]
 Dtype = Literal["float32", "float16", "bfloat16", "int8"]

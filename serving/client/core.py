@@ -10,25 +10,25 @@ from urllib.parse import quote, urlencode
 
 import numpy as np
 
-from serving.client.flows import All, Answer, Flow, Load, Sending, gather
-from serving.client.images import Chunk, Image, chunks, picture_file
-from serving.client.results import (
+from mimray.serving.client.flows import All, Answer, Flow, Load, Sending, gather
+from mimray.serving.client.images import Chunk, Image, chunks, picture_file
+from mimray.serving.client.results import (
     Features,
     Reconstruction,
     read_features,
     read_outputs,
     read_reconstruction,
 )
-from serving.codecs import Array
-from serving.errors import EndpointError, ModelFailureError
-from serving.protocol import (
+from mimray.serving.wire.codecs import Array
+from mimray.serving.wire.errors import EndpointError, ModelFailureError
+from mimray.serving.wire.oip_messages import (
     HEADER_LENGTH,
     InferResponse,
     Parameters,
     build_request,
     parse_response,
 )
-from trainers.errors import ServingError
+from mimray.trainers.errors import ServingError
 
 T = TypeVar("T")
 Size = int | tuple[int, int] | str

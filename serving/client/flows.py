@@ -22,14 +22,14 @@ from email.utils import parsedate_to_datetime
 from itertools import chain, islice
 from typing import Any, Generic, TypeVar
 
-from serving.errors import (
+from mimray.serving.wire.errors import (
     EndpointError,
     LaterError,
     ModelFailureError,
     OverloadedError,
     error_from_status,
 )
-from trainers.errors import ServingError
+from mimray.trainers.errors import ServingError
 
 T = TypeVar("T")
 

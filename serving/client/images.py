@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from serving.codecs import Array, Tensor
-from trainers.errors import ServingError
+from mimray.serving.wire.codecs import Array, Tensor
+from mimray.trainers.errors import ServingError
 
 Image = bytes | str | Path | Array
 """An encoded picture, a path to one (also as str), or uint8 pixels [H, W, C]."""

@@ -9,12 +9,12 @@ from typing import Any, TypeVar
 
 import httpx2
 
-from serving.client.base import LIVE, READY, Client, Dtype, Pooling
-from serving.client.core import Size, feature_parameters
-from serving.client.flows import All, Answer, Failure, Flow, Load, Pause, Send
-from serving.client.images import Image
-from serving.client.results import Features, Reconstruction
-from serving.codecs import Array
+from mimray.serving.client.base import LIVE, READY, Client, Dtype, Pooling
+from mimray.serving.client.core import Size, feature_parameters
+from mimray.serving.client.flows import All, Answer, Failure, Flow, Load, Pause, Send
+from mimray.serving.client.images import Image
+from mimray.serving.client.results import Features, Reconstruction
+from mimray.serving.wire.codecs import Array
 
 T = TypeVar("T")
 

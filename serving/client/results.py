@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from serving.codecs import Array, Tensor, widen_bfloat16
-from serving.errors import ModelFailureError
-from serving.protocol import InferResponse
+from mimray.serving.wire.codecs import Array, Tensor, widen_bfloat16
+from mimray.serving.wire.errors import ModelFailureError
+from mimray.serving.wire.oip_messages import InferResponse
 
 Pair = tuple[int, int]
 

@@ -51,7 +51,7 @@ export function python({ origin, wanted, file, needsKey }) {
     ...(wanted.dtype === "float32" ? [] : [`dtype=${quoted(wanted.dtype)}`]),
   ];
   return [
-    "from serving.client import FeatureClient",
+    "from mimray.serving.client import FeatureClient",
     "",
     ...(needsKey ? ["# The key is read from MIMRAY_API_KEY."] : []),
     `with FeatureClient(${quoted(origin)}) as client:`,

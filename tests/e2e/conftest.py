@@ -21,7 +21,7 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from service.cli import cli
+from mimray.service.cli.main import cli
 
 BIN = Path(sys.executable).parent
 TINY = [

@@ -14,11 +14,11 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from service.cli import cli
-from trainers.bundles import BundleCard, read_card, save_bundle
-from trainers.config.model import ViTConfig
-from trainers.data.synth import write_scenes
-from trainers.evaluation.encoders import untrained
+from mimray.service.cli.main import cli
+from mimray.trainers.bundles import BundleCard, read_card, save_bundle
+from mimray.trainers.config.model import ViTConfig
+from mimray.trainers.data.synth import write_scenes
+from mimray.trainers.evaluation.features.encoders import untrained
 
 # What makes each task short, and where its labels are.
 TASKS: dict[str, tuple[str, list[str]]] = {
@@ -87,7 +87,7 @@ def at_hand(patch: pytest.MonkeyPatch) -> None:
 
     `test_extraction_on_ray.py` holds one against the other.
     """
-    patch.setattr("service.evaluation.connected", nullcontext)
+    patch.setattr("mimray.service.commands.evaluate.connected", nullcontext)
     patch.setattr("ray.is_initialized", lambda: False)
 
 
@@ -142,7 +142,7 @@ def test_compare__a_bundle_and_its_untrained_twin(
 def test_through__an_endpoint_scores_as_the_bundle_does(
     task: str, scenes: Path, run: Path, scored: Scored, tmp_path: Path
 ) -> None:
-    from serving.run import serve_bundles
+    from mimray.serving.deploy.endpoint import serve_bundles
 
     near = scored(task)
     with socket.socket() as probe:

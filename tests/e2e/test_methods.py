@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from trainers import load_bundle, load_method
-from trainers.config.recipes import load_recipe
-from trainers.data.loader import Place, Views, collate
-from trainers.data.sources import open_source
-from trainers.launch import Job, Outcome, prepare, pretrain
-from trainers.models.normalise import normalise
+from mimray.trainers import load_bundle, load_method
+from mimray.trainers.config.recipes import load_recipe
+from mimray.trainers.data.loader import Place, Views, collate
+from mimray.trainers.data.sources import open_source
+from mimray.trainers.launch import Job, Outcome, prepare, pretrain
+from mimray.trainers.models.normalise import normalise
 
 STEPS = 8
 SHORT = [

@@ -11,7 +11,7 @@ import httpx2
 import pytest
 from pyarrow import fs as pafs
 
-from trainers.storage import RunDir
+from mimray.trainers.storage import RunDir
 
 STEPS = 8
 IDENTITY = {"accessKey": "somebody", "secretKey": "a-secret"}

@@ -13,9 +13,9 @@ import optuna
 import pytest
 from mlflow.tracking import MlflowClient
 
-from trainers import load_bundle
-from trainers.storage import RunDir
-from tuning.record import read_record
+from mimray.trainers import load_bundle
+from mimray.trainers.storage import RunDir
+from mimray.tuning.record import read_record
 
 STEPS = 8
 SETS = [
@@ -258,7 +258,7 @@ def test_winner__is_registered_with_its_lineage_and_served_by_name(
     second = models("register", f"undisturbed:{int(other['trial'])}", "--name", "photos", *place)
     assert second["model"] == "photos@v2"
 
-    from service.deploy import resolve, serve_config
+    from mimray.service.commands.serve import resolve, serve_config
 
     config = serve_config(["photos@champion"], None, None, {})
     served = resolve(config.models["photos"].bundle)

@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from service.cli import cli
+from mimray.service.cli.main import cli
 
 PRETRAIN = ["pretrain", "mae-tiny", "--data"]
 
@@ -44,7 +44,7 @@ def refused(*arguments: str) -> str:
 def test_help__imports_nothing_heavy() -> None:
     code = (
         "import sys; sys.argv = ['mimray', '--help']\n"
-        "from service.cli import main\n"
+        "from mimray.service.cli.main import main\n"
         "try: main()\n"
         "except SystemExit as end: assert not end.code\n"
         "heavy = {'torch', 'ray', 'deepspeed', 'timm', 'mlflow', 'numpy', 'pyarrow'}\n"
@@ -151,9 +151,9 @@ def test_serve__what_is_not_a_bundle(tmp_path: Path) -> None:
 
 
 def test_serve__public_address_without_a_key(tmp_path: Path) -> None:
-    from trainers.bundles import BundleCard, save_bundle
-    from trainers.config.recipes import load_recipe
-    from trainers.models import build_encoder
+    from mimray.trainers.bundles import BundleCard, save_bundle
+    from mimray.trainers.config.recipes import load_recipe
+    from mimray.trainers.models import build_encoder
 
     recipe = load_recipe("mae-tiny", ["encoder.depth=1"])
     encoder = build_encoder(recipe.encoder, (64, 64))

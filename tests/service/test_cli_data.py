@@ -5,8 +5,8 @@ from pathlib import Path
 
 from click.testing import CliRunner
 
-from service.cli_data import data
-from trainers.errors import ConfigError, DataError
+from mimray.service.cli.data import data
+from mimray.trainers.errors import ConfigError, DataError
 
 
 def test_synth__writes_a_set_and_prints_where(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from service.cli import cli
-from serving.keys import KeyRing, default_file
+from mimray.service.cli.main import cli
+from mimray.serving.api.keys import KeyRing, default_file
 
 
 def test_keys__add_list_revoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from service import checks
-from service.doctor import Finding, as_json, diagnose, render
+from mimray.service.commands import doctor_checks as checks
+from mimray.service.commands.doctor import Finding, as_json, diagnose, render
 
 
 @pytest.fixture(autouse=True)

@@ -11,13 +11,13 @@ from click.testing import CliRunner
 from PIL import Image
 from rich.console import Console
 
-from service.cli import cli
-from service.comparing import table, write_comparison
-from service.phases import PhaseProgress, Reporter
-from service.tasks import TASKS
-from trainers.errors import ConfigError
-from trainers.evaluation import tasks
-from trainers.evaluation.tasks import checked_options, options_of, task_config
+from mimray.service.cli.main import cli
+from mimray.service.commands.compare import table, write_comparison
+from mimray.service.commands.tasks import TASKS
+from mimray.service.terminal.phases import PhaseProgress, Reporter
+from mimray.trainers.errors import ConfigError
+from mimray.trainers.evaluation import tasks
+from mimray.trainers.evaluation.tasks import checked_options, options_of, task_config
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from service.cli import cli
+from mimray.service.cli.main import cli
 
 NUM_PARTS = 40
 
@@ -34,7 +34,7 @@ def pictures(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def without_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is called in this process is done in it, without Ray."""
-    monkeypatch.setattr("service.extracting.connected", nullcontext)
+    monkeypatch.setattr("mimray.service.commands.extract.connected", nullcontext)
     monkeypatch.setattr("ray.is_initialized", lambda: False)
 
 

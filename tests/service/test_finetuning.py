@@ -12,23 +12,23 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from service.cli import cli
-from service.finetuning import evaluate, recipe_for
-from service.tasks import TASKS
-from trainers import load_bundle, load_method
-from trainers.bundles import BundleCard, read_card, save_bundle
-from trainers.config.evaluation.finetune import FinetuneTask
-from trainers.config.method import FinetuneConfig
-from trainers.config.model import ViTConfig
-from trainers.config.run import Plan
-from trainers.errors import ConfigError, DataError
-from trainers.evaluation.encoders import EncoderRef
-from trainers.evaluation.finetune import classify
-from trainers.evaluation.score import Setting
-from trainers.evaluation.splits import open_splits
-from trainers.evaluation.tasks import task_config
-from trainers.methods import build_method
-from trainers.models import build_encoder
+from mimray.service.cli.main import cli
+from mimray.service.commands.finetune import evaluate, recipe_for
+from mimray.service.commands.tasks import TASKS
+from mimray.trainers import load_bundle, load_method
+from mimray.trainers.bundles import BundleCard, read_card, save_bundle
+from mimray.trainers.config.evaluation.finetune import FinetuneTask
+from mimray.trainers.config.method import FinetuneConfig
+from mimray.trainers.config.model import ViTConfig
+from mimray.trainers.config.run import Plan
+from mimray.trainers.errors import ConfigError, DataError
+from mimray.trainers.evaluation.features.encoders import EncoderRef
+from mimray.trainers.evaluation.probes.classifier import classify
+from mimray.trainers.evaluation.score import Setting
+from mimray.trainers.evaluation.splits import open_splits
+from mimray.trainers.evaluation.tasks import task_config
+from mimray.trainers.methods import build_method
+from mimray.trainers.models import build_encoder
 
 SIZE = (16, 16)
 PLAIN = (

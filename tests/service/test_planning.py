@@ -10,11 +10,11 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from service import guide
-from service.cli import cli
-from trainers.config.recipes import load_recipe, shipped_recipes
-from trainers.cost.step import shape_of, trace
-from trainers.methods import METHODS
+from mimray.service.cli.main import cli
+from mimray.service.commands import guide
+from mimray.trainers.config.recipes import load_recipe, shipped_recipes
+from mimray.trainers.cost.step import shape_of, trace
+from mimray.trainers.methods import METHODS
 
 FAST = ["--set", "engine.micro_batch_size=2", "--set", "optim.batch_size=64"]
 
@@ -127,7 +127,7 @@ def test_pretrain__gives_the_same_advice(
     def stop(*_: object) -> None:
         raise KeyboardInterrupt  # before any worker starts
 
-    monkeypatch.setattr("trainers.launch.finished", stop)
+    monkeypatch.setattr("mimray.trainers.launch.finished", stop)
     arguments = ["mae-tiny", "--data", str(pictures), "--storage", str(tmp_path / "runs")]
     result = CliRunner().invoke(cli, ["pretrain", *arguments, "--set", "optim.base_lr=1e-5"])
     assert "global batch 64 = micro batch 64 x accumulation 1 x workers 1" in result.stderr

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from service import sweep_table
-from service.sweep_table import SweepTable
-from tuning.plan import load_sweep
-from tuning.record import Rung, SweepRecord, TrialRecord
+from mimray.service.terminal import sweep_table
+from mimray.service.terminal.sweep_table import SweepTable
+from mimray.tuning.plan import load_sweep
+from mimray.tuning.record import Rung, SweepRecord, TrialRecord
 
 RUNGS = (100, 200, 400)
 PLAN: Any = SimpleNamespace(config=load_sweep("mae-mask-depth"), rung_samples=RUNGS)

@@ -16,10 +16,10 @@ import psutil
 import pytest
 from click.testing import CliRunner
 
-from service.cli import cli
-from trainers.storage import RunDir
-from trainers.tracking import Tracker
-from tuning.record import SWEEP, SweepRecord
+from mimray.service.cli.main import cli
+from mimray.trainers.storage import RunDir
+from mimray.trainers.tracking import Tracker
+from mimray.tuning.record import SWEEP, SweepRecord
 
 
 @pytest.fixture

@@ -19,9 +19,9 @@ WIDTH, DEPTH, GRID = 64, 3, (3, 4)
 def _save(folder: Path, seed: int) -> Path:
     import torch
 
-    from trainers.bundles import BundleCard, save_bundle
-    from trainers.config.model import ViTConfig
-    from trainers.models import build_encoder
+    from mimray.trainers.bundles import BundleCard, save_bundle
+    from mimray.trainers.config.model import ViTConfig
+    from mimray.trainers.models import build_encoder
 
     torch.manual_seed(seed)
     config = ViTConfig(name="vit", width=WIDTH, depth=DEPTH, num_heads=4, patch_size=16)
@@ -78,7 +78,7 @@ def reference(bundles: dict[str, Path]) -> Callable[[bytes], tuple[np.ndarray, n
     """Pooled and tokens of one picture by model `alpha`, straight from torch, alone."""
     import torch
 
-    from trainers.bundles import load_bundle
+    from mimray.trainers.bundles import load_bundle
 
     encoder = load_bundle(bundles["alpha"])
 
@@ -105,10 +105,10 @@ def application(bundles: dict[str, Path]) -> Callable[..., Any]:
         ready: Mapping[str, bool] | None = None,
         **settings: Any,
     ) -> Any:
-        from serving.app import root_app
-        from serving.calls import Call, Reply
-        from serving.deployment import EdgeSettings, ModelSettings, edge_parts
-        from serving.service import build_service
+        from mimray.serving.api.routes import root_app
+        from mimray.serving.deploy.build_service import build_service
+        from mimray.serving.deploy.replicas import EdgeSettings, ModelSettings, edge_parts
+        from mimray.serving.operations.calls import Call, Reply
 
         shared = EdgeSettings(**{"needs_key": False, "access_log": None, **(edge or {})})
         services = {

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from serving import access_log
-from serving.access_log import AccessLog, open_access_log
-from trainers.errors import ServingError
+from mimray.serving.api import access_log
+from mimray.serving.api.access_log import AccessLog, open_access_log
+from mimray.trainers.errors import ServingError
 
 
 def test_access_log__a_line_of_json_each(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_access_log__turned_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_access_log__written_to_the_end_by_a_process_that_ends(tmp_path: Path) -> None:
     code = (
-        "import sys; from serving.access_log import open_access_log\n"
+        "import sys; from mimray.serving.api.access_log import open_access_log\n"
         "log = open_access_log(sys.argv[1])\n"
         "for _ in range(2000): log.write({'status': 200})"
     )
@@ -110,7 +110,7 @@ def test_open_access_log__standard_output_and_nowhere(capsys: pytest.CaptureFixt
 def test_edge__notes_every_request(
     application: Callable[..., Any], picture: Callable[..., bytes], tmp_path: Path
 ) -> None:
-    from serving.keys import add_key
+    from mimray.serving.api.keys import add_key
 
     key = add_key(tmp_path / "keys.json", "web", pictures_per_minute=2)
     app = application(

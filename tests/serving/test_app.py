@@ -199,7 +199,7 @@ def test_home__a_page_for_browsers(client: TestClient) -> None:
 
 
 def test_edge__asks_for_the_key(application: Callable[..., Any]) -> None:
-    from serving.keys import hash_key
+    from mimray.serving.api.keys import hash_key
 
     app = application(("alpha",), edge={"key_sha256": hash_key("secret")}, ready={"beta": False})
     with TestClient(app) as client:
@@ -265,7 +265,6 @@ def test_edge__bodies_that_do_not_come_and_bodies_that_are_too_many(
 def test_edge__what_nobody_foresaw_is_a_problem_too(
     application: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import serving.openapi
 
     def fail() -> None:
         raise ZeroDivisionError

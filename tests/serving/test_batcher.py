@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from serving.batcher import Batcher
+from mimray.serving.inference.batcher import Batcher
 
 
 def _batcher(

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.cache import AnswerCache, cost, digest
-from serving.calls import Reply
+from mimray.serving.operations.answer_cache import AnswerCache, cost, digest
+from mimray.serving.operations.calls import Reply
 
 
 def _reply(size: int) -> Reply:

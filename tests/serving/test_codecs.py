@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from serving.codecs import (
+from mimray.serving.wire.codecs import (
     DTYPES,
     datatype_of,
     decode_binary,
@@ -18,7 +18,7 @@ from serving.codecs import (
     narrow_bfloat16,
     widen_bfloat16,
 )
-from serving.errors import InvalidRequestError
+from mimray.serving.wire.errors import InvalidRequestError
 
 datatypes = st.sampled_from(sorted(DTYPES))
 shapes = hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5)

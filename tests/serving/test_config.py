@@ -9,11 +9,11 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from serving.build import Served, Share, Version, serve_schema
-from serving.config import check_config
-from serving.deployment import ModelSettings, Routing
-from serving.rollout import steps
-from trainers.errors import ConfigError, ServingError
+from mimray.serving.deploy.config import check_config
+from mimray.serving.deploy.replicas import ModelSettings, Routing
+from mimray.serving.deploy.rollout import steps
+from mimray.serving.deploy.serve_schema import Served, Share, Version, serve_schema
+from mimray.trainers.errors import ConfigError, ServingError
 
 
 def _config(**model: Any) -> Any:
@@ -123,8 +123,8 @@ def test_routing__a_canary_that_is_promoted_answers_as_the_stable_one() -> None:
 
 
 def test_shares__leave_room_for_one_more(ray_session: str) -> None:
-    from serving.rollout import shares
-    from trainers.errors import ResourceError
+    from mimray.serving.deploy.rollout import shares
+    from mimray.trainers.errors import ResourceError
 
     (share,) = shares(_config(replicas=2)).values()
     assert share.num_threads == 1
@@ -138,7 +138,7 @@ def test_shares__leave_room_for_one_more(ray_session: str) -> None:
 def test_build__writes_what_serve_deploy_takes(bundles: dict[str, Path], tmp_path: Path) -> None:
     from ray.serve.schema import ServeDeploySchema
 
-    from service.cli import cli
+    from mimray.service.cli.main import cli
 
     file = tmp_path / "serve.yaml"
     file.write_text(yaml.safe_dump({"models": {"a": {"bundle": str(bundles["alpha"])}}}))
@@ -155,7 +155,7 @@ def test_build__writes_what_serve_deploy_takes(bundles: dict[str, Path], tmp_pat
 
 
 def test_serve_config__what_a_command_line_means(bundles: dict[str, Path]) -> None:
-    from service.deploy import serve_config
+    from mimray.service.commands.serve import serve_config
 
     alpha = str(bundles["alpha"])
     config = serve_config([alpha], None, None, {"port": 9, "replicas": 2, "host": None})

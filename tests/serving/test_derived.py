@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from serving.derived import compute_outputs, narrowed, pool, resample
-from serving.options import Options
-from trainers.bundles import load_bundle
-from trainers.types import Features
+from mimray.serving.inference.options import Options
+from mimray.serving.inference.outputs import compute_outputs, narrowed, pool, resample
+from mimray.trainers.bundles import load_bundle
+from mimray.trainers.types import Features
 
 
 def _features(seed: int = 0) -> Features:
@@ -78,9 +78,9 @@ def test_compute_outputs__one_pass_is_two(bundles: dict[str, Path]) -> None:
 
 
 def test_compute_outputs__swin_has_a_pyramid_of_its_own() -> None:
-    from trainers.bundles import BundleCard, FrozenEncoder
-    from trainers.config.model import SwinConfig
-    from trainers.models import build_encoder
+    from mimray.trainers.bundles import BundleCard, FrozenEncoder
+    from mimray.trainers.config.model import SwinConfig
+    from mimray.trainers.models import build_encoder
 
     torch.manual_seed(0)
     config = SwinConfig(

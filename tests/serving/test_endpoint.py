@@ -18,8 +18,10 @@ import tritonclient.http as triton
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
-from serving.client import FeatureClient
-from serving.errors import (
+from mimray.serving.client import FeatureClient
+from mimray.serving.deploy.endpoint import Endpoint, serve_bundles
+from mimray.serving.deploy.haproxy import HAProxyState, haproxy_available
+from mimray.serving.wire.errors import (
     InvalidRequestError,
     OverloadedError,
     TooLargeError,
@@ -27,9 +29,7 @@ from serving.errors import (
     UnknownModelError,
     UnusablePictureError,
 )
-from serving.haproxy import HAProxyState, haproxy_available
-from serving.run import Endpoint, serve_bundles
-from trainers.errors import BundleError, ServingError
+from mimray.trainers.errors import BundleError, ServingError
 
 KEY = "correct-horse"
 
@@ -240,7 +240,7 @@ def test_client__nobody_there(free_port: Callable[[], int]) -> None:
 
 def test_client__imports_neither_torch_nor_ray() -> None:
     code = (
-        "import sys, serving.client; "
+        "import sys, mimray.serving.client; "
         "print(sorted({'torch', 'ray', 'timm', 'PIL'} & sys.modules.keys()))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -287,9 +287,9 @@ def test_size__inputs_of_other_sizes(client: FeatureClient, picture: Callable[..
 def test_remote_encoder__is_the_bundle(endpoint: Endpoint, bundles: dict[str, Path]) -> None:
     import torch
 
-    from serving.remote import RemoteEncoder
-    from trainers.bundles import load_bundle
-    from trainers.models.normalise import normalise
+    from mimray.service.commands.remote_encoder import RemoteEncoder
+    from mimray.trainers.bundles import load_bundle
+    from mimray.trainers.models.normalise import normalise
 
     near, far = load_bundle(bundles["alpha"]), RemoteEncoder(endpoint.url, "alpha", KEY)
     pixels = torch.randint(0, 256, (5, 3, 64, 80), dtype=torch.uint8)
@@ -308,7 +308,7 @@ def test_remote_encoder__is_the_bundle(endpoint: Endpoint, bundles: dict[str, Pa
 
 
 def test_remote_encoder__unknown_model(endpoint: Endpoint) -> None:
-    from serving.remote import RemoteEncoder
+    from mimray.service.commands.remote_encoder import RemoteEncoder
 
     with pytest.raises(UnknownModelError):
         RemoteEncoder(endpoint.url, "gamma", KEY)

@@ -24,11 +24,10 @@ import numpy as np
 import psutil
 import pytest
 
-import serving.haproxy
-from serving.build import Version
-from serving.config import check_config
-from serving.haproxy import HAProxyState, haproxy_available
-from serving.run import Endpoint, start
+from mimray.serving.deploy.config import check_config
+from mimray.serving.deploy.endpoint import Endpoint, start
+from mimray.serving.deploy.haproxy import HAProxyState, haproxy_available
+from mimray.serving.deploy.serve_schema import Version
 
 pytestmark = [
     pytest.mark.timeout(240),
@@ -44,7 +43,7 @@ class Registry:
         self.versions = {name.replace("_", "@"): version for name, version in versions.items()}
 
     def __call__(self, reference: str) -> Version:
-        from trainers.errors import BundleError
+        from mimray.trainers.errors import BundleError
 
         if reference not in self.versions:
             raise BundleError(f"no model {reference!r}")
@@ -89,10 +88,10 @@ def expected(bundles: dict[str, Path], picture: Callable[..., bytes]) -> dict[st
     """Pooled vectors of the picture by either version."""
     import torch
 
-    from serving.geometry import Sizing
-    from serving.preparing import PictureLimits, Preparer
-    from trainers.bundles import load_bundle
-    from trainers.models.normalise import normalise
+    from mimray.serving.inference.placement import Sizing
+    from mimray.serving.inference.preprocess import PictureLimits, Preparer
+    from mimray.trainers.bundles import load_bundle
+    from mimray.trainers.models.normalise import normalise
 
     found = {}
     for version, name in (("1", "alpha"), ("2", "beta")):
@@ -293,7 +292,7 @@ def test_slow_and_half_sent__nobody_else_waits(
 
 
 def test_haproxy__runs_as_we_completed_it(endpoint: Endpoint) -> None:
-    from serving.haproxy_launcher import MARK, STRIPPED, completed
+    from mimray.serving.deploy.haproxy_launcher import MARK, STRIPPED, completed
 
     host, port = endpoint.url.removeprefix("http://").split(":")
     (file,) = HAProxyState(int(port)).folder.glob("*/haproxy.cfg")

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from serving.errors import EndpointError, InvalidRequestError, TooLargeError
-from serving.fetching import UrlPolicy, fetch, is_public
-from trainers.errors import ServingError
+from mimray.serving.operations.fetching import UrlPolicy, fetch, is_public
+from mimray.serving.wire.errors import EndpointError, InvalidRequestError, TooLargeError
+from mimray.trainers.errors import ServingError
 
 NAME = "images.example.org"
 

@@ -11,8 +11,9 @@ import pyarrow as pa
 import pytest
 from safetensors import safe_open
 
-from serving.errors import ModelFailureError, NotAcceptableError
-from serving.formats import (
+from mimray.serving.inference.placement import Placement
+from mimray.serving.inference.predictor import Prediction
+from mimray.serving.operations.response_formats import (
     ARROW,
     JSON,
     METADATA_HEADER,
@@ -23,8 +24,7 @@ from serving.formats import (
     Answer,
     negotiate,
 )
-from serving.geometry import Placement
-from serving.predictor import Prediction
+from mimray.serving.wire.errors import ModelFailureError, NotAcceptableError
 
 
 def _answer(

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.errors import InvalidRequestError, TooLargeError
-from serving.geometry import Sizing, parse_size, place
+from mimray.serving.inference.placement import Sizing, parse_size, place
+from mimray.serving.wire.errors import InvalidRequestError, TooLargeError
 
 SIDES = st.integers(1, 3000)
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.errors import QuotaExceededError, UnauthorizedError
-from serving.keys import Key, KeyRing, Quota, add_key, hash_key, read_keys, revoke_key
-from trainers.errors import ServingError
+from mimray.serving.api.keys import Key, KeyRing, Quota, add_key, hash_key, read_keys, revoke_key
+from mimray.serving.wire.errors import QuotaExceededError, UnauthorizedError
+from mimray.trainers.errors import ServingError
 
 
 class Clock:

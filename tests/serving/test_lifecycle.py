@@ -16,15 +16,15 @@ import httpx2
 import psutil
 import pytest
 
-from serving.client import FeatureClient
-from serving.haproxy import HAProxyState, haproxy_available, port_is_free
-from serving.run import serve_bundles
-from trainers.errors import ServingError
+from mimray.serving.client import FeatureClient
+from mimray.serving.deploy.endpoint import serve_bundles
+from mimray.serving.deploy.haproxy import HAProxyState, haproxy_available, port_is_free
+from mimray.trainers.errors import ServingError
 
 PROGRAM = """
 import sys
 from pathlib import Path
-from serving.run import serve_bundles
+from mimray.serving.deploy.endpoint import serve_bundles
 endpoint = serve_bundles({"alpha": Path(sys.argv[1])}, port=int(sys.argv[2]), device="cpu")
 print("ready", flush=True)
 endpoint.wait()
@@ -185,7 +185,7 @@ def test_serve_bundles__says_why_haproxy_did_not_start(
     refusing = tmp_path / "haproxy.sh"
     refusing.write_text("#!/bin/sh\necho 'mimray: not this configuration' >&2\nexit 1\n")
     refusing.chmod(0o755)
-    monkeypatch.setattr("serving.haproxy._LAUNCHER", refusing)
+    monkeypatch.setattr("mimray.serving.deploy.haproxy._LAUNCHER", refusing)
     with pytest.raises(ServingError, match="did not start: mimray: not this configuration"):
         serve_bundles({"a": bundles["alpha"]}, port=port, device="cpu")
     assert not HAProxyState(port).folder.exists()

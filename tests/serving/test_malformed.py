@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from serving.protocol import HEADER_LENGTH, build_request
+from mimray.serving.wire.oip_messages import HEADER_LENGTH, build_request
 
 COUNT = 2000
 SLOW_S = 5.0

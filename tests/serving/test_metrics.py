@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from serving.metrics import KINDS, exposition, merged
+from mimray.serving.telemetry.metrics import KINDS, exposition, merged
 
 SERVE = "ray_serve_deployment_replica_healthy"
 DASHBOARD = Path(__file__).parents[2] / "deploy" / "grafana" / "mimray.json"
@@ -33,7 +33,7 @@ def test_merged__each_family_once_and_ours_alone() -> None:
 def test_metrics__nothing_outside_ray() -> None:
     """In a process of its own: this one may be in a cluster by now."""
     code = (
-        "import asyncio, sys; from serving.metrics import Metrics, exposition\n"
+        "import asyncio, sys; from mimray.serving.telemetry.metrics import Metrics, exposition\n"
         "metrics = Metrics('m', '3'); metrics.request('infer', 200, 0.1, 1); metrics.batch(1, 9)\n"
         "assert asyncio.run(exposition()) == '' and 'ray' not in sys.modules"
     )
@@ -48,7 +48,7 @@ def test_exposition__what_a_replica_counted(ray_session: str) -> None:
     @ray.remote
     class Replica:
         def count(self) -> None:
-            from serving.metrics import Metrics
+            from mimray.serving.telemetry.metrics import Metrics
 
             metrics = Metrics("counted", "3")
             metrics.request("features", 200, 0.02, 4)

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from serving.protocol import HEADER_LENGTH, build_request, parse_response
+from mimray.serving.wire.oip_messages import HEADER_LENGTH, build_request, parse_response
 
 INFER = "/v2/models/alpha/infer"
 

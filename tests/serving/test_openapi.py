@@ -14,9 +14,9 @@ from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from serving.formats import WRITERS
-from serving.openapi import document
-from serving.options import NAMES
+from mimray.serving.api.openapi import document
+from mimray.serving.inference.options import NAMES
+from mimray.serving.operations.response_formats import WRITERS
 
 EXAMPLES = 20
 
@@ -26,8 +26,8 @@ FILE = Path(__file__).parents[2] / "docs" / "openapi.json"
 def test_document__is_what_the_repository_holds() -> None:
     wanted = json.dumps(document(), indent=1) + "\n"
     assert FILE.read_text() == wanted, (
-        "docs/openapi.json is not what serving/openapi.py says; write it with "
-        "`python -m serving.openapi > docs/openapi.json`"
+        "docs/openapi.json is not what serving/api/openapi.py says; write it with "
+        "`python -m mimray.serving.api.openapi > docs/openapi.json`"
     )
 
 

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from serving.errors import InvalidRequestError, TooLargeError
-from serving.geometry import Sizing
-from serving.options import EncoderFacts, Options, parse_options, pyramid_source
+from mimray.serving.inference.options import EncoderFacts, Options, parse_options, pyramid_source
+from mimray.serving.inference.placement import Sizing
+from mimray.serving.wire.errors import InvalidRequestError, TooLargeError
 
 FACTS = EncoderFacts(
     depth=12, width=192, stride=16, strides=(16,) * 12, widths=(192,) * 12, trained=(224, 224),

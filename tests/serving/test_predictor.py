@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from serving.errors import OverloadedError, TooLargeError, UnusablePictureError
-from serving.geometry import Sizing
-from serving.options import Options
-from serving.predictor import Prediction, Predictor, PredictorLimits, output_bytes
-from serving.preparing import PictureLimits
-from serving.timeline import Timeline
+from mimray.serving.inference.options import Options
+from mimray.serving.inference.placement import Sizing
+from mimray.serving.inference.predictor import Prediction, Predictor, PredictorLimits, output_bytes
+from mimray.serving.inference.preprocess import PictureLimits
+from mimray.serving.inference.timeline import Timeline
+from mimray.serving.wire.errors import OverloadedError, TooLargeError, UnusablePictureError
 
 LIMITS = PredictorLimits(max_batch_size=8, batch_wait_s=0.01)
 
@@ -200,7 +200,7 @@ def test_compile__where_it_pays_and_never_at_the_price_of_an_answer(
 ) -> None:
     import torch
 
-    from serving.devices import compile_encoder, pack_linears, what_pays
+    from mimray.serving.inference.devices import compile_encoder, pack_linears, what_pays
 
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert [what_pays("auto", cpu), what_pays("auto", cuda)] == [pack_linears, compile_encoder]
@@ -245,10 +245,10 @@ def test_pack_linears__same_numbers_from_other_kernels(tree: dict[str, Any]) -> 
     import torch
     from pydantic import TypeAdapter
 
-    from serving.devices import pack_linears
-    from trainers.bundles import BundleCard, FrozenEncoder
-    from trainers.config.model import EncoderConfig
-    from trainers.models import build_encoder
+    from mimray.serving.inference.devices import pack_linears
+    from mimray.trainers.bundles import BundleCard, FrozenEncoder
+    from mimray.trainers.config.model import EncoderConfig
+    from mimray.trainers.models import build_encoder
 
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         pytest.skip("this torch has no oneDNN")

@@ -10,12 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.errors import (
-    InvalidRequestError,
-    TooLargeError,
-    UnsupportedMediaTypeError,
-)
-from serving.protocol import (
+from mimray.serving.wire.errors import InvalidRequestError, TooLargeError, UnsupportedMediaTypeError
+from mimray.serving.wire.oip_messages import (
     HEADER_LENGTH,
     InferRequest,
     NamedTensor,

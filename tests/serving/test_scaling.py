@@ -9,10 +9,10 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from serving.build import Version
-from serving.config import check_config
-from serving.haproxy import haproxy_available
-from serving.run import Endpoint, start
+from mimray.serving.deploy.config import check_config
+from mimray.serving.deploy.endpoint import Endpoint, start
+from mimray.serving.deploy.haproxy import haproxy_available
+from mimray.serving.deploy.serve_schema import Version
 
 pytestmark = [
     pytest.mark.slow,

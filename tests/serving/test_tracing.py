@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from serving.tracing import Tracer, continued
-from trainers.errors import ServingError
+from mimray.serving.telemetry.tracing import Tracer, continued
+from mimray.trainers.errors import ServingError
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
@@ -149,7 +149,7 @@ def test_tracer__samples_as_the_environment_says(
 
 def test_tracer__loads_nothing_where_nobody_asked(plain: pytest.MonkeyPatch) -> None:
     code = (
-        "import sys; from serving.tracing import Tracer\n"
+        "import sys; from mimray.serving.telemetry.tracing import Tracer\n"
         "tracer = Tracer(); span = tracer.start(''); tracer.finish(span, 'x', 0.0, {})\n"
         "tracer.record(span.traceparent, [('model', 0.0, 1.0)], {}); tracer.close()\n"
         "assert not [name for name in sys.modules if name.startswith('opentelemetry')]\n"

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from trainers.config.advice import advice
-from trainers.config.recipes import load_recipe, shipped_recipes
-from trainers.config.run import resolve
-from trainers.types import DatasetFacts
+from mimray.trainers.config.advice import advice
+from mimray.trainers.config.recipes import load_recipe, shipped_recipes
+from mimray.trainers.config.run import resolve
+from mimray.trainers.types import DatasetFacts
 
 
 def given(name: str, *overrides: str, pictures: int = 1_281_167) -> list[str]:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from trainers import load_bundle, load_method
-from trainers.bundles import (
+from mimray.trainers import load_bundle, load_method
+from mimray.trainers.bundles import (
     CARD,
     ENCODER,
     METHOD,
@@ -18,10 +18,10 @@ from trainers.bundles import (
     save_bundle,
     spread_layers,
 )
-from trainers.config.run import Recipe, parse_recipe
-from trainers.errors import BundleError, StorageError
-from trainers.methods import build_method
-from trainers.methods.base import Method
+from mimray.trainers.config.run import Recipe, parse_recipe
+from mimray.trainers.errors import BundleError, StorageError
+from mimray.trainers.methods import build_method
+from mimray.trainers.methods.base import Method
 
 
 def recipe_of() -> Recipe:

@@ -15,15 +15,15 @@ import pytest
 import torch
 from pyarrow import fs as pafs
 
-from trainers.config.run import parse_recipe, resolve
-from trainers.engine import checkpoints
-from trainers.engine.checkpoints import MANIFEST, Checkpoint, Identity, find, load_newest
-from trainers.engine.deepspeed import initialize
-from trainers.engine.export import read_checkpoint
-from trainers.errors import CheckpointError, StorageError
-from trainers.methods import build_method
-from trainers.storage import RunDir
-from trainers.types import DatasetFacts
+from mimray.trainers.config.run import parse_recipe, resolve
+from mimray.trainers.engine import checkpoints
+from mimray.trainers.engine.checkpoints import MANIFEST, Checkpoint, Identity, find, load_newest
+from mimray.trainers.engine.deepspeed import initialize
+from mimray.trainers.engine.export import read_checkpoint
+from mimray.trainers.errors import CheckpointError, StorageError
+from mimray.trainers.methods import build_method
+from mimray.trainers.storage import RunDir
+from mimray.trainers.types import DatasetFacts
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -196,7 +196,7 @@ def test_load_newest__passes_over_a_damaged_one(
 
     assert loaded is not None
     assert loaded.step == 1
-    (record,) = [r for r in caplog.records if r.name == "trainers.engine.checkpoints"]
+    (record,) = [r for r in caplog.records if r.name == "mimray.trainers.engine.checkpoints"]
     assert record.getMessage().startswith("checkpoint step-00000002 is damaged")
     assert re.search(reason, record.getMessage())
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from trainers.config.recipes import load_recipe, shipped_recipes
-from trainers.config.run import (
+from mimray.trainers.config.recipes import load_recipe, shipped_recipes
+from mimray.trainers.config.run import (
     OPERATIONAL_KEYS,
     Plan,
     differences,
@@ -15,8 +15,8 @@ from trainers.config.run import (
     parse_recipe,
     resolve,
 )
-from trainers.errors import ConfigError
-from trainers.types import DatasetFacts
+from mimray.trainers.errors import ConfigError
+from mimray.trainers.types import DatasetFacts
 
 FACTS = DatasetFacts("s3://here/photos", 10_000, "a" * 64)
 

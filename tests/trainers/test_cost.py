@@ -21,16 +21,16 @@ import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
-from trainers.config.recipes import load_recipe
-from trainers.config.run import Plan, Recipe, resolve
-from trainers.cost import estimate
-from trainers.cost.memory import Setting, Weights, memory_of
-from trainers.cost.step import Step, shape_of, trace
-from trainers.engine.deepspeed import DTYPES, initialize, prepare_process
-from trainers.engine.optim import build_optimizer
-from trainers.methods import build_method
-from trainers.methods.base import Method
-from trainers.types import DatasetFacts
+from mimray.trainers.config.recipes import load_recipe
+from mimray.trainers.config.run import Plan, Recipe, resolve
+from mimray.trainers.cost import estimate
+from mimray.trainers.cost.memory import Setting, Weights, memory_of
+from mimray.trainers.cost.step import Step, shape_of, trace
+from mimray.trainers.engine.deepspeed import DTYPES, initialize, prepare_process
+from mimray.trainers.engine.optim import build_optimizer
+from mimray.trainers.methods import build_method
+from mimray.trainers.methods.base import Method
+from mimray.trainers.types import DatasetFacts
 
 TOLERANCE = 0.15
 TINY = (

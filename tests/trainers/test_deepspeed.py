@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from trainers.config.recipes import load_recipe
-from trainers.config.run import resolve
-from trainers.engine.deepspeed import choose_precision, deepspeed_config
-from trainers.errors import ConfigError
-from trainers.methods import build_method
-from trainers.types import DatasetFacts
+from mimray.trainers.config.recipes import load_recipe
+from mimray.trainers.config.run import resolve
+from mimray.trainers.engine.deepspeed import choose_precision, deepspeed_config
+from mimray.trainers.errors import ConfigError
+from mimray.trainers.methods import build_method
+from mimray.trainers.types import DatasetFacts
 
 CPU = torch.device("cpu")
 FACTS = DatasetFacts("pictures", 1000, "f" * 64)

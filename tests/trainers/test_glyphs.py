@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from trainers.glyphs import draw_glyphs
-from trainers.models.hog import HOG
+from mimray.trainers.glyphs import draw_glyphs
+from mimray.trainers.models.hog import HOG
 
 
 def histogram(k: int, weight: float = 1.0, bins: int = 9) -> np.ndarray:

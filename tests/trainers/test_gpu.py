@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from trainers.config.recipes import load_recipe
-from trainers.config.run import resolve
-from trainers.data.sources import open_source
-from trainers.engine.loop import train
-from trainers.storage import RunDir
+from mimray.trainers.config.recipes import load_recipe
+from mimray.trainers.config.run import resolve
+from mimray.trainers.data.sources import open_source
+from mimray.trainers.engine.loop import train
+from mimray.trainers.storage import RunDir
 
 pytestmark = pytest.mark.gpu
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainers.config.recipes import load_recipe
-from trainers.errors import RunConflictError
-from trainers.launch import Job, prepare
+from mimray.trainers.config.recipes import load_recipe
+from mimray.trainers.errors import RunConflictError
+from mimray.trainers.launch import Job, prepare
 
 
 @pytest.fixture

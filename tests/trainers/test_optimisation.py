@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from trainers.config.run import Plan, parse_recipe, resolve
-from trainers.engine.optim import build_optimizer, parameter_groups
-from trainers.engine.schedule import learning_rate
-from trainers.methods import build_method
-from trainers.types import DatasetFacts
+from mimray.trainers.config.run import Plan, parse_recipe, resolve
+from mimray.trainers.engine.optim import build_optimizer, parameter_groups
+from mimray.trainers.engine.schedule import learning_rate
+from mimray.trainers.methods import build_method
+from mimray.trainers.types import DatasetFacts
 
 
 def plan_of(**optim: float) -> Plan:

@@ -13,17 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trainers.bundles import BundleCard, save_bundle
-from trainers.config.model import ViTConfig
-from trainers.config.run import Recipe, parse_recipe
-from trainers.convert import export_timm, export_transformers
-from trainers.data.rng import Stream, generator
-from trainers.methods import build_method, load_method
-from trainers.methods.mae import MAE
-from trainers.models import build_encoder
-from trainers.models.decoders import MAEDecoder
-from trainers.models.patches import patchify, unpatchify
-from trainers.models.positions import sincos_2d
+from mimray.trainers.bundles import BundleCard, save_bundle
+from mimray.trainers.config.model import ViTConfig
+from mimray.trainers.config.run import Recipe, parse_recipe
+from mimray.trainers.convert import export_timm, export_transformers
+from mimray.trainers.data.rng import Stream, generator
+from mimray.trainers.methods import build_method, load_method
+from mimray.trainers.methods.mae import MAE
+from mimray.trainers.models import build_encoder
+from mimray.trainers.models.decoders import MAEDecoder
+from mimray.trainers.models.patches import patchify, unpatchify
+from mimray.trainers.models.positions import sincos_2d
 
 
 def recipe_of(**changes: Any) -> Recipe:

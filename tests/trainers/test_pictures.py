@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainers.errors import DataError
-from trainers.pictures import (
+from mimray.trainers.errors import DataError
+from mimray.trainers.pictures import (
     hide_patches,
     loss_chart,
     panel_sheet,
@@ -16,7 +16,7 @@ from trainers.pictures import (
     pixel_mask,
     smoothed,
 )
-from trainers.types import Panel
+from mimray.trainers.types import Panel
 
 
 def pictures(*shape: int, seed: int = 0) -> np.ndarray:

@@ -6,12 +6,12 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from trainers import load_bundle
-from trainers.bundles import BundleCard, save_bundle
-from trainers.config.model import ViTConfig
-from trainers.errors import BundleError, ConfigError, StorageError
-from trainers.models import build_encoder
-from trainers.registry import Registry, locate, registered
+from mimray.trainers import load_bundle
+from mimray.trainers.bundles import BundleCard, save_bundle
+from mimray.trainers.config.model import ViTConfig
+from mimray.trainers.errors import BundleError, ConfigError, StorageError
+from mimray.trainers.models import build_encoder
+from mimray.trainers.registry import Registry, locate, registered
 
 
 def bundle(folder: Path, seed: int) -> str:

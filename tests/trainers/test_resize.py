@@ -19,12 +19,12 @@ import torch
 import torch.distributed as dist
 from pyarrow import fs as pafs
 
-from trainers.config.run import Plan, parse_recipe, resolve
-from trainers.engine import checkpoints
-from trainers.engine.deepspeed import DTYPES, full_state, initialize, prepare_process
-from trainers.methods import build_method
-from trainers.storage import RunDir
-from trainers.types import DatasetFacts
+from mimray.trainers.config.run import Plan, parse_recipe, resolve
+from mimray.trainers.engine import checkpoints
+from mimray.trainers.engine.deepspeed import DTYPES, full_state, initialize, prepare_process
+from mimray.trainers.methods import build_method
+from mimray.trainers.storage import RunDir
+from mimray.trainers.types import DatasetFacts
 
 GLOBAL_BATCH, GROWN, SHRUNK, STEPS = 4, 3, 6, 9
 

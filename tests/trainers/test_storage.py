@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from pyarrow import fs as pafs
 
-from trainers.errors import StorageError
-from trainers.storage import RunDir, storage_errors
+from mimray.trainers.errors import StorageError
+from mimray.trainers.storage import RunDir, storage_errors
 
 
 class Remote(RunDir):

@@ -11,18 +11,26 @@ import torch
 from PIL import Image
 from pyarrow import fs as pafs
 
-from trainers import load_bundle, load_method
-from trainers.bundles import CARD, ENCODER, METHOD, TOKENIZER, BundleCard, read_card, save_bundle
-from trainers.config.method import BEiTConfig
-from trainers.config.run import Plan, Recipe, differences, parse_recipe
-from trainers.engine.export import write_bundle
-from trainers.errors import BundleError, ConfigError, MimrayError, RunConflictError
-from trainers.launch import Job, prepare
-from trainers.methods import attach_tokenizer, build_method
-from trainers.methods.base import Method
-from trainers.methods.beit import BEiT
-from trainers.storage import RunDir
-from trainers.tokenizers import keep_tokenizer, tokenizer_digest, with_tokenizer
+from mimray.trainers import load_bundle, load_method
+from mimray.trainers.bundles import (
+    CARD,
+    ENCODER,
+    METHOD,
+    TOKENIZER,
+    BundleCard,
+    read_card,
+    save_bundle,
+)
+from mimray.trainers.config.method import BEiTConfig
+from mimray.trainers.config.run import Plan, Recipe, differences, parse_recipe
+from mimray.trainers.engine.export import write_bundle
+from mimray.trainers.errors import BundleError, ConfigError, MimrayError, RunConflictError
+from mimray.trainers.launch import Job, prepare
+from mimray.trainers.methods import attach_tokenizer, build_method
+from mimray.trainers.methods.base import Method
+from mimray.trainers.methods.beit import BEiT
+from mimray.trainers.storage import RunDir
+from mimray.trainers.tokenizers import keep_tokenizer, tokenizer_digest, with_tokenizer
 
 
 class Remote(RunDir):
@@ -37,7 +45,7 @@ class Remote(RunDir):
 @pytest.fixture
 def remote(monkeypatch: pytest.MonkeyPatch) -> None:
     """`mock://` paths as an object store's."""
-    monkeypatch.setattr("trainers.bundles.RunDir", Remote)
+    monkeypatch.setattr("mimray.trainers.bundles.RunDir", Remote)
 
 
 def dvae_recipe(**changes: Any) -> Recipe:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from trainers.errors import StorageError
-from trainers.tracking import RUN_DIR_TAG, Tracker, flatten, tracking_uri
+from mimray.trainers.errors import StorageError
+from mimray.trainers.tracking import RUN_DIR_TAG, Tracker, flatten, tracking_uri
 
 ROOT = Path(__file__).parents[2]
 
@@ -103,7 +103,7 @@ def test_tracker__keeps_everything_inside_the_storage(tmp_path: Path):
 def test_tracker__two_processes_make_the_same_database_at_once(tmp_path: Path):
     script = """
 import sys
-from trainers.tracking import Tracker
+from mimray.trainers.tracking import Tracker
 tracker = Tracker.open(
     None, experiment="photos", run_name=sys.argv[1], storage=sys.argv[2], params={}, tags={}
 )
@@ -136,7 +136,7 @@ def test_tracker__points_wait_for_a_store_that_went_away(
     database = tmp_path / "mlflow.db"
     database.rename(tmp_path / "away.db")
 
-    with caplog.at_level(logging.WARNING, logger="trainers.tracking"):
+    with caplog.at_level(logging.WARNING, logger="mimray.trainers.tracking"):
         tracker.log(1, {"loss": 1.0})
     tracker.log(2, {"loss": 0.5})
     (tmp_path / "away.db").rename(database)
@@ -173,7 +173,7 @@ def test_tracking_uri__asked_then_environment_then_storage(
 def test_tracking_uri__remote_storage_falls_back_to_this_machine_and_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
-    with caplog.at_level(logging.INFO, logger="trainers.tracking"):
+    with caplog.at_level(logging.INFO, logger="mimray.trainers.tracking"):
         uri = tracking_uri(None, "s3://bucket/runs")
 
     assert uri == f"sqlite:///{tmp_path}/runs/mlflow.db"
@@ -203,7 +203,10 @@ def test_tracker__takes_more_and_longer_params_than_one_call_holds(tmp_path: Pat
 
 
 def test_tracking__import_is_light():
-    code = "import sys, trainers.tracking; print('mlflow' in sys.modules or 'torch' in sys.modules)"
+    code = (
+        "import sys, mimray.trainers.tracking\n"
+        "print('mlflow' in sys.modules or 'torch' in sys.modules)"
+    )
 
     answer = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 from sqlalchemy import Engine, event
 
-from tuning.config import SweepConfig
-from tuning.plan import SweepPlan, load_sweep, make_plan
+from mimray.tuning.config import SweepConfig
+from mimray.tuning.plan import SweepPlan, load_sweep, make_plan
 
 SMALL = [
     "base.set.encoder.depth=1", "base.set.encoder.width=32", "base.set.encoder.num_heads=2",

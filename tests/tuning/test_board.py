@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from trainers.errors import StorageError
-from trainers.storage import RunDir
-from tuning.board import Board
-from tuning.plan import SweepPlan, check_continues, new_record, remembered
-from tuning.record import Rung, find_sweep, find_trial, read_record
+from mimray.trainers.errors import StorageError
+from mimray.trainers.storage import RunDir
+from mimray.tuning.plan import SweepPlan, check_continues, new_record, remembered
+from mimray.tuning.record import Rung, find_sweep, find_trial, read_record
+from mimray.tuning.recorder import Board
 
 Small = Callable[..., SweepPlan]
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from trainers.errors import ResourceError
-from tuning import capacity
-from tuning.config import TrialResources
+from mimray.trainers.errors import ResourceError
+from mimray.tuning import capacity
+from mimray.tuning.config import TrialResources
 
 LAPTOP = [{"CPU": 2.0}]
 CPUS = [{"CPU": 8.0}, {"CPU": 8.0}]

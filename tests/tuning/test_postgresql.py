@@ -14,10 +14,10 @@ from pathlib import Path
 import optuna
 import pytest
 
-from trainers.errors import RunConflictError
-from tuning.config import SweepConfig
-from tuning.record import Rung, TrialRecord
-from tuning.search import SAMPLES, SCORE, Suggestions, open_study
+from mimray.trainers.errors import RunConflictError
+from mimray.tuning.config import SweepConfig
+from mimray.tuning.record import Rung, TrialRecord
+from mimray.tuning.search import SAMPLES, SCORE, Suggestions, open_study
 
 
 def _binaries() -> Path:

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from ray.tune.schedulers import TrialScheduler
 
-from tuning.config import SweepConfig
-from tuning.record import Rung, TrialRecord
-from tuning.search import SAMPLES, SCORE
-from tuning.sweep import Verdicts, _scheduler
+from mimray.tuning.config import SweepConfig
+from mimray.tuning.record import Rung, TrialRecord
+from mimray.tuning.search import SAMPLES, SCORE
+from mimray.tuning.sweep import Verdicts, _scheduler
 
 RUNGS = (100, 200, 400)
 Configured = Callable[..., SweepConfig]

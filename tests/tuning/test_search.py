@@ -10,11 +10,11 @@ import optuna
 import pytest
 from ray.tune.search import Searcher
 
-from trainers.errors import RunConflictError, StorageError
-from tuning.config import SweepConfig
-from tuning.record import Rung, TrialRecord
-from tuning.search import NUMBER, SAMPLES, SCORE, Suggestions, open_study
-from tuning.space import combinations, listed
+from mimray.trainers.errors import RunConflictError, StorageError
+from mimray.tuning.config import SweepConfig
+from mimray.tuning.record import Rung, TrialRecord
+from mimray.tuning.search import NUMBER, SAMPLES, SCORE, Suggestions, open_study
+from mimray.tuning.space import combinations, listed
 
 Configured = Callable[..., SweepConfig]
 TPE = [

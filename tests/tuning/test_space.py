@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainers.errors import ConfigError, DataError, MimrayError
-from tuning.config import Asha, SweepConfig
-from tuning.plan import SweepPlan, load_sweep, parse_sweep, rung_steps, shipped_sweeps
-from tuning.space import combinations, drawn, listed
+from mimray.trainers.errors import ConfigError, DataError, MimrayError
+from mimray.tuning.config import Asha, SweepConfig
+from mimray.tuning.plan import SweepPlan, load_sweep, parse_sweep, rung_steps, shipped_sweeps
+from mimray.tuning.space import combinations, drawn, listed
 
 Configured = Callable[..., SweepConfig]
 RANDOM = [

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from tuning import sweep
-from tuning.board import Board
-from tuning.capacity import Capacity
-from tuning.plan import SweepPlan
-from tuning.record import SWEEP, Rung, SweepRecord, read_record
-from tuning.sweep import Launch, run_sweep
+from mimray.tuning import sweep
+from mimray.tuning.capacity import Capacity
+from mimray.tuning.plan import SweepPlan
+from mimray.tuning.record import SWEEP, Rung, SweepRecord, read_record
+from mimray.tuning.recorder import Board
+from mimray.tuning.sweep import Launch, run_sweep
 
 Small = Callable[..., SweepPlan]
 RUNG = Rung(number=0, step=2, samples=16, score=0.5, train_s=1.0, score_s=0.1)

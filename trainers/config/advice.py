@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trainers.config.run import Plan
+from mimray.trainers.config.run import Plan
 
 # Peaks of the published recipes: SimMIM 4e-4 (2048 pictures), BEiT 1.5e-3, MAE 2.4e-3 (4096).
 PUBLISHED_LR = (4e-4, 2.4e-3)

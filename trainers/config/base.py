@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from trainers.errors import ConfigError
+from mimray.trainers.errors import ConfigError
 
 
 class Config(BaseModel):
@@ -78,7 +78,7 @@ def _dotted(loc: Sequence[int | str], data: Any) -> str:
 def _suggestion(key: str, keys: Sequence[str]) -> str:
     # The model that refused the key is not in the report; every key of every recipe model
     # is a fair candidate, since people mostly mistype or misplace real keys.
-    from trainers.config.run import known_keys
+    from mimray.trainers.config.run import known_keys
 
     leaf = key.rsplit(".", 1)[-1]
     keys = keys or known_keys()

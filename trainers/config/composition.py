@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from trainers.config.method import (
+from mimray.trainers.config.method import (
     AEConfig,
     BEiTConfig,
     DVAEConfig,
@@ -15,7 +15,13 @@ from trainers.config.method import (
     SimMIMConfig,
     VAEConfig,
 )
-from trainers.config.model import ConvConfig, DalleConfig, EncoderConfig, SwinConfig, ViTConfig
+from mimray.trainers.config.model import (
+    ConvConfig,
+    DalleConfig,
+    EncoderConfig,
+    SwinConfig,
+    ViTConfig,
+)
 
 MASKING = (MAEConfig, SimMIMConfig, MaskFeatConfig, BEiTConfig)
 

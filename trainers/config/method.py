@@ -13,7 +13,7 @@ from pydantic import (
     model_validator,
 )
 
-from trainers.config.base import Config
+from mimray.trainers.config.base import Config
 
 
 class _TransformerDecoder(Config):

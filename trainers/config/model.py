@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from trainers.config.base import Config
+from mimray.trainers.config.base import Config
 
 
 class _Shape(NamedTuple):

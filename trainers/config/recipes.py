@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from trainers.config.run import Recipe, parse_recipe
-from trainers.errors import ConfigError
+from mimray.trainers.config.run import Recipe, parse_recipe
+from mimray.trainers.errors import ConfigError
 
 # A new architecture or method replaces the old one's numbers, so it goes before its own.
 NAMES_FIRST = ("encoder.name", "method.name")
@@ -55,7 +55,7 @@ def override(tree: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]
 
 def shipped_recipes() -> dict[str, Path]:
     """Names of the recipes inside the package, with their files."""
-    folder = Path(str(resources.files("trainers.recipes")))
+    folder = Path(str(resources.files("mimray.trainers.recipes")))
     return {path.stem: path for path in sorted(folder.glob("*.yaml"), key=lambda path: path.stem)}
 
 

@@ -15,14 +15,14 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
-from trainers.config.base import Config, explain
-from trainers.config.composition import check_composition
-from trainers.config.data import DataConfig
-from trainers.config.method import DVAEConfig, FinetuneConfig, MethodConfig
-from trainers.config.model import EncoderConfig
-from trainers.config.optim import OptimConfig
-from trainers.errors import ConfigError
-from trainers.types import DatasetFacts
+from mimray.trainers.config.base import Config, explain
+from mimray.trainers.config.composition import check_composition
+from mimray.trainers.config.data import DataConfig
+from mimray.trainers.config.method import DVAEConfig, FinetuneConfig, MethodConfig
+from mimray.trainers.config.model import EncoderConfig
+from mimray.trainers.config.optim import OptimConfig
+from mimray.trainers.errors import ConfigError
+from mimray.trainers.types import DatasetFacts
 
 PLAN_FORMAT = 1
 

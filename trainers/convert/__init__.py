@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from trainers.convert.importing import Imported, import_weights
-from trainers.convert.to_timm import export_timm
-from trainers.convert.to_transformers import export_transformers
+from mimray.trainers.convert.importing import Imported, import_weights
+from mimray.trainers.convert.to_timm import export_timm
+from mimray.trainers.convert.to_transformers import export_transformers
 
 __all__ = ["Imported", "export_timm", "export_transformers", "import_weights"]

@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from trainers.bundles import CARD
-from trainers.errors import BundleError
+from mimray.trainers.bundles import CARD
+from mimray.trainers.errors import BundleError
 
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 # Where training scripts put the weights: MAE, BEiT, SimMIM; DeepSpeed; SlowFast; others.

@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from trainers.bundles import BundleCard, save_bundle, spread_layers
-from trainers.config.method import DVAEConfig
-from trainers.config.run import Recipe, parse_recipe
-from trainers.convert.checkpoint import Checkpoint
-from trainers.convert.fit import fit
-from trainers.errors import BundleError
-from trainers.models import build_encoder
-from trainers.models.quantizer import GumbelQuantizer
+from mimray.trainers.bundles import BundleCard, save_bundle, spread_layers
+from mimray.trainers.config.method import DVAEConfig
+from mimray.trainers.config.run import Recipe, parse_recipe
+from mimray.trainers.convert.assign_weights import fit
+from mimray.trainers.convert.checkpoint import Checkpoint
+from mimray.trainers.errors import BundleError
+from mimray.trainers.models import build_encoder
+from mimray.trainers.models.quantizer import GumbelQuantizer
 
 # Pixels of [0, 1] become 0.8 x + 0.1, away from the ends (`map_pixels`).
 MEAN, STD = -0.125, 1.25

@@ -13,9 +13,9 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from trainers.bundles import BundleCard
-from trainers.errors import BundleError
-from trainers.storage import storage_errors
+from mimray.trainers.bundles import BundleCard
+from mimray.trainers.errors import BundleError
+from mimray.trainers.storage import storage_errors
 
 
 def write_folder(out: Path, state: Mapping[str, Tensor], files: Mapping[str, str]) -> None:

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from trainers.convert.names import from_pixel_shuffle
-from trainers.errors import BundleError
+from mimray.trainers.convert.names import from_pixel_shuffle
+from mimray.trainers.errors import BundleError
 
 # Pixels to [-1, 1], as many libraries do and BEiT by default.
 HALF: dict[str, Any] = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}

@@ -12,9 +12,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from trainers.convert.found import Found
-from trainers.convert.official import our_encoder
-from trainers.errors import BundleError
+from mimray.trainers.convert.found import Found
+from mimray.trainers.convert.official import our_encoder
+from mimray.trainers.errors import BundleError
 
 # timm's classes that our encoders equal, and the blocks of those.
 _BLOCKS = {

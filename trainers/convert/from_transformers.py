@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from trainers.convert.found import HALF, Found, norm_before_pooling, take, take_pixel_head
-from trainers.convert.names import (
+from mimray.trainers.convert.found import HALF, Found, norm_before_pooling, take, take_pixel_head
+from mimray.trainers.convert.names import (
     HF_DECODER,
     HF_SWIN,
     HF_VIT,
@@ -20,7 +20,7 @@ from trainers.convert.names import (
     rename,
     shift_downsample,
 )
-from trainers.errors import BundleError
+from mimray.trainers.errors import BundleError
 
 _INTERPOLATION = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 

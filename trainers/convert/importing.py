@@ -10,24 +10,24 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from trainers.bundles import BundleCard, save_bundle, spread_layers
-from trainers.config.base import Config, explain
-from trainers.config.data import DataConfig
-from trainers.config.method import BEiTConfig
-from trainers.config.model import EncoderConfig, SwinConfig
-from trainers.config.recipes import override
-from trainers.config.run import Recipe, parse_recipe
-from trainers.convert.checkpoint import Checkpoint, read_checkpoint
-from trainers.convert.dalle import import_dalle, is_dalle
-from trainers.convert.fit import Fit, encoder_shapes, fit, method_shapes
-from trainers.convert.found import Found
-from trainers.convert.from_timm import download_timm, from_timm
-from trainers.convert.from_transformers import from_transformers
-from trainers.convert.official import from_official
-from trainers.convert.resize import for_size, resized
-from trainers.convert.shapes import encoder_section, method_section
-from trainers.errors import BundleError, ConfigError
-from trainers.models import build_encoder
+from mimray.trainers.bundles import BundleCard, save_bundle, spread_layers
+from mimray.trainers.config.base import Config, explain
+from mimray.trainers.config.data import DataConfig
+from mimray.trainers.config.method import BEiTConfig
+from mimray.trainers.config.model import EncoderConfig, SwinConfig
+from mimray.trainers.config.recipes import override
+from mimray.trainers.config.run import Recipe, parse_recipe
+from mimray.trainers.convert.assign_weights import Fit, encoder_shapes, fit, method_shapes
+from mimray.trainers.convert.checkpoint import Checkpoint, read_checkpoint
+from mimray.trainers.convert.dalle import import_dalle, is_dalle
+from mimray.trainers.convert.found import Found
+from mimray.trainers.convert.from_timm import download_timm, from_timm
+from mimray.trainers.convert.from_transformers import from_transformers
+from mimray.trainers.convert.official import from_official
+from mimray.trainers.convert.resize import for_size, resized
+from mimray.trainers.convert.shapes import encoder_section, method_section
+from mimray.trainers.errors import BundleError, ConfigError
+from mimray.trainers.models import build_encoder
 
 TIMM = "timm:"
 # What BEiT shows its tokenizer beside pictures of 224 pixels.

@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from trainers.convert.found import HALF, Found, norm_before_pooling, take, take_pixel_head
-from trainers.convert.names import BEIT, inverse, join_qkv, rename, shift_downsample
+from mimray.trainers.convert.found import HALF, Found, norm_before_pooling, take, take_pixel_head
+from mimray.trainers.convert.names import BEIT, inverse, join_qkv, rename, shift_downsample
 
 
 def from_official(state: dict[str, Tensor], settings: Mapping[str, Any]) -> Found:

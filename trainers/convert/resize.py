@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
-from trainers.config.composition import check_size
-from trainers.config.model import EncoderConfig, SwinConfig, ViTConfig
-from trainers.errors import BundleError
-from trainers.models.rel_pos import resize_table
+from mimray.trainers.config.composition import check_size
+from mimray.trainers.config.model import EncoderConfig, SwinConfig, ViTConfig
+from mimray.trainers.errors import BundleError
+from mimray.trainers.models.rel_pos import resize_table
 
 Size = tuple[int, int]
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trainers.config.data import DataConfig
-from trainers.config.method import BEiTConfig, BlockMasking, MaskFeatConfig
-from trainers.config.model import SWIN_SHAPES, VIT_SHAPES, EncoderConfig
-from trainers.errors import BundleError
-from trainers.models.positions import sincos_2d
+from mimray.trainers.config.data import DataConfig
+from mimray.trainers.config.method import BEiTConfig, BlockMasking, MaskFeatConfig
+from mimray.trainers.config.model import SWIN_SHAPES, VIT_SHAPES, EncoderConfig
+from mimray.trainers.errors import BundleError
+from mimray.trainers.models.positions import sincos_2d
 
 _CONV = "patch_embed.proj.weight"
 _TABLE = "relative_position_bias_table"

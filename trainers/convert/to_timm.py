@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from trainers.bundles import BundleCard, load_bundle
-from trainers.config.model import SwinConfig, ViTConfig
-from trainers.convert.folder import as_json, model_card, write_folder
-from trainers.convert.names import BEIT, rename, split_qkv
-from trainers.errors import BundleError
-from trainers.models.vit import LAYER_NORM_EPS
+from mimray.trainers.bundles import BundleCard, load_bundle
+from mimray.trainers.config.model import SwinConfig, ViTConfig
+from mimray.trainers.convert.folder import as_json, model_card, write_folder
+from mimray.trainers.convert.names import BEIT, rename, split_qkv
+from mimray.trainers.errors import BundleError
+from mimray.trainers.models.vit import LAYER_NORM_EPS
 
 _USAGE = """\
 import timm

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 from safetensors.torch import load_file
 from torch import Tensor
 
-from trainers.bundles import METHOD, BundleCard, bundle_folder, load_bundle, verify_weights
-from trainers.config.method import BEiTConfig, MAEConfig, SimMIMConfig
-from trainers.config.model import SwinConfig, ViTConfig
-from trainers.config.run import Recipe, parse_recipe
-from trainers.convert.folder import as_json, model_card, write_folder
-from trainers.convert.names import (
+from mimray.trainers.bundles import METHOD, BundleCard, bundle_folder, load_bundle, verify_weights
+from mimray.trainers.config.method import BEiTConfig, MAEConfig, SimMIMConfig
+from mimray.trainers.config.model import SwinConfig, ViTConfig
+from mimray.trainers.config.run import Recipe, parse_recipe
+from mimray.trainers.convert.folder import as_json, model_card, write_folder
+from mimray.trainers.convert.names import (
     HF_DECODER,
     HF_SWIN,
     HF_VIT,
@@ -23,7 +23,7 @@ from trainers.convert.names import (
     to_pixel_shuffle,
     without_key_bias,
 )
-from trainers.errors import BundleError
+from mimray.trainers.errors import BundleError
 
 _RESAMPLE = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers, which preprocessor files hold
 _SWIN_EPS = 1e-5

@@ -7,11 +7,18 @@ from typing import Any
 
 from torch import nn
 
-from trainers.config.run import Plan, Recipe
-from trainers.cost.memory import KEPT_WHOLE, REDUCE_BUCKET, Memory, Setting, Weights, memory_of
-from trainers.cost.step import PARTS, Step, parts_of, shape_of, trace
-from trainers.engine.deepspeed import DTYPES, deepspeed_config
-from trainers.methods.base import Method
+from mimray.trainers.config.run import Plan, Recipe
+from mimray.trainers.cost.memory import (
+    KEPT_WHOLE,
+    REDUCE_BUCKET,
+    Memory,
+    Setting,
+    Weights,
+    memory_of,
+)
+from mimray.trainers.cost.step import PARTS, Step, parts_of, shape_of, trace
+from mimray.trainers.engine.deepspeed import DTYPES, deepspeed_config
+from mimray.trainers.methods.base import Method
 
 ZERO_STAGES = (0, 1, 2, 3)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trainers.cost.step import Step
+from mimray.trainers.cost.step import Step
 
 # Elements; DeepSpeed's defaults.
 REDUCE_BUCKET = 500_000_000

@@ -23,11 +23,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
-from trainers.config.run import Recipe
-from trainers.methods import build_method
-from trainers.methods.base import Method
-from trainers.methods.beit import BEiT, Tokenizer
-from trainers.models.decoders import MAEDecoder
+from mimray.trainers.config.run import Recipe
+from mimray.trainers.methods import build_method
+from mimray.trainers.methods.base import Method
+from mimray.trainers.methods.beit import BEiT, Tokenizer
+from mimray.trainers.models.decoders import MAEDecoder
 
 aten = torch.ops.aten
 

@@ -24,7 +24,7 @@ import numpy as np
 import PIL
 from PIL import Image, features
 
-from trainers.data.cache import default_cache_dir
+from mimray.trainers.data.cache import default_cache_dir
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from trainers.errors import ImageError
+from mimray.trainers.errors import ImageError
 
 # Pillow warns above this many pixels; taking the same number means that no accepted picture
 # ever triggers that warning.

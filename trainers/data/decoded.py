@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from trainers.data.arena import Arena, Known, open_arena, picture_bytes, release
-from trainers.data.decode import DRAFTED, decode, draft_scale, read_size
-from trainers.data.selection import chosen
-from trainers.data.sources import Source
-from trainers.errors import EmptyDatasetError, ImageError
+from mimray.trainers.data.arena import Arena, Known, open_arena, picture_bytes, release
+from mimray.trainers.data.decode import DRAFTED, decode, draft_scale, read_size
+from mimray.trainers.data.selection import chosen
+from mimray.trainers.data.sources import Source
+from mimray.trainers.errors import EmptyDatasetError, ImageError
 
 __all__ = ["Picture", "Pictures", "decoded_bytes", "release"]
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from trainers.data.files import (
+from mimray.trainers.data.files import (
     SPLITS,
     FoundFile,
     is_file,
@@ -19,7 +19,7 @@ from trainers.data.files import (
     list_files,
     parent,
 )
-from trainers.errors import DataError, EmptyDatasetError
+from mimray.trainers.errors import DataError, EmptyDatasetError
 
 _SPLIT_IN_NAME = re.compile(r"(.+?)-\d{5}-of-\d{5}.*")
 

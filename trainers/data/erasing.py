@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from trainers.data.rng import Stream, generator
+from mimray.trainers.data.rng import Stream, generator
 
 # Of the rectangle: bounds of its area over the picture's, and its least aspect.
 AREA = (0.02, 1 / 3)

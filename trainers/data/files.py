@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pyarrow import ArrowInvalid
 from pyarrow import fs as pafs
 
-from trainers.errors import DataError
+from mimray.trainers.errors import DataError
 
 PICTURE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib"),

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import pyarrow as pa
 from pyarrow import fs as pafs
 
-from trainers.data.files import absolute, join, locate, parent, split_options
-from trainers.data.intake import Intake, plan_intake, read_unit
-from trainers.data.manifest import MANIFEST_NAME, REJECTED_NAME, Manifest
-from trainers.data.normalise import normalise
-from trainers.data.parquet import Layout
-from trainers.data.shards import Row, ShardWriter
-from trainers.data.staging import Staging, staged
-from trainers.errors import DataError, EmptyDatasetError, ImageError, TooManyRejectedError
+from mimray.trainers.data.canonical import normalise
+from mimray.trainers.data.files import absolute, join, locate, parent, split_options
+from mimray.trainers.data.ingest_plan import Intake, plan_intake, read_unit
+from mimray.trainers.data.manifest import MANIFEST_NAME, REJECTED_NAME, Manifest
+from mimray.trainers.data.parquet import Layout
+from mimray.trainers.data.shards import Row, ShardWriter
+from mimray.trainers.data.staging import Staging, staged
+from mimray.trainers.errors import DataError, EmptyDatasetError, ImageError, TooManyRejectedError
 
 Progress = Callable[[int, int, int], None]
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from trainers.data.decode import decode_rgb, read_size
-from trainers.data.parquet import ParquetSource
-from trainers.data.sources import Source, available_splits, open_source
-from trainers.errors import ImageError
-from trainers.types import DatasetFacts
+from mimray.trainers.data.decode import decode_rgb, read_size
+from mimray.trainers.data.parquet import ParquetSource
+from mimray.trainers.data.sources import Source, available_splits, open_source
+from mimray.trainers.errors import ImageError
+from mimray.trainers.types import DatasetFacts
 
 _SAMPLE = 64
 _COLUMNS = 8

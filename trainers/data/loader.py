@@ -13,21 +13,21 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from trainers.config.run import Plan, Recipe
-from trainers.data.decoded import Picture, Pictures
-from trainers.data.order import SampleOrder
-from trainers.data.rng import Stream, generator
-from trainers.data.sources import Source
-from trainers.data.transforms import (
+from mimray.trainers.config.run import Plan, Recipe
+from mimray.trainers.data.decoded import Picture, Pictures
+from mimray.trainers.data.order import SampleOrder
+from mimray.trainers.data.rng import Stream, generator
+from mimray.trainers.data.sources import Source
+from mimray.trainers.data.transforms import (
     auto_augment,
     color_jitter,
     random_crop_box,
     to_array,
     view_of,
 )
-from trainers.data.workers import decode_workers
-from trainers.errors import DataError, ImageError
-from trainers.types import Batch
+from mimray.trainers.data.workers import decode_workers
+from mimray.trainers.errors import DataError, ImageError
+from mimray.trainers.types import Batch
 
 DrawMask = Callable[[Recipe, np.random.Generator], np.ndarray | None]
 View = tuple[np.ndarray, np.ndarray | None]

@@ -9,8 +9,8 @@ from typing import Any
 
 from pyarrow import fs as pafs
 
-from trainers.data.files import join, read_bytes
-from trainers.errors import DataError
+from mimray.trainers.data.files import join, read_bytes
+from mimray.trainers.errors import DataError
 
 MANIFEST_NAME = "dataset.json"
 REJECTED_NAME = "rejected.jsonl"

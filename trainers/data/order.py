@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from trainers.data.rng import Stream, generator, permutation
+from mimray.trainers.data.rng import Stream, generator, permutation
 
 
 class SampleOrder:

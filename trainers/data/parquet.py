@@ -16,12 +16,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from trainers.data.cache import DiskCache, MemoryCache, default_cache_dir
-from trainers.data.discover import Contents
-from trainers.data.files import is_local, is_parquet, join, locate, unreachable
-from trainers.data.manifest import CLASS_NAMES_KEY, FORMAT_KEY, is_shard_name, read_manifest
-from trainers.errors import DataError, EmptyDatasetError
-from trainers.types import DatasetFacts, Record
+from mimray.trainers.data.cache import DiskCache, MemoryCache, default_cache_dir
+from mimray.trainers.data.discover import Contents
+from mimray.trainers.data.files import is_local, is_parquet, join, locate, unreachable
+from mimray.trainers.data.manifest import CLASS_NAMES_KEY, FORMAT_KEY, is_shard_name, read_manifest
+from mimray.trainers.errors import DataError, EmptyDatasetError
+from mimray.trainers.types import DatasetFacts, Record
 
 # Footers and label columns are small reads that wait on the network.
 _NUM_THREADS = 16

@@ -11,9 +11,9 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageDraw
 
-from trainers.data.rng import Stream, generator
-from trainers.data.samples import PHOTOGRAPHS, photograph, regions_of
-from trainers.data.transforms import random_crop_box
+from mimray.trainers.data.rng import Stream, generator
+from mimray.trainers.data.sample_photos import PHOTOGRAPHS, photograph, regions_of
+from mimray.trainers.data.transforms import random_crop_box
 
 SHAPES = ("disc", "rectangle", "triangle", "star", "ring", "cross", "crescent", "arrow")
 MAX_OBJECTS = 5

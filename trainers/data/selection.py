@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from trainers.config.method import FinetuneConfig
-from trainers.config.run import Recipe
-from trainers.data.sources import Source, open_source
-from trainers.errors import DataError, EmptyDatasetError
-from trainers.types import Record
+from mimray.trainers.config.method import FinetuneConfig
+from mimray.trainers.config.run import Recipe
+from mimray.trainers.data.sources import Source, open_source
+from mimray.trainers.errors import DataError, EmptyDatasetError
+from mimray.trainers.types import Record
 
 
 class Selection:

@@ -9,8 +9,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
-from trainers.data.files import join
-from trainers.data.manifest import CLASS_NAMES_KEY, FORMAT_KEY, VERSION, ShardFacts, shard_name
+from mimray.trainers.data.files import join
+from mimray.trainers.data.manifest import (
+    CLASS_NAMES_KEY,
+    FORMAT_KEY,
+    VERSION,
+    ShardFacts,
+    shard_name,
+)
 
 # What one picture costs at most to read at random.
 ROW_GROUP_BYTES = 4 << 20

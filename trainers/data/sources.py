@@ -9,10 +9,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from trainers.data.discover import Contents, available_splits, class_folders, discover
-from trainers.data.files import absolute, join, locate, read_bytes, unreachable
-from trainers.data.parquet import ParquetSource
-from trainers.types import DatasetFacts, Record
+from mimray.trainers.data.discover import Contents, available_splits, class_folders, discover
+from mimray.trainers.data.files import absolute, join, locate, read_bytes, unreachable
+from mimray.trainers.data.parquet import ParquetSource
+from mimray.trainers.types import DatasetFacts, Record
 
 __all__ = ["FolderSource", "ParquetSource", "Source", "available_splits", "open_source"]
 

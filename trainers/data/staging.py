@@ -13,9 +13,9 @@ from pathlib import Path
 
 from pyarrow import fs as pafs
 
-from trainers.data.files import is_local, join, locate
-from trainers.data.manifest import MANIFEST_NAME, REJECTED_NAME, is_shard_name, read_manifest
-from trainers.errors import DataError, StorageError
+from mimray.trainers.data.files import is_local, join, locate
+from mimray.trainers.data.manifest import MANIFEST_NAME, REJECTED_NAME, is_shard_name, read_manifest
+from mimray.trainers.errors import DataError, StorageError
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from trainers.data.scenes import SHAPES, Scene, draw_scene
-from trainers.errors import DataError, StorageError
+from mimray.trainers.data.scenes import SHAPES, Scene, draw_scene
+from mimray.trainers.errors import DataError, StorageError
 
 VOID = 255
 CLASSES = "classes.txt"

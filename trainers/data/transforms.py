@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageEnhance
 
-from trainers.data.rng import global_generators
+from mimray.trainers.data.rng import global_generators
 
 _RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,

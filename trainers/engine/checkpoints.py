@@ -23,9 +23,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from trainers.engine import reshard
-from trainers.errors import CheckpointError, MimrayError, StorageError
-from trainers.storage import RunDir, check_owner, storage_errors
+from mimray.trainers.engine import reshard
+from mimray.trainers.errors import CheckpointError, MimrayError, StorageError
+from mimray.trainers.storage import RunDir, check_owner, storage_errors
 
 logger = logging.getLogger(__name__)
 

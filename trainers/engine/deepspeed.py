@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainers.config.run import Plan
-from trainers.engine.optim import build_optimizer
-from trainers.errors import ConfigError
+from mimray.trainers.config.run import Plan
+from mimray.trainers.engine.optim import build_optimizer
+from mimray.trainers.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 

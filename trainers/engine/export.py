@@ -8,12 +8,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trainers.bundles import CARD, TOKENIZER, BundleCard, fetch_bundle, save_bundle, spread_layers
-from trainers.config.method import FinetuneConfig
-from trainers.config.run import Plan
-from trainers.engine.checkpoints import Checkpoint
-from trainers.methods import build_method
-from trainers.storage import RunDir
+from mimray.trainers.bundles import (
+    CARD,
+    TOKENIZER,
+    BundleCard,
+    fetch_bundle,
+    save_bundle,
+    spread_layers,
+)
+from mimray.trainers.config.method import FinetuneConfig
+from mimray.trainers.config.run import Plan
+from mimray.trainers.engine.checkpoints import Checkpoint
+from mimray.trainers.methods import build_method
+from mimray.trainers.storage import RunDir
 
 _ENCODER = "encoder."
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from trainers.bundles import (
+from mimray.trainers.bundles import (
     CARD,
     ENCODER,
     BundleCard,
@@ -18,14 +18,14 @@ from trainers.bundles import (
     read_card,
     verify_weights,
 )
-from trainers.config.method import FinetuneConfig
-from trainers.config.model import EncoderConfig, ViTConfig
-from trainers.config.run import Recipe
-from trainers.convert.resize import for_size, resized
-from trainers.errors import BundleError, ConfigError
-from trainers.methods.base import Method
-from trainers.methods.finetune import Finetune
-from trainers.storage import RunDir
+from mimray.trainers.config.method import FinetuneConfig
+from mimray.trainers.config.model import EncoderConfig, ViTConfig
+from mimray.trainers.config.run import Recipe
+from mimray.trainers.convert.resize import for_size, resized
+from mimray.trainers.errors import BundleError, ConfigError
+from mimray.trainers.methods.base import Method
+from mimray.trainers.methods.finetune import Finetune
+from mimray.trainers.storage import RunDir
 
 INITIAL = "initial"
 

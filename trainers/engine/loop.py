@@ -15,28 +15,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainers.bundles import TOKENIZER, fetch_bundle
-from trainers.config.run import Plan
-from trainers.data.erasing import erase
-from trainers.data.loader import Place, Views, collate, make_loader
-from trainers.data.order import SampleOrder
-from trainers.data.sources import Source
-from trainers.engine import checkpoints
-from trainers.engine.deepspeed import (
+from mimray.trainers.bundles import TOKENIZER, fetch_bundle
+from mimray.trainers.config.run import Plan
+from mimray.trainers.data.erasing import erase
+from mimray.trainers.data.loader import Place, Views, collate, make_loader
+from mimray.trainers.data.order import SampleOrder
+from mimray.trainers.data.sources import Source
+from mimray.trainers.engine import checkpoints
+from mimray.trainers.engine.deepspeed import (
     choose_precision,
     full_state,
     initialize,
     prepare_process,
 )
-from trainers.engine.initial import load_initial
-from trainers.engine.metrics import Speed, append_metrics, rewind_metrics
-from trainers.engine.optim import set_learning_rate
-from trainers.engine.schedule import learning_rate
-from trainers.errors import NonFiniteLossError
-from trainers.methods import attach_tokenizer, build_method, method_class
-from trainers.models.normalise import normalise
-from trainers.storage import RunDir, check_owner
-from trainers.types import Batch, Panel
+from mimray.trainers.engine.initial import load_initial
+from mimray.trainers.engine.metrics import Speed, append_metrics, rewind_metrics
+from mimray.trainers.engine.optim import set_learning_rate
+from mimray.trainers.engine.schedule import learning_rate
+from mimray.trainers.errors import NonFiniteLossError
+from mimray.trainers.methods import attach_tokenizer, build_method, method_class
+from mimray.trainers.models.normalise import normalise
+from mimray.trainers.storage import RunDir, check_owner
+from mimray.trainers.types import Batch, Panel
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from trainers.storage import RunDir
+from mimray.trainers.storage import RunDir
 
 METRICS = "metrics.jsonl"
 

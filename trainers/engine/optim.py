@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainers.config.optim import OptimConfig
-from trainers.methods.base import Method
+from mimray.trainers.config.optim import OptimConfig
+from mimray.trainers.methods.base import Method
 
 _ENCODER = "encoder."
 

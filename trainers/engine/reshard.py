@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from trainers.errors import StorageError
-from trainers.storage import storage_errors
+from mimray.trainers.errors import StorageError
+from mimray.trainers.storage import storage_errors
 
 
 def convert(shards: Path, folder: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from trainers.config.run import Plan
+from mimray.trainers.config.run import Plan
 
 
 def learning_rate(plan: Plan, step: int) -> float:

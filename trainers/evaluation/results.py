@@ -7,10 +7,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from trainers.bundles import CARD, BundleCard
-from trainers.data.files import parent
-from trainers.evaluation.score import Score
-from trainers.storage import RunDir
+from mimray.trainers.bundles import CARD, BundleCard
+from mimray.trainers.data.files import parent
+from mimray.trainers.evaluation.score import Score
+from mimray.trainers.storage import RunDir
 
 FOLDER = "evaluation"
 
@@ -105,7 +105,7 @@ def track_score(bundle: RunDir, card: BundleCard, task: str, score: Score) -> st
     Raises:
         StorageError: MLflow cannot be reached or refuses.
     """
-    from trainers.tracking import Tracker
+    from mimray.trainers.tracking import Tracker
 
     run = RunDir(parent(results_folder(bundle).uri))
     tracker = Tracker.open(

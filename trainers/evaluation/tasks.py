@@ -6,10 +6,10 @@ import importlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from trainers.errors import ConfigError
+from mimray.trainers.errors import ConfigError
 
 if TYPE_CHECKING:
-    from trainers.config.base import Config
+    from mimray.trainers.config.base import Config
 
 
 class Task(NamedTuple):
@@ -32,27 +32,31 @@ class Task(NamedTuple):
 TASKS = {
     task.name: task
     for task in (
-        Task("knn", "trainers.config.evaluation.knn:KnnConfig", "trainers.evaluation.knn:evaluate"),
+        Task(
+            "knn",
+            "mimray.trainers.config.evaluation.knn:KnnConfig",
+            "mimray.trainers.evaluation.probes.knn:evaluate",
+        ),
         Task(
             "linear",
-            "trainers.config.evaluation.linear:LinearConfig",
-            "trainers.evaluation.linear:evaluate",
+            "mimray.trainers.config.evaluation.linear:LinearConfig",
+            "mimray.trainers.evaluation.probes.linear:evaluate",
         ),
         Task(
             "rankme",
-            "trainers.config.evaluation.rankme:RankMeConfig",
-            "trainers.evaluation.rankme:evaluate",
+            "mimray.trainers.config.evaluation.rankme:RankMeConfig",
+            "mimray.trainers.evaluation.probes.rankme:evaluate",
         ),
         Task(
             "segmentation",
-            "trainers.config.evaluation.segmentation:SegmentationConfig",
-            "trainers.evaluation.segmentation.task:evaluate",
+            "mimray.trainers.config.evaluation.segmentation:SegmentationConfig",
+            "mimray.trainers.evaluation.segmentation.task:evaluate",
             dense=True,
         ),
         Task(
             "detection",
-            "trainers.config.evaluation.detection:DetectionConfig",
-            "trainers.evaluation.detection.task:evaluate",
+            "mimray.trainers.config.evaluation.detection:DetectionConfig",
+            "mimray.trainers.evaluation.detection.task:evaluate",
             dense=True,
         ),
     )
@@ -70,7 +74,7 @@ def task_config(task: Task, overrides: Sequence[str], epochs: int | None = None)
     Raises:
         ConfigError: an option it does not know, or a value that is not allowed.
     """
-    from trainers.config.recipes import override
+    from mimray.trainers.config.recipes import override
 
     if epochs is not None:
         if "epochs" not in config_class(task).model_fields:
@@ -91,7 +95,7 @@ def checked_options(task: Task, tree: Mapping[str, Any]) -> Config:
     """
     from pydantic import ValidationError
 
-    from trainers.config.base import explain
+    from mimray.trainers.config.base import explain
 
     kind = config_class(task)
     try:

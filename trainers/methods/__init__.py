@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from trainers.config.run import Recipe
-    from trainers.methods.base import Method
+    from mimray.trainers.config.run import Recipe
+    from mimray.trainers.methods.base import Method
 
 
 # Heavy imports stay in the leaves: a method's file is read when a recipe names it.
@@ -27,7 +27,7 @@ METHODS = {
 
 def method_class(name: str) -> type[Method]:
     """The class of the method a recipe names; configs have checked the name already."""
-    module = importlib.import_module(f"trainers.methods.{name}")
+    module = importlib.import_module(f"mimray.trainers.methods.{name}")
     found: type[Method] = getattr(module, METHODS[name])
     return found
 
@@ -49,7 +49,7 @@ def load_method(path: str | Path) -> Method:
     Raises:
         BundleError: no bundle there, a damaged one, or one exported without its decoder.
     """
-    from trainers.bundles import (
+    from mimray.trainers.bundles import (
         ENCODER,
         METHOD,
         TOKENIZER,
@@ -58,8 +58,8 @@ def load_method(path: str | Path) -> Method:
         read_card,
         verify_weights,
     )
-    from trainers.config.run import parse_recipe
-    from trainers.errors import BundleError
+    from mimray.trainers.config.run import parse_recipe
+    from mimray.trainers.errors import BundleError
 
     folder = bundle_folder(path)
     card = read_card(folder)
@@ -86,10 +86,10 @@ def attach_tokenizer(method: Method, path: str | Path) -> None:
     Raises:
         BundleError: no tokenizer there, a damaged one, or not the one of the method's plan.
     """
-    from trainers.bundles import bundle_folder
-    from trainers.errors import BundleError
-    from trainers.methods.beit import BEiT, Tokenizer
-    from trainers.tokenizers import check_digest
+    from mimray.trainers.bundles import bundle_folder
+    from mimray.trainers.errors import BundleError
+    from mimray.trainers.methods.beit import BEiT, Tokenizer
+    from mimray.trainers.tokenizers import check_digest
 
     assert isinstance(method, BEiT)
     folder = bundle_folder(path)

@@ -9,10 +9,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainers.config.method import AEConfig
-from trainers.config.run import Recipe
-from trainers.methods.autoencoding import Autoencoding
-from trainers.types import MethodOutput
+from mimray.trainers.config.method import AEConfig
+from mimray.trainers.config.run import Recipe
+from mimray.trainers.methods.autoencoding import Autoencoding
+from mimray.trainers.types import MethodOutput
 
 
 class AE(Autoencoding):

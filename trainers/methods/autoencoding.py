@@ -6,14 +6,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from trainers.config.method import AEConfig, DVAEConfig, VAEConfig
-from trainers.config.run import Recipe
-from trainers.errors import BundleError
-from trainers.methods.base import Method
-from trainers.models import build_encoder
-from trainers.models.conv import ConvDecoder
-from trainers.models.patches import patchify
-from trainers.types import MethodOutput
+from mimray.trainers.config.method import AEConfig, DVAEConfig, VAEConfig
+from mimray.trainers.config.run import Recipe
+from mimray.trainers.errors import BundleError
+from mimray.trainers.methods.base import Method
+from mimray.trainers.models import build_encoder
+from mimray.trainers.models.conv import ConvDecoder
+from mimray.trainers.models.patches import patchify
+from mimray.trainers.types import MethodOutput
 
 
 class Autoencoding(Method):

@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from trainers.config.run import Recipe
-from trainers.models.encoder import Encoder
-from trainers.models.normalise import denormalise
-from trainers.models.patches import unpatchify
-from trainers.pictures import hide_patches, paste_visible
-from trainers.types import MethodOutput, Panel
+from mimray.trainers.config.run import Recipe
+from mimray.trainers.models.encoder import Encoder
+from mimray.trainers.models.normalise import denormalise
+from mimray.trainers.models.patches import unpatchify
+from mimray.trainers.pictures import hide_patches, paste_visible
+from mimray.trainers.types import MethodOutput, Panel
 
 
 class Method(nn.Module, ABC):

@@ -13,17 +13,17 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainers.config.method import BEiTConfig, DVAEConfig
-from trainers.config.run import Recipe
-from trainers.data.masks import block_mask
-from trainers.errors import BundleError
-from trainers.methods.base import Method
-from trainers.models import build_encoder
-from trainers.models.normalise import denormalise, normalise
-from trainers.models.patches import patchify, unpatchify
-from trainers.models.vit import init_cut_normal_
-from trainers.pictures import hide_patches
-from trainers.types import MethodOutput, Panel
+from mimray.trainers.config.method import BEiTConfig, DVAEConfig
+from mimray.trainers.config.run import Recipe
+from mimray.trainers.data.masks import block_mask
+from mimray.trainers.errors import BundleError
+from mimray.trainers.methods.base import Method
+from mimray.trainers.models import build_encoder
+from mimray.trainers.models.normalise import denormalise, normalise
+from mimray.trainers.models.patches import patchify, unpatchify
+from mimray.trainers.models.vit import init_cut_normal_
+from mimray.trainers.pictures import hide_patches
+from mimray.trainers.types import MethodOutput, Panel
 
 
 @runtime_checkable
@@ -75,7 +75,7 @@ class BEiT(Method):
         if self._tokenizer is None:
             raise BundleError(
                 "this BEiT has no tokenizer",
-                hint="load a bundle that holds one, or trainers.methods.attach_tokenizer",
+                hint="load a bundle that holds one, or mimray.trainers.methods.attach_tokenizer",
             )
         return self._tokenizer
 

@@ -15,13 +15,13 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
-from trainers.config.method import DVAEConfig
-from trainers.config.run import Recipe
-from trainers.data.rng import Stream, generator
-from trainers.errors import CodebookCollapseError
-from trainers.methods.autoencoding import Autoencoding
-from trainers.models.quantizer import GumbelQuantizer, Quantizer, VectorQuantizer
-from trainers.types import MethodOutput, Panel
+from mimray.trainers.config.method import DVAEConfig
+from mimray.trainers.config.run import Recipe
+from mimray.trainers.data.rng import Stream, generator
+from mimray.trainers.errors import CodebookCollapseError
+from mimray.trainers.methods.autoencoding import Autoencoding
+from mimray.trainers.models.quantizer import GumbelQuantizer, Quantizer, VectorQuantizer
+from mimray.trainers.types import MethodOutput, Panel
 
 
 class DVAE(Autoencoding):

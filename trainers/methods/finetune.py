@@ -14,13 +14,13 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainers.config.method import FinetuneConfig
-from trainers.config.model import ViTConfig
-from trainers.config.run import Recipe
-from trainers.methods.base import Method
-from trainers.methods.mixing import mix, smoothed_targets
-from trainers.models import build_encoder
-from trainers.types import MethodOutput, Panel
+from mimray.trainers.config.method import FinetuneConfig
+from mimray.trainers.config.model import ViTConfig
+from mimray.trainers.config.run import Recipe
+from mimray.trainers.methods.base import Method
+from mimray.trainers.methods.mixing import mix, smoothed_targets
+from mimray.trainers.models import build_encoder
+from mimray.trainers.types import MethodOutput, Panel
 
 HEAD_STD = 2e-5
 _FRAMES = {True: (40, 160, 70), False: (205, 50, 45)}

@@ -10,16 +10,16 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from trainers.config.method import MAEConfig
-from trainers.config.model import ViTConfig
-from trainers.config.run import Recipe
-from trainers.data.masks import random_mask
-from trainers.methods.base import Method
-from trainers.methods.losses import masked_mean
-from trainers.models import build_encoder
-from trainers.models.decoders import MAEDecoder
-from trainers.models.patches import patchify, unpatchify
-from trainers.types import MethodOutput
+from mimray.trainers.config.method import MAEConfig
+from mimray.trainers.config.model import ViTConfig
+from mimray.trainers.config.run import Recipe
+from mimray.trainers.data.masks import random_mask
+from mimray.trainers.methods.base import Method
+from mimray.trainers.methods.losses import masked_mean
+from mimray.trainers.models import build_encoder
+from mimray.trainers.models.decoders import MAEDecoder
+from mimray.trainers.models.patches import patchify, unpatchify
+from mimray.trainers.types import MethodOutput
 
 NORM_PIX_EPS = 1e-6
 

@@ -10,17 +10,17 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from trainers.config.method import MaskFeatConfig
-from trainers.config.run import Recipe
-from trainers.data.masks import block_mask, random_mask
-from trainers.glyphs import draw_glyphs
-from trainers.methods.base import Method
-from trainers.methods.losses import masked_mean
-from trainers.models import build_encoder
-from trainers.models.decoders import MAEDecoder
-from trainers.models.hog import HOG
-from trainers.pictures import hide_patches
-from trainers.types import MethodOutput, Panel
+from mimray.trainers.config.method import MaskFeatConfig
+from mimray.trainers.config.run import Recipe
+from mimray.trainers.data.masks import block_mask, random_mask
+from mimray.trainers.glyphs import draw_glyphs
+from mimray.trainers.methods.base import Method
+from mimray.trainers.methods.losses import masked_mean
+from mimray.trainers.models import build_encoder
+from mimray.trainers.models.decoders import MAEDecoder
+from mimray.trainers.models.hog import HOG
+from mimray.trainers.pictures import hide_patches
+from mimray.trainers.types import MethodOutput, Panel
 
 
 class MaskFeat(Method):

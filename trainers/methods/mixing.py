@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from trainers.config.method import FinetuneConfig
+from mimray.trainers.config.method import FinetuneConfig
 
 
 def mix(

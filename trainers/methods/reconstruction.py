@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from trainers.errors import ConfigError
-from trainers.methods.base import Method
-from trainers.models.normalise import normalise
-from trainers.types import Panel
+from mimray.trainers.errors import ConfigError
+from mimray.trainers.methods.base import Method
+from mimray.trainers.models.normalise import normalise
+from mimray.trainers.types import Panel
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -49,9 +49,9 @@ def reconstruct(
     Raises:
         ConfigError: the method draws no pictures, or has no such ratio.
     """
-    from trainers.config.run import parse_recipe
-    from trainers.data.rng import Stream, generator
-    from trainers.data.transforms import inference_view
+    from mimray.trainers.config.run import parse_recipe
+    from mimray.trainers.data.rng import Stream, generator
+    from mimray.trainers.data.transforms import inference_view
 
     recipe = method.recipe
     if recipe.learns_classes:

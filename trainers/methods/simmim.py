@@ -10,14 +10,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from trainers.config.method import SimMIMConfig
-from trainers.config.run import Recipe
-from trainers.data.masks import unit_mask
-from trainers.methods.base import Method
-from trainers.methods.losses import masked_mean
-from trainers.models import build_encoder
-from trainers.models.patches import patchify
-from trainers.types import MethodOutput
+from mimray.trainers.config.method import SimMIMConfig
+from mimray.trainers.config.run import Recipe
+from mimray.trainers.data.masks import unit_mask
+from mimray.trainers.methods.base import Method
+from mimray.trainers.methods.losses import masked_mean
+from mimray.trainers.models import build_encoder
+from mimray.trainers.models.patches import patchify
+from mimray.trainers.types import MethodOutput
 
 
 class SimMIM(Method):

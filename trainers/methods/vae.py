@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from trainers.config.method import VAEConfig
-from trainers.config.run import Recipe
-from trainers.methods.autoencoding import Autoencoding
-from trainers.types import MethodOutput, Panel
+from mimray.trainers.config.method import VAEConfig
+from mimray.trainers.config.run import Recipe
+from mimray.trainers.methods.autoencoding import Autoencoding
+from mimray.trainers.types import MethodOutput, Panel
 
 
 class VAE(Autoencoding):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from trainers.config.model import EncoderConfig
-    from trainers.models.encoder import Encoder
+    from mimray.trainers.config.model import EncoderConfig
+    from mimray.trainers.models.encoder import Encoder
 
 
 def build_encoder(config: EncoderConfig, image_size: tuple[int, int], in_chans: int = 3) -> Encoder:
@@ -17,20 +17,20 @@ def build_encoder(config: EncoderConfig, image_size: tuple[int, int], in_chans: 
         image_size: (height, width) in pixels.
         in_chans: channels of the input.
     """
-    from trainers.config.model import ConvConfig, DalleConfig, SwinConfig
+    from mimray.trainers.config.model import ConvConfig, DalleConfig, SwinConfig
 
     if isinstance(config, SwinConfig):
-        from trainers.models.swin import Swin
+        from mimray.trainers.models.swin import Swin
 
         return Swin(config, image_size, in_chans)
     if isinstance(config, ConvConfig):
-        from trainers.models.conv import ConvEncoder
+        from mimray.trainers.models.conv import ConvEncoder
 
         return ConvEncoder(config, image_size, in_chans)
     if isinstance(config, DalleConfig):
-        from trainers.models.dalle import DalleEncoder
+        from mimray.trainers.models.dalle import DalleEncoder
 
         return DalleEncoder(config, image_size, in_chans)
-    from trainers.models.vit import ViT
+    from mimray.trainers.models.vit import ViT
 
     return ViT(config, image_size, in_chans)

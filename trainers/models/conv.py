@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from trainers.config.model import ConvConfig
-from trainers.models.encoder import Encoder
-from trainers.types import Features
+from mimray.trainers.config.model import ConvConfig
+from mimray.trainers.models.encoder import Encoder
+from mimray.trainers.types import Features
 
 CHANNELS_PER_GROUP = 16
 

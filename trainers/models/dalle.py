@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from trainers.config.model import DalleConfig
-from trainers.models.encoder import Encoder
-from trainers.types import Features
+from mimray.trainers.config.model import DalleConfig
+from mimray.trainers.models.encoder import Encoder
+from mimray.trainers.types import Features
 
 
 class DalleBlock(nn.Module):

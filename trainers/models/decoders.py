@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from trainers.models.patches import visible_indices
-from trainers.models.positions import sincos_2d
-from trainers.models.vit import LAYER_NORM_EPS, init_transformer, transformer_blocks
+from mimray.trainers.models.patches import visible_indices
+from mimray.trainers.models.positions import sincos_2d
+from mimray.trainers.models.vit import LAYER_NORM_EPS, init_transformer, transformer_blocks
 
 
 class MAEDecoder(nn.Module):

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from trainers.types import Features
+from mimray.trainers.types import Features
 
 
 class Encoder(nn.Module, ABC):

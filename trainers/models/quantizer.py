@@ -19,10 +19,10 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainers.config.method import DVAEConfig
-from trainers.errors import ConfigError
-from trainers.models.codebook import Codebook, Fp32Buffers
-from trainers.models.kmeans import cluster, kmeans, nearest_codes
+from mimray.trainers.config.method import DVAEConfig
+from mimray.trainers.errors import ConfigError
+from mimray.trainers.models.codebook import Codebook, Fp32Buffers
+from mimray.trainers.models.kmeans import cluster, kmeans, nearest_codes
 
 # Laplace smoothing of the moving counts, as in the code of van den Oord et al. (Sonnet).
 SMOOTHING = 1e-5

@@ -11,9 +11,9 @@ from timm.layers import PatchEmbed
 from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock
 from torch import Tensor, nn
 
-from trainers.config.model import SwinConfig
-from trainers.models.encoder import Encoder
-from trainers.types import Features
+from mimray.trainers.config.model import SwinConfig
+from mimray.trainers.models.encoder import Encoder
+from mimray.trainers.types import Features
 
 
 class SwinBlock(SwinTransformerBlock):  # type: ignore[misc]  # timm has no types

@@ -14,12 +14,12 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainers.config.model import ViTConfig
-from trainers.models.encoder import Encoder
-from trainers.models.patches import patchify, take_tokens, visible_indices
-from trainers.models.positions import sincos_2d
-from trainers.models.rel_pos import RelPosBias, RelPosBlock
-from trainers.types import Features
+from mimray.trainers.config.model import ViTConfig
+from mimray.trainers.models.encoder import Encoder
+from mimray.trainers.models.patches import patchify, take_tokens, visible_indices
+from mimray.trainers.models.positions import sincos_2d
+from mimray.trainers.models.rel_pos import RelPosBias, RelPosBlock
+from mimray.trainers.types import Features
 
 LAYER_NORM_EPS = 1e-6
 

@@ -6,12 +6,12 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from trainers.data.files import join
+from mimray.trainers.data.files import join
 
 if TYPE_CHECKING:
-    from trainers.storage import RunDir
-    from tuning.record import SweepRecord
-    from tuning.report.facts import Facts
+    from mimray.trainers.storage import RunDir
+    from mimray.tuning.record import SweepRecord
+    from mimray.tuning.report.facts import Facts
 
 PAGE, TEXT, DATA = "report.html", "report.md", "report.json"
 FORMAT = 1
@@ -31,7 +31,7 @@ def write_report(
         sweep: its directory.
         curves: rows of `metrics.jsonl` by trial, for curves of the loss.
         speed: measured times faster than the full sequence by mask ratio, as of
-            `tuning.report.speed.encoder_speed`.
+            `mimray.tuning.report.speed.encoder_speed`.
 
     Returns:
         URIs of page, text and data.
@@ -40,9 +40,9 @@ def write_report(
         StorageError: the directory cannot be written to.
     """
     # plotly and Optuna take seconds to import; who writes no report need not wait for them.
-    from tuning.report.facts import facts_of
-    from tuning.report.html import page
-    from tuning.report.text import markdown
+    from mimray.tuning.report.facts import facts_of
+    from mimray.tuning.report.html import page
+    from mimray.tuning.report.text import markdown
 
     facts = facts_of(record, speed)
     files = {
@@ -62,8 +62,8 @@ def data_of(facts: Facts) -> dict[str, Any]:
     Args:
         facts: of the sweep.
     """
-    from tuning.report.facts import rungs_of
-    from tuning.report.values import plain
+    from mimray.tuning.report.facts import rungs_of
+    from mimray.tuning.report.values import plain
 
     ranked = [
         {

@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trainers.config.base import Config
-from tuning.record import SweepRecord, TrialRecord
-from tuning.report.importance import Importance, importance_of
-from tuning.report.speed import SpeedRow, speed_rows
-from tuning.report.values import distinct, frozen, is_number, without_passwords
+from mimray.trainers.config.base import Config
+from mimray.tuning.record import SweepRecord, TrialRecord
+from mimray.tuning.report.importance import Importance, importance_of
+from mimray.tuning.report.speed import SpeedRow, speed_rows
+from mimray.tuning.report.values import distinct, frozen, is_number, without_passwords
 
 MASK_RATIO, DECODER_DEPTH = "method.mask_ratio", "method.decoder_depth"
 MAX_SIDE = 30

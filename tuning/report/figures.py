@@ -11,10 +11,10 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from tuning.record import TrialRecord
-from tuning.report.facts import Facts, Point, is_logarithmic, values_of
-from tuning.report.tables import cell_text
-from tuning.report.theme import (
+from mimray.tuning.record import TrialRecord
+from mimray.tuning.report.facts import Facts, Point, is_logarithmic, values_of
+from mimray.tuning.report.tables import cell_text
+from mimray.tuning.report.theme import (
     BLUE,
     DARK,
     GREY,
@@ -27,7 +27,7 @@ from tuning.report.theme import (
     label,
     ticks,
 )
-from tuning.report.values import distinct, frozen, is_number, short_names, shown
+from mimray.tuning.report.values import distinct, frozen, is_number, short_names, shown
 
 _LEGEND_ENTRIES = 10
 _CURVE_POINTS = 200

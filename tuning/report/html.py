@@ -14,12 +14,12 @@ from html import escape
 from importlib import resources
 from typing import Any
 
-from trainers.storage import RunDir
-from tuning.report import figures, key_figures
-from tuning.report.facts import Facts
-from tuning.report.images import reconstructions
-from tuning.report.sections import SECTIONS, Material, head
-from tuning.report.theme import Plot
+from mimray.trainers.storage import RunDir
+from mimray.tuning.report import figures, key_figures
+from mimray.tuning.report.facts import Facts
+from mimray.tuning.report.images import reconstructions
+from mimray.tuning.report.sections import SECTIONS, Material, head
+from mimray.tuning.report.theme import Plot
 
 REFRESH_S = 20
 

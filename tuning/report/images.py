@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from trainers.errors import StorageError
-from trainers.storage import RunDir
-from tuning.record import TrialRecord, trial_dir
-from tuning.report.facts import Facts
+from mimray.trainers.errors import StorageError
+from mimray.trainers.storage import RunDir
+from mimray.tuning.record import TrialRecord, trial_dir
+from mimray.tuning.report.facts import Facts
 
 RECONSTRUCTION = "reconstruction.png"
 MAX_WIDTH_PX = 900

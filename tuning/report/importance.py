@@ -9,9 +9,9 @@ from typing import Any
 
 from pydantic import Field
 
-from trainers.config.base import Config
-from tuning.record import SweepRecord, TrialRecord
-from tuning.report.values import distinct, frozen, is_number, shown
+from mimray.trainers.config.base import Config
+from mimray.tuning.record import SweepRecord, TrialRecord
+from mimray.tuning.report.values import distinct, frozen, is_number, shown
 
 MIN_TRIALS = 4
 

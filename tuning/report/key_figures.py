@@ -7,10 +7,10 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from tuning.report.facts import Facts, is_logarithmic
-from tuning.report.speed import token_bound
-from tuning.report.theme import BLUE, GREY, LINES, ORANGE, Plot, figure, label
-from tuning.report.values import distinct, frozen, is_number, short_names, tick
+from mimray.tuning.report.facts import Facts, is_logarithmic
+from mimray.tuning.report.speed import token_bound
+from mimray.tuning.report.theme import BLUE, GREY, LINES, ORANGE, Plot, figure, label
+from mimray.tuning.report.values import distinct, frozen, is_number, short_names, tick
 
 _FEW = 8
 _BOUND_POINTS = 60

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from html import escape
 
-from tuning.report.facts import Facts
-from tuning.report.images import Picture
-from tuning.report.tables import Table
-from tuning.report.theme import Plot
-from tuning.report.values import params_text, score_text, short_names
+from mimray.tuning.report.facts import Facts
+from mimray.tuning.report.images import Picture
+from mimray.tuning.report.tables import Table
+from mimray.tuning.report.theme import Plot
+from mimray.tuning.report.values import params_text, score_text, short_names
 
 _LONG = 24  # characters; longer cells are broken into lines
 

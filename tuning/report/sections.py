@@ -6,12 +6,18 @@ from collections.abc import Callable
 from html import escape
 from typing import NamedTuple
 
-from tuning.report import tables
-from tuning.report.facts import Facts
-from tuning.report.images import Picture
-from tuning.report.pieces import details_html, picture_html, plot_html, states_html, table_html
-from tuning.report.theme import Plot
-from tuning.report.values import duration, params_text, score_text, short_names
+from mimray.tuning.report import tables
+from mimray.tuning.report.facts import Facts
+from mimray.tuning.report.images import Picture
+from mimray.tuning.report.pieces import (
+    details_html,
+    picture_html,
+    plot_html,
+    states_html,
+    table_html,
+)
+from mimray.tuning.report.theme import Plot
+from mimray.tuning.report.values import duration, params_text, score_text, short_names
 
 _NONE_YET = '<p class="faint">No trial has a score yet.</p>'
 

@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from trainers.config.base import Config
+from mimray.trainers.config.base import Config
 
 if TYPE_CHECKING:
-    from trainers.config.run import Recipe
+    from mimray.trainers.config.run import Recipe
 
 # Times faster, as it is often put.
 QUOTED = {0.15: 1.0, 0.5: 2.0, 0.75: 4.0, 0.9: 10.0}
@@ -89,7 +89,7 @@ def encoder_speed(
         Times faster than the full sequence, by mask ratio; empty where the method's encoder sees
         mask tokens in place of what is hidden, which saves it nothing.
     """
-    from trainers.config.composition import drops_hidden
+    from mimray.trainers.config.composition import drops_hidden
 
     if not drops_hidden(recipe.method):
         return {}
@@ -140,8 +140,8 @@ def _encoder_steps(
     import numpy as np
     import torch
 
-    from trainers.data.masks import random_mask
-    from trainers.models import build_encoder
+    from mimray.trainers.data.masks import random_mask
+    from mimray.trainers.models import build_encoder
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size, channels = recipe.data.image_size, recipe.data.channels

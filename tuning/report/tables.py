@@ -6,10 +6,10 @@ import shlex
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from trainers.data.files import join
-from tuning.record import SweepRecord, TrialRecord
-from tuning.report.facts import Cell, Facts, Heatmap, rungs_of
-from tuning.report.values import duration, params_text, score_text, short_names, shown
+from mimray.trainers.data.files import join
+from mimray.tuning.record import SweepRecord, TrialRecord
+from mimray.tuning.report.facts import Cell, Facts, Heatmap, rungs_of
+from mimray.tuning.report.values import duration, params_text, score_text, short_names, shown
 
 MAX_ROWS = 100
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 
-from tuning.report import tables
-from tuning.report.facts import Facts
-from tuning.report.tables import Table
-from tuning.report.values import params_text, score_text, short_names
+from mimray.tuning.report import tables
+from mimray.tuning.report.facts import Facts
+from mimray.tuning.report.tables import Table
+from mimray.tuning.report.values import params_text, score_text, short_names
 
 _MARKS = re.compile(r"([\\`*_{}\[\]#|~])")
 

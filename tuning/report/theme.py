@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 
-from tuning.record import TrialRecord
-from tuning.report.facts import Facts
-from tuning.report.values import is_number, params_text, score_text, short_names, shown, tick
+from mimray.tuning.record import TrialRecord
+from mimray.tuning.report.facts import Facts
+from mimray.tuning.report.values import is_number, params_text, score_text, short_names, shown, tick
 
 BLUE, PURPLE, ORANGE, GREY = "#3b7dd8", "#9a6bb0", "#d9772b", "#8a94a3"
 INK = "#22272e"

@@ -15,9 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serving.client import AsyncFeatureClient, FeatureClient
-from serving.codecs import narrow_bfloat16
-from serving.protocol import HEADER_LENGTH, InferRequest, build_response, parse_request
+from mimray.serving.client import AsyncFeatureClient, FeatureClient
+from mimray.serving.wire.codecs import narrow_bfloat16
+from mimray.serving.wire.oip_messages import (
+    HEADER_LENGTH,
+    InferRequest,
+    build_response,
+    parse_request,
+)
 
 GRID, WIDTH = (2, 3), 4
 PICTURE = {

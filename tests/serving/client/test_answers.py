@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serving.errors import (
+from mimray.serving.wire.errors import (
     EndpointError,
     InvalidRequestError,
     ModelFailureError,
     OverloadedError,
     UnusablePictureError,
 )
-from serving.protocol import HEADER_LENGTH, parse_request
+from mimray.serving.wire.oip_messages import HEADER_LENGTH, parse_request
 
 
 def test_embed__many_pictures_in_order_at_once(server: Any, call: Any, tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from serving.client import AsyncFeatureClient
-from serving.errors import (
+from mimray.serving.client import AsyncFeatureClient
+from mimray.serving.wire.errors import (
     ConflictError,
     InvalidRequestError,
     TooLargeError,
@@ -145,9 +145,9 @@ def test_transport__an_application_in_this_process(
 def test_remote_encoder__is_the_bundle(url: str, bundles: dict[str, Path]) -> None:
     import torch
 
-    from serving.remote import RemoteEncoder
-    from trainers.bundles import load_bundle
-    from trainers.models.normalise import normalise
+    from mimray.service.commands.remote_encoder import RemoteEncoder
+    from mimray.trainers.bundles import load_bundle
+    from mimray.trainers.models.normalise import normalise
 
     near, far = load_bundle(bundles["alpha"]), RemoteEncoder(url, "alpha")
     pixels = torch.randint(0, 256, (5, 3, 64, 80), dtype=torch.uint8)

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serving.client import FeatureClient
-from serving.client.images import MAX_CHUNK_BYTES, chunks, picture_file
-from trainers.errors import ServingError
+from mimray.serving.client import FeatureClient
+from mimray.serving.client.images import MAX_CHUNK_BYTES, chunks, picture_file
+from mimray.trainers.errors import ServingError
 
 
 def test_headers__key_and_trace(server: Any, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +79,7 @@ def test_client__refuses_what_cannot_be(server: Any, call: Any) -> None:
 
 def test_import__is_light() -> None:
     code = (
-        "import sys, serving.client; "
+        "import sys, mimray.serving.client; "
         "print(sorted({'torch', 'ray', 'timm', 'PIL', 'starlette'} & sys.modules.keys()))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from serving.client.flows import Answer, Failure, Pause, Send, Sending
-from serving.errors import (
+from mimray.serving.client.flows import Answer, Failure, Pause, Send, Sending
+from mimray.serving.wire.errors import (
     EndpointError,
     InvalidRequestError,
     ModelFailureError,
     OverloadedError,
     UnauthorizedError,
 )
-from serving.protocol import HEADER_LENGTH, parse_request
+from mimray.serving.wire.oip_messages import HEADER_LENGTH, parse_request
 
 
 def test_retry__after_refusals_drops_and_halves(server: Any, call: Any) -> None:

@@ -25,9 +25,9 @@ def painter(bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
     """Adds a small untrained masked autoencoder, decoder and all, to what can be served."""
     import torch
 
-    from trainers.bundles import BundleCard, save_bundle
-    from trainers.config.run import parse_recipe
-    from trainers.methods import build_method
+    from mimray.trainers.bundles import BundleCard, save_bundle
+    from mimray.trainers.config.run import parse_recipe
+    from mimray.trainers.methods import build_method
 
     torch.manual_seed(7)
     recipe = parse_recipe(

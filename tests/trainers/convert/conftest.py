@@ -11,8 +11,8 @@ import timm
 import torch
 from torch import Tensor
 
-from trainers import load_method
-from trainers.methods.beit import BEiT
+from mimray.trainers import load_method
+from mimray.trainers.methods.beit import BEiT
 
 HF_VIT = {
     "hidden_size": 32,

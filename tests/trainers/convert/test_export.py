@@ -12,13 +12,13 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from trainers import load_method
-from trainers.bundles import BundleCard, save_bundle
-from trainers.config.run import Recipe, parse_recipe
-from trainers.convert import export_timm, export_transformers, import_weights
-from trainers.errors import BundleError
-from trainers.methods import build_method
-from trainers.methods.base import Method
+from mimray.trainers import load_method
+from mimray.trainers.bundles import BundleCard, save_bundle
+from mimray.trainers.config.run import Recipe, parse_recipe
+from mimray.trainers.convert import export_timm, export_transformers, import_weights
+from mimray.trainers.errors import BundleError
+from mimray.trainers.methods import build_method
+from mimray.trainers.methods.base import Method
 
 VIT = {"name": "vit", "width": 48, "depth": 3, "num_heads": 4, "patch_size": 8, "mlp_ratio": 3.0}
 BEIT = VIT | {"positions": "none", "rel_pos_bias": "shared", "layer_scale": 0.1, "init": "beit"}
@@ -218,8 +218,8 @@ def test_export_transformers__preprocessor_gives_our_inference_view(tmp_path: Pa
     from PIL import Image
     from transformers import ViTImageProcessorPil
 
-    from trainers.data.transforms import inference_view
-    from trainers.models.normalise import normalise
+    from mimray.trainers.data.transforms import inference_view
+    from mimray.trainers.models.normalise import normalise
 
     method = trained(zoo, "mae", VIT)
     export_transformers(bundle_of(method, tmp_path / "bundle"), tmp_path / "out")

@@ -13,11 +13,11 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from service.cli import cli
-from trainers import load_bundle
-from trainers.bundles import METHOD, read_card
-from trainers.convert import Imported, import_weights
-from trainers.errors import BundleError, ConfigError
+from mimray.service.cli.main import cli
+from mimray.trainers import load_bundle
+from mimray.trainers.bundles import METHOD, read_card
+from mimray.trainers.convert import Imported, import_weights
+from mimray.trainers.errors import BundleError, ConfigError
 
 
 class Exploit:

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from trainers import load_bundle, load_method
-from trainers.config.recipes import load_recipe
-from trainers.config.run import parse_recipe, resolve
-from trainers.convert import import_weights
-from trainers.errors import BundleError, ConfigError
-from trainers.methods import attach_tokenizer, build_method
-from trainers.models.normalise import normalise
-from trainers.tokenizers import with_tokenizer
-from trainers.types import DatasetFacts
+from mimray.trainers import load_bundle, load_method
+from mimray.trainers.config.recipes import load_recipe
+from mimray.trainers.config.run import parse_recipe, resolve
+from mimray.trainers.convert import import_weights
+from mimray.trainers.errors import BundleError, ConfigError
+from mimray.trainers.methods import attach_tokenizer, build_method
+from mimray.trainers.models.normalise import normalise
+from mimray.trainers.tokenizers import with_tokenizer
+from mimray.trainers.types import DatasetFacts
 
 VOCABULARY = 16
 

@@ -19,8 +19,8 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from trainers import load_bundle, load_method
-from trainers.convert import import_weights
+from mimray.trainers import load_bundle, load_method
+from mimray.trainers.convert import import_weights
 
 IMAGENET, HALF = (0.485, 0.456, 0.406), (0.5, 0.5, 0.5)
 

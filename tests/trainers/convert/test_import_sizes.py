@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 from timm.models import save_for_hf
 
-from trainers import load_bundle, load_method
-from trainers.convert import import_weights
-from trainers.errors import BundleError
-from trainers.models.positions import sincos_2d
+from mimray.trainers import load_bundle, load_method
+from mimray.trainers.convert import import_weights
+from mimray.trainers.errors import BundleError
+from mimray.trainers.models.positions import sincos_2d
 
 # timm stretches relative tables by a hundredth even along a side that keeps its size or shrinks,
 # see `resize_table`, and so differs a little.

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 
-from trainers import load_bundle
-from trainers.convert import import_weights
-from trainers.errors import BundleError
+from mimray.trainers import load_bundle
+from mimray.trainers.convert import import_weights
+from mimray.trainers.errors import BundleError
 
 IMAGENET, HALF = (0.485, 0.456, 0.406), (0.5, 0.5, 0.5)
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from trainers import load_bundle, load_method
-from trainers.convert import import_weights
-from trainers.errors import BundleError
+from mimray.trainers import load_bundle, load_method
+from mimray.trainers.convert import import_weights
+from mimray.trainers.errors import BundleError
 
 IMAGENET, HALF = (0.485, 0.456, 0.406), (0.5, 0.5, 0.5)
 

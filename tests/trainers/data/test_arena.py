@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainers.data import arena
-from trainers.data.arena import Arena, Known, open_arena, release
+from mimray.trainers.data import arena
+from mimray.trainers.data.arena import Arena, Known, open_arena, release
 
 COUNT = 40
 PRINT = "0123456789abcdef" * 4

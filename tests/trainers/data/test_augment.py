@@ -13,14 +13,14 @@ from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 
-from trainers.config.run import Plan, parse_recipe, resolve
-from trainers.data.erasing import erase
-from trainers.data.loader import Place, Views, make_loader
-from trainers.data.rng import Stream, generator, global_generators
-from trainers.data.selection import Selection, open_training, with_classes
-from trainers.data.sources import open_source
-from trainers.data.transforms import auto_augment
-from trainers.errors import ConfigError, DataError
+from mimray.trainers.config.run import Plan, parse_recipe, resolve
+from mimray.trainers.data.erasing import erase
+from mimray.trainers.data.loader import Place, Views, make_loader
+from mimray.trainers.data.rng import Stream, generator, global_generators
+from mimray.trainers.data.selection import Selection, open_training, with_classes
+from mimray.trainers.data.sources import open_source
+from mimray.trainers.data.transforms import auto_augment
+from mimray.trainers.errors import ConfigError, DataError
 
 POLICY = "rand-m9-mstd0.5-inc1"
 MEAN = (0.485, 0.456, 0.406)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from trainers.data.decode import decode, decode_rgb, read_size, resized_short_side
-from trainers.errors import ImageError
+from mimray.trainers.data.decode import decode, decode_rgb, read_size, resized_short_side
+from mimray.trainers.errors import ImageError
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:

@@ -15,15 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from trainers.config.run import Recipe, essential, parse_recipe, resolve
-from trainers.data import arena
-from trainers.data.arena import open_arena
-from trainers.data.decode import decode, draft_scale, read_size
-from trainers.data.decoded import Pictures, decoded_bytes, release
-from trainers.data.loader import Place, Views, make_loader
-from trainers.data.sources import Source, open_source
-from trainers.errors import DataError, EmptyDatasetError
-from trainers.types import Record
+from mimray.trainers.config.run import Recipe, essential, parse_recipe, resolve
+from mimray.trainers.data import arena
+from mimray.trainers.data.arena import open_arena
+from mimray.trainers.data.decode import decode, draft_scale, read_size
+from mimray.trainers.data.decoded import Pictures, decoded_bytes, release
+from mimray.trainers.data.loader import Place, Views, make_loader
+from mimray.trainers.data.sources import Source, open_source
+from mimray.trainers.errors import DataError, EmptyDatasetError
+from mimray.trainers.types import Record
 
 MIB = 8
 
@@ -184,7 +184,7 @@ def test_pictures__at_every_scale_those_of_decode(
     node: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ):
     decoding = Mock(wraps=decode)
-    monkeypatch.setattr("trainers.data.decoded.decode", decoding)
+    monkeypatch.setattr("mimray.trainers.data.decoded.decode", decoding)
     source = write(tmp_path / "one", {name: PICTURES[name]})
     pictures = Pictures(source, cache_mib=MIB)
     width, height = read_size(PICTURES[name])
@@ -209,7 +209,7 @@ def test_pictures__what_is_there_is_neither_read_nor_decoded(
     for index in range(len(taped)):
         Pictures(taped, cache_mib=MIB)[index].decoded(whole)
     assert taped.read == list(range(len(taped)))
-    monkeypatch.setattr("trainers.data.decoded.decode", None)
+    monkeypatch.setattr("mimray.trainers.data.decoded.decode", None)
     again = Pictures(taped, cache_mib=MIB)
 
     for index in range(len(taped)):
@@ -227,7 +227,7 @@ def test_pictures__labels_are_read_and_the_pixels_are_not_decoded(
     source = open_source(str(tmp_path / "classes"))
     for index in (0, 1):
         Pictures(source, cache_mib=MIB)[index].decoded((9, 9))
-    monkeypatch.setattr("trainers.data.decoded.decode", None)
+    monkeypatch.setattr("mimray.trainers.data.decoded.decode", None)
     pictures = Pictures(source, cache_mib=MIB, labels=True)
 
     for index in (0, 1):

@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from trainers.data.decode import decode_rgb
-from trainers.data.ingest import ingest
-from trainers.data.sources import open_source
-from trainers.errors import DataError, EmptyDatasetError, StorageError, TooManyRejectedError
+from mimray.trainers.data.decode import decode_rgb
+from mimray.trainers.data.ingest import ingest
+from mimray.trainers.data.sources import open_source
+from mimray.trainers.errors import DataError, EmptyDatasetError, StorageError, TooManyRejectedError
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -211,7 +211,7 @@ def test_ingest__killed_leaves_no_dataset_and_the_next_one_sweeps(
     write_tree(tmp_path / "src")
     script = (
         "import os, ray, signal, sys\n"
-        "from trainers.data.ingest import ingest\n"
+        "from mimray.trainers.data.ingest import ingest\n"
         "ray.init(address=sys.argv[1], log_to_driver=False)\n"
         "kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "ingest(sys.argv[2], sys.argv[3], progress=kill)\n"

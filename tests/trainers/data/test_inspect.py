@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from trainers.data.inspect import Range, inspect
-from trainers.errors import EmptyDatasetError
+from mimray.trainers.data.inspect import Range, inspect
+from mimray.trainers.errors import EmptyDatasetError
 
 
 def write_pictures(root: Path) -> None:

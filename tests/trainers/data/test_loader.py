@@ -13,13 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
-from trainers.config.run import Plan, Recipe, parse_recipe, resolve
-from trainers.data.loader import MAX_SUBSTITUTES, MicroBatches, Place, Views, make_loader
-from trainers.data.order import SampleOrder
-from trainers.data.sources import Source, open_source
-from trainers.errors import DataError
-from trainers.methods.mae import MAE
-from trainers.types import Batch
+from mimray.trainers.config.run import Plan, Recipe, parse_recipe, resolve
+from mimray.trainers.data.loader import MAX_SUBSTITUTES, MicroBatches, Place, Views, make_loader
+from mimray.trainers.data.order import SampleOrder
+from mimray.trainers.data.sources import Source, open_source
+from mimray.trainers.errors import DataError
+from mimray.trainers.methods.mae import MAE
+from mimray.trainers.types import Batch
 
 NUM_PICTURES = 45  # no multiple of the batch, so that batches cross the end of an epoch
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainers.data import masks
-from trainers.data.masks import block_mask, place_block, random_mask, unit_mask
-from trainers.data.rng import Stream, generator
+from mimray.trainers.data import masks
+from mimray.trainers.data.masks import block_mask, place_block, random_mask, unit_mask
+from mimray.trainers.data.rng import Stream, generator
 
 BEIT = {"max_hidden": 75, "min_block_patches": 16, "min_block_aspect": 0.3}
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainers.data.decode import decode, decode_rgb
-from trainers.data.normalise import normalise
-from trainers.errors import ImageError
+from mimray.trainers.data.canonical import normalise
+from mimray.trainers.data.decode import decode, decode_rgb
+from mimray.trainers.errors import ImageError
 
 
 def encode(image: Image.Image, kind: str, **options: object) -> bytes:

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainers.data.order import SampleOrder
-from trainers.data.rng import Stream, generator, permutation
+from mimray.trainers.data.order import SampleOrder
+from mimray.trainers.data.rng import Stream, generator, permutation
 
 GROUPS = st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(any).map(np.array)
 

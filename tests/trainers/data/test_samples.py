@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from trainers.data import samples
-from trainers.data.samples import PHOTOGRAPHS, write_photo_tiles
-from trainers.data.sources import open_source
-from trainers.errors import DataError
+from mimray.trainers.data import sample_photos as samples
+from mimray.trainers.data.sample_photos import PHOTOGRAPHS, write_photo_tiles
+from mimray.trainers.data.sources import open_source
+from mimray.trainers.errors import DataError
 
 
 def test_write_photo_tiles__balanced_class_folders(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_samples__does_not_import_the_packages_it_takes_from() -> None:
     import subprocess
 
     code = (
-        "import sys; from trainers.data import samples; samples.photograph('china');"
+        "import sys; from mimray.trainers.data import samples; samples.photograph('china');"
         "sys.exit('sklearn' in sys.modules or 'skimage' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -17,9 +17,9 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
-from trainers.data.cache import DiskCache, MemoryCache
-from trainers.data.sources import available_splits, open_source
-from trainers.errors import DataError, EmptyDatasetError
+from mimray.trainers.data.cache import DiskCache, MemoryCache
+from mimray.trainers.data.sources import available_splits, open_source
+from mimray.trainers.errors import DataError, EmptyDatasetError
 
 HF_LABELS = {"info": {"features": {"label": {"_type": "ClassLabel", "names": ["cat", "dog"]}}}}
 

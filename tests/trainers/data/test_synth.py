@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
-from trainers.data.scenes import SHAPES, draw_scene
-from trainers.data.sources import open_source
-from trainers.data.synth import VOID, write_scenes
-from trainers.errors import DataError
+from mimray.trainers.data.scenes import SHAPES, draw_scene
+from mimray.trainers.data.sources import open_source
+from mimray.trainers.data.synth import VOID, write_scenes
+from mimray.trainers.errors import DataError
 
 
 @pytest.fixture(scope="module")

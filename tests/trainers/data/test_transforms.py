@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from trainers.data.rng import Stream, generator
-from trainers.data.transforms import inference_view, random_crop_box, to_array, view_of
+from mimray.trainers.data.rng import Stream, generator
+from mimray.trainers.data.transforms import inference_view, random_crop_box, to_array, view_of
 
 SIDES = st.integers(2, 3000)
 

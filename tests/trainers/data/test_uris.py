@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from trainers.data.files import is_parquet, is_picture, join, parent, split_options
-from trainers.storage import RunDir
+from mimray.trainers.data.files import is_parquet, is_picture, join, parent, split_options
+from mimray.trainers.storage import RunDir
 
 OPTIONS = "?endpoint_override=127.0.0.1:9000&scheme=http&region=here"
 

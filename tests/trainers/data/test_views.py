@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as tv
 
-from trainers.config.run import Recipe, parse_recipe, resolve
-from trainers.data.loader import Place, Views, make_loader
-from trainers.data.sources import Source, open_source
-from trainers.data.transforms import color_jitter, to_array, view_of
+from mimray.trainers.config.run import Recipe, parse_recipe, resolve
+from mimray.trainers.data.loader import Place, Views, make_loader
+from mimray.trainers.data.sources import Source, open_source
+from mimray.trainers.data.transforms import color_jitter, to_array, view_of
 
 JITTERS = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation)
 
@@ -120,7 +120,9 @@ def test_views__the_tokenizers_view_is_the_box_resized_by_lanczos(
     source: Source, monkeypatch: pytest.MonkeyPatch
 ):
     seen = []
-    monkeypatch.setattr("trainers.data.loader.view_of", lambda *a: seen.append(a) or view_of(*a))
+    monkeypatch.setattr(
+        "mimray.trainers.data.loader.view_of", lambda *a: seen.append(a) or view_of(*a)
+    )
 
     sample = Views(source, recipe_of(), None)[Place(0, 3)]
 

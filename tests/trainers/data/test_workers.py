@@ -17,7 +17,7 @@ def test_decode_workers__end_when_their_owner_is_killed(tmp_path: Path) -> None:
             """
             import time
             from torch.utils.data import DataLoader
-            from trainers.data.workers import decode_workers
+            from mimray.trainers.data.workers import decode_workers
 
             if __name__ == "__main__":
                 batches = iter(DataLoader(range(8), batch_size=2, **decode_workers(2)))

@@ -10,15 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from trainers.bundles import BundleCard, save_bundle
-from trainers.config.model import ViTConfig
-from trainers.config.run import Plan, parse_recipe, resolve
-from trainers.data.selection import open_training, with_classes
-from trainers.engine.initial import keep_initial, with_initial
-from trainers.engine.loop import Trained, train
-from trainers.models import build_encoder
-from trainers.storage import RunDir
-from trainers.types import Panel
+from mimray.trainers.bundles import BundleCard, save_bundle
+from mimray.trainers.config.model import ViTConfig
+from mimray.trainers.config.run import Plan, parse_recipe, resolve
+from mimray.trainers.data.selection import open_training, with_classes
+from mimray.trainers.engine.initial import keep_initial, with_initial
+from mimray.trainers.engine.loop import Trained, train
+from mimray.trainers.models import build_encoder
+from mimray.trainers.storage import RunDir
+from mimray.trainers.types import Panel
 
 STEPS = 6
 

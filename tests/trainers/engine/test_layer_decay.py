@@ -16,14 +16,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from trainers.config.run import Plan, parse_recipe, resolve
-from trainers.engine.checkpoints import Identity, load_newest, save
-from trainers.engine.deepspeed import full_state, initialize, prepare_process
-from trainers.engine.optim import build_optimizer, parameter_groups, set_learning_rate
-from trainers.methods import build_method
-from trainers.models import build_encoder
-from trainers.storage import RunDir
-from trainers.types import DatasetFacts
+from mimray.trainers.config.run import Plan, parse_recipe, resolve
+from mimray.trainers.engine.checkpoints import Identity, load_newest, save
+from mimray.trainers.engine.deepspeed import full_state, initialize, prepare_process
+from mimray.trainers.engine.optim import build_optimizer, parameter_groups, set_learning_rate
+from mimray.trainers.methods import build_method
+from mimray.trainers.models import build_encoder
+from mimray.trainers.storage import RunDir
+from mimray.trainers.types import DatasetFacts
 
 DECAY, BATCH = 0.5, 4
 VIT = {"name": "vit", "width": 16, "depth": 2, "num_heads": 2, "patch_size": 8,

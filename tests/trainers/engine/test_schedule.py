@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from trainers.config.recipes import load_recipe
-from trainers.config.run import Plan, parse_recipe, resolve
-from trainers.engine.optim import parameter_groups
-from trainers.engine.schedule import learning_rate
-from trainers.errors import ConfigError
-from trainers.methods import build_method
-from trainers.types import DatasetFacts
+from mimray.trainers.config.recipes import load_recipe
+from mimray.trainers.config.run import Plan, parse_recipe, resolve
+from mimray.trainers.engine.optim import parameter_groups
+from mimray.trainers.engine.schedule import learning_rate
+from mimray.trainers.errors import ConfigError
+from mimray.trainers.methods import build_method
+from mimray.trainers.types import DatasetFacts
 
 IMAGENET = DatasetFacts("imagenet", 1_281_167, "f1")
 PEAK = 2e-3

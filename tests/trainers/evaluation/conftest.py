@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainers.bundles import BundleCard, save_bundle
-from trainers.config.model import ViTConfig
-from trainers.evaluation.encoders import EncoderRef, untrained
-from trainers.evaluation.score import Setting
+from mimray.trainers.bundles import BundleCard, save_bundle
+from mimray.trainers.config.model import ViTConfig
+from mimray.trainers.evaluation.features.encoders import EncoderRef, untrained
+from mimray.trainers.evaluation.score import Setting
 
 
 @pytest.fixture

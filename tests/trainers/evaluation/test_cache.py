@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainers.bundles import BundleCard
-from trainers.evaluation.cache import CachedEncoder
-from trainers.evaluation.encoders import untrained
+from mimray.trainers.bundles import BundleCard
+from mimray.trainers.evaluation.features.encoders import untrained
+from mimray.trainers.evaluation.features.map_cache import CachedEncoder
 
 
 class Counting:

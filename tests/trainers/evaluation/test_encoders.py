@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainers.bundles import BundleCard, save_bundle
-from trainers.config.model import ViTConfig
-from trainers.errors import BundleError, ConfigError
-from trainers.evaluation.encoders import EncoderRef, check_input, untrained
+from mimray.trainers.bundles import BundleCard, save_bundle
+from mimray.trainers.config.model import ViTConfig
+from mimray.trainers.errors import BundleError, ConfigError
+from mimray.trainers.evaluation.features.encoders import EncoderRef, check_input, untrained
 
 
 @pytest.fixture

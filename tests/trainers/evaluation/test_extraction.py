@@ -11,21 +11,21 @@ import pytest
 import torch
 from PIL import Image
 
-from trainers.bundles import BundleCard, save_bundle
-from trainers.config.evaluation.extract import ExtractSpec
-from trainers.config.model import SwinConfig
-from trainers.data.selection import chosen
-from trainers.data.sources import open_source
-from trainers.data.transforms import inference_view
-from trainers.errors import ConfigError, DataError, EmptyDatasetError, RunConflictError
-from trainers.evaluation import extraction, pooled
-from trainers.evaluation.encoders import EncoderRef, untrained
-from trainers.evaluation.extraction import Extracted, extract, read_columns
-from trainers.evaluation.parts import EXTRACTION_KEY
-from trainers.evaluation.pooled import vectors
-from trainers.evaluation.score import Setting
-from trainers.models.normalise import normalise
-from trainers.storage import RunDir
+from mimray.trainers.bundles import BundleCard, save_bundle
+from mimray.trainers.config.evaluation.extract import ExtractSpec
+from mimray.trainers.config.model import SwinConfig
+from mimray.trainers.data.selection import chosen
+from mimray.trainers.data.sources import open_source
+from mimray.trainers.data.transforms import inference_view
+from mimray.trainers.errors import ConfigError, DataError, EmptyDatasetError, RunConflictError
+from mimray.trainers.evaluation.features import extraction, pooled
+from mimray.trainers.evaluation.features.encoders import EncoderRef, untrained
+from mimray.trainers.evaluation.features.extraction import Extracted, extract, read_columns
+from mimray.trainers.evaluation.features.parts import EXTRACTION_KEY
+from mimray.trainers.evaluation.features.pooled import vectors
+from mimray.trainers.evaluation.score import Setting
+from mimray.trainers.models.normalise import normalise
+from mimray.trainers.storage import RunDir
 
 pytestmark = pytest.mark.usefixtures("without_ray")
 

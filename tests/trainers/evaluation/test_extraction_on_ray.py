@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trainers.config.evaluation.extract import ExtractSpec
-from trainers.data.sources import open_source
-from trainers.errors import DataError
-from trainers.evaluation.encoders import EncoderRef
-from trainers.evaluation.extraction import extract, read_columns
-from trainers.storage import RunDir
+from mimray.trainers.config.evaluation.extract import ExtractSpec
+from mimray.trainers.data.sources import open_source
+from mimray.trainers.errors import DataError
+from mimray.trainers.evaluation.features.encoders import EncoderRef
+from mimray.trainers.evaluation.features.extraction import extract, read_columns
+from mimray.trainers.storage import RunDir
 
 SPEC = ExtractSpec(pooled=("mean",), layers=(0,), dtype="float16", part_pictures=25)
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trainers.config.evaluation.head import HeadConfig
-from trainers.errors import NonFiniteLossError
-from trainers.evaluation.fit import fit
+from mimray.trainers.config.evaluation.head import HeadConfig
+from mimray.trainers.errors import NonFiniteLossError
+from mimray.trainers.evaluation.heads.train_head import fit
 
 CONFIG = HeadConfig(epochs=4, batch_size=4, lr=0.05, warmup_epochs=1)
 X = torch.randn(14, 5, generator=torch.Generator().manual_seed(1))

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from trainers.evaluation.geometry import View, clip_boxes, training_view, whole_view
+from mimray.trainers.evaluation.heads.view import View, clip_boxes, training_view, whole_view
 
 sides = st.integers(6, 60)
 sizes = st.tuples(sides, sides)

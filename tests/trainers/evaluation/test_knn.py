@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainers.config.evaluation.knn import KnnConfig
-from trainers.data.sources import open_source
-from trainers.errors import DataError
-from trainers.evaluation.encoders import EncoderRef
-from trainers.evaluation.knn import evaluate, knn, nearest, predict
-from trainers.evaluation.pooled import vectors
-from trainers.evaluation.score import Setting
+from mimray.trainers.config.evaluation.knn import KnnConfig
+from mimray.trainers.data.sources import open_source
+from mimray.trainers.errors import DataError
+from mimray.trainers.evaluation.features.encoders import EncoderRef
+from mimray.trainers.evaluation.features.pooled import vectors
+from mimray.trainers.evaluation.probes.knn import evaluate, knn, nearest, predict
+from mimray.trainers.evaluation.score import Setting
 
 
 def clusters(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from trainers.config.evaluation.linear import LinearConfig
-from trainers.errors import NonFiniteLossError
-from trainers.evaluation.lars import Lars, _share_of_peak, train_heads
+from mimray.trainers.config.evaluation.linear import LinearConfig
+from mimray.trainers.errors import NonFiniteLossError
+from mimray.trainers.evaluation.probes.lars import Lars, _share_of_peak, train_heads
 
 
 def test_lars__steps_equal_the_formula():

@@ -9,19 +9,19 @@ import pytest
 from pydantic import ValidationError
 from safetensors.numpy import load
 
-from trainers.config.evaluation.linear import LinearConfig
-from trainers.data.sources import open_source
-from trainers.errors import DataError
-from trainers.evaluation.classification import (
+from mimray.trainers.config.evaluation.linear import LinearConfig
+from mimray.trainers.data.sources import open_source
+from mimray.trainers.errors import DataError
+from mimray.trainers.evaluation.features.encoders import EncoderRef
+from mimray.trainers.evaluation.features.pooled import vectors
+from mimray.trainers.evaluation.probes.classification import (
     missing_classes,
     per_class_accuracy,
     top_k_accuracy,
 )
-from trainers.evaluation.encoders import EncoderRef
-from trainers.evaluation.linear import evaluate
-from trainers.evaluation.linear_heads import logistic, ridge
-from trainers.evaluation.pooled import vectors
-from trainers.evaluation.score import Score, Setting
+from mimray.trainers.evaluation.probes.linear import evaluate
+from mimray.trainers.evaluation.probes.linear_heads import logistic, ridge
+from mimray.trainers.evaluation.score import Score, Setting
 
 MakeSetting = Callable[..., Setting]
 FAST = {"epochs": 90, "batch_size": 16}

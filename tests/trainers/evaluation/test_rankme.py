@@ -8,13 +8,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainers.config.evaluation.rankme import RankMeConfig
-from trainers.data.sources import open_source
-from trainers.errors import ConfigError, EmptyDatasetError
-from trainers.evaluation.encoders import EncoderRef
-from trainers.evaluation.pooled import pooled, vectors
-from trainers.evaluation.rankme import PROXY, effective_rank, evaluate, singular_values
-from trainers.evaluation.score import Setting
+from mimray.trainers.config.evaluation.rankme import RankMeConfig
+from mimray.trainers.data.sources import open_source
+from mimray.trainers.errors import ConfigError, EmptyDatasetError
+from mimray.trainers.evaluation.features.encoders import EncoderRef
+from mimray.trainers.evaluation.features.pooled import pooled, vectors
+from mimray.trainers.evaluation.probes.rankme import (
+    PROXY,
+    effective_rank,
+    evaluate,
+    singular_values,
+)
+from mimray.trainers.evaluation.score import Setting
 
 MakeSetting = Callable[..., Setting]
 

@@ -6,18 +6,18 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from trainers.bundles import BundleCard, read_card, save_bundle
-from trainers.config.model import ViTConfig
-from trainers.evaluation.encoders import untrained
-from trainers.evaluation.results import (
+from mimray.trainers.bundles import BundleCard, read_card, save_bundle
+from mimray.trainers.config.model import ViTConfig
+from mimray.trainers.evaluation.features.encoders import untrained
+from mimray.trainers.evaluation.results import (
     add_to_card,
     result_of,
     results_folder,
     track_score,
     write_result,
 )
-from trainers.evaluation.score import Score
-from trainers.storage import RunDir
+from mimray.trainers.evaluation.score import Score
+from mimray.trainers.storage import RunDir
 
 PNG = bytes.fromhex(
     "89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de0000000c4944415408d763f8cf"

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent, Normal, kl_divergence
 
-from trainers.config.recipes import load_recipe
-from trainers.config.run import Recipe, parse_recipe
-from trainers.errors import ConfigError
-from trainers.methods import build_method
-from trainers.methods.ae import AE
-from trainers.methods.autoencoding import Autoencoding
-from trainers.methods.vae import VAE, gaussian_kl
-from trainers.models.patches import patchify
+from mimray.trainers.config.recipes import load_recipe
+from mimray.trainers.config.run import Recipe, parse_recipe
+from mimray.trainers.errors import ConfigError
+from mimray.trainers.methods import build_method
+from mimray.trainers.methods.ae import AE
+from mimray.trainers.methods.autoencoding import Autoencoding
+from mimray.trainers.methods.vae import VAE, gaussian_kl
+from mimray.trainers.models.patches import patchify
 
 CONV = {"name": "conv", "widths": [8, 16, 16], "depth": 1}
 VIT = {"name": "vit", "width": 32, "depth": 2, "num_heads": 4, "patch_size": 8}

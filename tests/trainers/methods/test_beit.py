@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainers.config.recipes import load_recipe
-from trainers.config.run import Recipe, parse_recipe
-from trainers.data.rng import Stream, generator
-from trainers.errors import BundleError
-from trainers.methods import build_method
-from trainers.methods.beit import BEiT
-from trainers.models.normalise import denormalise, normalise
-from trainers.models.patches import patchify, unpatchify
+from mimray.trainers.config.recipes import load_recipe
+from mimray.trainers.config.run import Recipe, parse_recipe
+from mimray.trainers.data.rng import Stream, generator
+from mimray.trainers.errors import BundleError
+from mimray.trainers.methods import build_method
+from mimray.trainers.methods.beit import BEiT
+from mimray.trainers.models.normalise import denormalise, normalise
+from mimray.trainers.models.patches import patchify, unpatchify
 
 NUM_CODES = 32
 ENCODERS = {

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainers.config.run import Recipe, parse_recipe
-from trainers.errors import ConfigError
-from trainers.methods import build_method, method_class
+from mimray.trainers.config.run import Recipe, parse_recipe
+from mimray.trainers.errors import ConfigError
+from mimray.trainers.methods import build_method, method_class
 
 ENCODERS: dict[str, dict[str, Any]] = {
     "vit": {"name": "vit", "width": 16, "depth": 1, "num_heads": 2, "patch_size": 8},

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainers.config.recipes import load_recipe
-from trainers.config.run import Recipe, parse_recipe
-from trainers.errors import CodebookCollapseError, ConfigError
-from trainers.methods import build_method
-from trainers.methods.dvae import DVAE, false_colours
-from trainers.models.patches import patchify
+from mimray.trainers.config.recipes import load_recipe
+from mimray.trainers.config.run import Recipe, parse_recipe
+from mimray.trainers.errors import CodebookCollapseError, ConfigError
+from mimray.trainers.methods import build_method
+from mimray.trainers.methods.dvae import DVAE, false_colours
+from mimray.trainers.models.patches import patchify
 
 CONV = {"name": "conv", "widths": [8, 12], "depth": 1}
 VIT = {"name": "vit", "width": 16, "depth": 1, "num_heads": 2, "patch_size": 4}

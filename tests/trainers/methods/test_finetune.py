@@ -13,26 +13,26 @@ import torch
 from timm.data import mixup as timm_mixup
 from timm.models.vision_transformer import VisionTransformer
 
-from trainers.bundles import BundleCard, save_bundle
-from trainers.config.method import FinetuneConfig
-from trainers.config.recipes import load_recipe
-from trainers.config.run import Recipe, parse_recipe, resolve
-from trainers.convert.resize import resized
-from trainers.cost import estimate
-from trainers.engine.initial import (
+from mimray.trainers.bundles import BundleCard, save_bundle
+from mimray.trainers.config.method import FinetuneConfig
+from mimray.trainers.config.recipes import load_recipe
+from mimray.trainers.config.run import Recipe, parse_recipe, resolve
+from mimray.trainers.convert.resize import resized
+from mimray.trainers.cost import estimate
+from mimray.trainers.engine.initial import (
     INITIAL,
     initial_within,
     keep_initial,
     load_initial,
     with_initial,
 )
-from trainers.errors import BundleError, ConfigError
-from trainers.methods import build_method
-from trainers.methods.finetune import Finetune
-from trainers.methods.mixing import mix, smoothed_targets
-from trainers.models import build_encoder
-from trainers.storage import RunDir
-from trainers.types import DatasetFacts
+from mimray.trainers.errors import BundleError, ConfigError
+from mimray.trainers.methods import build_method
+from mimray.trainers.methods.finetune import Finetune
+from mimray.trainers.methods.mixing import mix, smoothed_targets
+from mimray.trainers.models import build_encoder
+from mimray.trainers.storage import RunDir
+from mimray.trainers.types import DatasetFacts
 
 VIT = {"name": "vit", "width": 16, "depth": 2, "num_heads": 2, "patch_size": 8}
 LEARNED = VIT | {"positions": "learned"}

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainers.config.recipes import load_recipe
-from trainers.config.run import Recipe, parse_recipe
-from trainers.data.rng import Stream, generator
-from trainers.errors import ConfigError
-from trainers.methods import build_method
-from trainers.methods.maskfeat import MaskFeat
-from trainers.models.patches import patchify, unpatchify
+from mimray.trainers.config.recipes import load_recipe
+from mimray.trainers.config.run import Recipe, parse_recipe
+from mimray.trainers.data.rng import Stream, generator
+from mimray.trainers.errors import ConfigError
+from mimray.trainers.methods import build_method
+from mimray.trainers.methods.maskfeat import MaskFeat
+from mimray.trainers.models.patches import patchify, unpatchify
 
 VIT = {"name": "vit", "width": 48, "depth": 2, "num_heads": 4, "patch_size": 8}
 SWIN = {"name": "swin", "width": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trainers.config.recipes import load_recipe
-from trainers.config.run import Recipe, parse_recipe
-from trainers.data.rng import Stream, generator
-from trainers.methods import build_method
-from trainers.methods.simmim import SimMIM
-from trainers.models.patches import patchify, unpatchify
+from mimray.trainers.config.recipes import load_recipe
+from mimray.trainers.config.run import Recipe, parse_recipe
+from mimray.trainers.data.rng import Stream, generator
+from mimray.trainers.methods import build_method
+from mimray.trainers.methods.simmim import SimMIM
+from mimray.trainers.models.patches import patchify, unpatchify
 
 VIT = {"name": "vit", "width": 48, "depth": 2, "num_heads": 4, "patch_size": 8}
 SWIN = {

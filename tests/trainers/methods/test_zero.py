@@ -15,12 +15,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from trainers.config.recipes import load_recipe
-from trainers.config.run import Plan, Recipe, resolve
-from trainers.data.rng import Stream, generator
-from trainers.engine.deepspeed import full_state, initialize, prepare_process
-from trainers.methods import build_method
-from trainers.types import DatasetFacts
+from mimray.trainers.config.recipes import load_recipe
+from mimray.trainers.config.run import Plan, Recipe, resolve
+from mimray.trainers.data.rng import Stream, generator
+from mimray.trainers.engine.deepspeed import full_state, initialize, prepare_process
+from mimray.trainers.methods import build_method
+from mimray.trainers.types import DatasetFacts
 
 # All of them in one pair of processes, some minutes on two cores.
 pytestmark = pytest.mark.slow

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trainers.config.model import ConvConfig
-from trainers.models import build_encoder
-from trainers.models.conv import ConvDecoder, ConvEncoder, ResidualBlock, conv3x3, group_norm
+from mimray.trainers.config.model import ConvConfig
+from mimray.trainers.models import build_encoder
+from mimray.trainers.models.conv import ConvDecoder, ConvEncoder, ResidualBlock, conv3x3, group_norm
 
 WIDTHS = (8, 16, 32)
 

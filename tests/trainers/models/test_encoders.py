@@ -14,9 +14,9 @@ from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from trainers.config.model import SwinConfig, ViTConfig
-from trainers.models import build_encoder
-from trainers.models.encoder import Encoder
+from mimray.trainers.config.model import SwinConfig, ViTConfig
+from mimray.trainers.models import build_encoder
+from mimray.trainers.models.encoder import Encoder
 
 PATCH, WIDTH, HEADS, DEPTH = 8, 32, 4, 3
 SWIN = {"patch_size": 2, "width": 16, "depths": (2, 2, 2), "num_heads": (2, 2, 4), "mlp_ratio": 2}

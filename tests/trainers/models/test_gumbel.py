@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from trainers.config.method import DVAEConfig
-from trainers.models.quantizer import GumbelQuantizer, kl_from_uniform
+from mimray.trainers.config.method import DVAEConfig
+from mimray.trainers.models.quantizer import GumbelQuantizer, kl_from_uniform
 
 K, D = 12, 5
 

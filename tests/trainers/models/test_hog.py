@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainers.models.hog import HOG, orientation_histograms
+from mimray.trainers.models.hog import HOG, orientation_histograms
 
 
 def written_out(image: np.ndarray, bins: int, cell: int, patch: int) -> np.ndarray:

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from trainers.config.model import SwinConfig, ViTConfig
-from trainers.models import build_encoder
+from mimray.trainers.config.model import SwinConfig, ViTConfig
+from mimray.trainers.models import build_encoder
 
 
 def test_vit__beit_initialisation_is_the_official_one():

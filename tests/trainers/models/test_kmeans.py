@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trainers.models.kmeans import cluster, kmeans, nearest_codes
+from mimray.trainers.models.kmeans import cluster, kmeans, nearest_codes
 
 D = 5
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainers.config.method import DVAEConfig
-from trainers.data.rng import Stream, generator
-from trainers.errors import ConfigError
-from trainers.models import kmeans as kmeans_module
-from trainers.models.codebook import Codebook
-from trainers.models.quantizer import SMOOTHING, VectorQuantizer
+from mimray.trainers.config.method import DVAEConfig
+from mimray.trainers.data.rng import Stream, generator
+from mimray.trainers.errors import ConfigError
+from mimray.trainers.models import kmeans as kmeans_module
+from mimray.trainers.models.codebook import Codebook
+from mimray.trainers.models.quantizer import SMOOTHING, VectorQuantizer
 
 K, D = 12, 5
 SPHERE = pytest.mark.parametrize("sphere", [False, True], ids=["plain", "sphere"])

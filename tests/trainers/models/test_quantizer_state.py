@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trainers.config.method import DVAEConfig
-from trainers.data.rng import Stream, generator
-from trainers.models.quantizer import VectorQuantizer
+from mimray.trainers.config.method import DVAEConfig
+from mimray.trainers.data.rng import Stream, generator
+from mimray.trainers.models.quantizer import VectorQuantizer
 
 K, D = 12, 5
 # Every way a codebook can be kept; all of them at work within a few steps.

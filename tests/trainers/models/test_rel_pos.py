@@ -10,7 +10,7 @@ import timm.layers
 import torch
 from torch import Tensor
 
-from trainers.models.rel_pos import RelPosBias, resize_table
+from mimray.trainers.models.rel_pos import RelPosBias, resize_table
 
 
 def close(ours: Tensor, theirs: Tensor) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tuning.record import Rung, SweepRecord, TrialRecord
+from mimray.tuning.record import Rung, SweepRecord, TrialRecord
 
 RATIO, DEPTH = "method.mask_ratio", "method.decoder_depth"
 SAMPLES = (100, 200, 400)

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from trainers.storage import RunDir
-from tuning.record import SweepRecord
-from tuning.report import write_report
+from mimray.trainers.storage import RunDir
+from mimray.tuning.record import SweepRecord
+from mimray.tuning.report import write_report
 
 CHROMIUM = "/usr/bin/chromium"
 ARGUMENTS = [

@@ -8,10 +8,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tuning.record import SweepRecord, TrialRecord
-from tuning.report.facts import Facts, Point, facts_of, front, heatmap_keys
-from tuning.report.speed import QUOTED
-from tuning.report.values import distinct, duration, plain, short_names, shown, without_passwords
+from mimray.tuning.record import SweepRecord, TrialRecord
+from mimray.tuning.report.facts import Facts, Point, facts_of, front, heatmap_keys
+from mimray.tuning.report.speed import QUOTED
+from mimray.tuning.report.values import (
+    distinct,
+    duration,
+    plain,
+    short_names,
+    shown,
+    without_passwords,
+)
 
 RATIO, DEPTH = "method.mask_ratio", "method.decoder_depth"
 Make = Callable[..., Any]

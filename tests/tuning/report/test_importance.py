@@ -7,8 +7,8 @@ from typing import Any
 import optuna
 import pytest
 
-from tuning.record import SweepRecord
-from tuning.report.importance import importance_of
+from mimray.tuning.record import SweepRecord
+from mimray.tuning.report.importance import importance_of
 
 Make = Callable[..., Any]
 
@@ -32,7 +32,7 @@ def test_importance__finds_the_key_that_matters(record: Make, trial: Make):
 
 
 def test_importance__is_the_same_again(record: Make, trial: Make):
-    from tuning.report import importance
+    from mimray.tuning.report import importance
 
     sweep = sweep_of(record, trial, lambda x, y: x + (y == "a") / 3)
 

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trainers.storage import RunDir
-from tuning.record import SweepRecord
-from tuning.report import write_report
-from tuning.report.facts import facts_of
-from tuning.report.tables import commands
+from mimray.trainers.storage import RunDir
+from mimray.tuning.record import SweepRecord
+from mimray.tuning.report import write_report
+from mimray.tuning.report.facts import facts_of
+from mimray.tuning.report.tables import commands
 
 RATIO = "method.mask_ratio"
 EVIL = "<script>window.evil=1</script>\"'&|`</script><img src=x onerror=evil()>"
@@ -237,7 +237,7 @@ def test_import__brings_neither_plotly_nor_optuna():
     import subprocess
 
     code = (
-        "import sys, tuning.report\n"
+        "import sys, mimray.tuning.report\n"
         "print(sorted({'plotly', 'optuna', 'sklearn', 'torch'} & set(sys.modules)))"
     )
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from trainers.config.recipes import load_recipe
-from tuning.report.speed import encoder_speed, token_bound
+from mimray.trainers.config.recipes import load_recipe
+from mimray.tuning.report.speed import encoder_speed, token_bound
 
 SMALL = ["encoder.depth=1", "encoder.width=32", "encoder.num_heads=2", "data.image_size=32"]
 

@@ -1,1 +1,1 @@
-"""What an evaluation may be told, one file a task; `trainers.evaluation` has the tasks."""
+"""What an evaluation may be told, one file a task; `mimray.trainers.evaluation` has the tasks."""

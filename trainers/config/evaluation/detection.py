@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from trainers.config.evaluation.head import HeadConfig
+from mimray.trainers.config.evaluation.head import HeadConfig
 
 NUM_LEVELS = 4
 Share = Annotated[float, Field(ge=0, le=1)]

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from trainers.config.base import Config
+from mimray.trainers.config.base import Config
 
 Pooled = Literal["mean", "cls"]
 Share = Annotated[PositiveFloat, Field(le=1)]

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
-from trainers.config.base import Config
+from mimray.trainers.config.base import Config
 
 
 class HeadConfig(Config):

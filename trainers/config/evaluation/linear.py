@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from trainers.config.base import Config
+from mimray.trainers.config.base import Config
 
 
 class LinearConfig(Config):

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt
 
-from trainers.config.base import Config
+from mimray.trainers.config.base import Config
 
 
 class RankMeConfig(Config):

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from trainers.config.evaluation.head import HeadConfig
+from mimray.trainers.config.evaluation.head import HeadConfig
 
 
 class SegmentationConfig(HeadConfig):

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from PIL import Image
 
-from trainers.errors import DataError
+from mimray.trainers.errors import DataError
 
 
 class SegmentationExample(NamedTuple):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-from trainers.data.files import absolute, join
-from trainers.errors import DataError
-from trainers.evaluation.annotations.base import Complaints, DetectionSet
-from trainers.evaluation.annotations.coco import CocoDetection
-from trainers.evaluation.annotations.voc import ANNOTATIONS, PICTURES, SPLITS, VocDetection
-from trainers.evaluation.score import Progress
-from trainers.evaluation.splits import VALIDATION_SPLITS
-from trainers.storage import RunDir
+from mimray.trainers.data.files import absolute, join
+from mimray.trainers.errors import DataError
+from mimray.trainers.evaluation.annotations.base import Complaints, DetectionSet
+from mimray.trainers.evaluation.annotations.coco import CocoDetection
+from mimray.trainers.evaluation.annotations.voc import ANNOTATIONS, PICTURES, SPLITS, VocDetection
+from mimray.trainers.evaluation.score import Progress
+from mimray.trainers.evaluation.splits import VALIDATION_SPLITS
+from mimray.trainers.storage import RunDir
 
 Split = Literal["train", "val"]
 

@@ -7,9 +7,9 @@ import io
 import numpy as np
 from PIL import Image
 
-from trainers.data.decode import FORMATS
-from trainers.data.files import locate, read_bytes
-from trainers.errors import DataError
+from mimray.trainers.data.decode import FORMATS
+from mimray.trainers.data.files import locate, read_bytes
+from mimray.trainers.errors import DataError
 
 # Palette, gray, one bit, and the two ways Pillow holds 16 bits.
 _INDEX_MODES = ("P", "L", "1", "I;16", "I")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import PurePosixPath
 
-from trainers.data.files import (
+from mimray.trainers.data.files import (
     SPLITS,
     is_file,
     is_picture,
@@ -14,10 +14,10 @@ from trainers.data.files import (
     parent,
     read_bytes,
 )
-from trainers.errors import DataError
-from trainers.evaluation.annotations.base import SegmentationExample
-from trainers.evaluation.annotations.masks import check_size, read_indices
-from trainers.evaluation.annotations.pictures import PictureFolder
+from mimray.trainers.errors import DataError
+from mimray.trainers.evaluation.annotations.base import SegmentationExample
+from mimray.trainers.evaluation.annotations.masks import check_size, read_indices
+from mimray.trainers.evaluation.annotations.pictures import PictureFolder
 
 MASK_FOLDERS = ("masks", "annotations", "labels")
 CLASSES = "classes.txt"

@@ -5,12 +5,17 @@ from __future__ import annotations
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
-from trainers.data.files import join
-from trainers.errors import DataError
-from trainers.evaluation.annotations.base import SegmentationExample
-from trainers.evaluation.annotations.coco import CategoryRecord, ImageRecord, images_of, read_coco
-from trainers.evaluation.annotations.masks import check_size, read_segment_ids
-from trainers.evaluation.annotations.pictures import PictureFolder
+from mimray.trainers.data.files import join
+from mimray.trainers.errors import DataError
+from mimray.trainers.evaluation.annotations.base import SegmentationExample
+from mimray.trainers.evaluation.annotations.coco import (
+    CategoryRecord,
+    ImageRecord,
+    images_of,
+    read_coco,
+)
+from mimray.trainers.evaluation.annotations.masks import check_size, read_segment_ids
+from mimray.trainers.evaluation.annotations.pictures import PictureFolder
 
 # Above any class: masks made from JSON choose their own void.
 VOID = 65_535

@@ -7,20 +7,20 @@ from typing import Protocol
 
 import numpy as np
 
-from trainers.config.evaluation.segmentation import SegmentationConfig
-from trainers.data.files import absolute, is_file, join, list_files
-from trainers.data.selection import chosen
-from trainers.errors import DataError, EmptyDatasetError
-from trainers.evaluation.annotations.base import (
+from mimray.trainers.config.evaluation.segmentation import SegmentationConfig
+from mimray.trainers.data.files import absolute, is_file, join, list_files
+from mimray.trainers.data.selection import chosen
+from mimray.trainers.errors import DataError, EmptyDatasetError
+from mimray.trainers.evaluation.annotations.base import (
     Complaints,
     DetectionSet,
     SegmentationExample,
     SegmentationSet,
 )
-from trainers.evaluation.annotations.detection import SPLIT_NAMES, Split, open_detection
-from trainers.evaluation.annotations.pairs import MASK_FOLDERS, PairFolder, pair_folders
-from trainers.evaluation.annotations.panoptic import VOID, CocoPanoptic, is_panoptic
-from trainers.evaluation.score import Progress
+from mimray.trainers.evaluation.annotations.detection import SPLIT_NAMES, Split, open_detection
+from mimray.trainers.evaluation.annotations.pairs import MASK_FOLDERS, PairFolder, pair_folders
+from mimray.trainers.evaluation.annotations.panoptic import VOID, CocoPanoptic, is_panoptic
+from mimray.trainers.evaluation.score import Progress
 
 _SPLIT_FILES = (
     "annotations/panoptic_{0}.json",

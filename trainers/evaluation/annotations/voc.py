@@ -9,12 +9,12 @@ from xml.parsers import expat
 
 import numpy as np
 
-from trainers.data.files import is_picture, join, list_files, locate, read_bytes
-from trainers.errors import DataError, EmptyDatasetError
-from trainers.evaluation.annotations.base import Complaints, DetectionExample
-from trainers.evaluation.annotations.pictures import PictureFolder, box_fault
-from trainers.evaluation.geometry import Size, clip_boxes
-from trainers.evaluation.score import Progress
+from mimray.trainers.data.files import is_picture, join, list_files, locate, read_bytes
+from mimray.trainers.errors import DataError, EmptyDatasetError
+from mimray.trainers.evaluation.annotations.base import Complaints, DetectionExample
+from mimray.trainers.evaluation.annotations.pictures import PictureFolder, box_fault
+from mimray.trainers.evaluation.heads.view import Size, clip_boxes
+from mimray.trainers.evaluation.score import Progress
 
 PICTURES = "JPEGImages"
 ANNOTATIONS = "Annotations"

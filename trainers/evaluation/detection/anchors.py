@@ -15,7 +15,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import initLevelMapper
 
-from trainers.config.evaluation.detection import NUM_LEVELS
+from mimray.trainers.config.evaluation.detection import NUM_LEVELS
 
 RATIOS = (0.5, 1.0, 2.0)
 # Of the first level's anchors, pixels of the input: as in FPN at most, and large enough to be one

@@ -20,14 +20,14 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-from trainers.bundles import FrozenEncoder
-from trainers.config.evaluation.detection import DetectionConfig
-from trainers.evaluation.detection.anchors import StrideAnchors, region_pool
-from trainers.evaluation.detection.pyramid import Pyramid, build_pyramid
-from trainers.evaluation.encoders import FeatureEncoder
-from trainers.evaluation.geometry import Size, View, clip_boxes, tensor_of, whole_view
-from trainers.evaluation.head_files import load_weights, read_card
-from trainers.models.normalise import normalise
+from mimray.trainers.bundles import FrozenEncoder
+from mimray.trainers.config.evaluation.detection import DetectionConfig
+from mimray.trainers.evaluation.detection.anchors import StrideAnchors, region_pool
+from mimray.trainers.evaluation.detection.pyramid import Pyramid, build_pyramid
+from mimray.trainers.evaluation.features.encoders import FeatureEncoder
+from mimray.trainers.evaluation.heads.head_files import load_weights, read_card
+from mimray.trainers.evaluation.heads.view import Size, View, clip_boxes, tensor_of, whole_view
+from mimray.trainers.models.normalise import normalise
 
 # Stride of the first level, pixels.
 FINEST_STRIDE = {"faster_rcnn": 4, "mask_rcnn": 4, "retinanet": 8}

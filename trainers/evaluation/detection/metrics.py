@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from trainers.evaluation.annotations.base import DetectionExample
-from trainers.evaluation.detection.detector import Detections
-from trainers.evaluation.geometry import Size
+from mimray.trainers.evaluation.annotations.base import DetectionExample
+from mimray.trainers.evaluation.detection.detector import Detections
+from mimray.trainers.evaluation.heads.view import Size
 
 Overlap = Literal["bbox", "segm"]
 

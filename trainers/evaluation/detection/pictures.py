@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from trainers.evaluation.charts import class_colours, new_figure, png_of
-from trainers.evaluation.detection.detector import Detections
-from trainers.evaluation.detection.metrics import Figures, Truth
+from mimray.trainers.evaluation.charts import class_colours, new_figure, png_of
+from mimray.trainers.evaluation.detection.detector import Detections
+from mimray.trainers.evaluation.detection.metrics import Figures, Truth
 
 _CELL_IN = 4.2
 # A class that many does not get a line of its own.

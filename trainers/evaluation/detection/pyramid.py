@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import FeaturePyramidNetwork
 
-from trainers.config.evaluation.detection import NUM_LEVELS
-from trainers.errors import ConfigError
-from trainers.evaluation.encoders import FeatureEncoder, chosen_layers
+from mimray.trainers.config.evaluation.detection import NUM_LEVELS
+from mimray.trainers.errors import ConfigError
+from mimray.trainers.evaluation.features.encoders import FeatureEncoder, chosen_layers
 
 
 class Pyramid(nn.Module, ABC):

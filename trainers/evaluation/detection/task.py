@@ -7,28 +7,28 @@ import json
 
 import numpy as np
 
-from trainers.bundles import FrozenEncoder
-from trainers.config.evaluation.detection import DetectionConfig
-from trainers.data.selection import chosen
-from trainers.errors import ConfigError, DataError, EmptyDatasetError
-from trainers.evaluation.annotations.base import Complaints, DetectionSet
-from trainers.evaluation.annotations.detection import open_detection
-from trainers.evaluation.detection.anchors import anchor_sizes_of
-from trainers.evaluation.detection.batches import TrainingViews
-from trainers.evaluation.detection.detector import (
+from mimray.trainers.bundles import FrozenEncoder
+from mimray.trainers.config.evaluation.detection import DetectionConfig
+from mimray.trainers.data.selection import chosen
+from mimray.trainers.errors import ConfigError, DataError, EmptyDatasetError
+from mimray.trainers.evaluation.annotations.base import Complaints, DetectionSet
+from mimray.trainers.evaluation.annotations.detection import open_detection
+from mimray.trainers.evaluation.detection.anchors import anchor_sizes_of
+from mimray.trainers.evaluation.detection.batches import TrainingViews
+from mimray.trainers.evaluation.detection.detector import (
     FINEST_STRIDE,
     Detections,
     Detector,
     build_detector,
 )
-from trainers.evaluation.detection.metrics import Figures, Truth, coco_figures
-from trainers.evaluation.detection.pictures import draw_curves, draw_found
-from trainers.evaluation.detection.pyramid import choose_layers
-from trainers.evaluation.encoders import FeatureEncoder, MakeEncoder, check_input
-from trainers.evaluation.fit import Row, fit
-from trainers.evaluation.geometry import fitting_size, whole_view
-from trainers.evaluation.head_files import head_files
-from trainers.evaluation.score import Score, Setting
+from mimray.trainers.evaluation.detection.metrics import Figures, Truth, coco_figures
+from mimray.trainers.evaluation.detection.pictures import draw_curves, draw_found
+from mimray.trainers.evaluation.detection.pyramid import choose_layers
+from mimray.trainers.evaluation.features.encoders import FeatureEncoder, MakeEncoder, check_input
+from mimray.trainers.evaluation.heads.head_files import head_files
+from mimray.trainers.evaluation.heads.train_head import Row, fit
+from mimray.trainers.evaluation.heads.view import fitting_size, whole_view
+from mimray.trainers.evaluation.score import Score, Setting
 
 # By default views have no more tokens and no longer side: attention is quadratic.
 _MAX_TOKENS = 1600

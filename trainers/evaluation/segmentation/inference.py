@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from trainers.data.rng import Stream, generator
-from trainers.evaluation.geometry import Size, View, tensor_of, training_view, whole_view
+from mimray.trainers.data.rng import Stream, generator
+from mimray.trainers.evaluation.heads.view import Size, View, tensor_of, training_view, whole_view
 
 LogitsOf = Callable[[Tensor], Tensor]
 """From inputs uint8 [B, C, H, W] to logits [B, K, h, w] at any resolution."""

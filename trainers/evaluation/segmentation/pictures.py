@@ -9,9 +9,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from trainers.evaluation.charts import class_colours, new_figure, png_of
-from trainers.pictures import panel_sheet
-from trainers.types import Panel
+from mimray.trainers.evaluation.charts import class_colours, new_figure, png_of
+from mimray.trainers.pictures import panel_sheet
+from mimray.trainers.types import Panel
 
 _VOID = (255, 255, 255)
 _RIGHT, _WRONG = (226, 230, 234), (200, 60, 40)

@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from trainers.config.evaluation.segmentation import SegmentationConfig
-from trainers.evaluation.encoders import FeatureEncoder, chosen_layers
-from trainers.evaluation.geometry import Size
-from trainers.evaluation.head_files import head_files, load_weights, read_card
-from trainers.evaluation.segmentation.heads import build_head
-from trainers.evaluation.segmentation.inference import predict
-from trainers.models.normalise import normalise
+from mimray.trainers.config.evaluation.segmentation import SegmentationConfig
+from mimray.trainers.evaluation.features.encoders import FeatureEncoder, chosen_layers
+from mimray.trainers.evaluation.heads.head_files import head_files, load_weights, read_card
+from mimray.trainers.evaluation.heads.view import Size
+from mimray.trainers.evaluation.segmentation.heads import build_head
+from mimray.trainers.evaluation.segmentation.inference import predict
+from mimray.trainers.models.normalise import normalise
 
 
 @dataclass(frozen=True)

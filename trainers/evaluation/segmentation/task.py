@@ -10,18 +10,18 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainers.bundles import FrozenEncoder
-from trainers.config.evaluation.segmentation import SegmentationConfig
-from trainers.evaluation.annotations.base import Complaints, SegmentationSet
-from trainers.evaluation.annotations.segmentation import open_segmentation
-from trainers.evaluation.encoders import MakeEncoder, check_input
-from trainers.evaluation.fit import fit
-from trainers.evaluation.geometry import Size, fitting_size, tensor_of
-from trainers.evaluation.score import Score, Setting
-from trainers.evaluation.segmentation.inference import learning_view
-from trainers.evaluation.segmentation.metrics import confusion_matrix, scores
-from trainers.evaluation.segmentation.pictures import Shown, class_chart, sheet
-from trainers.evaluation.segmentation.segmenter import Segmenter, build_segmenter
+from mimray.trainers.bundles import FrozenEncoder
+from mimray.trainers.config.evaluation.segmentation import SegmentationConfig
+from mimray.trainers.evaluation.annotations.base import Complaints, SegmentationSet
+from mimray.trainers.evaluation.annotations.segmentation import open_segmentation
+from mimray.trainers.evaluation.features.encoders import MakeEncoder, check_input
+from mimray.trainers.evaluation.heads.train_head import fit
+from mimray.trainers.evaluation.heads.view import Size, fitting_size, tensor_of
+from mimray.trainers.evaluation.score import Score, Setting
+from mimray.trainers.evaluation.segmentation.inference import learning_view
+from mimray.trainers.evaluation.segmentation.metrics import confusion_matrix, scores
+from mimray.trainers.evaluation.segmentation.pictures import Shown, class_chart, sheet
+from mimray.trainers.evaluation.segmentation.segmenter import Segmenter, build_segmenter
 
 # Attention is quadratic in the tokens: by default no more than these, and no longer side.
 _MAX_TOKENS = 1024

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 from pycocotools import mask as reference
 
-from trainers.errors import DataError, EmptyDatasetError
-from trainers.evaluation.annotations.base import Complaints
-from trainers.evaluation.annotations.coco import CocoDetection
+from mimray.trainers.errors import DataError, EmptyDatasetError
+from mimray.trainers.evaluation.annotations.base import Complaints
+from mimray.trainers.evaluation.annotations.coco import CocoDetection
 
 HEIGHT, WIDTH = 40, 60
 BLOB = np.zeros((HEIGHT, WIDTH), np.uint8)

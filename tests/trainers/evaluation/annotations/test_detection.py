@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from trainers.data.synth import write_scenes
-from trainers.errors import DataError
-from trainers.evaluation.annotations.base import Complaints, DetectionSet
-from trainers.evaluation.annotations.detection import Split, open_detection
+from mimray.trainers.data.synth import write_scenes
+from mimray.trainers.errors import DataError
+from mimray.trainers.evaluation.annotations.base import Complaints, DetectionSet
+from mimray.trainers.evaluation.annotations.detection import Split, open_detection
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainers.errors import DataError
-from trainers.evaluation.annotations.masks import read_indices
-from trainers.evaluation.annotations.pairs import PairFolder, pair_folders
+from mimray.trainers.errors import DataError
+from mimray.trainers.evaluation.annotations.masks import read_indices
+from mimray.trainers.evaluation.annotations.pairs import PairFolder, pair_folders
 
 
 def _write(folder: Path, names: str, mode: str = "L", value: int = 1) -> None:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainers.errors import DataError
-from trainers.evaluation.annotations.panoptic import VOID, CocoPanoptic, is_panoptic
+from mimray.trainers.errors import DataError
+from mimray.trainers.evaluation.annotations.panoptic import VOID, CocoPanoptic, is_panoptic
 
 IDS = np.array([[0, 7, 7, 7], [0, 7, 300, 300], [70_000, 70_000, 300, 300]])
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainers.config.evaluation.segmentation import SegmentationConfig
-from trainers.data.synth import write_scenes
-from trainers.errors import DataError, EmptyDatasetError
-from trainers.evaluation.annotations.base import Complaints
-from trainers.evaluation.annotations.segmentation import open_segmentation
+from mimray.trainers.config.evaluation.segmentation import SegmentationConfig
+from mimray.trainers.data.synth import write_scenes
+from mimray.trainers.errors import DataError, EmptyDatasetError
+from mimray.trainers.evaluation.annotations.base import Complaints
+from mimray.trainers.evaluation.annotations.segmentation import open_segmentation
 
 CONFIG = SegmentationConfig()
 

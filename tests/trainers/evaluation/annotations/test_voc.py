@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from trainers.errors import DataError, EmptyDatasetError
-from trainers.evaluation.annotations.base import Complaints
-from trainers.evaluation.annotations.voc import VocDetection
+from mimray.trainers.errors import DataError, EmptyDatasetError
+from mimray.trainers.evaluation.annotations.base import Complaints
+from mimray.trainers.evaluation.annotations.voc import VocDetection
 
 HEIGHT, WIDTH = 40, 60
 

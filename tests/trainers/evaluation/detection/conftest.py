@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import pytest
 
-from trainers.bundles import BundleCard, FrozenEncoder
-from trainers.config.model import EncoderConfig, SwinConfig, ViTConfig
-from trainers.evaluation.encoders import untrained
+from mimray.trainers.bundles import BundleCard, FrozenEncoder
+from mimray.trainers.config.model import EncoderConfig, SwinConfig, ViTConfig
+from mimray.trainers.evaluation.features.encoders import untrained
 
 
 def _card(config: EncoderConfig) -> BundleCard:

@@ -9,14 +9,14 @@ import torch
 from faster_coco_eval.core import mask as mask_api
 from PIL import Image
 
-from trainers.bundles import FrozenEncoder
-from trainers.config.evaluation.detection import DetectionConfig
-from trainers.errors import DataError
-from trainers.evaluation.annotations.base import DetectionExample
-from trainers.evaluation.detection.batches import target_of
-from trainers.evaluation.detection.detector import Batch, Detector, build_detector, load_head
-from trainers.evaluation.geometry import View, whole_view
-from trainers.evaluation.head_files import head_files
+from mimray.trainers.bundles import FrozenEncoder
+from mimray.trainers.config.evaluation.detection import DetectionConfig
+from mimray.trainers.errors import DataError
+from mimray.trainers.evaluation.annotations.base import DetectionExample
+from mimray.trainers.evaluation.detection.batches import target_of
+from mimray.trainers.evaluation.detection.detector import Batch, Detector, build_detector, load_head
+from mimray.trainers.evaluation.heads.head_files import head_files
+from mimray.trainers.evaluation.heads.view import View, whole_view
 
 SIZE = (40, 56)
 KINDS = ("faster_rcnn", "retinanet", "mask_rcnn")

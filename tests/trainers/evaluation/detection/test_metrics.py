@@ -12,8 +12,8 @@ from pycocotools import mask as reference_masks
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from trainers.evaluation.detection.detector import Detections
-from trainers.evaluation.detection.metrics import Truth, coco_figures
+from mimray.trainers.evaluation.detection.detector import Detections
+from mimray.trainers.evaluation.detection.metrics import Truth, coco_figures
 
 CLASSES = ("cup", "plate", "spoon", "never seen", "only crowds")
 SIZE = (160, 220)

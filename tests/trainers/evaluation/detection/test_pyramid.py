@@ -11,10 +11,10 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import roi_align
 
-from trainers.bundles import FrozenEncoder
-from trainers.errors import ConfigError
-from trainers.evaluation.detection.anchors import StrideAnchors, anchor_sizes_of, region_pool
-from trainers.evaluation.detection.pyramid import SimplePyramid, build_pyramid, choose_layers
+from mimray.trainers.bundles import FrozenEncoder
+from mimray.trainers.errors import ConfigError
+from mimray.trainers.evaluation.detection.anchors import StrideAnchors, anchor_sizes_of, region_pool
+from mimray.trainers.evaluation.detection.pyramid import SimplePyramid, build_pyramid, choose_layers
 
 
 @pytest.mark.parametrize(

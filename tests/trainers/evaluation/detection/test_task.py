@@ -11,14 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from trainers.bundles import FrozenEncoder
-from trainers.config.evaluation.detection import DetectionConfig
-from trainers.data.synth import write_scenes
-from trainers.errors import ConfigError, DataError, EmptyDatasetError
-from trainers.evaluation.cache import CachedEncoder
-from trainers.evaluation.detection.detector import load_head
-from trainers.evaluation.detection.task import evaluate
-from trainers.evaluation.score import Setting
+from mimray.trainers.bundles import FrozenEncoder
+from mimray.trainers.config.evaluation.detection import DetectionConfig
+from mimray.trainers.data.synth import write_scenes
+from mimray.trainers.errors import ConfigError, DataError, EmptyDatasetError
+from mimray.trainers.evaluation.detection.detector import load_head
+from mimray.trainers.evaluation.detection.task import evaluate
+from mimray.trainers.evaluation.features.map_cache import CachedEncoder
+from mimray.trainers.evaluation.score import Setting
 
 Make = Callable[..., FrozenEncoder]
 MakeSetting = Callable[..., Setting]
@@ -256,10 +256,10 @@ def test_anchor_sizes__are_one_a_level() -> None:
 
 
 def test_views__of_an_epoch_are_counted(vit: Make, scenes: Path) -> None:
-    from trainers.evaluation.annotations.base import Complaints
-    from trainers.evaluation.annotations.detection import open_detection
-    from trainers.evaluation.detection.batches import TrainingViews
-    from trainers.evaluation.detection.detector import build_detector
+    from mimray.trainers.evaluation.annotations.base import Complaints
+    from mimray.trainers.evaluation.annotations.detection import open_detection
+    from mimray.trainers.evaluation.detection.batches import TrainingViews
+    from mimray.trainers.evaluation.detection.detector import build_detector
 
     train = open_detection(str(scenes), "train", Complaints(False))
     settled = {"image_size": (48, 64), "layers": (1,), "anchor_sizes": (8, 16, 32, 64)}

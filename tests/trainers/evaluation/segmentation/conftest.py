@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from trainers.bundles import BundleCard, FrozenEncoder
-from trainers.config.model import EncoderConfig, SwinConfig, ViTConfig
-from trainers.data.synth import write_scenes
-from trainers.evaluation.encoders import untrained
+from mimray.trainers.bundles import BundleCard, FrozenEncoder
+from mimray.trainers.config.model import EncoderConfig, SwinConfig, ViTConfig
+from mimray.trainers.data.synth import write_scenes
+from mimray.trainers.evaluation.features.encoders import untrained
 
 VIT = ViTConfig(name="vit", width=48, depth=4, num_heads=3, patch_size=8)
 SWIN = SwinConfig(

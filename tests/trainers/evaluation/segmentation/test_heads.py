@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from trainers.bundles import FrozenEncoder
-from trainers.config.evaluation.segmentation import SegmentationConfig
-from trainers.errors import ConfigError
-from trainers.evaluation.encoders import chosen_layers
-from trainers.evaluation.segmentation.heads import build_head
-from trainers.evaluation.segmentation.segmenter import build_segmenter
-from trainers.evaluation.segmentation.task import masked_cross_entropy
+from mimray.trainers.bundles import FrozenEncoder
+from mimray.trainers.config.evaluation.segmentation import SegmentationConfig
+from mimray.trainers.errors import ConfigError
+from mimray.trainers.evaluation.features.encoders import chosen_layers
+from mimray.trainers.evaluation.segmentation.heads import build_head
+from mimray.trainers.evaluation.segmentation.segmenter import build_segmenter
+from mimray.trainers.evaluation.segmentation.task import masked_cross_entropy
 
 VOID = 255
 

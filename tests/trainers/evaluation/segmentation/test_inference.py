@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from trainers.evaluation.segmentation.inference import (
+from mimray.trainers.evaluation.segmentation.inference import (
     learning_view,
     predict,
     scaled_size,

@@ -6,7 +6,7 @@ import torch
 from torchmetrics import JaccardIndex
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
-from trainers.evaluation.segmentation.metrics import confusion_matrix, scores
+from mimray.trainers.evaluation.segmentation.metrics import confusion_matrix, scores
 
 K, VOID = 6, 255
 NAMES = tuple("abcdef")

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainers.bundles import BundleCard, FrozenEncoder
-from trainers.config.evaluation.segmentation import SegmentationConfig
-from trainers.errors import ConfigError, DataError
-from trainers.evaluation.annotations.base import Complaints
-from trainers.evaluation.annotations.segmentation import open_segmentation
-from trainers.evaluation.cache import CachedEncoder
-from trainers.evaluation.encoders import untrained
-from trainers.evaluation.score import Score, Setting
-from trainers.evaluation.segmentation.segmenter import load_head
-from trainers.evaluation.segmentation.task import default_size, evaluate
+from mimray.trainers.bundles import BundleCard, FrozenEncoder
+from mimray.trainers.config.evaluation.segmentation import SegmentationConfig
+from mimray.trainers.errors import ConfigError, DataError
+from mimray.trainers.evaluation.annotations.base import Complaints
+from mimray.trainers.evaluation.annotations.segmentation import open_segmentation
+from mimray.trainers.evaluation.features.encoders import untrained
+from mimray.trainers.evaluation.features.map_cache import CachedEncoder
+from mimray.trainers.evaluation.score import Score, Setting
+from mimray.trainers.evaluation.segmentation.segmenter import load_head
+from mimray.trainers.evaluation.segmentation.task import default_size, evaluate
 
 Make = Callable[[], FrozenEncoder]
 CONFIG = SegmentationConfig(head="fpn", head_width=16, epochs=2, batch_size=8)

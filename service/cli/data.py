@@ -1,0 +1,119 @@
+"""`mimray data`: what is done to datasets; thin, as the rest of the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from mimray.service.cli.options import json_option, parse_size
+
+
+@click.group()
+def data() -> None:
+    """Datasets: ingest, inspect, sample, synth."""
+
+
+@data.command("ingest")
+@click.argument("src")
+@click.argument("out")
+@click.option("--short-side", default=256, show_default=True, help="Pixels; 0 keeps the size.")
+@click.option("--shard-mib", default=64, show_default=True, type=click.IntRange(min=1))
+@click.option("--max-rejected", default=0.01, show_default=True, type=click.FloatRange(0, 1))
+@click.option("--overwrite", is_flag=True, help="Replace OUT.")
+@json_option
+def data_ingest(
+    src: str,
+    out: str,
+    short_side: int,
+    shard_mib: int,
+    max_rejected: float,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Verify pictures and write them as Parquet.
+
+    SRC is a folder (class folders give labels), Parquet, or a text file of URIs.
+
+    Example: mimray data ingest pictures dataset --short-side 256
+    """
+    from mimray.service.commands.pretrain import run_ingest
+
+    result = run_ingest(
+        src,
+        out,
+        short_side_px=short_side or None,
+        shard_mib=shard_mib,
+        max_rejected=max_rejected,
+        overwrite=overwrite,
+    )
+    if as_json:
+        click.echo(json.dumps(result))
+
+
+@data.command("inspect")
+@click.argument("uri")
+@click.option("--sheet", type=click.Path(dir_okay=False, path_type=Path), help="Contact sheet PNG.")
+@json_option
+def data_inspect(uri: str, sheet: Path | None, as_json: bool) -> None:
+    """Count a dataset's pictures, sizes and labels; draw a contact sheet.
+
+    Example: mimray data inspect dataset --sheet sheet.png
+    """
+    from mimray.service.commands.pretrain import run_inspect
+
+    click.echo(run_inspect(uri, sheet, as_json=as_json))
+
+
+@data.command("sample")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--size", default=64, show_default=True, help="Side of a tile, pixels.")
+def data_sample(out: Path, size: int) -> None:
+    """Write tiles of the photographs that come with the installation, train and val.
+
+    Example: mimray data sample photos
+    """
+    from mimray.trainers.data.sample_photos import write_photo_tiles
+
+    train, val = write_photo_tiles(out, size_px=size)
+    click.echo(f"{train}\n{val}")
+
+
+@data.command("synth")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--num-train", default=64, show_default=True, type=click.IntRange(min=1))
+@click.option("--num-val", default=32, show_default=True, type=click.IntRange(min=1))
+@click.option("--image-size", default="96", show_default=True, metavar="N|HxW", help="Pixels.")
+@click.option("--classes", default=5, show_default=True, help="Shapes that occur.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))
+@click.option("--overwrite", is_flag=True, help="Replace an earlier set at OUT.")
+@json_option
+def data_synth(
+    out: Path,
+    num_train: int,
+    num_val: int,
+    image_size: str,
+    classes: int,
+    seed: int,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Draw scenes with every kind of label: classes, boxes, instance and semantic masks.
+
+    Textured shapes on photographs, as COCO JSON, COCO panoptic, index PNGs and class folders.
+
+    Example: mimray data synth scenes
+    """
+    from mimray.trainers.data.synth import write_scenes
+
+    train, val = write_scenes(
+        out,
+        num_train=num_train,
+        num_val=num_val,
+        image_size=parse_size(image_size),
+        num_classes=classes,
+        seed=seed,
+        overwrite=overwrite,
+    )
+    click.echo(json.dumps({"train": str(train), "val": str(val)}) if as_json else f"{train}\n{val}")

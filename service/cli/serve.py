@@ -1,0 +1,66 @@
+"""`mimray serve`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("bundles", nargs=-1, metavar="[[NAME=]BUNDLE[@ALIAS]…]")
+@click.option(
+    "--config", type=click.Path(path_type=Path), help="A serve.yaml; see docs/serving.md."
+)
+@click.option("--host", help="127.0.0.1 by default; a public one needs keys.")
+@click.option("--port", type=click.IntRange(1, 65535), help="8000 by default.")
+@click.option("--keys", type=click.Path(path_type=Path), help="File of `mimray keys`.")
+@click.option("--replicas", type=click.IntRange(min=1), help="Processes a model; 1 by default.")
+@click.option(
+    "--max-batch-size", type=click.IntRange(min=1), help="Pictures a pass; 16 by default."
+)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]))
+@click.option(
+    "--canary",
+    metavar="SHARE",
+    help="Share of requests, e.g. 10%, for the version with the alias `canary`.",
+)
+@click.option("--build", is_flag=True, help="Write what `serve deploy` takes instead of serving.")
+@click.option("--out", type=click.Path(path_type=Path), help="Where --build writes; else stdout.")
+def serve(
+    bundles: tuple[str, ...],
+    config: Path | None,
+    host: str | None,
+    port: int | None,
+    keys: Path | None,
+    replicas: int | None,
+    max_batch_size: int | None,
+    device: str | None,
+    canary: str | None,
+    build: bool,
+    out: Path | None,
+) -> None:
+    """Serve frozen encoders over HTTP until Ctrl-C: a page, features, OIP v2, embeddings.
+
+    An alias is followed: where it moves to another version, that one is rolled in without a
+    failed request. With keys, or MIMRAY_API_KEY set, requests need one as a bearer token.
+
+    Example: mimray serve photos@champion --canary 10%
+    """
+    from mimray.service.commands.serve import run_serve, serve_config, write_build
+
+    options = {
+        "host": host,
+        "port": port,
+        "keys": None if keys is None else str(keys.resolve()),
+        "replicas": replicas,
+        "max_batch_size": max_batch_size,
+        "device": device,
+    }
+    wanted = serve_config(bundles, config, canary, options)
+    if not build:
+        run_serve(wanted)
+        return
+    text = write_build(wanted, out)
+    if out is None:
+        click.echo(text, nl=False)

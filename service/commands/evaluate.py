@@ -1,0 +1,352 @@
+"""`mimray evaluate`: what an encoder is worth, by one task, for one encoder or several."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rich.console import Console
+
+from mimray.service.cluster import connected
+from mimray.service.commands.tasks import TASKS
+from mimray.service.terminal.progress import duration
+from mimray.trainers.errors import ConfigError
+from mimray.trainers.evaluation.tasks import load, task_config
+
+if TYPE_CHECKING:
+    from mimray.trainers.config.base import Config
+    from mimray.trainers.evaluation.features.encoders import EncoderRef, MakeEncoder
+    from mimray.trainers.evaluation.score import Score, Setting
+    from mimray.trainers.storage import RunDir
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+API_KEY_VARIABLE = "MIMRAY_API_KEY"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for, the same for every encoder that is compared.
+
+    Attributes:
+        data: labelled pictures to learn from.
+        val: labelled pictures to score on; None takes the dataset's own split.
+        limit: pictures of each, evenly spread.
+        epochs: length of what is trained; the task's own by default.
+        overrides: `key=value` options of the task.
+        image_size: (height, width) of an untrained encoder that is named by its architecture.
+        through: URL of an endpoint; encoders are then names of its models.
+        out: where results go; beside each bundle by default.
+        command: the command line, for the record.
+    """
+
+    task: str
+    data: str
+    val: str | None = None
+    limit: int | None = None
+    epochs: int | None = None
+    seed: int = 0
+    overrides: tuple[str, ...] = ()
+    image_size: tuple[int, int] | None = None
+    through: str | None = None
+    skip_invalid: bool = False
+    out: str | None = None
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One encoder to score.
+
+    Attributes:
+        text: as the user wrote it.
+        ref: which it is, where it is at hand.
+        folder: where its results go.
+        identity: tells it from others, in what is kept between runs.
+    """
+
+    text: str
+    ref: EncoderRef | None
+    folder: RunDir
+    identity: str
+
+
+def run_evaluate(encoders: Sequence[str], request: Request) -> list[dict[str, Any]]:
+    """Score encoders by a task; results go beside their bundles, onto cards and into MLflow.
+
+    Args:
+        encoders: bundles, runs, `untrained:…`, or names of an endpoint's models.
+        request: what is asked of each.
+
+    Returns:
+        What each `<task>.json` holds, with the places of its pictures.
+
+    Raises:
+        MimrayError: a mistake of the user's, before anything heavy starts where possible.
+    """
+    from mimray.trainers.data.files import absolute
+
+    config = task_config(TASKS[request.task], request.overrides, request.epochs)
+    _check_through(request, config)
+    subjects = [_subject(text, request) for text in encoders]
+    if request.image_size and not any(s.ref is not None and s.ref.shape for s in subjects):
+        raise ConfigError(
+            "--image-size: no encoder is named by its architecture", hint="untrained:vit_tiny"
+        )
+    data, val = absolute(request.data), absolute(request.val) if request.val else None
+    results: dict[int, dict[str, Any]] = {}
+    with connected():
+        run = _run_on_devices if TASKS[request.task].dense else _run_here
+        # Each as soon as it is there: one that fails must not take others' with it.
+        for number, score, seconds in run(subjects, request, config, data, val):
+            results[number] = _keep(subjects[number], score, request, config, seconds)
+    return [results[number] for number in range(len(subjects))]
+
+
+def _check_through(request: Request, config: Config) -> None:
+    if request.through is None:
+        return
+    if not TASKS[request.task].dense:
+        dense = ", ".join(name for name, task in TASKS.items() if task.dense)
+        raise ConfigError(
+            f"--through: {request.task} needs the bundle at hand", hint=f"it goes with {dense}"
+        )
+    if getattr(config, "finetune", False):
+        raise ConfigError("--through: an endpoint's encoder is frozen", hint="leave out finetune")
+
+
+def _subject(text: str, request: Request) -> Subject:
+    from mimray.trainers.evaluation.features.encoders import EncoderRef
+    from mimray.trainers.evaluation.results import results_folder
+    from mimray.trainers.storage import RunDir
+
+    name = text.replace(":", "-").replace("/", "-").strip("-.")
+    if request.through is not None:
+        folder = RunDir(request.out or f"runs/evaluation/{name}")
+        return Subject(text, None, folder, f"{request.through}#{text}")
+    ref = EncoderRef.parse(text, image_size=request.image_size, seed=request.seed)
+    if request.out is not None:
+        folder = RunDir(request.out)
+    elif ref.place is not None:
+        folder = results_folder(ref.place)
+    elif ref.bundle and not ref.registered:
+        folder = results_folder(RunDir(ref.bundle)) / "untrained"
+    else:
+        folder = RunDir(f"runs/evaluation/{name}")
+    return Subject(text, ref, folder, ref.identity)
+
+
+def _run_here(
+    subjects: Sequence[Subject], request: Request, config: Config, data: str, val: str | None
+) -> Iterator[tuple[int, Score, float]]:
+    """One after the other, from this process: these tasks spread over the cluster themselves."""
+    from mimray.service.terminal.phases import PhaseProgress
+
+    evaluate = load(TASKS[request.task].evaluate)
+    with PhaseProgress(console) as shown:
+        for number, subject in enumerate(subjects):
+            assert subject.ref is not None
+            setting = _setting(request, subject, config, data, val, "auto")
+            setting = _with_progress(setting, partial(shown, subject.text))
+            began = time.monotonic()
+            score = evaluate(subject.ref, setting, config)
+            shutil.rmtree(setting.folder, ignore_errors=True)
+            yield number, score, time.monotonic() - began
+
+
+def _run_on_devices(
+    subjects: Sequence[Subject], request: Request, config: Config, data: str, val: str | None
+) -> Iterator[tuple[int, Score, float]]:
+    """All at once as far as there are devices: each is a Ray task that holds one."""
+    import ray
+
+    from mimray.service.terminal.phases import PhaseProgress, Watch
+
+    share = _device_share()
+    device = "cuda" if share.gpus else "cpu"
+    watch = ray.remote(Watch).options(num_cpus=0).remote()
+    # A lost worker's task is done again, going on from what it kept where that is still there.
+    work = ray.remote(_evaluate_on_device).options(
+        num_cpus=share.cpus, num_gpus=share.gpus, max_retries=2
+    )
+    waiting = {}
+    for number, subject in enumerate(subjects):
+        setting = _setting(request, subject, config, data, val, device)
+        encoder = _encoder_maker(subject, request, config, device)
+        task = work.remote(request.task, encoder, setting, config, watch, number, share.num_threads)
+        waiting[task] = number
+    with PhaseProgress(console) as shown:
+        try:
+            while waiting:
+                done, _ = ray.wait(list(waiting), num_returns=1, timeout=0.5)
+                for number, state in ray.get(watch.states.remote()).items():
+                    shown(subjects[number].text, *state)
+                for task in done:
+                    yield waiting.pop(task), *ray.get(task)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        finally:
+            for task in waiting:
+                ray.cancel(task, force=True)
+
+
+def _evaluate_on_device(
+    task: str,
+    make_encoder: MakeEncoder,
+    setting: Setting,
+    config: Config,
+    watch: Any,
+    number: int,
+    num_threads: int,
+) -> tuple[Score, float]:
+    """Runs in a Ray worker that holds one device; gives the seconds it took, too."""
+    import torch
+
+    from mimray.service.terminal.phases import Reporter
+
+    torch.set_num_threads(num_threads)  # Ray sets OMP_NUM_THREADS to 1
+    evaluate = load(TASKS[task].evaluate)
+    setting = _with_progress(setting, Reporter(watch, number))
+    began = time.monotonic()
+    score: Score = evaluate(make_encoder, setting, config)
+    shutil.rmtree(setting.folder, ignore_errors=True)
+    return score, time.monotonic() - began
+
+
+class _Share(NamedTuple):
+    """What a task holds of the cluster, and how many threads it computes with."""
+
+    cpus: float
+    gpus: float
+    num_threads: int
+
+
+def _device_share() -> _Share:
+    """A GPU and its share of a node; without GPUs, all that the largest node has free."""
+    import ray
+    from ray._private.state import available_resources_per_node
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    with_gpu = [node for node in nodes if node.get("GPU", 0) >= 1]
+    if with_gpu:
+        cpus = min(max(1.0, node.get("CPU", 1) // node["GPU"]) for node in with_gpu)
+        return _Share(cpus, 1.0, int(cpus))
+    free = max(node.get("CPU", 0) for node in available_resources_per_node().values())
+    if free < 1:
+        # Nothing waits in silence; whoever holds the CPUs may give them back.
+        console.print("no CPU is free in the cluster: waiting for one", style="yellow")
+    # Figures depend in their last digits on the number of threads, so it must not depend on what
+    # else happens to be running.
+    num_threads = max(1, int(max(node.get("CPU", 0) for node in nodes)))
+    return _Share(max(1.0, free // 1), 0.0, num_threads)
+
+
+def _setting(
+    request: Request, subject: Subject, config: Config, data: str, val: str | None, device: str
+) -> Setting:
+    from mimray.trainers.data.cache import default_cache_dir
+    from mimray.trainers.evaluation.score import Setting
+
+    options = config.model_dump(mode="json")
+    asked = (subject.identity, request.task, data, val, request.limit, request.seed, options)
+    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:20]
+    return Setting(
+        data=data,
+        val=val,
+        limit=request.limit,
+        seed=request.seed,
+        skip_invalid=request.skip_invalid,
+        device=device,
+        folder=Path(default_cache_dir()).with_name("evaluation") / digest,
+        progress=_silent,
+    )
+
+
+def _with_progress(setting: Setting, progress: Any) -> Setting:
+    from dataclasses import replace
+
+    return replace(setting, progress=progress)
+
+
+def _silent(phase: str, done: int, total: int) -> None:
+    """Before anyone looks on."""
+
+
+def _encoder_maker(subject: Subject, request: Request, config: Config, device: str) -> MakeEncoder:
+    if request.through is not None:
+        key = os.environ.get(API_KEY_VARIABLE) or None
+        return partial(_far_encoder, request.through, subject.text, key)
+    assert subject.ref is not None
+    return partial(_near_encoder, subject.ref, device, getattr(config, "finetune", False))
+
+
+def _near_encoder(ref: EncoderRef, device: str, finetune: bool) -> Any:
+    from mimray.trainers.evaluation.features.map_cache import CachedEncoder
+
+    encoder = ref.load().to(device)
+    return encoder if finetune else CachedEncoder(encoder, ref.identity)
+
+
+def _far_encoder(url: str, model: str, api_key: str | None) -> Any:
+    from mimray.service.commands.remote_encoder import RemoteEncoder
+    from mimray.trainers.evaluation.features.map_cache import CachedEncoder
+
+    encoder = RemoteEncoder(url, model, api_key)
+    # Apart from what a bundle at hand gives, so that a score through HTTP is one through HTTP.
+    return CachedEncoder(encoder, f"http:{encoder.card.weights_sha256}")
+
+
+def _keep(
+    subject: Subject, score: Score, request: Request, config: Config, seconds: float
+) -> dict[str, Any]:
+    """Write one result wherever it belongs."""
+    from mimray.trainers.evaluation.results import (
+        add_to_card,
+        card_score,
+        result_of,
+        track_score,
+        write_result,
+    )
+    from mimray.trainers.registry import Registry
+
+    card = None if subject.ref is None else subject.ref.card()
+    about = {
+        "task": request.task,
+        "encoder": subject.text,
+        "command": request.command,
+        "data": request.data,
+        "val": request.val,
+        "limit": request.limit,
+        "seed": request.seed,
+        "config": config.model_dump(mode="json"),
+        "plan_hash": card.plan_hash if card else "",
+        "weights_sha256": card.weights_sha256 if card else "",
+        "through": request.through,
+        "seconds": round(seconds, 2),
+    }
+    result = result_of(score, about)
+    pictures = write_result(subject.folder, request.task, result, score)
+    if subject.ref is not None and subject.ref.place is not None:
+        place = subject.ref.place
+        track_score(place, add_to_card(place, request.task, result), request.task, score)
+    elif subject.ref is not None and subject.ref.registered and not subject.ref.untrained:
+        registry = Registry.open()
+        version = registry.find(subject.ref.registered)
+        registry.add_score(version, request.task, card_score(result))
+    return {**result, "folder": subject.folder.uri, "pictures": pictures}
+
+
+def summary(result: Mapping[str, Any]) -> str:
+    """One line for people."""
+    return (
+        f"{result['encoder']}: {result['task']} {result['metric']} {result['headline']:.4f} "
+        f"on {result['num_val']} pictures, {duration(result['seconds'])}"
+    )

@@ -1,0 +1,137 @@
+"""Putting encoders behind HTTP from the command line."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from rich.console import Console
+
+from mimray.trainers.errors import ServingError
+
+if TYPE_CHECKING:
+    from mimray.serving.deploy.config import ServeConfig
+    from mimray.serving.deploy.serve_schema import Version
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+CANARY_ALIAS = "canary"
+_MODEL_KEYS = ("replicas", "max_batch_size", "device")
+
+
+def resolve(reference: str) -> Version:
+    """What a reference means now: a bundle on this machine, and the number of its version.
+
+    Raises:
+        BundleError: there is none.
+    """
+    from mimray.serving.deploy.serve_schema import Version
+    from mimray.trainers.bundles import fetch_bundle
+    from mimray.trainers.registry import locate, registered
+
+    version = registered(reference)
+    folder = fetch_bundle(locate(reference)).resolve()
+    return Version(reference, folder, "1" if version is None else str(version.number))
+
+
+def serve_config(
+    bundles: Sequence[str], file: Path | None, canary: str | None, options: Mapping[str, Any]
+) -> ServeConfig:
+    """The endpoint that a command line means.
+
+    Args:
+        bundles: `NAME=BUNDLE` or `BUNDLE`, named after its card or as it is registered.
+        file: a `serve.yaml` that they are added to.
+        canary: share of requests for the version with the alias `canary` of every model here.
+        options: of the endpoint and of every model in `bundles`; None for what was not said.
+
+    Raises:
+        ServingError: two models of one name, or a canary without a registered model.
+        ConfigError: keys or values that are not allowed.
+        BundleError: a bundle that is not one.
+    """
+    from mimray.serving.deploy.config import check_config, load_config
+
+    tree: dict[str, Any] = load_config(file) if file is not None else {}
+    said = {key: value for key, value in options.items() if value is not None}
+    settings = {key: said.pop(key) for key in _MODEL_KEYS if key in said}
+    tree |= said
+    models = dict(tree.get("models") or {})
+    for item in bundles:
+        name, reference = _named(item)
+        if name in models:
+            raise ServingError(
+                f"two models are named {name!r}", hint="NAME=BUNDLE names them apart"
+            )
+        models[name] = {"bundle": reference, **settings}
+        if canary is not None:
+            base, at, _ = reference.partition("@")
+            if not at:
+                raise ServingError(
+                    f"--canary needs registered models with an alias, and {reference} is none",
+                    hint=f"such as {base}@champion",
+                )
+            models[name]["canary"] = {"bundle": f"{base}@{CANARY_ALIAS}", "share": canary}
+    if not models:
+        raise ServingError("there is nothing to serve", hint="name a bundle, or give --config")
+    tree["models"] = models
+    return check_config(tree, str(file) if file is not None else "serve")
+
+
+def run_serve(config: ServeConfig) -> None:
+    """Serve until Ctrl-C or SIGTERM, following aliases."""
+    from mimray.serving.deploy.endpoint import start
+
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    console.print("starting…", markup=False)
+    with start(config, resolve) as endpoint:
+        for name, version in endpoint.versions.items():
+            console.print(f"serving {name}, version {version}", markup=False)
+        console.print(f"  page     {endpoint.url}/", markup=False)
+        console.print(f"  features POST {endpoint.url}/v1/features", markup=False)
+        console.print(f"  OIP v2   POST {endpoint.url}/v2/models/NAME/infer", markup=False)
+        console.print("Ctrl-C ends it", markup=False)
+        endpoint.wait(lambda line: console.print(line, markup=False))
+    console.print("stopped", markup=False)
+
+
+def write_build(config: ServeConfig, out: Path | None) -> str:
+    """The configuration that `serve deploy` takes; written to `out` where there is one."""
+    from mimray.serving.deploy.endpoint import is_loopback
+    from mimray.serving.deploy.serve_schema import Served, Share, serve_schema
+    from mimray.trainers.errors import MimrayError
+
+    models, shares = [], {}
+    for name, model in config.models.items():
+        stable, canary = resolve(model.bundle), None
+        if model.canary is not None:
+            try:
+                canary = resolve(model.canary.bundle)
+            except MimrayError as error:
+                console.print(f"no canary of {name}: {error}", markup=False)
+        models.append(Served(name, model, stable, canary))
+        cpus = model.num_cpus or 1.0
+        shares[name] = Share(cpus, model.num_gpus or 0.0, max(1, int(cpus)))
+    tree = serve_schema(
+        config, models, shares, key_sha256=None, needs_key=not is_loopback(config.host)
+    )
+    text = yaml.safe_dump(tree, sort_keys=False)
+    if out is not None:
+        out.write_text(text, encoding="utf-8")
+    return text
+
+
+def _named(item: str) -> tuple[str, str]:
+    """The name in the URL and the reference of one argument."""
+    from mimray.trainers.bundles import fetch_bundle, read_card
+    from mimray.trainers.registry import locate, registered
+
+    name, equals, reference = item.partition("=")
+    if equals and "/" not in name:  # `=` also stands in paths and in the options of a URI
+        return name, reference
+    if registered(item):  # served under its own name, whatever version it is
+        return item.partition("@")[0], item
+    return read_card(fetch_bundle(locate(item))).name, item

@@ -1,0 +1,288 @@
+"""`mimray tune`: what is checked, shown and written around a sweep."""
+
+from __future__ import annotations
+
+import shlex
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from mimray.service.cluster import connected
+from mimray.service.terminal.progress import duration
+from mimray.service.terminal.sweep_table import SweepTable
+from mimray.trainers.errors import ConfigError, MimrayError
+
+if TYPE_CHECKING:
+    from mimray.tuning.plan import SweepPlan
+    from mimray.tuning.record import SweepRecord, TrialRecord
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+REPORT_EVERY_S = 15.0
+
+
+def run_tune(
+    sweep: str | None,
+    *,
+    data: str | None,
+    name: str | None,
+    storage: str,
+    overrides: Sequence[str],
+    concurrent: int | None,
+    resume: str | None,
+    fresh: bool,
+    command: str,
+) -> dict[str, Any]:
+    """Check everything that can be checked, then search; continues what is there.
+
+    Returns:
+        What `--json` prints.
+
+    Raises:
+        MimrayError: a mistake of the user's, before a worker starts.
+    """
+    plan = _plan(sweep, data, name, storage, overrides, resume, command)
+
+    from mimray.tuning.record import curves
+    from mimray.tuning.report import write_report
+    from mimray.tuning.sweep import Launch, before, run_sweep
+
+    launch = Launch(plan, storage, concurrent, fresh, cache_mib=_cache_mib(plan))
+    earlier = before(launch)
+    _announce(plan, earlier)
+    began = time.monotonic()
+    with connected(), SweepTable(plan, console) as table:
+        _say_capacity(launch)
+        with _Reports(plan) as reports:
+
+            def watch(record: SweepRecord, rows: dict[int, Any], notes: list[str]) -> None:
+                table(record, rows, notes)
+                reports(record)
+
+            final = run_sweep(launch, watch)
+    if final.ended:
+        console.print("timing the encoder at each mask ratio, for the report", markup=False)
+    files = write_report(
+        final,
+        plan.directory,
+        curves={trial.number: curves(plan.directory, trial.number) for trial in final.trials},
+        speed=_speed(plan) if final.ended else None,
+    )
+    _release(plan)
+    took = duration(time.monotonic() - began)
+    _print_end(final, took, files, storage)
+    best = final.best
+    return {
+        "sweep": final.uri,
+        "ended": final.ended,
+        "interrupted": _interrupted(final, plan),
+        "metric": final.metric,
+        "proxy": final.proxy,
+        "best": None if best is None else _row(final, best),
+        "trials": [_row(final, trial) for trial in final.trials],
+        "study": list(final.study),
+        "report": files,
+        "seconds": round(final.elapsed_s, 1),
+    }
+
+
+def _plan(
+    sweep: str | None,
+    data: str | None,
+    name: str | None,
+    storage: str,
+    overrides: Sequence[str],
+    resume: str | None,
+    command: str,
+) -> SweepPlan:
+    from mimray.tuning.plan import load_sweep, make_plan, remembered
+    from mimray.tuning.record import read_record
+
+    if resume is None:
+        if sweep is None or data is None:
+            raise ConfigError("a sweep and --data are needed", hint="or --resume NAME")
+        config = load_sweep(sweep, overrides)
+        return make_plan(
+            config, data=data, name=name or Path(sweep).stem, storage=storage, command=command
+        )
+    if sweep is not None or overrides or data is not None:
+        raise ConfigError(
+            "--resume goes on with a sweep as it was started",
+            hint="to give it a larger budget, repeat the whole command with another --set budget.…",
+        )
+    from mimray.trainers.storage import RunDir
+
+    directory = RunDir(storage) / resume if name is None else RunDir(storage) / name
+    record = read_record(directory)
+    return make_plan(
+        remembered(directory, record),
+        data=record.data,
+        name=record.name,
+        storage=storage,
+        command=record.command,
+    )
+
+
+def _announce(plan: SweepPlan, earlier: SweepRecord | None) -> None:
+    from mimray.tuning.record import ENDED
+    from mimray.tuning.space import num_trials
+
+    config = plan.config
+    count = num_trials(config)
+    rungs = ", ".join(f"{samples:,}" for samples in plan.rung_samples)
+    console.print(
+        f"{plan.uri}: {count} trials of {config.base.recipe} on {plan.facts.num_samples} pictures, "
+        f"scored by {config.score.task} after {rungs} pictures; searcher {config.searcher.name}, "
+        f"scheduler {config.scheduler.name}",
+        markup=False,
+    )
+    if earlier is not None:
+        done = sum(trial.state in ENDED for trial in earlier.trials)
+        console.print(
+            f"goes on: {done} trials are done, {len(earlier.trials) - done} were under way",
+            markup=False,
+        )
+
+
+def _say_capacity(launch: Any) -> None:
+    from mimray.tuning.capacity import count
+    from mimray.tuning.space import num_trials
+
+    config = launch.plan.config
+    capacity = count(config.resources, num_trials(config), launch.concurrent)
+    console.print(capacity.arithmetic, markup=False)
+
+
+def _cache_mib(plan: SweepPlan) -> int:
+    """Bound of the shared decoded pictures: all of them where they fit, else none."""
+    import psutil
+
+    from mimray.trainers.data.decoded import decoded_bytes
+    from mimray.trainers.data.selection import open_training
+    from mimray.tuning.space import trial_recipe
+
+    needed = decoded_bytes(open_training(plan.facts.uri, trial_recipe(plan.tree, {})))
+    room = psutil.virtual_memory().available // 4
+    mib = -(-needed // 2**20) + 1
+    if needed > room:
+        console.print(
+            f"decoded, the pictures take {mib} MiB, more than a quarter of the free memory: "
+            "each trial decodes its own",
+            markup=False,
+        )
+        return 0
+    return mib
+
+
+def _release(plan: SweepPlan) -> None:
+    from mimray.trainers.data.decoded import release
+
+    release(plan.facts.fingerprint)
+
+
+def _speed(plan: SweepPlan) -> dict[float, float] | None:
+    """How much faster the encoder is at each mask ratio that was searched, measured here."""
+    from mimray.tuning.config import Choice, Grid
+    from mimray.tuning.report.speed import encoder_speed
+    from mimray.tuning.space import trial_recipe
+
+    domain = plan.config.space.get("method.mask_ratio")
+    recipe = trial_recipe(plan.tree, {})
+    if recipe.method.name != "mae" or not isinstance(domain, Grid | Choice):
+        return None
+    values = domain.grid if isinstance(domain, Grid) else domain.choice
+    return encoder_speed(recipe, [float(value) for value in values if value is not None])  # type: ignore[arg-type]
+
+
+def _interrupted(record: SweepRecord, plan: SweepPlan) -> bool:
+    """Whether somebody ended it before its time."""
+    hours = plan.config.budget.hours
+    in_time = hours is None or record.elapsed_s < hours * 3600
+    return in_time and any(trial.state == "cut" for trial in record.trials)
+
+
+def _row(record: SweepRecord, trial: TrialRecord) -> dict[str, Any]:
+    return {
+        "trial": trial.name,
+        "params": trial.params,
+        "state": trial.state,
+        "score": trial.score,
+        "rung": len(trial.rungs),
+        "samples": trial.samples,
+        "device_seconds": round(trial.device_seconds, 1),
+        "failures": trial.failures,
+        "reason": trial.reason,
+    }
+
+
+def _print_end(record: SweepRecord, took: str, files: Sequence[str], storage: str) -> None:
+    states: dict[str, int] = {}
+    for trial in record.trials:
+        states[trial.state] = states.get(trial.state, 0) + 1
+    counted = ", ".join(f"{count} {state}" for state, count in states.items())
+    console.print(f"{record.name}: {counted}; {took}", markup=False)
+    if record.proxy:
+        console.print(f"note: {record.proxy}", style="yellow", markup=False)
+    best = record.best
+    if best is not None:
+        shown = ", ".join(f"{key}={value}" for key, value in best.params.items())
+        console.print(
+            f"best: trial {best.name}, {shown}: {record.metric} {best.score:.4f}", markup=False
+        )
+    console.print("\n".join(files), markup=False)
+    name = shlex.quote(record.name)
+    where = "" if storage == "runs" else f" --storage {shlex.quote(storage)}"
+    if not record.ended:
+        console.print(
+            f"not at its end: mimray tune --resume {name}{where}", style="yellow", markup=False
+        )
+    console.print(
+        f"promote: mimray models register {name}:best --name MODEL --alias champion{where}\n"
+        f"look:    mimray ui --sweep {name}{where}",
+        markup=False,
+    )
+
+
+class _Reports:
+    """Writes the report anew, beside the sweep, whenever a score has come in."""
+
+    def __init__(self, plan: SweepPlan) -> None:
+        self._plan = plan
+        self._wanted = threading.Event()
+        self._over = threading.Event()
+        self._record: SweepRecord | None = None
+        self._seen = -1
+        self._thread = threading.Thread(target=self._write, daemon=True)
+
+    def __enter__(self) -> _Reports:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._wanted.set()
+        self._thread.join()
+
+    def __call__(self, record: SweepRecord) -> None:
+        """Take the record as it is."""
+        version = sum(len(trial.rungs) + (trial.state == "failed") for trial in record.trials)
+        if version != self._seen:
+            self._seen, self._record = version, record
+            self._wanted.set()
+
+    def _write(self) -> None:
+        from mimray.tuning.report import write_report
+
+        while not self._over.is_set():
+            self._wanted.wait()
+            self._wanted.clear()
+            if self._record is not None and not self._over.is_set():
+                try:
+                    write_report(self._record, self._plan.directory)
+                except MimrayError as error:
+                    console.print(f"warning: no report: {error}", style="yellow", markup=False)
+                self._over.wait(REPORT_EVERY_S)

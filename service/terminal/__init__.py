@@ -1,0 +1,1 @@
+"""Progress and tables for people at a terminal."""

@@ -1,0 +1,139 @@
+"""A sweep as it runs: a live table on a terminal, lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from mimray.service.terminal.progress import LINE_EVERY_S, duration
+
+if TYPE_CHECKING:
+    from mimray.tuning.plan import SweepPlan
+    from mimray.tuning.record import SweepRecord
+
+_SHOWN_TRIALS = 24
+_COLOURS = {"running": "cyan", "finished": "green", "failed": "red", "stopped": "bright_black"}
+
+
+class SweepTable:
+    """A live table of trials on a terminal; elsewhere a line for each score, and now and then.
+
+    Args:
+        plan: of the sweep.
+        console: where to.
+    """
+
+    def __init__(self, plan: SweepPlan, console: Console) -> None:
+        from mimray.tuning.space import num_trials
+
+        self._plan, self._console = plan, console
+        self._total = num_trials(plan.config)
+        self._live = Live(console=console, refresh_per_second=2, transient=False)
+        self._next_line = 0.0
+        self._told: set[tuple[int, int]] = set()
+        self._began: tuple[float, float] | None = None
+
+    def __enter__(self) -> SweepTable:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._console.is_terminal:
+            self._live.stop()
+
+    def __call__(
+        self, record: SweepRecord, rows: dict[int, dict[str, Any]], notes: list[str]
+    ) -> None:
+        """Show how it stands."""
+        for note in notes:
+            self._console.print(f"warning: {note}", style="yellow", markup=False)
+        left = self._left(record, rows)
+        if self._console.is_terminal:
+            self._live.update(Group(self._table(record, rows), Text(self._summary(record, left))))
+            return
+        for trial in record.trials:
+            for rung in trial.rungs:
+                if (trial.number, rung.number) not in self._told:
+                    self._told.add((trial.number, rung.number))
+                    shown = " ".join(f"{k.split('.')[-1]}={v}" for k, v in trial.params.items())
+                    _line(
+                        f"trial {trial.name} {shown}: {record.metric} {rung.score:.4f} after "
+                        f"{rung.samples:,} pictures"
+                    )
+        now = time.monotonic()
+        if now >= self._next_line:
+            _line(self._summary(record, left))
+            self._next_line = now + LINE_EVERY_S
+
+    def _summary(self, record: SweepRecord, left: str) -> str:
+        done = sum(t.state in ("finished", "stopped", "failed") for t in record.trials)
+        running = sum(t.state == "running" for t in record.trials)
+        best = record.best
+        shown = "" if best is None else f", best {record.metric} {best.score:.4f} ({best.name})"
+        return f"{done}/{self._total} trials done, {running} running{shown}  {left}"
+
+    def _left(self, record: SweepRecord, rows: dict[int, dict[str, Any]]) -> str:
+        """Time left, if every trial ran to its end: stopped ones bring it nearer."""
+        whole = self._plan.rung_samples[-1]
+        seen = {t.number: max(t.samples, rows.get(t.number, {}).get("samples", 0))
+                for t in record.trials}  # fmt: skip
+        ended = sum(t.state in ("finished", "stopped", "failed") for t in record.trials)
+        open_ = sum(whole - seen[t.number] for t in record.trials if t.state == "running")
+        waiting = max(0, (self._total or 0) - ended - sum(
+            t.state == "running" for t in record.trials))  # fmt: skip
+        if ended:
+            each = sum(t.samples for t in record.trials if t.state in ("finished", "stopped"))
+            open_ += int(waiting * each / ended)
+        else:
+            open_ += waiting * whole
+        total = float(sum(seen.values()))
+        if self._began is None or total < self._began[1]:
+            self._began = time.monotonic(), total
+        rate = (total - self._began[1]) / max(time.monotonic() - self._began[0], 1e-9)
+        return f"about {duration(open_ / rate)} left" if rate > 0 and open_ else ""
+
+    def _table(self, record: SweepRecord, rows: dict[int, dict[str, Any]]) -> Table:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column("trial")
+        for key in record.keys:
+            table.add_column(key.rpartition(".")[2], justify="right")
+        for heading in ("rung", "pictures", "loss", record.metric, "device-s"):
+            table.add_column(heading, justify="right")
+        table.add_column("")
+        best = record.best
+        running = [t for t in record.trials if t.state == "running"]
+        others = [t for t in record.ranked() if t.state != "running"]
+        failed = [t for t in record.trials if t.state == "failed"]
+        shown = [*running, *others, *failed][:_SHOWN_TRIALS]
+        for trial in shown:
+            row = rows.get(trial.number, {})
+            loss = row.get("loss", trial.loss)
+            table.add_row(
+                trial.name,
+                *(_short(trial.params.get(key)) for key in record.keys),
+                f"{len(trial.rungs)}/{len(record.rung_samples)}",
+                f"{max(trial.samples, row.get('samples', 0)):,}",
+                "" if loss is None else f"{loss:.4f}",
+                "" if trial.score is None else f"{trial.score:.4f}",
+                f"{trial.device_seconds:.0f}",
+                "best" if best is trial else trial.reason[:60] if trial.state == "failed"
+                else trial.state,
+                style=_COLOURS.get(trial.state, ""),
+            )  # fmt: skip
+        return table
+
+
+def _line(text: str) -> None:
+    """A line on standard error, at once."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,1 @@
+"""The HTTP application: routes, the gateway before them, keys, OpenAPI."""

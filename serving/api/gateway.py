@@ -1,0 +1,269 @@
+"""What stands before every route: keys, limits, request ids, and a line in the log for each."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from mimray.serving.api.access_log import AccessLog
+from mimray.serving.api.keys import KeyRing, Quota
+from mimray.serving.operations.calls import Reply, problem_reply
+from mimray.serving.telemetry.metrics import Metrics
+from mimray.serving.telemetry.tracing import Span, Tracer
+from mimray.serving.wire.errors import (
+    EndpointError,
+    InvalidRequestError,
+    ModelFailureError,
+    OverloadedError,
+    TimedOutError,
+    TooLargeError,
+)
+from mimray.serving.wire.oip_messages import inflate
+
+logger = logging.getLogger(__name__)
+
+# Requests whose inflating would hold up the others do it in a thread.
+_INFLATE_ASIDE_BYTES = 1 << 20
+CLIENT_CLOSED_REQUEST = 499
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+@dataclass(frozen=True)
+class EdgeLimits:
+    """How much of a request is read.
+
+    Attributes:
+        max_body_bytes: most bytes of a body, before and after inflating.
+        max_bodies_bytes: most bytes of all bodies being read or answered.
+        body_timeout_s: longest time a body may take to come.
+    """
+
+    max_body_bytes: int = 64 * 2**20
+    max_bodies_bytes: int = 512 * 2**20
+    body_timeout_s: float = 60.0
+
+
+class Bodies:
+    """Reads bodies within limits.
+
+    Args:
+        limits: see `EdgeLimits`.
+    """
+
+    def __init__(self, limits: EdgeLimits) -> None:
+        self._limits = limits
+        self._held = 0
+
+    async def read(self, request: Request) -> bytes:
+        """The body, inflated; counted while it comes, since a stated length may be a lie.
+
+        It counts as held until the scope's `release` is called, which `Edge` does.
+
+        Raises:
+            TooLargeError: it is too large.
+            TimedOutError: it came too slowly.
+            OverloadedError: there is no room for it now.
+            InvalidRequestError: it is shorter than stated, or its length is no number.
+        """
+        most = self._limits.max_body_bytes
+        refusal = TooLargeError(f"the body has more than {most} bytes")
+        stated = request.headers.get("content-length", "0")
+        if not (stated.isascii() and stated.isdigit()):
+            raise InvalidRequestError(f"Content-Length is {stated[:40]!r}, not a number")
+        if int(stated[:20]) > most:
+            raise refusal
+        chunks: list[bytes] = []
+        size = 0
+        try:
+            async with asyncio.timeout(self._limits.body_timeout_s):
+                async for chunk in request.stream():
+                    size += len(chunk)
+                    if size > most:
+                        raise refusal
+                    self._hold(request, len(chunk))
+                    chunks.append(chunk)
+        except TimeoutError:
+            raise TimedOutError(
+                f"the body did not come within {self._limits.body_timeout_s:g} s"
+            ) from None
+        body = b"".join(chunks)
+        encoding = request.headers.get("content-encoding", "")
+        if len(body) > _INFLATE_ASIDE_BYTES and encoding:
+            return await asyncio.to_thread(inflate, body, encoding, max_bytes=most)
+        return inflate(body, encoding, max_bytes=most)
+
+    def _hold(self, request: Request, size: int) -> None:
+        if self._held + size > self._limits.max_bodies_bytes:
+            raise OverloadedError("too many requests with large bodies at once")
+        self._held += size
+        request.scope["mimray.held"] = request.scope.get("mimray.held", 0) + size
+
+    def release(self, scope: Scope) -> None:
+        """What a request held is free again."""
+        self._held -= scope.pop("mimray.held", 0)
+
+
+class Edge:
+    """Admits requests, and accounts for them.
+
+    Hands on the full path whatever prefix Ray mounted us under.
+
+    Args:
+        app: what is guarded.
+        bodies: where bodies are read.
+        keys: who may come; None for everybody.
+        quota: how much each may ask for.
+        access_log: where requests are noted.
+        tracer: where spans go.
+        metrics: where refusals of no model are counted.
+        open_paths: answered without a key: whole paths, or prefixes that end in `/`.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        bodies: Bodies,
+        keys: KeyRing | None,
+        quota: Quota,
+        access_log: AccessLog,
+        tracer: Tracer,
+        metrics: Metrics,
+        open_paths: Iterable[str],
+    ) -> None:
+        self._app = app
+        self._bodies = bodies
+        self._keys = keys
+        self._quota = quota
+        self._log = access_log
+        self._tracer = tracer
+        self._metrics = metrics
+        self._open = frozenset(open_paths)
+        self._open_folders = tuple(
+            path for path in self._open if path.endswith("/") and path != "/"
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuse, or hand on; note either."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        notes: dict[str, Any] = {}
+        scope = {**scope, "root_path": "", "mimray.notes": notes}
+        headers = Headers(scope=scope)
+        started = time.perf_counter()
+        span = self._tracer.start(headers.get("traceparent", ""))
+        notes["request_id"] = _request_id(headers)
+        scope["mimray.traceparent"] = span.traceparent
+        sent = _Sent(send, {"traceparent": span.traceparent})
+        try:
+            self._admit(scope, headers)
+            await self._app(scope, receive, sent)
+        except EndpointError as error:
+            reply = problem_reply(error)
+            notes.update(reply.notes)
+            await send_reply(reply, scope, sent)
+        except ClientDisconnect:
+            sent.status = CLIENT_CLOSED_REQUEST
+        except Exception as error:
+            logger.exception("%s %s failed", scope["method"], scope["path"])
+            if sent.begun:
+                raise
+            reply = problem_reply(ModelFailureError(f"unexpected {type(error).__name__}"))
+            notes.update(reply.notes)
+            await send_reply(reply, scope, sent)
+        finally:
+            self._bodies.release(scope)
+            self._account(scope, headers, sent, span, started)
+
+    def _admit(self, scope: Scope, headers: Headers) -> None:
+        if scope["path"] in self._open or scope["path"].startswith(self._open_folders):
+            return
+        if self._keys is None:
+            return
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        presented = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key")
+        key = self._keys.admit(presented)
+        scope["mimray.notes"]["key"] = key.name
+        self._quota.admit(key)
+        scope["mimray.key"] = key
+
+    def _account(
+        self, scope: Scope, headers: Headers, sent: _Sent, span: Span, started: float
+    ) -> None:
+        notes = scope["mimray.notes"]
+        if "mimray.key" in scope and notes.get("pictures"):
+            self._quota.charge(scope["mimray.key"], int(notes["pictures"]))
+        seconds = time.perf_counter() - started
+        client = scope.get("client")
+        if "error" in notes and "version" not in notes:  # no model has counted it
+            self._metrics.rejected(str(notes["error"]))
+        # Paths are without number, and a name of a span is not.
+        name = " ".join([scope["method"], *([notes["operation"]] if "operation" in notes else [])])
+        attributes = {
+            "http.request.method": scope["method"],
+            "http.response.status_code": sent.status,
+            "url.path": scope["path"],
+            **{f"mimray.{name}": notes[name] for name in ("pictures", "version") if name in notes},
+        }
+        self._tracer.finish(span, name, started, attributes)
+        self._log.write(
+            {
+                "request_id": notes.pop("request_id"),
+                "trace_id": span.trace_id,
+                "client": client[0] if client else "",
+                "method": scope["method"],
+                "path": scope["path"],
+                "status": sent.status,
+                "bytes_out": sent.size,
+                "total_ms": round(1000 * seconds, 3),
+                **notes,
+            }
+        )
+
+
+class _Sent:
+    """Passes messages on, and remembers the status and the size of what went out."""
+
+    def __init__(self, send: Send, headers: dict[str, str]) -> None:
+        self._send = send
+        self._headers = [(name.encode(), value.encode()) for name, value in headers.items()]
+        self.status = 500
+        self.size = 0
+        self.begun = False
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            self.begun = True
+            message = {**message, "headers": [*message.get("headers", []), *self._headers]}
+        elif message["type"] == "http.response.body":
+            self.size += len(message.get("body", b""))
+        await self._send(message)
+
+
+async def send_reply(reply: Reply, scope: Scope, send: Send) -> None:
+    """A reply as the answer to a request."""
+    headers = [
+        (name.lower().encode(), value.encode("latin-1")) for name, value in reply.headers.items()
+    ]
+    if reply.status != 304:
+        headers.append((b"content-length", str(len(reply.body)).encode()))
+    await send({"type": "http.response.start", "status": reply.status, "headers": headers})
+    body = b"" if scope["method"] == "HEAD" else reply.body
+    await send({"type": "http.response.body", "body": body})
+
+
+def _request_id(headers: Headers) -> str:
+    given = headers.get("x-request-id", "")
+    return given if _REQUEST_ID.fullmatch(given) else str(uuid.uuid4())

@@ -1,0 +1,1 @@
+"""From serve.yaml to replicas behind HAProxy: configuration, rollouts, start and end."""

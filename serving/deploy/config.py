@@ -1,0 +1,247 @@
+"""What an endpoint is, as a user writes it in `serve.yaml`; every key has a default but `models`.
+
+models:
+  photos: {bundle: photos@champion, replicas: 2}
+  drawings:
+    bundle: runs/drawings
+    autoscaling: {min_replicas: 0, max_replicas: 4}
+keys: keys.json
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from mimray.trainers.config.base import Config, explain
+from mimray.trainers.errors import ServingError
+
+API_KEY_VARIABLE = "MIMRAY_API_KEY"
+"""Of the environment: one key, for where a file of keys would be too much."""
+
+_HINT = "see docs/serving.md for the keys"
+
+
+def parse_share(value: Any) -> Any:
+    """A share of requests: `10%` or 0.1."""
+    text = str(value).strip()
+    try:
+        share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        share = math.nan
+    if not 0 < share < 1:
+        raise ValueError(f"{text!r} is no share between 0 and 1, such as 10%")
+    return share
+
+
+Share = Annotated[float, BeforeValidator(parse_share)]
+
+
+class Autoscaling(Config):
+    """Replicas that come and go with the load.
+
+    Attributes:
+        min_replicas: 0 lets a model that nobody asks go; the next request waits for it to load.
+        max_replicas: most of them.
+        target_requests: requests being answered or waiting, a replica, that scaling aims for.
+        upscale_delay_s: how long more load must last.
+        downscale_delay_s: how long less load must last.
+        idle_s: how long a model must be idle before its last replica goes.
+    """
+
+    min_replicas: NonNegativeInt = 1
+    max_replicas: PositiveInt = 1
+    target_requests: PositiveFloat = 8.0
+    upscale_delay_s: NonNegativeFloat = 5.0
+    downscale_delay_s: NonNegativeFloat = 120.0
+    idle_s: NonNegativeFloat = 600.0
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Autoscaling:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(
+                f"min_replicas {self.min_replicas} is more than max_replicas {self.max_replicas}"
+            )
+        return self
+
+
+class Canary(Config):
+    """Another version that gets a share of the requests which name no version.
+
+    Attributes:
+        bundle: as of `ModelConfig`.
+        share: of the requests, `10%` or 0.1.
+    """
+
+    bundle: str
+    share: Share
+
+
+class ModelConfig(Config):
+    """One model of the endpoint.
+
+    Attributes:
+        bundle: folder or URI of a bundle or a run, or `NAME[@ALIAS|@vN]` of the registry. An alias
+            is followed: where it moves to another version, that one is rolled in.
+        replicas: processes; not with `autoscaling`.
+        autoscaling: see there.
+        device: `cpu`, `cuda`, or `auto` for a GPU where the cluster has one.
+        num_cpus: cores a replica, and its threads on a CPU; an equal share by default.
+        num_gpus: GPUs a replica, fractions allowed; an equal share by default.
+        max_batch_size: most pictures in one pass.
+        batch_wait_ms: longest a picture waits for company while the model is free.
+        max_queue_size: most pictures a replica admits before they are answered.
+        max_wait_s: requests are refused when those before them would take longer.
+        cache_mib: memory a replica keeps answers in, by the content of requests; 0 for none.
+        compile: have torch compile the model; `auto` does on GPUs, and on CPUs has oneDNN compute
+            its linear layers, which is faster and has their weights in memory twice.
+        jpeg_draft: decode large JPEGs at a fraction of their size; faster, pixels differ a little.
+        canary: see there.
+    """
+
+    bundle: str
+    replicas: PositiveInt = 1
+    autoscaling: Autoscaling | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    num_cpus: PositiveFloat | None = None
+    num_gpus: NonNegativeFloat | None = None
+    max_batch_size: PositiveInt = 16
+    batch_wait_ms: NonNegativeFloat = 5.0
+    max_queue_size: PositiveInt = 256
+    max_wait_s: PositiveFloat = 20.0
+    cache_mib: NonNegativeInt = 64
+    compile: Literal["auto", True, False] = "auto"
+    jpeg_draft: bool = False
+    canary: Canary | None = None
+
+    @model_validator(mode="after")
+    def _check_replicas(self) -> ModelConfig:
+        if self.autoscaling is not None and "replicas" in self.model_fields_set:
+            raise ValueError("replicas and autoscaling exclude each other")
+        return self
+
+    @property
+    def most_replicas(self) -> int:
+        """How many there may be at once."""
+        return self.autoscaling.max_replicas if self.autoscaling else self.replicas
+
+
+class Limits(Config):
+    """What is taken in and given out.
+
+    Attributes:
+        body_mib: most of a request's body, before and after inflating.
+        bodies_mib: most of all bodies a replica holds at once.
+        body_timeout_s: longest a body may take to come.
+        request_timeout_s: longest an answer may take.
+        pictures: most in one request.
+        picture_pixels: most pixels of one picture, checked before decoding.
+        picture_frames: most frames of one file.
+        input_pixels: most pixels of the model's input.
+        answer_mib: most features in one answer.
+    """
+
+    body_mib: PositiveInt = 64
+    bodies_mib: PositiveInt = 512
+    body_timeout_s: PositiveFloat = 60.0
+    request_timeout_s: PositiveFloat = 60.0
+    pictures: PositiveInt = 64
+    picture_pixels: PositiveInt = 50_000_000
+    picture_frames: PositiveInt = 100
+    input_pixels: PositiveInt = 1536 * 1536
+    answer_mib: PositiveInt = 256
+
+
+class Urls(Config):
+    """Pictures by URL; taken from nowhere unless hosts are named.
+
+    Attributes:
+        allowed_hosts: exact names, or `*.example.org`; `:port` for another than 443.
+        max_mib: most of one picture.
+        timeout_s: longest one may take to come.
+    """
+
+    allowed_hosts: tuple[str, ...] = ()
+    max_mib: PositiveInt = 16
+    timeout_s: PositiveFloat = 10.0
+
+    @model_validator(mode="after")
+    def _check_hosts(self) -> Urls:
+        from mimray.serving.operations.fetching import UrlPolicy
+
+        try:
+            UrlPolicy(self.allowed_hosts)
+        except ServingError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+
+class ServeConfig(Config):
+    """An endpoint.
+
+    Attributes:
+        host: address to listen on; anything but loopback needs keys.
+        port: port to listen on.
+        keys: file of `mimray keys`; on a cluster a path that every node can read.
+        models: by the name they get in the URL.
+        limits: see there.
+        urls: see there.
+        access_log: `-` for standard output, a path, or none; by default among Ray's logs.
+        follow_s: how often aliases are looked up.
+    """
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    keys: Path | None = None
+    models: dict[str, ModelConfig] = Field(min_length=1)
+    limits: Limits = Limits()
+    urls: Urls = Urls()
+    access_log: str | None = "ray"
+    follow_s: PositiveFloat = 5.0
+
+
+def load_config(path: Path) -> dict[str, Any]:
+    """The tree of a `serve.yaml`, to be changed and then checked by `check_config`.
+
+    Raises:
+        ServingError: it cannot be read.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ServingError(f"{path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ServingError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ServingError(f"{path} holds no keys", hint=_HINT)
+    return tree
+
+
+def check_config(tree: dict[str, Any], origin: str) -> ServeConfig:
+    """A configuration out of a tree.
+
+    Raises:
+        ConfigError: keys or values that are not allowed.
+    """
+    try:
+        return ServeConfig.model_validate(tree)
+    except ValidationError as error:
+        raise explain(error, tree, origin, keys=_keys(), hint=_HINT) from None
+
+
+def _keys() -> list[str]:
+    models = (ServeConfig, ModelConfig, Autoscaling, Canary, Limits, Urls)
+    return [name for model in models for name in model.model_fields]

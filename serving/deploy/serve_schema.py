@@ -1,0 +1,248 @@
+"""Ray Serve's own configuration out of ours, and the applications it names.
+
+`serve_schema` is what `mimray serve` runs and what `--build` writes for `serve deploy` and
+KubeRay's RayService; `model` and `root` are what its `import_path`s mean.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+
+from mimray.serving.deploy.config import ModelConfig, ServeConfig
+from mimray.serving.deploy.replicas import (
+    ROOT_APPLICATION,
+    EdgeSettings,
+    ModelReplica,
+    ModelSettings,
+    RootReplica,
+    Routing,
+    require_keys,
+)
+
+# Admission is ours (`PredictorLimits`), because what Serve itself refuses is plain text; this
+# only has to be out of the way.
+MAX_ONGOING_REQUESTS = 1000
+# A new replica is there before an old one goes, however few there are.
+_SURGE_PERCENT = 100
+# Longer than any request may take, so that a replica that goes has answered its last one.
+_LAST_ANSWERS_S = 5
+_SHUTDOWN_POLL_S = 0.2
+
+
+@dataclass(frozen=True)
+class Version:
+    """A bundle that a reference means now.
+
+    Attributes:
+        reference: as it was given.
+        bundle: its directory.
+        number: of the version; `1` for a bundle that is not registered.
+    """
+
+    reference: str
+    bundle: Path
+    number: str
+
+
+@dataclass(frozen=True)
+class Served:
+    """One model as it is to be served now.
+
+    Attributes:
+        name: in the URL.
+        config: of the model.
+        stable: what answers.
+        canary: what answers a share; None for nothing.
+        is_split: whether the canary gets its share, or answers only those who name it.
+    """
+
+    name: str
+    config: ModelConfig
+    stable: Version
+    canary: Version | None = None
+    is_split: bool = True
+
+    @property
+    def routing(self) -> Routing:
+        """Which application answers for which version."""
+        applications = {self.stable.number: self.name}
+        canary = self.config.canary
+        if self.canary is None or canary is None:
+            return Routing(default=self.stable.number, applications=applications)
+        # One that is being promoted answers as the stable one already.
+        applications.setdefault(self.canary.number, application_of(self.name, self.canary))
+        if not self.is_split:
+            return Routing(default=self.stable.number, applications=applications)
+        return Routing(
+            default=self.stable.number,
+            applications=applications,
+            canary=self.canary.number,
+            share=canary.share,
+        )
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a replica gets of the cluster.
+
+    Attributes:
+        num_cpus: as Ray counts them.
+        num_gpus: likewise.
+        num_threads: of a model on a CPU.
+    """
+
+    num_cpus: float
+    num_gpus: float
+    num_threads: int
+
+
+def application_of(name: str, canary: Version) -> str:
+    """The application of a version that is not the default."""
+    return f"{name}@{canary.number}"
+
+
+def serve_schema(
+    config: ServeConfig,
+    models: Sequence[Served],
+    shares: Mapping[str, Share],
+    *,
+    key_sha256: str | None,
+    needs_key: bool,
+) -> dict[str, Any]:
+    """The configuration that Ray Serve is given.
+
+    Args:
+        config: of the endpoint.
+        models: what is served now.
+        shares: what a replica of each model gets.
+        key_sha256: digest of a key from the environment.
+        needs_key: see `EdgeSettings`.
+
+    Source: Ray's `ServeDeploySchema`.
+    """
+    edge = EdgeSettings(
+        keys=config.keys,
+        key_sha256=key_sha256,
+        needs_key=needs_key,
+        limits=config.limits,
+        access_log=config.access_log,
+    )
+    applications = []
+    for served in models:
+        share = shares[served.name]
+        applications.append(_application(config, served, served.stable, edge, share))
+        if served.canary is not None and served.config.canary is not None:
+            applications.append(_application(config, served, served.canary, edge, share))
+    routings = {served.name: served.routing.model_dump(mode="json") for served in models}
+    applications.append(
+        {
+            "name": ROOT_APPLICATION,
+            "route_prefix": "/",
+            "import_path": "mimray.serving.deploy.serve_schema:root",
+            "args": edge.model_dump(mode="json", exclude_defaults=True),
+            "deployments": [{"name": "root", "user_config": routings}],
+        }
+    )
+    return {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": config.host, "port": config.port},
+        "logging_config": {"log_level": "WARNING", "enable_access_log": False},
+        "applications": applications,
+    }
+
+
+def _application(
+    config: ServeConfig, served: Served, version: Version, edge: EdgeSettings, share: Share
+) -> dict[str, Any]:
+    model = served.config
+    is_canary = version is not served.stable
+    prefix = f"/v2/models/{served.name}"
+    settings = ModelSettings(
+        name=served.name,
+        bundle=version.bundle,
+        version=version.number,
+        device=model.device,
+        num_threads=share.num_threads,
+        max_batch_size=model.max_batch_size,
+        batch_wait_ms=model.batch_wait_ms,
+        max_queue_size=model.max_queue_size,
+        max_wait_s=model.max_wait_s,
+        cache_mib=model.cache_mib,
+        compile=model.compile,
+        jpeg_draft=model.jpeg_draft,
+        urls=config.urls,
+        edge=edge,
+    )
+    deployment: dict[str, Any] = {
+        "name": "model",
+        "ray_actor_options": {"num_cpus": share.num_cpus, "num_gpus": share.num_gpus},
+        "user_config": served.routing.model_dump(mode="json"),
+    }
+    if model.autoscaling is None:
+        deployment["num_replicas"] = 1 if is_canary else model.replicas
+    else:
+        scaling = model.autoscaling
+        deployment["autoscaling_config"] = {
+            "min_replicas": scaling.min_replicas,
+            "max_replicas": scaling.max_replicas,
+            "initial_replicas": max(1, scaling.min_replicas),
+            "target_ongoing_requests": scaling.target_requests,
+            "upscale_delay_s": scaling.upscale_delay_s,
+            "downscale_delay_s": scaling.downscale_delay_s,
+            "downscale_to_zero_delay_s": scaling.idle_s,
+        }
+    return {
+        "name": application_of(served.name, version) if is_canary else served.name,
+        "route_prefix": f"{prefix}/versions/{version.number}" if is_canary else prefix,
+        "import_path": "mimray.serving.deploy.serve_schema:model",
+        "args": settings.model_dump(mode="json", exclude_defaults=True),
+        "deployments": [deployment],
+    }
+
+
+# Ray turns `args` into a model by itself only where annotations are not strings, hence the two
+# calls of `model_validate`.
+
+
+def model(args: Mapping[str, Any]) -> Application:
+    """One version of a model as an application; `args` as in `ModelSettings`."""
+    settings = ModelSettings.model_validate(args)
+    require_keys(settings.edge)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    deployment = serve.deployment(
+        serve.ingress()(ModelReplica),
+        name="model",
+        max_ongoing_requests=MAX_ONGOING_REQUESTS,
+        **_lifecycle(settings.edge),
+    )
+    return deployment.bind(settings)
+
+
+def root(args: Mapping[str, Any]) -> Application:
+    """Everything that is not a model as an application; `args` as in `EdgeSettings`."""
+    edge = EdgeSettings.model_validate(args)
+    require_keys(edge)
+    deployment = serve.deployment(
+        serve.ingress()(RootReplica),
+        name="root",
+        max_ongoing_requests=MAX_ONGOING_REQUESTS,
+        **_lifecycle(edge),
+        ray_actor_options={"num_cpus": 0},
+    )
+    return deployment.bind(edge)
+
+
+def _lifecycle(edge: EdgeSettings) -> dict[str, float]:
+    """How replicas come and go."""
+    return {
+        "max_surge_percent": _SURGE_PERCENT,
+        "graceful_shutdown_timeout_s": edge.limits.request_timeout_s + _LAST_ANSWERS_S,
+        "graceful_shutdown_wait_loop_s": _SHUTDOWN_POLL_S,
+    }

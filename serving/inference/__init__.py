@@ -1,0 +1,1 @@
+"""Pictures in, features out: placement, preprocessing, batching, the encoder, its outputs."""

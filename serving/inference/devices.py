@@ -1,0 +1,113 @@
+"""What a model runs on, and whether it is compiled for it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from mimray.trainers.bundles import FrozenEncoder
+
+logger = logging.getLogger(__name__)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a name; `auto` for a GPU where there is one."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def what_pays(
+    compile: str | bool, device: torch.device
+) -> Callable[[FrozenEncoder], object] | None:
+    """What makes an encoder faster.
+
+    Args:
+        compile: `auto` for `compile_encoder` on GPUs and `pack_linears` on CPUs, where a compiled
+            ViT-Ti/16 took 1.09 times as long as one that is not, after 154 s of compiling; True
+            for the first, False for nothing.
+        device: that it runs on.
+    """
+    if compile == "auto":
+        return compile_encoder if device.type == "cuda" else pack_linears
+    return compile_encoder if compile else None
+
+
+def compile_encoder(encoder: FrozenEncoder) -> bool:
+    """Have torch compile an encoder, batches of any size alike; as it was, where that fails.
+
+    Args:
+        encoder: to be changed; where it is, it is compiled for.
+
+    Returns:
+        Whether it is compiled now.
+    """
+    import torch
+
+    inner, card = encoder.encoder, encoder.card
+    device = next(inner.parameters()).device
+    example = torch.zeros(2, card.channels, *card.image_size, device=device)
+    plain = inner.forward_intermediates
+    fast = torch.compile(plain, dynamic=True)
+    try:
+        with torch.inference_mode():
+            fast(example, (), True)
+    except Exception as error:  # compilers fail in every way; what is not compiled still answers
+        logger.warning("the model is not compiled: %s", str(error).splitlines()[0])
+        return False
+    object.__setattr__(inner, "forward_intermediates", fast)
+    return True
+
+
+def pack_linears(encoder: FrozenEncoder) -> None:
+    """Have oneDNN compute an encoder's linear layers, from weights laid out as its kernels read.
+
+    On 2 cores of an EPYC with AVX-512 this made ViT-B/16 1.2 and ViT-Ti/16 1.1 times as fast as
+    torch's own matrix products; numbers change by a few 1e-6. The weights are in memory twice.
+
+    Args:
+        encoder: in float32 on a CPU, to be changed; as it was, where this torch has no oneDNN.
+    """
+    import torch
+    from timm.layers import Mlp
+    from torch import nn
+
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return
+    modules = list(encoder.encoder.modules())
+    # The activation in the same pass over memory as the product before it.
+    fused = {
+        module.fc1
+        for module in modules
+        if isinstance(module, Mlp) and type(module.act) is nn.GELU
+        if module.act.approximate == "none"
+    }
+    for module in modules:
+        if isinstance(module, Mlp) and module.fc1 in fused:
+            module.act = nn.Identity()
+        elif type(module) is nn.Linear:
+            _pack(module, "gelu" if module in fused else "none")
+
+
+def _pack(linear: nn.Linear, activation: str) -> None:
+    """Replace what a layer does, and leave its weights to whoever reads them."""
+    import torch
+
+    # What torch's own compiler makes of a linear layer (`torch._inductor.mkldnn_ir`).
+    operations = torch.ops.mkldnn
+    weight = operations._reorder_linear_weight(linear.weight.detach(), None)
+    bias = None if linear.bias is None else linear.bias.detach()
+    algorithm = "none" if activation == "gelu" else ""
+
+    def forward(x: Tensor) -> Tensor:
+        y: Tensor = operations._linear_pointwise(x, weight, bias, activation, [], algorithm)
+        return y
+
+    object.__setattr__(linear, "forward", forward)

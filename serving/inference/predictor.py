@@ -1,0 +1,399 @@
+"""Pictures in, features out, with no protocol around it.
+
+Decoding runs in threads beside the model; prepared pictures are grouped by shape and options;
+a picture that cannot be used fails alone, whatever it was batched with.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+import numpy as np
+
+from mimray.serving.inference.batcher import Batcher
+from mimray.serving.inference.devices import pick_device, what_pays
+from mimray.serving.inference.options import PYRAMID_STRIDES, EncoderFacts, Options
+from mimray.serving.inference.placement import Placement, Sizing
+from mimray.serving.inference.preprocess import (
+    Array,
+    Picture,
+    PictureLimits,
+    Prepared,
+    Preparer,
+    refuse_unusable,
+    token_validity,
+)
+from mimray.serving.inference.timeline import Timeline
+from mimray.serving.wire.errors import (
+    EndpointError,
+    ModelFailureError,
+    OverloadedError,
+    TooLargeError,
+)
+from mimray.trainers.errors import ImageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mimray.trainers.bundles import BundleCard
+
+Result = TypeVar("Result")
+
+_ITEM_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+# How much the newest batch counts in the estimate of what a picture costs.
+_SMOOTHING = 0.2
+# Two passes of half the threads each outrun one of all threads (1.1 to 1.2 times for ViT-Ti on 2
+# cores): threads of one pass wait for each other at every operation, and longer when decoding takes
+# a core from one of them.
+_LANES = 2
+# Longest that prepared pictures wait for those still being decoded.
+_MAX_PATIENCE_S = 0.1
+_MAX_RETRY_AFTER_S = 60
+
+
+class Prediction(NamedTuple):
+    """Features of one picture.
+
+    Attributes:
+        outputs: by name: `pooled` [D], `tokens` [N, D], maps [D, h, w], of the dtype asked for;
+            bfloat16 as the uint16 that holds its bits.
+        placement: where the picture lay in the model's input.
+    """
+
+    outputs: dict[str, Array]
+    placement: Placement
+
+
+@dataclass(frozen=True)
+class PredictorLimits:
+    """How much is taken in and how it is grouped.
+
+    Attributes:
+        max_batch_size: most pictures in one pass through the model.
+        batch_wait_s: longest wait for company while the model is free.
+        max_queue_size: most pictures admitted and not yet answered.
+        max_wait_s: a request is refused when those before it would take longer than this.
+        max_output_bytes: most bytes of features in one answer.
+        pictures: of each picture.
+    """
+
+    max_batch_size: int = 16
+    batch_wait_s: float = 0.005
+    max_queue_size: int = 256
+    max_wait_s: float = 20.0
+    max_output_bytes: int = 256 * 2**20
+    pictures: PictureLimits = field(default_factory=PictureLimits)
+
+
+class _Key(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: str
+    options: Options
+
+
+class _Waiting(NamedTuple):
+    prepared: Prepared
+    since: float
+    timeline: Timeline
+
+
+class Predictor:
+    """A frozen encoder that takes pictures one request at a time and runs them in batches.
+
+    Args:
+        bundle: directory of the bundle.
+        device: `cpu`, `cuda`, or `auto` for the best there is.
+        num_threads: threads the model may use on a CPU; Ray sets OMP_NUM_THREADS to 1, so
+            this is said explicitly.
+        limits: how much is taken in and how it is grouped.
+        jpeg_draft: decode large JPEGs at a fraction of their size; see `Preparer`.
+        compile: see `what_pays`.
+        on_batch: told the size of every batch and the pixels of its inputs.
+
+    Attributes:
+        card: of the bundle.
+        facts: what options are held against.
+        waiting: pictures admitted and not yet answered.
+    """
+
+    def __init__(
+        self,
+        bundle: Path,
+        *,
+        device: str = "auto",
+        num_threads: int = 1,
+        limits: PredictorLimits | None = None,
+        jpeg_draft: bool = False,
+        compile: str | bool = "auto",
+        on_batch: Callable[[int, int], None] = lambda size, pixels: None,
+    ) -> None:
+        import torch
+
+        from mimray.trainers.bundles import load_bundle
+
+        self.limits = limits or PredictorLimits()
+        self._device = pick_device(device)
+        # One for the whole model, and one for each lane; at any time either the one is in use or
+        # the others. The one loads the model, too: once OpenMP has more workers than cores, they
+        # sleep between operations (a picture took ViT-Ti 37 ms instead of 25 on 2 cores).
+        self._model_thread = _threads(1, "model", num_threads=num_threads)
+        loading = self._model_thread.submit(lambda: load_bundle(bundle).to(self._device))
+        self._encoder = loading.result()
+        self.card: BundleCard = self._encoder.card
+        encoder = self._encoder.encoder
+        self.facts = EncoderFacts(
+            depth=encoder.depth,
+            width=encoder.width,
+            stride=encoder.stride,
+            strides=tuple(encoder.strides),
+            widths=tuple(encoder.widths),
+            trained=self.card.image_size,
+            pooling=self.card.pooling,
+            has_class_token=getattr(encoder, "num_prefix_tokens", 0) > 0,
+            max_input_pixels=self.limits.pictures.max_input_pixels,
+        )
+        self._faster = what_pays(compile, self._device)
+        self.waiting = 0
+        self._seconds_per_picture = 0.0
+        self._on_batch = on_batch
+        self._mean, self._std = (
+            torch.tensor(values, device=self._device).view(1, -1, 1, 1)
+            for values in (self.card.mean, self.card.std)
+        )
+        self._preparer = Preparer(self.card, encoder.stride, self.limits.pictures, draft=jpeg_draft)
+        self._decoders = _threads(max(2, num_threads), "decode", num_threads=1)
+        lanes = _LANES if self._device.type == "cpu" and num_threads >= _LANES else 1
+        self._lanes = _threads(lanes, "lane", num_threads=num_threads // lanes)
+        self._num_lanes = lanes
+        self._batcher: Batcher[_Key, _Waiting, Prediction] = Batcher(
+            self._run_batch,
+            max_batch_size=self.limits.max_batch_size,
+            batch_wait_s=self.limits.batch_wait_s,
+            lanes=lanes,
+            patience_s=self._patience_s,
+        )
+
+    def warm_up(self) -> None:
+        """Run the model a few times, so that no request pays for the first, and time it."""
+        height, width = self.card.image_size
+        if self._faster is not None:
+            self._model_thread.submit(self._faster, self._encoder).result()
+        blank = np.zeros((self.card.channels, height, width), np.uint8)
+        item = Prepared(blank, Placement((height, width), (height, width), (height, width)))
+        options = Options(tokens=True, layers=(self.facts.depth - 1,))
+        for _ in range(2):
+            started = time.perf_counter()
+            self._model_thread.submit(self._forward, [item], options).result()
+        self._seconds_per_picture = time.perf_counter() - started
+
+    async def predict(
+        self, pictures: Sequence[Picture], options: Options, timeline: Timeline | None = None
+    ) -> list[Prediction]:
+        """Features of every picture, in order.
+
+        Args:
+            pictures: see `Picture`.
+            options: what to compute.
+            timeline: where to note when the phases ran.
+
+        Raises:
+            UnusablePictureError: some pictures cannot be used; it lists all of them.
+            TooLargeError: the answer would be too large.
+            OverloadedError: too many pictures are waiting already.
+            ModelFailureError: the model failed.
+        """
+        self.admit(len(pictures))
+        timeline = timeline or Timeline()
+        self.waiting += len(pictures)
+        try:
+            with self._batcher.expecting(len(pictures)):
+                prepared = await self._prepare(pictures, options.sizing, timeline)
+            self._check_output(prepared, options)
+            now = time.perf_counter()
+            return await asyncio.gather(
+                *(
+                    self._batcher.submit(
+                        _Key(item.pixels.shape, item.pixels.dtype.str, options),
+                        _Waiting(item, now, timeline),
+                    )
+                    for item in prepared
+                )
+            )
+        finally:
+            self.waiting -= len(pictures)
+
+    def admit(self, count: int) -> None:
+        """Refuse `count` more pictures when those waiting are too many already.
+
+        Raises:
+            OverloadedError: it says when to come back.
+        """
+        wait_s = self.waiting * self._seconds_per_picture
+        # Whoever comes to an empty house is let in, however slow the model is.
+        full = self.waiting and self.waiting + count > self.limits.max_queue_size
+        if full or wait_s > self.limits.max_wait_s:
+            raise OverloadedError(
+                f"{self.waiting} pictures are waiting already",
+                retry_after_s=max(1, min(_MAX_RETRY_AFTER_S, math.ceil(wait_s / 2))),
+            )
+
+    async def alone(self, work: Callable[[], Result], timeline: Timeline) -> Result:
+        """Run something in the model's thread, after the batch that is in it.
+
+        Args:
+            work: what to run; an `ImageError` becomes an `UnusablePictureError`.
+            timeline: where to note when it ran.
+
+        Raises:
+            OverloadedError: too many pictures are waiting already.
+        """
+        self.admit(1)
+        asked = time.perf_counter()
+
+        def run() -> Result:
+            started = time.perf_counter()
+            timeline.add("queue", asked, started)
+            try:
+                return work()
+            finally:
+                timeline.add("model", started, time.perf_counter())
+
+        self.waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._model_thread, run)
+        except ImageError as error:
+            refuse_unusable([error])
+            raise
+        finally:
+            self.waiting -= 1
+
+    async def close(self) -> None:
+        """Stop the batcher and the threads."""
+        await self._batcher.close()
+        for threads in (self._decoders, self._model_thread, self._lanes):
+            threads.shutdown(wait=False, cancel_futures=True)
+
+    def _patience_s(self) -> float:
+        """While a lane is idle others decode: as long as one picture takes is well spent."""
+        return min(_MAX_PATIENCE_S, self._num_lanes * self._seconds_per_picture)
+
+    async def _prepare(
+        self, pictures: Sequence[Picture], sizing: Sizing, timeline: Timeline
+    ) -> list[Prepared]:
+        loop = asyncio.get_running_loop()
+        asked = time.perf_counter()
+
+        def prepare(picture: Picture) -> Prepared:
+            started = time.perf_counter()
+            try:
+                return self._preparer.prepare(picture, sizing)
+            finally:
+                timeline.add("queue", asked, started)
+                timeline.add("decode", started, time.perf_counter())
+
+        outcomes = await asyncio.gather(
+            *(loop.run_in_executor(self._decoders, prepare, picture) for picture in pictures),
+            return_exceptions=True,
+        )
+        refuse_unusable(outcomes)
+        return [outcome for outcome in outcomes if isinstance(outcome, Prepared)]
+
+    def _check_output(self, prepared: Sequence[Prepared], options: Options) -> None:
+        size = sum(output_bytes(self.facts, item.placement, options) for item in prepared)
+        if size > self.limits.max_output_bytes:
+            raise TooLargeError(
+                f"the answer would have {size} bytes, at most {self.limits.max_output_bytes} "
+                "are given",
+                hint="ask for fewer layers or pictures, a smaller `size`, or dtype float16",
+            )
+
+    async def _run_batch(
+        self, key: _Key, items: Sequence[_Waiting], lanes: int
+    ) -> list[Prediction]:
+        loop = asyncio.get_running_loop()
+        threads = self._model_thread if lanes == self._num_lanes else self._lanes
+        started = time.perf_counter()
+        try:
+            outputs = await loop.run_in_executor(
+                threads, self._forward, [item.prepared for item in items], key.options
+            )
+        except EndpointError:
+            raise
+        except Exception as error:
+            raise ModelFailureError(f"{type(error).__name__}: {error}") from error
+        ended = time.perf_counter()
+        for item in items:
+            item.timeline.add("batch_wait", item.since, started)
+            item.timeline.add("model", started, ended)
+        per_picture = (ended - started) * lanes / self._num_lanes / len(items)
+        self._seconds_per_picture += _SMOOTHING * (per_picture - self._seconds_per_picture)
+        self._on_batch(len(items), len(items) * math.prod(key.shape[1:]))
+        return [
+            Prediction(
+                {name: values[index] for name, values in outputs.items()}, item.prepared.placement
+            )
+            for index, item in enumerate(items)
+        ]
+
+    def _forward(self, items: Sequence[Prepared], options: Options) -> dict[str, Array]:
+        import torch
+
+        from mimray.serving.inference.outputs import compute_outputs
+
+        with torch.inference_mode():
+            # uint8 to the device, a quarter of the bytes; normalised there.
+            batch = torch.from_numpy(np.stack([item.pixels for item in items])).to(self._device)
+            images = (
+                batch
+                if batch.is_floating_point()
+                else (batch.float().div_(255) - self._mean) / self._std
+            )
+            valid = None
+            if not all(item.placement.is_whole for item in items):
+                stride = self.facts.stride
+                flags = np.stack([token_validity(item.placement, stride) for item in items])
+                valid = torch.from_numpy(flags).to(self._device)
+            outputs = compute_outputs(self._encoder, images, valid, options)
+            return {name: _to_numpy(tensor) for name, tensor in outputs.items()}
+
+
+def output_bytes(facts: EncoderFacts, placement: Placement, options: Options) -> int:
+    """Bytes of one picture's features, but for the few of int8 scales."""
+    height, width = placement.input_size
+    pixels = height * width
+    numbers = facts.width if options.pooled else 0
+    if options.tokens:
+        numbers += facts.width * pixels // facts.stride**2
+    numbers += sum(facts.widths[i] * pixels // facts.strides[i] ** 2 for i in options.layers)
+    if options.pyramid is not None:
+        widest = facts.widths[options.pyramid]
+        numbers += sum(widest * math.ceil(pixels / s**2) for s in PYRAMID_STRIDES)
+    return numbers * _ITEM_SIZES[options.dtype]
+
+
+def _threads(count: int, name: str, *, num_threads: int) -> ThreadPoolExecutor:
+    """Threads in each of which torch may use so many: it keeps that number a thread."""
+    import torch
+
+    return ThreadPoolExecutor(
+        count,
+        thread_name_prefix=name,
+        initializer=torch.set_num_threads,
+        initargs=(num_threads,),
+    )
+
+
+def _to_numpy(tensor: Tensor) -> Array:
+    import torch
+
+    tensor = tensor.contiguous().cpu()
+    if tensor.dtype == torch.bfloat16:  # which numpy does not have
+        return tensor.view(torch.int16).numpy().view(np.uint16)
+    return tensor.numpy()

@@ -1,0 +1,201 @@
+"""One picture from bytes or pixels to the model's input; runs in threads beside the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from mimray.serving.inference.placement import Placement, Size, Sizing, place
+from mimray.serving.wire.errors import InvalidRequestError, UnusablePictureError
+from mimray.trainers.errors import ImageError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from mimray.trainers.bundles import BundleCard
+
+Array = np.ndarray[Any, Any]
+Picture = bytes | Array
+"""An encoded picture; pixels uint8 [H, W, C]; or a normalised input float32 [C, H, W]."""
+
+
+@dataclass(frozen=True)
+class PictureLimits:
+    """What is taken in.
+
+    Attributes:
+        max_pixels: most pixels of one picture, checked from its header.
+        max_frames: most frames of one file; only the first is looked at, but counting is work.
+        max_input_pixels: most pixels of the model's input.
+    """
+
+    max_pixels: int = 50_000_000
+    max_frames: int = 100
+    max_input_pixels: int = 1536 * 1536
+
+
+class Prepared(NamedTuple):
+    """A picture as the model takes it.
+
+    Attributes:
+        pixels: uint8 [C, H, W], or float32 and normalised.
+        placement: where the picture lies in it.
+    """
+
+    pixels: Array
+    placement: Placement
+
+
+class Preparer:
+    """Brings pictures to one encoder's input.
+
+    Args:
+        card: the bundle's.
+        stride: the encoder's, pixels.
+        limits: what is taken in.
+        draft: decode a JPEG at 1/2, 1/4 or 1/8 where that is still larger than the input; faster,
+            and the pixels differ a little.
+    """
+
+    def __init__(
+        self, card: BundleCard, stride: int, limits: PictureLimits, *, draft: bool = False
+    ) -> None:
+        self._card = card
+        self._stride = stride
+        self._limits = limits
+        self._draft = draft
+        # Padding of the mean colour is zero once normalised.
+        self._padding = tuple(round(255 * value) for value in card.mean)
+
+    def prepare(self, picture: Picture, sizing: Sizing) -> Prepared:
+        """Decode, resize and pad one picture.
+
+        Raises:
+            ImageError: the picture cannot be used.
+            TooLargeError: its input would be too large.
+        """
+        if isinstance(picture, bytes):
+            return self._fit(*self._decoded(picture, sizing), sizing)
+        if picture.dtype == np.float32:
+            return self._as_it_is(picture)
+        _check_pixels(picture, self._card.channels, self._limits.max_pixels)
+        source = picture.shape[0], picture.shape[1]
+        placement = self._placed(source, sizing)
+        if placement.input_size == source:
+            return Prepared(picture.transpose(2, 0, 1), placement)
+        return self._fit(_image_from_pixels(picture, placement.input_size), source, sizing)
+
+    def _decoded(self, data: bytes, sizing: Sizing) -> tuple[Image.Image, Size]:
+        from mimray.trainers.data.decode import decode, read_size
+
+        card, limits = self._card, self._limits
+        if card.channels not in (1, 3):
+            raise ImageError(
+                "wrong_channels",
+                f"encoded pictures give 3 channels, the model takes {card.channels}",
+                hint="send UINT8 pixels",
+            )
+        enough = None
+        if self._draft:
+            width, height = read_size(data)
+            rows, columns = self._placed((height, width), sizing).shown_size
+            enough = columns, rows
+        image, header = decode(
+            data, max_pixels=limits.max_pixels, max_frames=limits.max_frames, draft_size=enough
+        )
+        if card.channels == 1:
+            image = image.convert("L")
+        return image, (header.height, header.width)
+
+    def _placed(self, source: Size, sizing: Sizing) -> Placement:
+        return place(
+            source,
+            sizing,
+            trained=self._card.image_size,
+            stride=self._stride,
+            max_pixels=self._limits.max_input_pixels,
+        )
+
+    def _fit(self, image: Image.Image, source: Size, sizing: Sizing) -> Prepared:
+        from mimray.trainers.data.transforms import inference_view
+
+        placement = self._placed(source, sizing)
+        shown = inference_view(image, placement.shown_size, self._card.interpolation)
+        if placement.is_whole:
+            return Prepared(shown, placement)
+        rows, columns = placement.shown_size
+        canvas = np.empty((shown.shape[0], *placement.input_size), np.uint8)
+        canvas[:] = np.array(self._padding, np.uint8)[:, None, None]
+        canvas[:, :rows, :columns] = shown
+        return Prepared(canvas, placement)
+
+    def _as_it_is(self, values: Array) -> Prepared:
+        channels, height, width = values.shape
+        if channels != self._card.channels:
+            raise ImageError(
+                "wrong_channels", f"{channels} channels, the model takes {self._card.channels}"
+            )
+        size = height, width
+        placement = self._placed(size, Sizing("stretch", size))
+        if not np.isfinite(values).all():
+            raise ImageError("not_finite", "the values hold NaN or infinity")
+        return Prepared(values, placement)
+
+
+def token_validity(placement: Placement, stride: int) -> Array:
+    """Which tokens, bool [N], stand for some of the picture rather than for padding alone."""
+    rows, columns = (side // stride for side in placement.input_size)
+    down = np.arange(rows) * stride < placement.shown_size[0]
+    across = np.arange(columns) * stride < placement.shown_size[1]
+    return (down[:, None] & across[None]).reshape(-1)
+
+
+def _check_pixels(pixels: Array, channels: int, max_pixels: int) -> None:
+    height, width, found = pixels.shape
+    if found != channels:
+        raise ImageError("wrong_channels", f"{found} channels, the model takes {channels}")
+    if min(height, width) < 2:
+        raise ImageError("too_small", f"{width} x {height} pixels; each side needs at least 2")
+    if height * width > max_pixels:
+        raise ImageError(
+            "too_large", f"{width} x {height} pixels are more than the allowed {max_pixels}"
+        )
+
+
+def _image_from_pixels(pixels: Array, input_size: Size) -> Image.Image:
+    from PIL import Image
+
+    channels = pixels.shape[2]
+    if channels not in (1, 3):
+        raise InvalidRequestError(
+            f"pictures of {channels} channels are not resized here",
+            hint=f"send them at {input_size[0]} x {input_size[1]} (height x width)",
+        )
+    return Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
+
+
+def refuse_unusable(outcomes: Sequence[Prepared | BaseException]) -> None:
+    """Raise for what could not be prepared, saying which pictures and why.
+
+    Args:
+        outcomes: of every picture, in order.
+
+    Raises:
+        UnusablePictureError: some cannot be used; it lists all of them.
+    """
+    unusable = []
+    for index, outcome in enumerate(outcomes):
+        if isinstance(outcome, ImageError):
+            unusable.append({"index": index, "reason": outcome.reason, "message": str(outcome)})
+        elif isinstance(outcome, BaseException):
+            raise outcome
+    if unusable:
+        first = unusable[0]
+        more = f" (and {len(unusable) - 1} more)" if len(unusable) > 1 else ""
+        raise UnusablePictureError(
+            f"picture {first['index']} cannot be used: {first['message']}{more}",
+            details={"pictures": unusable},
+        )

@@ -1,0 +1,1 @@
+"""What a model can be asked, one file an operation, and what they read and write."""

@@ -1,0 +1,49 @@
+"""`/v1/features`: pictures in as bodies or forms, features out in the format that is accepted."""
+
+from __future__ import annotations
+
+from mimray.serving.inference.options import NAMES, Options, parse_options
+from mimray.serving.inference.predictor import Predictor
+from mimray.serving.inference.timeline import Timeline
+from mimray.serving.operations.calls import Call, Reply
+from mimray.serving.operations.metadata import Identity, answer_metadata
+from mimray.serving.operations.request_images import Fetch, read_pictures
+from mimray.serving.operations.response_formats import WRITERS, Answer, negotiate
+from mimray.serving.wire.errors import InvalidRequestError
+
+_QUERY = ("model", "version", "outputs", *NAMES)
+_PLAIN = ("pooled", "tokens")
+
+
+async def features(
+    call: Call, identity: Identity, predictor: Predictor, timeline: Timeline, fetch: Fetch
+) -> tuple[Reply, int]:
+    """Answer one request; gives the number of pictures, too."""
+    media = negotiate(call.headers.get("accept", ""))
+    options = _options(call, identity)
+    pictures = await read_pictures(call, fetch, max_pictures=identity.max_pictures)
+    predictions = await predictor.predict(pictures, options, timeline)
+    names = tuple(
+        name
+        for output in options.names
+        for name in ((output, f"{output}_scale") if options.dtype == "int8" else (output,))
+    )
+    answer = Answer(names, predictions, answer_metadata(identity, options, predictions))
+    body, headers = WRITERS[media](answer)
+    return Reply(200, {"Content-Type": media, "Vary": "Accept", **headers}, body), len(pictures)
+
+
+def _options(call: Call, identity: Identity) -> Options:
+    unknown = call.query.keys() - set(_QUERY)
+    if unknown:
+        raise InvalidRequestError(
+            f"there is no parameter {sorted(unknown)[0][:40]!r}", hint=f"there are {list(_QUERY)}"
+        )
+    wanted = [word.strip() for word in call.query.get("outputs", "").split(",") if word.strip()]
+    plain = [word for word in wanted if word in _PLAIN]
+    if len(plain) == len(wanted):
+        # Maps are asked for by `layers` and `pyramid`; where they are, nothing else is implied.
+        maps = call.query.get("layers") or call.query.get("pyramid")
+        default = plain if wanted else (() if maps else ("pooled",))
+        return parse_options(call.query, identity.facts, default=default)
+    return parse_options(call.query, identity.facts, outputs=wanted)

@@ -1,0 +1,209 @@
+"""The Open Inference Protocol v2 for one model: what it says of itself, and inference.
+
+Input `image` is `BYTES` [B], encoded pictures; `UINT8` [B, H, W, C], pixels; or `FP32`/`FP16`
+[B, C, H, W], normalised by the model's own mean and std. Outputs: those of
+`inference.options.Options`, and of each picture `source_size` INT64 [B, 2] (height, width),
+`transform` FP64 [B, 3, 3] (from the picture to the model's input) and `valid_region` FP64 [B, 4].
+The answer's parameters: `grid` (of the tokens) and `input_size`, both `rows,columns`, and
+`metadata`, JSON.
+
+Source: kserve/open-inference-protocol; Triton's extensions for binary tensors, model
+configuration and statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mimray.serving.inference.options import NAMES, PYRAMID_STRIDES, Options, parse_options
+from mimray.serving.inference.predictor import Prediction, Predictor
+from mimray.serving.inference.preprocess import Array, Picture
+from mimray.serving.inference.timeline import Timeline
+from mimray.serving.operations.calls import Call, Reply
+from mimray.serving.operations.metadata import Identity, answer_metadata
+from mimray.serving.operations.response_formats import dumps, stacked
+from mimray.serving.wire.errors import InvalidRequestError, ModelFailureError, TooLargeError
+from mimray.serving.wire.oip_messages import (
+    HEADER_LENGTH,
+    InferRequest,
+    NamedTensor,
+    Parameters,
+    RequestedOutput,
+    build_response,
+    parse_request,
+)
+
+PLATFORM = "mimray_pytorch"
+_GEOMETRY = ("source_size", "transform", "valid_region")
+_DEFAULT = ("pooled", "tokens")
+# Parameters that the protocol and its clients have for other purposes; without meaning here.
+_FOREIGN = frozenset(
+    ("binary_data_output", "priority", "timeout", "sequence_id", "sequence_start", "sequence_end")
+)
+
+
+def model_metadata(identity: Identity, versions: Sequence[str]) -> dict[str, Any]:
+    """The protocol's description of a model."""
+    facts = identity.facts
+    # The grid follows from the size asked for, so it is left open.
+    outputs = [
+        _tensor("pooled", "FP32", [-1, facts.width]),
+        _tensor("tokens", "FP32", [-1, -1, facts.width]),
+        _tensor("source_size", "INT64", [-1, 2]),
+        _tensor("transform", "FP64", [-1, 3, 3]),
+        _tensor("valid_region", "FP64", [-1, 4]),
+        *(_tensor(f"layer_{i}", "FP32", [-1, w, -1, -1]) for i, w in enumerate(facts.widths)),
+        *(_tensor(f"pyramid_{s}", "FP32", [-1, -1, -1, -1]) for s in PYRAMID_STRIDES),
+    ]
+    return {
+        "name": identity.name,
+        "versions": list(versions),
+        "platform": PLATFORM,
+        "inputs": [_tensor("image", "BYTES", [-1])],
+        "outputs": outputs,
+        "parameters": identity.public(),
+    }
+
+
+def model_config(identity: Identity, versions: Sequence[str]) -> dict[str, Any]:
+    """Triton's model configuration, as far as its tools read it."""
+    metadata = model_metadata(identity, versions)
+    types = {"BYTES": "TYPE_STRING"}
+
+    def described(tensors: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [
+            {
+                "name": tensor["name"],
+                "data_type": types.get(tensor["datatype"], f"TYPE_{tensor['datatype']}"),
+                "dims": tensor["shape"],
+            }
+            for tensor in tensors
+        ]
+
+    return {
+        "name": identity.name,
+        "platform": PLATFORM,
+        "backend": PLATFORM,
+        # 0: the first dimension of every tensor is the batch, written out.
+        "max_batch_size": 0,
+        "input": described(metadata["inputs"]),
+        "output": described(metadata["outputs"]),
+        "version_policy": {"latest": {"num_versions": 1}},
+    }
+
+
+async def infer(
+    call: Call, identity: Identity, predictor: Predictor, timeline: Timeline
+) -> tuple[Reply, int]:
+    """Answer one inference request; gives the number of pictures, too."""
+    request = parse_request(call.body, call.headers.get(HEADER_LENGTH.lower()))
+    pictures = _pictures(request.inputs, identity.max_pictures)
+    unknown = request.parameters.keys() - {*NAMES, *_FOREIGN}
+    if unknown:
+        raise InvalidRequestError(
+            f"there is no parameter {sorted(unknown)[0][:40]!r}", hint=f"there are {list(NAMES)}"
+        )
+    named = [output.name for output in request.outputs]
+    options = parse_options(
+        request.parameters,
+        identity.facts,
+        outputs=[name for name in named if name not in _GEOMETRY],
+        default=() if named else _DEFAULT,
+    )
+    predictions = await predictor.predict(pictures, options, timeline)
+    names = tuple(named) or options.names
+    tensors = _tensors(names, predictions, options)
+    metadata = answer_metadata(identity, options, predictions)
+    parameters: Parameters = {"metadata": dumps(metadata)}
+    if len({p.placement.input_size for p in predictions}) == 1:
+        first = metadata["pictures"][0]
+        parameters["grid"] = ",".join(map(str, first["grid"]))
+        parameters["input_size"] = ",".join(map(str, first["input_size"]))
+    try:
+        body = build_response(
+            _with_scales(request, tensors),
+            tensors,
+            model_name=identity.name,
+            model_version=identity.version,
+            parameters=parameters,
+        )
+    except ValueError as error:  # JSON has no words for NaN and infinity
+        raise ModelFailureError("the features are not finite") from error
+    return Reply(200, body.headers, body.content), len(pictures)
+
+
+def _pictures(inputs: Sequence[NamedTensor], max_pictures: int) -> list[Picture]:
+    if len(inputs) != 1 or inputs[0].name != "image":
+        raise InvalidRequestError(
+            f"inputs {[tensor.name[:40] for tensor in inputs[:5]]} were sent",
+            hint="send exactly one, named `image`",
+        )
+    tensor = inputs[0]
+    count = tensor.shape[0] if tensor.shape else 0
+    if count == 0:
+        raise InvalidRequestError("`image` holds no picture")
+    if count > max_pictures:
+        raise TooLargeError(
+            f"{count} pictures in one request, at most {max_pictures} are taken",
+            hint="send several requests",
+        )
+    if isinstance(tensor.data, list):
+        return list(tensor.data)
+    if tensor.datatype not in ("UINT8", "FP32", "FP16") or len(tensor.shape) != 4:
+        raise InvalidRequestError(
+            f"`image` came as {tensor.datatype} {list(tensor.shape)}",
+            hint="send BYTES [B] (encoded pictures), UINT8 [B, H, W, C] (pixels) or FP32 "
+            "[B, C, H, W] (normalised)",
+        )
+    if tensor.datatype == "UINT8":
+        return list(tensor.data)
+    return list(tensor.data.astype(np.float32, copy=False))
+
+
+def _tensors(
+    names: Sequence[str], predictions: Sequence[Prediction], options: Options
+) -> dict[str, Array]:
+    tensors: dict[str, Array] = {}
+    for name in names:
+        if name in _GEOMETRY:
+            tensors[name] = _geometry(name, predictions)
+            continue
+        for output in (name, f"{name}_scale") if options.dtype == "int8" else (name,):
+            parts = [prediction.outputs[output] for prediction in predictions]
+            if len({part.shape for part in parts}) > 1:
+                raise InvalidRequestError(
+                    f"pictures of different sizes have {name} of different shapes",
+                    hint="send one a request, or use `size` keep or a fixed one",
+                )
+            tensors[output] = stacked(parts)
+    return tensors
+
+
+def _geometry(name: str, predictions: Sequence[Prediction]) -> Array:
+    placements = [prediction.placement for prediction in predictions]
+    if name == "source_size":
+        return np.array([p.source_size for p in placements], np.int64)
+    if name == "transform":
+        return np.array([p.transform for p in placements], np.float64)
+    return np.array([p.valid_region for p in placements], np.float64)
+
+
+def _with_scales(request: InferRequest, tensors: Mapping[str, Array]) -> InferRequest:
+    """The request with the scales of int8 outputs among those it names."""
+    if not request.outputs:
+        return request
+    binary = {output.name: output.binary for output in request.outputs}
+    wanted = tuple(
+        RequestedOutput(name, binary[name if name in binary else name.removesuffix("_scale")])
+        for name in tensors
+    )
+    return InferRequest(
+        request.inputs, wanted, request.binary_output, request.parameters, request.id
+    )
+
+
+def _tensor(name: str, datatype: str, shape: list[int]) -> dict[str, Any]:
+    return {"name": name, "datatype": datatype, "shape": shape}

@@ -1,0 +1,1 @@
+"""What client and server share: tensors, messages, errors; neither torch nor Ray."""

@@ -1,0 +1,106 @@
+"""Holding weights against the modules they are for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Size, Tensor, nn
+
+from mimray.trainers.config.method import BEiTConfig, MAEConfig, MaskFeatConfig, SimMIMConfig
+from mimray.trainers.config.model import ConvConfig, DalleConfig, EncoderConfig, ViTConfig
+from mimray.trainers.config.run import Recipe
+from mimray.trainers.models import build_encoder
+from mimray.trainers.models.decoders import MAEDecoder
+from mimray.trainers.models.hog import HOG
+
+Shapes = Mapping[str, Size]
+
+
+def encoder_shapes(encoder: EncoderConfig, size: tuple[int, int], channels: int) -> Shapes:
+    """The parameters of an encoder, which is not really made.
+
+    Args:
+        encoder: architecture.
+        size: (height, width) of the input, pixels.
+        channels: of the input.
+    """
+    with torch.device("meta"):
+        return _shapes(build_encoder(encoder, size, channels))
+
+
+def method_shapes(recipe: Recipe) -> Shapes:
+    """The parameters of a method beside its encoder's.
+
+    Args:
+        recipe: of mae, beit, simmim, or maskfeat without a decoder.
+    """
+    encoder, method, channels = recipe.encoder, recipe.method, recipe.data.channels
+    if isinstance(method, MAEConfig):
+        assert isinstance(encoder, ViTConfig)
+        with torch.device("meta"):
+            decoder = MAEDecoder(
+                encoder_width=encoder.width,
+                width=method.decoder_width,
+                depth=method.decoder_depth,
+                num_heads=method.decoder_num_heads,
+                grid=recipe.grid,
+                out_dim=encoder.stride**2 * channels,
+            )
+        return _shapes(nn.ModuleDict({"decoder": decoder}))
+    if isinstance(method, BEiTConfig):
+        out_dim = method.vocab_size
+    elif isinstance(method, SimMIMConfig):
+        out_dim = encoder.stride**2 * channels
+    else:
+        assert isinstance(method, MaskFeatConfig)
+        out_dim = HOG(channels, method.hog_bins, method.hog_cell_px, encoder.stride).out_dim
+    assert not isinstance(encoder, ConvConfig | DalleConfig)
+    return {
+        "mask_token": Size((1, 1, encoder.width)),  # in a swin of the first stage
+        "head.weight": Size((out_dim, encoder.out_width)),
+        "head.bias": Size((out_dim,)),
+    }
+
+
+class Fit(NamedTuple):
+    """What fits, and in words what does not.
+
+    Attributes:
+        kept: parameters of the wanted names and shapes.
+        missing: wanted names that none of them has.
+        left_out: names of the rest.
+        problems: a line a name.
+    """
+
+    kept: dict[str, Tensor]
+    missing: tuple[str, ...]
+    left_out: tuple[str, ...]
+    problems: tuple[str, ...]
+
+
+def fit(state: Mapping[str, Tensor], wanted: Shapes) -> Fit:
+    """Sort parameters by whether they fit.
+
+    Args:
+        state: what there is.
+        wanted: what there should be.
+    """
+    kept = {k: v for k, v in state.items() if wanted.get(k) == v.shape}
+    problems = [f"missing {k}" for k in wanted if k not in state]
+    for key, value in state.items():
+        if key not in wanted:
+            problems.append(f"unexpected {key}")
+        elif key not in kept:
+            problems.append(f"{key} is {tuple(value.shape)}, wanted {tuple(wanted[key])}")
+    return Fit(
+        kept,
+        missing=tuple(k for k in wanted if k not in kept),
+        left_out=tuple(k for k in state if k not in kept),
+        problems=tuple(problems),
+    )
+
+
+def _shapes(module: nn.Module) -> Shapes:
+    return {key: value.shape for key, value in module.state_dict().items()}

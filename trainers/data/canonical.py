@@ -1,0 +1,73 @@
+"""One picture on its way into a dataset: verified, upright, bounded, otherwise left alone."""
+
+from __future__ import annotations
+
+import io
+from typing import NamedTuple
+
+from PIL import Image
+
+from mimray.trainers.data.decode import decode, resized_short_side
+
+# Visually lossless at a third of PNG's size; full-resolution colour, because the picture has
+# just been made small and 4:2:0 would halve its colours again.
+JPEG_QUALITY = 92
+JPEG_SUBSAMPLING = "4:4:4"
+
+_LOSSLESS = frozenset(("PNG", "GIF", "BMP", "TIFF", "PPM"))
+
+
+class Normalised(NamedTuple):
+    """A picture as it will be stored.
+
+    Attributes:
+        data: encoded bytes, JPEG or PNG.
+        width: columns in pixels.
+        height: rows in pixels.
+        reencoded: whether `data` differs from what came in.
+    """
+
+    data: bytes
+    width: int
+    height: int
+    reencoded: bool
+
+
+def normalise(data: bytes, short_side_px: int | None) -> Normalised:
+    """Verify a picture by decoding all of it, and re-encode it only if it must change.
+
+    An upright 8-bit RGB or gray JPEG or PNG whose short side is within the bound keeps its
+    bytes, metadata included. Others become upright RGB (or gray, if they were), at most
+    `short_side_px` on the short side, never enlarged: PNG where a lossless picture keeps its
+    size, so that no pixel changes; JPEG (quality 92, 4:4:4) where it is resampled or was
+    lossy already.
+
+    Args:
+        data: the encoded picture.
+        short_side_px: bound of the short side; None for no bound.
+
+    Raises:
+        ImageError: when the picture cannot be used.
+    """
+    # Twice the target is enough for the final resampling, and large JPEGs decode faster.
+    draft_size = None if short_side_px is None else (2 * short_side_px, 2 * short_side_px)
+    image, header = decode(data, draft_size=draft_size)
+    fits = short_side_px is None or min(header.width, header.height) <= short_side_px
+    if header.plain and fits:
+        return Normalised(data, header.width, header.height, reencoded=False)
+    if not fits:
+        assert short_side_px is not None
+        image = resized_short_side(image, short_side_px)
+    if header.mode in ("1", "L", "LA") or header.mode.startswith("I"):
+        image = image.convert("L")
+    lossless = fits and header.format in _LOSSLESS
+    return Normalised(_encode(image, lossless), image.width, image.height, reencoded=True)
+
+
+def _encode(image: Image.Image, lossless: bool) -> bytes:
+    buffer = io.BytesIO()
+    if lossless:
+        image.save(buffer, "PNG")
+    else:
+        image.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=JPEG_SUBSAMPLING)
+    return buffer.getvalue()

@@ -1,0 +1,216 @@
+"""What an ingest reads: files or row groups, listed up front, read by the workers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs as pafs
+
+from mimray.trainers.data.discover import class_folders, discover
+from mimray.trainers.data.files import (
+    is_file,
+    is_parquet,
+    is_picture,
+    join,
+    locate,
+    parent,
+    read_bytes,
+    split_options,
+)
+from mimray.trainers.data.parquet import Layout, all_null, common_layout, leaf, read_footers
+from mimray.trainers.errors import DataError, EmptyDatasetError
+
+# One unit is read at once: a picture file (`group` null) or a row group of Parquet.
+UNITS = pa.schema(
+    [
+        ("uri", pa.string()),  # absolute
+        ("source", pa.string()),  # relative, so that moving the data changes nothing
+        ("label", pa.int64()),
+        ("group", pa.int32()),
+        ("first_row", pa.int64()),  # of the group, in its file
+        ("num_rows", pa.int64()),
+    ]
+)
+
+
+class Taken(NamedTuple):
+    """One picture as found, or why it could not be read.
+
+    Attributes:
+        source: where it came from, relative to the dataset.
+        label: class, or None.
+        data: encoded bytes; None when they could not be read.
+        reason: a short word when `data` is None, e.g. `missing`.
+        message: the whole story.
+    """
+
+    source: str
+    label: int | None
+    data: bytes | None
+    reason: str = ""
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Intake:
+    """Everything to be read, in the order of the dataset to come.
+
+    Attributes:
+        units: table of schema `UNITS`.
+        num_pictures: how many pictures the units hold.
+        layout: columns of the Parquet shards; None for files.
+        labelled: whether pictures have labels.
+        class_names: by label.
+        num_ignored: files passed over; see `Contents`.
+    """
+
+    units: pa.Table
+    num_pictures: int
+    layout: Layout | None
+    labelled: bool
+    class_names: tuple[str, ...]
+    num_ignored: int
+
+
+def plan_intake(src: str, split: str | None = None) -> Intake:
+    """List what an ingest will read.
+
+    Args:
+        src: folder of pictures, Parquet (file or folder), or a text file with one URI or path
+            a line (relative ones are relative to the text file; `#` starts a comment line).
+        split: the split to take where there are several; None takes `train`.
+
+    Raises:
+        EmptyDatasetError: when there is no picture.
+        DataError: when nothing is there, or it is none of these.
+    """
+    if is_file(src) and not is_parquet(src):
+        return _from_list(src)
+    contents = discover(src, split)
+    if contents.kind == "folder":
+        class_names, labels = class_folders(contents.files)
+        rows = [
+            (join(contents.root, f.path), f.path, None if labels is None else int(labels[i]))
+            for i, f in enumerate(contents.files)
+        ]
+        return _of_files(rows, class_names, contents.num_ignored)
+
+    shards = read_footers(contents)
+    layout = common_layout(shards, src)
+    units = []
+    for shard in shards:
+        first_row = 0
+        for group, num_rows in enumerate(shard.group_rows):
+            uri = join(contents.root, shard.path)
+            units.append((uri, shard.path, None, group, first_row, num_rows))
+            first_row += num_rows
+    labelled = layout.label is not None and not all_null(shards, layout.label)
+    return Intake(
+        units=_table(units),
+        num_pictures=sum(sum(shard.group_rows) for shard in shards),
+        layout=layout,
+        labelled=labelled,
+        class_names=layout.class_names if labelled else (),
+        num_ignored=contents.num_ignored,
+    )
+
+
+def read_unit(unit: dict[str, object], layout: Layout | None) -> Iterator[Taken]:
+    """Read the pictures of one row of `Intake.units`; trouble is yielded, not raised."""
+    uri, source = str(unit["uri"]), str(unit["source"])
+    label = unit["label"]
+    assert label is None or isinstance(label, int)
+    if layout is not None:
+        yield from _read_group(unit, layout)
+        return
+    try:
+        filesystem, path = _locate(uri)
+        yield Taken(source, label, read_bytes(filesystem, path))
+    except FileNotFoundError as error:
+        yield Taken(source, label, None, "missing", str(error))
+    except (OSError, DataError) as error:
+        yield Taken(source, label, None, "unreadable", str(error))
+
+
+def _read_group(unit: dict[str, object], layout: Layout) -> Iterator[Taken]:
+    group, first_row, num_rows = (int(str(unit[k])) for k in ("group", "first_row", "num_rows"))
+    places = [f"{unit['source']}#{first_row + row}" for row in range(num_rows)]
+    wanted = [c for c in (layout.image, layout.label, layout.source) if c is not None]
+    try:
+        filesystem, path = _locate(str(unit["uri"]))
+        with filesystem.open_input_file(path) as file:
+            table = pq.ParquetFile(file, pre_buffer=True).read_row_group(group, columns=wanted)
+    except (OSError, pa.ArrowInvalid) as error:
+        for place in places:
+            yield Taken(place, None, None, "unreadable", str(error))
+        return
+    images = leaf(table, layout.image)
+    labels = leaf(table, layout.label) if layout.label else None
+    sources = leaf(table, layout.source) if layout.source else None
+    for row, place in enumerate(places):
+        source = sources[row].as_py() if sources is not None else None
+        label = labels[row].as_py() if labels is not None else None
+        data = images[row].as_py()
+        if data is None:
+            yield Taken(source or place, label, None, "empty", "the row holds no bytes")
+        else:
+            yield Taken(source or place, label, data)
+
+
+@functools.cache
+def _bucket(root: str) -> pafs.FileSystem:
+    return locate(root)[0]
+
+
+def _locate(uri: str) -> tuple[pafs.FileSystem, str]:
+    """Find a file, asking each bucket only once: that may cost a request to the service."""
+    place, options = split_options(uri)
+    scheme, separator, path = place.partition("://")
+    if scheme not in ("s3", "gs", "gcs"):
+        return locate(uri)
+    bucket, _, _ = path.partition("/")
+    return _bucket(f"{scheme}{separator}{bucket}{options}"), path
+
+
+def _from_list(src: str) -> Intake:
+    filesystem, path = locate(src)
+    if is_picture(src):
+        raise DataError(f"{src} is one picture", hint="give the folder it lies in")
+    try:
+        lines = read_bytes(filesystem, path).decode().splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{src} is neither Parquet nor a text file of paths",
+            hint="give a folder of pictures, Parquet, or a text file with one path or URI a line",
+        ) from error
+    base = parent(src)
+    names = [name for line in lines if (name := line.strip()) and not name.startswith("#")]
+    if not names:
+        raise EmptyDatasetError(f"{src} names no picture", hint="write one path or URI a line")
+    rows: list[tuple[str, str, int | None]] = [
+        (name if "://" in name or name.startswith("/") else join(base, name), name, None)
+        for name in names
+    ]
+    return _of_files(rows, (), 0)
+
+
+def _of_files(
+    rows: list[tuple[str, str, int | None]], class_names: tuple[str, ...], num_ignored: int
+) -> Intake:
+    return Intake(
+        units=_table([(*row, None, 0, 1) for row in rows]),
+        num_pictures=len(rows),
+        layout=None,
+        labelled=bool(class_names),
+        class_names=class_names,
+        num_ignored=num_ignored,
+    )
+
+
+def _table(rows: Sequence[tuple[object, ...]]) -> pa.Table:
+    return pa.table([list(c) for c in zip(*rows, strict=True)] or [[]] * 6, schema=UNITS)

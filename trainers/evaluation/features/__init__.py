@@ -1,0 +1,1 @@
+"""Features of a data set: extracted in parts, pooled, or as maps in a cache."""

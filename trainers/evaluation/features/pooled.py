@@ -1,0 +1,247 @@
+"""One vector a picture: extracted once, then read from the user's cache by what it is of."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from mimray.trainers.config.evaluation.extract import ExtractSpec
+from mimray.trainers.data.cache import default_cache_dir
+from mimray.trainers.data.selection import chosen, labelled, num_classes_of
+from mimray.trainers.data.sources import Source
+from mimray.trainers.errors import ConfigError, EmptyDatasetError
+from mimray.trainers.evaluation.features.encoders import EncoderRef
+from mimray.trainers.evaluation.features.extraction import MANIFEST, extract, read_columns
+from mimray.trainers.evaluation.features.parts import describe, has_class_token
+from mimray.trainers.evaluation.score import Setting
+from mimray.trainers.evaluation.splits import Splits, open_splits
+from mimray.trainers.storage import RunDir
+
+logger = logging.getLogger(__name__)
+
+CACHE_BYTES = 4 << 30
+Pooling = Literal["mean", "cls", "both"]
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Labelled pictures as an encoder sees them.
+
+    Attributes:
+        x: float32 [N, D]; [N, V, D] of V views.
+        y: int64 [N], classes.
+        index: int64 [N], in the dataset.
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+    index: np.ndarray
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """Pictures as an encoder sees them, labelled or not: a row a view, those of one together.
+
+    Attributes:
+        x: float32 [R, D].
+        labels: int64 [R]; -1 where there is none.
+        index: int64 [R], in the dataset.
+        ids: where each picture lies.
+        notes: pictures left out, for people.
+    """
+
+    x: np.ndarray
+    labels: np.ndarray
+    index: np.ndarray
+    ids: list[str]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What a probe works on.
+
+    Attributes:
+        splits: the pictures.
+        pooling: how tokens became a vector.
+        train: to learn from.
+        val: to score on.
+        notes: pictures left out, for people.
+    """
+
+    splits: Splits
+    pooling: Pooling
+    train: Vectors
+    val: Vectors
+    notes: tuple[str, ...]
+
+
+def probed(ref: EncoderRef, setting: Setting, pooling: Pooling | None) -> Probed:
+    """Vectors of the training and the validation pictures, whole and resized as they are served.
+
+    Args:
+        ref: the encoder.
+        setting: the data.
+        pooling: the card's own where None.
+
+    Raises:
+        DataError: as of `open_splits` and `vectors`.
+        ConfigError: the encoder has no class token to pool by.
+    """
+    splits = open_splits(setting)
+    pooling = pooling or ref.card().pooling
+    train, skipped = vectors(ref, splits.train, setting, pooling, phase="features of train")
+    val, skipped_val = vectors(ref, splits.val, setting, pooling, phase="features of val")
+    val = replace(val, y=splits.val_numbers[val.y])
+    return Probed(splits, pooling, train, val, notes=(*skipped, *skipped_val))
+
+
+def vectors(
+    ref: EncoderRef,
+    source: Source,
+    setting: Setting,
+    pooling: Pooling,
+    *,
+    phase: str,
+    num_views: int = 0,
+) -> tuple[Vectors, tuple[str, ...]]:
+    """Labelled vectors of a source; arguments are those of `pooled`.
+
+    Returns:
+        The vectors, and a note about each picture left out.
+
+    Raises:
+        DataError: a picture has no class or one outside the dataset's, or cannot be decoded.
+        EmptyDatasetError: no picture is left.
+        ConfigError: the encoder has no class token to pool by.
+    """
+    check_pooling(ref, pooling)
+    if not setting.skip_invalid:
+        asked = chosen(len(source), setting.limit)
+        labelled(source, asked, num_classes_of(source), skip=False)
+    found = pooled(ref, source, setting, pooling, phase=phase, num_views=num_views)
+    good = _is_class(found.labels, source)
+    notes = list(found.notes)
+    step = max(1, num_views)
+    for row in np.flatnonzero(~good)[::step]:
+        notes.append(f"left out {found.ids[row]}: {_problem(int(found.labels[row]), source)}")
+    if not good.any():
+        raise _none_left(source)
+    x = found.x[good]
+    if num_views:
+        x = x.reshape(-1, num_views, x.shape[1])
+    return Vectors(x, found.labels[good][::step], found.index[good][::step]), tuple(notes)
+
+
+def pooled(
+    ref: EncoderRef,
+    source: Source,
+    setting: Setting,
+    pooling: Pooling,
+    *,
+    phase: str,
+    num_views: int = 0,
+) -> Pooled:
+    """One vector a view of a source's pictures, from the cache where they are known.
+
+    Mean and class token are extracted together, so that another pooling needs no new pass.
+
+    Args:
+        ref: the encoder.
+        source: the pictures, labelled or not.
+        setting: limit, seed of the views, device, whether broken pictures are left out.
+        pooling: which vectors are wanted.
+        phase: what to call this in progress.
+        num_views: random crops a picture; 0 for the whole one.
+
+    Raises:
+        DataError: a picture cannot be decoded.
+        EmptyDatasetError: no picture is left.
+        ConfigError: the encoder has no class token to pool by.
+    """
+    check_pooling(ref, pooling)
+    spec = ExtractSpec(
+        pooled=("mean", "cls") if has_class_token(ref.card()) else ("mean",),
+        limit=setting.limit,
+        num_views=num_views,
+        seed=setting.seed if num_views else 0,
+        skip_invalid=setting.skip_invalid,
+    )
+    cache = Path(default_cache_dir()).with_name("features")
+    folder = cache / describe(ref, source, spec).key[:32]
+    found = extract(
+        ref,
+        source,
+        RunDir(str(folder)),
+        spec,
+        phase=phase,
+        progress=setting.progress,
+        device=setting.device,
+    )
+    os.utime(folder / MANIFEST)
+    if found.num_written:
+        _evict(cache, keep=folder)
+    if found.manifest.num_rows == 0:
+        raise _none_left(source)
+    columns = ("mean", "cls") if pooling == "both" else (pooling,)
+    table = read_columns(found.out, found.manifest, ("id", "index", "label", *columns))
+    parts = [table[name].combine_chunks().to_numpy_ndarray() for name in columns]
+    return Pooled(
+        x=np.concatenate(parts, axis=1),
+        labels=table["label"].fill_null(-1).to_numpy(),
+        index=table["index"].to_numpy(),
+        ids=table["id"].to_pylist(),
+        notes=tuple(f"left out {item.id}: {item.reason}" for item in found.manifest.skipped),
+    )
+
+
+def check_pooling(ref: EncoderRef, pooling: Pooling) -> None:
+    """Refuse a class token of an encoder that has none.
+
+    Raises:
+        ConfigError: that is so.
+    """
+    if pooling != "mean" and not has_class_token(ref.card()):
+        raise ConfigError(f"{ref.text} has no class token", hint="pooling=mean")
+
+
+def _is_class(labels: np.ndarray, source: Source) -> np.ndarray:
+    names = source.facts.class_names
+    inside: np.ndarray = (labels >= 0) & ((labels < len(names)) if names else True)
+    return inside
+
+
+def _problem(label: int, source: Source) -> str:
+    if label < 0:
+        return "it has no label"
+    return f"its label {label} lies outside 0 to {len(source.facts.class_names) - 1}"
+
+
+def _none_left(source: Source) -> EmptyDatasetError:
+    return EmptyDatasetError(f"no picture of {source.facts.uri} is left to evaluate with")
+
+
+def _evict(cache: Path, keep: Path) -> None:
+    """Delete the extractions unread for longest while the cache is too large."""
+    entries: list[tuple[float, int, Path]] = []
+    for folder in cache.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another process evicted it
+            manifest = folder / MANIFEST
+            read_at = (manifest if manifest.exists() else folder).stat().st_mtime
+            num_bytes = sum(file.stat().st_size for file in folder.iterdir())
+            entries.append((read_at, num_bytes, folder))
+    excess = sum(num_bytes for _, num_bytes, _ in entries) - CACHE_BYTES
+    for _, num_bytes, folder in sorted(entries):
+        if excess <= 0:
+            return
+        if folder != keep:
+            logger.info("features in %s were unread for longest and are deleted", folder)
+            shutil.rmtree(folder, ignore_errors=True)
+            excess -= num_bytes

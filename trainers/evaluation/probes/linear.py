@@ -1,0 +1,191 @@
+"""The linear probe: how well classes lie apart along straight lines through the features."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save
+
+from mimray.trainers.config.evaluation.linear import LinearConfig
+from mimray.trainers.data.rng import Stream, generator, permutation
+from mimray.trainers.data.sources import Source
+from mimray.trainers.errors import DataError
+from mimray.trainers.evaluation.charts import confusion_chart
+from mimray.trainers.evaluation.features.encoders import EncoderRef
+from mimray.trainers.evaluation.features.extraction import at_hand
+from mimray.trainers.evaluation.features.pooled import probed, vectors
+from mimray.trainers.evaluation.probes.classification import (
+    confusion_matrix,
+    missing_classes,
+    per_class_accuracy,
+    top_k_accuracy,
+)
+from mimray.trainers.evaluation.probes.lars import train_heads
+from mimray.trainers.evaluation.probes.linear_heads import LinearHead, logistic, ridge
+from mimray.trainers.evaluation.score import Score, Setting
+
+Fit = Callable[[np.ndarray, np.ndarray, Sequence[float], str], list[LinearHead]]
+"""From x, y, candidates and a phase to one head a candidate."""
+
+
+def evaluate(ref: EncoderRef, setting: Setting, config: LinearConfig) -> Score:
+    """Score an encoder by one linear layer on its frozen features.
+
+    The candidates (learning rates, strengths) are compared on training pictures that are held
+    out; the best is then fitted to all of them, and scored once.
+
+    Args:
+        ref: the encoder.
+        setting: the data and what every task is told.
+        config: the solver and its options.
+
+    Returns:
+        Top-1 and top-5 accuracy, by class, what was chosen, and the head itself.
+
+    Raises:
+        DataError: labels, classes or pictures that cannot be used, or too few to hold any out.
+        ConfigError: the encoder has no class token to pool by.
+        NonFiniteLossError: LARS diverged at every learning rate.
+    """
+    found = probed(ref, setting, config.pooling)
+    train, val, names = found.train, found.val, found.splits.class_names
+    learn_x = train.x
+    if config.num_views:
+        views, _ = vectors(
+            ref,
+            found.splits.train,
+            setting,
+            found.pooling,
+            phase=f"features of {config.num_views} views of train",
+            num_views=config.num_views,
+        )
+        learn_x = views.x  # N V D
+    key, candidates, fit = _solver(config, setting, len(names))
+
+    held_out, kept = _split(found.splits.train, len(train.y), config.held_out, setting.seed)
+    tried = fit(learn_x[kept], train.y[kept], candidates, f"choosing {key}")
+    shares = [head.accuracy(train.x[held_out], train.y[held_out]) for head in tried]
+    best = int(np.argmax(shares))
+    # The heads of LARS come together; of the others only the best is worth fitting again.
+    again = candidates if config.solver == "lars" else candidates[best : best + 1]
+    heads = dict(zip(again, fit(learn_x, train.y, again, "fitting to all"), strict=True))
+    head = heads[candidates[best]]
+
+    scores = head.scores(val.x)
+    predicted = scores.argmax(axis=1)
+    accuracy = float((predicted == val.y).mean())
+    per_class = per_class_accuracy(predicted, val.y, names)
+    metrics: dict[str, Any] = {
+        "accuracy": accuracy,
+        "top5_accuracy": top_k_accuracy(scores, val.y, 5) if len(names) >= 5 else None,
+        "train_accuracy": head.accuracy(train.x, train.y),
+        "per_class_accuracy": per_class,
+        "solver": config.solver,
+        "pooling": found.pooling,
+        key: candidates[best],
+        "held_out_accuracy": {str(c): share for c, share in zip(candidates, shares, strict=True)},
+        "num_held_out": len(held_out),
+    }
+    if config.solver == "lars":
+        metrics |= {
+            "accuracy_by_base_lr": {str(c): h.accuracy(val.x, val.y) for c, h in heads.items()},
+            "epochs": config.epochs,
+            "batch_size": min(config.batch_size, len(train.y)),
+            "num_views": config.num_views,
+        }
+    return Score(
+        metric="accuracy",
+        headline=accuracy,
+        metrics=metrics,
+        data_fingerprint=found.splits.train.facts.fingerprint,
+        val_fingerprint=found.splits.val.facts.fingerprint,
+        num_train=len(train.y),
+        num_val=len(val.y),
+        notes=(
+            *missing_classes(per_class),
+            *_advice(key, candidates, best, head, config),
+            *found.notes,
+        ),
+        pictures={
+            "linear.png": confusion_chart(
+                confusion_matrix(val.y, predicted, len(names)),
+                names,
+                f"linear probe ({config.solver}): accuracy {accuracy:.4f}",
+            )
+        },
+        files={"head.safetensors": _saved(head, found.pooling, names)},
+    )
+
+
+def _split(
+    source: Source, num_pictures: int, share: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to choose on and rows to learn from meanwhile, drawn by the seed."""
+    order = permutation(generator(seed, Stream.PROBE_SPLIT, 0), num_pictures)
+    num_held_out = round(share * num_pictures)
+    if not 0 < num_held_out < num_pictures:
+        raise DataError(
+            f"{num_pictures} pictures of {source.facts.uri} are too few to hold out {share:.0%} "
+            "of them",
+            hint="--set held_out=0.5",
+        )
+    return order[:num_held_out], order[num_held_out:]
+
+
+def _solver(
+    config: LinearConfig, setting: Setting, num_classes: int
+) -> tuple[str, tuple[float, ...], Fit]:
+    """What is chosen, among what, and how a head is fitted."""
+    if config.solver == "lars":
+
+        def lars(
+            x: np.ndarray, y: np.ndarray, rates: Sequence[float], phase: str
+        ) -> list[LinearHead]:
+            return train_heads(
+                x,
+                y,
+                num_classes,
+                rates,
+                config,
+                seed=setting.seed,
+                device=at_hand(setting.device),
+                phase=phase,
+                progress=setting.progress,
+            )
+
+        return "base_lr", config.base_lrs, lars
+
+    def at_once(
+        x: np.ndarray, y: np.ndarray, values: Sequence[float], phase: str
+    ) -> list[LinearHead]:
+        setting.progress(phase, 0, len(values))
+        heads = (logistic if config.solver == "logistic" else ridge)(x, y, num_classes, values)
+        setting.progress(phase, len(values), len(values))
+        return heads
+
+    if config.solver == "logistic":
+        return "C", config.logistic_c, at_once
+    return "alpha", config.ridge_alpha, at_once
+
+
+def _advice(
+    key: str, candidates: Sequence[float], best: int, head: LinearHead, config: LinearConfig
+) -> tuple[str, ...]:
+    """What a reader of the score should know of how it came about."""
+    notes = []
+    if len(candidates) > 1 and candidates[best] in (min(candidates), max(candidates)):
+        notes.append(f"the best {key}, {candidates[best]:g}, is at the end of those tried")
+    if not head.converged:
+        notes.append(f"L-BFGS had not converged at {key} = {candidates[best]:g}")
+    return tuple(notes)
+
+
+def _saved(head: LinearHead, pooling: str, class_names: Sequence[str]) -> bytes:
+    """The head as safetensors: `weight` [C, D] and `bias` [C], on pooled features as they are."""
+    # One key: safetensors writes several in no fixed order.
+    about = json.dumps({"pooling": pooling, "class_names": list(class_names)})
+    data: bytes = save({"weight": head.weight, "bias": head.bias}, metadata={"head": about})
+    return data

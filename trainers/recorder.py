@@ -1,0 +1,184 @@
+"""The desk: one actor beside the driver that records what a run's workers report.
+
+Workers may be on any node; MLflow's SQLite file, the terminal and the error to show are on the
+driver's. Rank 0 sends rows and pictures here without waiting.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from mimray.trainers.config.run import Plan
+from mimray.trainers.errors import MimrayError
+from mimray.trainers.pictures import panel_sheet, png
+from mimray.trainers.storage import RunDir
+from mimray.trainers.tracking import Tracker
+from mimray.trainers.types import Panel
+
+RECONSTRUCTION = "reconstruction.png"
+
+
+@dataclass
+class DeskState:
+    """How a run stands, for a progress bar.
+
+    Attributes:
+        started_at: the step training began at; None before the workers are up.
+        row: the newest row of metrics.
+        notes: warnings since the last look, oldest first.
+        error: what ended the run, when trying again cannot mend it.
+    """
+
+    started_at: int | None = None
+    attempts: int = 0
+    row: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    error: MimrayError | None = None
+    tracking: str = ""
+
+
+class Desk:
+    """Keeps the state, writes MLflow and the pictures; made into a Ray actor by `launch`.
+
+    Args:
+        run_uri: the run's directory.
+        storage: the directory of all runs.
+        name: the run's name.
+        plan: the plan as JSON.
+        command: the command line, for the record.
+        fresh: whether the run starts over.
+    """
+
+    def __init__(
+        self, *, run_uri: str, storage: str, name: str, plan: str, command: str, fresh: bool
+    ) -> None:
+        self._run = RunDir(run_uri)
+        self._plan = Plan.model_validate_json(plan)
+        self._state = DeskState()
+        self._tracker = Tracker.open(
+            None,
+            experiment="mimray",
+            run_name=name,
+            storage=storage,
+            params=self._plan.recipe.model_dump(mode="json", exclude={"about"})
+            | {"lr": self._plan.lr, "steps": self._plan.steps, "data_uri": self._plan.data.uri},
+            tags={
+                "mimray.run_dir": run_uri,
+                "mimray.plan_hash": self._plan.hash,
+                "mimray.data_fingerprint": self._plan.data.fingerprint,
+                "mimray.command": command,
+            },
+            resume=not fresh,
+        )
+        self._state.tracking = self._tracker.uri
+
+    def ready(self) -> bool:
+        """Answers once the tracker is open."""
+        return True
+
+    def resumed(self, step: int) -> None:
+        """Workers begin at a step."""
+        self._state.started_at = step
+        self._state.attempts += 1
+
+    def metrics(self, row: dict[str, Any]) -> None:
+        """Take a row."""
+        self._state.row = row
+        values = {k: v for k, v in row.items() if k not in ("step", "time")}
+        self._tracker.log(row["step"], values)
+
+    def pictures(self, step: int, panels: list[Panel]) -> None:
+        """Draw them side by side and keep the sheet."""
+        sheet = png(panel_sheet(panels))
+        self._run.write(RECONSTRUCTION, sheet)
+        self._tracker.picture("reconstruction", sheet, step)
+
+    def note(self, message: str) -> None:
+        """Take a worker's warning."""
+        self._state.notes.append(message)
+
+    def fail(self, error: MimrayError) -> None:
+        """Take the error that ends the run; the first one counts."""
+        self._state.error = self._state.error or error
+
+    def failed(self) -> bool:
+        """Whether the run has ended for good."""
+        return self._state.error is not None
+
+    def state(self) -> DeskState:
+        """How it stands; notes are handed out once."""
+        state = DeskState(**vars(self._state))
+        self._state.notes = []
+        return state
+
+    def close(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
+        """End the MLflow run."""
+        self._tracker.finish(status)
+
+
+class Link:
+    """A worker's end of the desk; an `engine.loop.Observer`."""
+
+    def __init__(self, desk: Any) -> None:
+        import ray
+
+        self._desk = desk
+        self._get = ray.get
+
+    def resumed(self, step: int) -> None:
+        """Training begins at this step."""
+        self._desk.resumed.remote(step)
+
+    def metrics(self, row: dict[str, Any]) -> None:
+        """A row went into `metrics.jsonl`."""
+        self._desk.metrics.remote(row)
+
+    def pictures(self, step: int, panels: list[Panel]) -> None:
+        """What the method draws at a step."""
+        self._desk.pictures.remote(step, panels)
+
+    def flush(self) -> None:
+        """Return when the desk has taken everything sent so far."""
+        self._get(self._desk.ready.remote())
+
+    def fail(self, error: MimrayError) -> None:
+        """Tell the driver why the run ends; returns when it knows."""
+        self._get(self._desk.fail.remote(error))
+
+    def failed(self) -> bool:
+        """Whether the run has ended for good."""
+        return bool(self._get(self._desk.failed.remote()))
+
+    @contextmanager
+    def warnings(self) -> Iterator[None]:
+        """Send this process's warnings to the driver's terminal for the time being."""
+        handler = _ToDesk(self._desk)
+        root = logging.getLogger("mimray.trainers")
+        root.addHandler(handler)
+        try:
+            yield
+        finally:
+            root.removeHandler(handler)
+
+
+class _ToDesk(logging.Handler):
+    """Forwards each warning once, however often it is repeated."""
+
+    def __init__(self, desk: Any) -> None:
+        super().__init__(level=logging.WARNING)
+        self._desk = desk
+        self._seen: set[str] = set()
+        self._guard = threading.Lock()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        with self._guard:
+            if message in self._seen:
+                return
+            self._seen.add(message)
+        self._desk.note.remote(message)
