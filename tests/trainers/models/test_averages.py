@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,9 +20,10 @@ from mimray.trainers.engine.deepspeed import (
     initialize,
     master_weights,
 )
-from mimray.trainers.methods.catalogue import build_method
+from mimray.trainers.engine.loop import _update
+from mimray.trainers.methods.catalogue import build_method, inputs_of
 from mimray.trainers.models.averages import MovingAverages
-from mimray.trainers.types import DatasetFacts
+from mimray.trainers.types import Batch, DatasetFacts
 
 
 class Pair(nn.Module):
@@ -148,3 +151,30 @@ def test_master_weights__of_bf16_are_finer_than_the_weights(stage: int):
     moved = dict(master_weights(engine))[name]
     assert torch.equal(weights[name].float(), torch.ones(8))
     assert 0 < float((moved - start[name]).abs().max()) < 1e-4
+
+
+@pytest.mark.usefixtures("process_group")
+def test_update__skips_the_averages_of_a_step_that_was_skipped():
+    plan = plan_of(1, "bf16")
+    checks = {"deepspeed": {"bf16": {"enabled": True, "check_grad_overflow": True}}}
+    engine_config = plan.recipe.engine.model_copy(update=checks)
+    plan = plan.model_copy(
+        update={"recipe": plan.recipe.model_copy(update={"engine": engine_config})}
+    )
+    method = build_method(plan.recipe)
+    method.averages = MovingAverages({"encoder": method.encoder}, Schedule(start=0.5))
+    overflows: list[bool] = []
+    method.decoder.pred.weight.register_hook(lambda g: g * torch.inf if overflows[-1] else g)
+    engine, inputs = initialize(method, plan, "bf16"), inputs_of(plan.recipe)
+    mask = torch.tensor([[True, False, True, True]] * 2)
+    pixels = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    batch = Batch({"images": pixels, "mask": mask}, np.arange(2), np.zeros(2))
+    seen = [method.averages.encoder.norm.bias.clone()]
+
+    for step, overflow in enumerate((False, True, False)):
+        overflows.append(overflow)
+        _update(engine, plan, iter([batch]), inputs, step, torch.device("cpu"))
+        assert engine.was_step_applied() is not overflow
+        seen.append(method.averages.encoder.norm.bias.clone())
+
+    assert [torch.equal(a, b) for a, b in pairwise(seen)] == [False, True, False]
