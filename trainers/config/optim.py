@@ -44,7 +44,9 @@ class OptimConfig(Config):
         default=Schedule(start=0.05), description="a number, or a schedule"
     )
     groups: tuple[ParameterGroup, ...] = Field(
-        default=(), description="parameters trained otherwise; the first that names one counts"
+        default=(),
+        description="parameters trained otherwise; the first that names one counts",
+        exclude_if=lambda groups: not groups,  # plans without any stay what they were
     )
     no_decay: tuple[str, ...] = Field(
         default=(),

@@ -27,7 +27,7 @@ class Weights:
         trained: elements that the optimiser updates.
         frozen: elements that it does not.
         small: elements in parameters that ZeRO 3 does not split.
-        fixed_bytes: of buffers, and of a tokenizer.
+        fixed_bytes: of buffers, and of networks beside the method.
     """
 
     trained: int
@@ -62,7 +62,7 @@ class Memory:
     """Bytes on one device. Not all of it is held at once; `peak` is the most that is.
 
     Attributes:
-        parameters: as they are computed with, buffers and tokenizer included.
+        parameters: as they are computed with, buffers and networks beside the method included.
         optimizer: fp32 masters and both moments.
         gradients: between two micro batches.
         communication: buckets, and with ZeRO 3 the parameters gathered from other devices.
