@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from mimray.trainers.config.base import explain
+from mimray.trainers.config.explain import explain
 from mimray.trainers.config.recipes import override
 from mimray.trainers.config.run import Plan, resolve
 from mimray.trainers.data.files import absolute

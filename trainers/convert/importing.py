@@ -11,12 +11,13 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from mimray.trainers.bundles import BundleCard, save_bundle, spread_layers
-from mimray.trainers.config.base import Config, explain
+from mimray.trainers.config.base import Config
 from mimray.trainers.config.data import DataConfig
+from mimray.trainers.config.explain import explain
 from mimray.trainers.config.method import BEiTConfig
 from mimray.trainers.config.model import EncoderConfig, SwinConfig
 from mimray.trainers.config.recipes import override
-from mimray.trainers.config.run import Recipe, parse_recipe
+from mimray.trainers.config.run import Recipe, known_keys, parse_recipe
 from mimray.trainers.convert.assign_weights import Fit, encoder_shapes, fit, method_shapes
 from mimray.trainers.convert.checkpoint import Checkpoint, read_checkpoint
 from mimray.trainers.convert.dalle import import_dalle, is_dalle
@@ -232,7 +233,7 @@ def _checked(kind: type[_Kind], tree: Mapping[str, Any], source: str) -> _Kind:
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        raise explain(error, tree, source) from None
+        raise explain(error, tree, source, keys=known_keys()) from None
 
 
 def _is_head(key: str) -> bool:

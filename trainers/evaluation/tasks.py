@@ -95,7 +95,7 @@ def checked_options(task: Task, tree: Mapping[str, Any]) -> Config:
     """
     from pydantic import ValidationError
 
-    from mimray.trainers.config.base import explain
+    from mimray.trainers.config.explain import explain
 
     kind = config_class(task)
     try:
