@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Size, Tensor, nn
+from torch import Tensor, nn
 
 from mimray.trainers.config.method import BEiTConfig, MAEConfig, MaskFeatConfig, SimMIMConfig
 from mimray.trainers.config.model import ConvConfig, DalleConfig, EncoderConfig, ViTConfig
@@ -15,7 +15,7 @@ from mimray.trainers.models import build_encoder
 from mimray.trainers.models.decoders import MAEDecoder
 from mimray.trainers.models.hog import HOG
 
-Shapes = Mapping[str, Size]
+Shapes = Mapping[str, torch.Size]
 
 
 def encoder_shapes(encoder: EncoderConfig, size: tuple[int, int], channels: int) -> Shapes:
@@ -58,9 +58,9 @@ def method_shapes(recipe: Recipe) -> Shapes:
         out_dim = HOG(channels, method.hog_bins, method.hog_cell_px, encoder.stride).out_dim
     assert not isinstance(encoder, ConvConfig | DalleConfig)
     return {
-        "mask_token": Size((1, 1, encoder.width)),  # in a swin of the first stage
-        "head.weight": Size((out_dim, encoder.out_width)),
-        "head.bias": Size((out_dim,)),
+        "mask_token": torch.Size((1, 1, encoder.width)),  # in a swin of the first stage
+        "head.weight": torch.Size((out_dim, encoder.out_width)),
+        "head.bias": torch.Size((out_dim,)),
     }
 
 

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from mimray.trainers.config.composition import check_size
 from mimray.trainers.config.model import EncoderConfig, SwinConfig, ViTConfig
+from mimray.trainers.data.geometry import Size
 from mimray.trainers.errors import BundleError
 from mimray.trainers.models.rel_pos import resize_table
-
-Size = tuple[int, int]
 
 
 def for_size(encoder: EncoderConfig, old: Size, new: Size) -> EncoderConfig:

@@ -10,10 +10,10 @@ import numpy as np
 from pydantic import BaseModel, ValidationError
 
 from mimray.trainers.data.files import is_file, join, locate, parent, read_bytes
+from mimray.trainers.data.geometry import Size, clip_boxes
 from mimray.trainers.errors import DataError, EmptyDatasetError
 from mimray.trainers.evaluation.annotations.base import Complaints, DetectionExample
 from mimray.trainers.evaluation.annotations.pictures import PictureFolder, box_fault
-from mimray.trainers.evaluation.heads.view import Size, clip_boxes
 from mimray.trainers.evaluation.score import Progress
 
 # So many pictures are looked for to tell where all lie.

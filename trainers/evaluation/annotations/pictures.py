@@ -10,8 +10,8 @@ from PIL import Image
 
 from mimray.trainers.data.decode import decode_rgb, read_size
 from mimray.trainers.data.files import is_picture, join, list_files, locate, read_bytes
+from mimray.trainers.data.geometry import Size
 from mimray.trainers.errors import DataError, ImageError
-from mimray.trainers.evaluation.heads.view import Size
 
 # Box edges may lie this far outside their picture, and are then cut: tools round, and count pixels
 # from 0 or from 1.

@@ -10,10 +10,10 @@ from xml.parsers import expat
 import numpy as np
 
 from mimray.trainers.data.files import is_picture, join, list_files, locate, read_bytes
+from mimray.trainers.data.geometry import Size, clip_boxes
 from mimray.trainers.errors import DataError, EmptyDatasetError
 from mimray.trainers.evaluation.annotations.base import Complaints, DetectionExample
 from mimray.trainers.evaluation.annotations.pictures import PictureFolder, box_fault
-from mimray.trainers.evaluation.heads.view import Size, clip_boxes
 from mimray.trainers.evaluation.score import Progress
 
 PICTURES = "JPEGImages"

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from mimray.trainers.config.evaluation.detection import DetectionConfig
+from mimray.trainers.data.geometry import View, clip_boxes
 from mimray.trainers.evaluation.annotations.base import DetectionExample, DetectionSet
 from mimray.trainers.evaluation.detection.detector import Batch, Detector
-from mimray.trainers.evaluation.heads.view import View, clip_boxes, tensor_of, training_view
+from mimray.trainers.evaluation.heads.views import tensor_of, training_view
 
 # What less is left of, along a side, is not learnt from; pixels of the input.
 _SMALLEST_PX = 1.0

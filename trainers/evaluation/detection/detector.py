@@ -22,11 +22,12 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from mimray.trainers.bundles import FrozenEncoder
 from mimray.trainers.config.evaluation.detection import DetectionConfig
+from mimray.trainers.data.geometry import Size, View, clip_boxes, whole_view
 from mimray.trainers.evaluation.detection.anchors import StrideAnchors, region_pool
 from mimray.trainers.evaluation.detection.pyramid import Pyramid, build_pyramid
 from mimray.trainers.evaluation.features.encoders import FeatureEncoder
 from mimray.trainers.evaluation.heads.head_files import load_weights, read_card
-from mimray.trainers.evaluation.heads.view import Size, View, clip_boxes, tensor_of, whole_view
+from mimray.trainers.evaluation.heads.views import tensor_of
 from mimray.trainers.models.normalise import normalise
 
 # Stride of the first level, pixels.

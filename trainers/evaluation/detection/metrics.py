@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mimray.trainers.data.geometry import Size
 from mimray.trainers.evaluation.annotations.base import DetectionExample
 from mimray.trainers.evaluation.detection.detector import Detections
-from mimray.trainers.evaluation.heads.view import Size
 
 Overlap = Literal["bbox", "segm"]
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from mimray.trainers.bundles import FrozenEncoder
 from mimray.trainers.config.evaluation.detection import DetectionConfig
+from mimray.trainers.data.geometry import whole_view
 from mimray.trainers.data.selection import chosen
 from mimray.trainers.errors import ConfigError, DataError, EmptyDatasetError
 from mimray.trainers.evaluation.annotations.base import Complaints, DetectionSet
@@ -27,7 +28,7 @@ from mimray.trainers.evaluation.detection.pyramid import choose_layers
 from mimray.trainers.evaluation.features.encoders import FeatureEncoder, MakeEncoder, check_input
 from mimray.trainers.evaluation.heads.head_files import head_files
 from mimray.trainers.evaluation.heads.train_head import Row, fit
-from mimray.trainers.evaluation.heads.view import fitting_size, whole_view
+from mimray.trainers.evaluation.heads.views import fitting_size
 from mimray.trainers.evaluation.score import Score, Setting
 
 # By default views have no more tokens and no longer side: attention is quadratic.

@@ -11,8 +11,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from mimray.trainers.data.geometry import Size, View, whole_view
 from mimray.trainers.data.rng import Stream, generator
-from mimray.trainers.evaluation.heads.view import Size, View, tensor_of, training_view, whole_view
+from mimray.trainers.evaluation.heads.views import tensor_of, training_view
 
 LogitsOf = Callable[[Tensor], Tensor]
 """From inputs uint8 [B, C, H, W] to logits [B, K, h, w] at any resolution."""
@@ -27,7 +28,7 @@ def scaled_size(source_size: Size, input_size: Size, scale: float | None) -> Siz
         scale: pixels of the input to one of the picture; None fits the picture into one window.
     """
     if scale is None:
-        return whole_view(source_size, input_size).size
+        return whole_view(source_size, input_size).shown_size
     height, width = source_size
     return max(1, round(height * scale)), max(1, round(width * scale))
 
@@ -134,14 +135,15 @@ def predict(
         total = logits.new_zeros(logits.shape[1], *scaled)
         count = logits.new_zeros(scaled)
         for (view, (top, left)), window in zip(views, logits, strict=False):
-            height, width = view.size
+            height, width = view.shown_size
             full = F.interpolate(window[None], input_size, mode="bilinear", align_corners=False)
             part = (..., slice(top, top + height), slice(left, left + width))
             total[part] += full[0, :, :height, :width]
             count[part] += 1
         logits = logits[len(views) :]
-        whole = View(source_size, (0.0, 0.0, picture.width, picture.height), scaled, scaled)
-        yield whole.maps_back(total / count).argmax(dim=0).numpy()
+        mean = (total / count)[None]
+        whole = F.interpolate(mean, source_size, mode="bilinear", align_corners=False)
+        yield whole[0].argmax(dim=0).numpy()
 
 
 def _starts(side: int, window: int, overlap: float) -> list[int]:

@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mimray.trainers.config.evaluation.segmentation import SegmentationConfig
+from mimray.trainers.data.geometry import Size
 from mimray.trainers.evaluation.features.encoders import FeatureEncoder, chosen_layers
 from mimray.trainers.evaluation.heads.head_files import head_files, load_weights, read_card
-from mimray.trainers.evaluation.heads.view import Size
 from mimray.trainers.evaluation.segmentation.heads import build_head
 from mimray.trainers.evaluation.segmentation.inference import predict
 from mimray.trainers.models.normalise import normalise

@@ -12,11 +12,12 @@ from torch.nn import functional as F
 
 from mimray.trainers.bundles import FrozenEncoder
 from mimray.trainers.config.evaluation.segmentation import SegmentationConfig
+from mimray.trainers.data.geometry import Size
 from mimray.trainers.evaluation.annotations.base import Complaints, SegmentationSet
 from mimray.trainers.evaluation.annotations.segmentation import open_segmentation
 from mimray.trainers.evaluation.features.encoders import MakeEncoder, check_input
 from mimray.trainers.evaluation.heads.train_head import fit
-from mimray.trainers.evaluation.heads.view import Size, fitting_size, tensor_of
+from mimray.trainers.evaluation.heads.views import fitting_size, tensor_of
 from mimray.trainers.evaluation.score import Score, Setting
 from mimray.trainers.evaluation.segmentation.inference import learning_view
 from mimray.trainers.evaluation.segmentation.metrics import confusion_matrix, scores
