@@ -64,7 +64,7 @@ def method_shapes(recipe: Recipe) -> Shapes:
     }
 
 
-class Fit(NamedTuple):
+class Assignment(NamedTuple):
     """What fits, and in words what does not.
 
     Attributes:
@@ -80,7 +80,7 @@ class Fit(NamedTuple):
     problems: tuple[str, ...]
 
 
-def fit(state: Mapping[str, Tensor], wanted: Shapes) -> Fit:
+def assign_weights(state: Mapping[str, Tensor], wanted: Shapes) -> Assignment:
     """Sort parameters by whether they fit.
 
     Args:
@@ -94,7 +94,7 @@ def fit(state: Mapping[str, Tensor], wanted: Shapes) -> Fit:
             problems.append(f"unexpected {key}")
         elif key not in kept:
             problems.append(f"{key} is {tuple(value.shape)}, wanted {tuple(wanted[key])}")
-    return Fit(
+    return Assignment(
         kept,
         missing=tuple(k for k in wanted if k not in kept),
         left_out=tuple(k for k in state if k not in kept),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mimray.trainers.bundles import BundleCard, save_bundle, spread_layers
 from mimray.trainers.config.method import DVAEConfig
 from mimray.trainers.config.run import Recipe, parse_recipe
-from mimray.trainers.convert.assign_weights import fit
+from mimray.trainers.convert.assign_weights import assign_weights
 from mimray.trainers.convert.checkpoint import Checkpoint
 from mimray.trainers.errors import BundleError
 from mimray.trainers.models import build_encoder
@@ -70,7 +70,7 @@ def import_dalle(
     )
     ours = modules.state_dict()
     weights = {k: v.shape for k, v in ours.items() if k.startswith(("encoder.", _LOGITS))}
-    found = fit(state, weights)
+    found = assign_weights(state, weights)
     if found.problems:
         raise BundleError(
             f"{checkpoint.file} does not fit DALL-E's encoder: {', '.join(found.problems[:20])}"

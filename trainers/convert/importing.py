@@ -18,7 +18,12 @@ from mimray.trainers.config.method import BEiTConfig
 from mimray.trainers.config.model import EncoderConfig, SwinConfig
 from mimray.trainers.config.recipes import override
 from mimray.trainers.config.run import Recipe, known_keys, parse_recipe
-from mimray.trainers.convert.assign_weights import Fit, encoder_shapes, fit, method_shapes
+from mimray.trainers.convert.assign_weights import (
+    Assignment,
+    assign_weights,
+    encoder_shapes,
+    method_shapes,
+)
 from mimray.trainers.convert.checkpoint import Checkpoint, read_checkpoint
 from mimray.trainers.convert.dalle import import_dalle, is_dalle
 from mimray.trainers.convert.found import Found
@@ -113,9 +118,9 @@ def import_weights(
     found, origin = _read(source, architecture)
     tree = _told(found, overrides)
     model = _model(found, tree, source)
-    encoder, method = _fit(found, model, tree.get("method", {}))
+    encoder, method = _assign(found, model, tree.get("method", {}))
     if not partial:
-        _check_fit(model, encoder.problems + (method.problems if method else ()), source)
+        _check_assigned(model, encoder.problems + (method.problems if method else ()), source)
 
     size = model.data.image_size
     wanted = image_size or size
@@ -240,20 +245,22 @@ def _is_head(key: str) -> bool:
     return key.startswith(_HEADS)
 
 
-def _fit(found: Found, model: _Model, trained_by: Mapping[str, Any]) -> tuple[Fit, Fit | None]:
+def _assign(
+    found: Found, model: _Model, trained_by: Mapping[str, Any]
+) -> tuple[Assignment, Assignment | None]:
     """The weights against the encoder and, where they hold more, against the method."""
     weights = {
         k: v for k, v in found.encoder.items() if not _is_head(k) and not k.endswith(_BUFFERS)
     }
     size = model.data.image_size
-    encoder = fit(weights, encoder_shapes(model.encoder, size, model.data.channels))
+    encoder = assign_weights(weights, encoder_shapes(model.encoder, size, model.data.channels))
     if not found.method:
         return encoder, None
     recipe = _recipe(model, found.method, trained_by)
-    return encoder, fit(found.method, method_shapes(recipe))
+    return encoder, assign_weights(found.method, method_shapes(recipe))
 
 
-def _check_fit(model: _Model, problems: Sequence[str], source: str) -> None:
+def _check_assigned(model: _Model, problems: Sequence[str], source: str) -> None:
     if problems:
         more = len(problems) - _NUM_LISTED
         raise BundleError(
@@ -263,7 +270,7 @@ def _check_fit(model: _Model, problems: Sequence[str], source: str) -> None:
         )
 
 
-def _completed(encoder: Fit, model: _Model) -> dict[str, Tensor]:
+def _completed(encoder: Assignment, model: _Model) -> dict[str, Tensor]:
     """An encoder's whole state; what is missing is initialised afresh, always alike."""
     if not encoder.missing:
         return encoder.kept

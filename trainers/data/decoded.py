@@ -13,7 +13,7 @@ from PIL import Image
 
 from mimray.trainers.data.arena import Arena, Known, open_arena, picture_bytes, release
 from mimray.trainers.data.decode import DRAFTED, decode, draft_scale, read_size
-from mimray.trainers.data.selection import chosen
+from mimray.trainers.data.selection import evenly_spread
 from mimray.trainers.data.sources import Source
 from mimray.trainers.errors import EmptyDatasetError, ImageError
 
@@ -118,7 +118,7 @@ def decoded_bytes(source: Source, sample: int = 64) -> int:
     if known is not None:
         return int(picture_bytes(known.clip(0)).sum())  # a size that is missing is -1
     found = []
-    for index in chosen(len(source), sample):
+    for index in evenly_spread(len(source), sample):
         try:
             found.append(read_size(source[int(index)].image))
         except ImageError:

@@ -48,7 +48,7 @@ class Selection:
         return self._source.name(int(self._indices[index]))
 
 
-def chosen(num_samples: int, limit: int | None) -> np.ndarray:
+def evenly_spread(num_samples: int, limit: int | None) -> np.ndarray:
     """Indices of all samples, or of `limit` of them evenly spread; int64, ascending."""
     if limit is None or limit >= num_samples:
         return np.arange(num_samples)
@@ -69,7 +69,7 @@ def open_training(uri: str, recipe: Recipe) -> Source:
             or one that is outside the range; the picture is named.
     """
     source = open_source(uri, cache_mib=recipe.data.cache_mib)
-    indices = chosen(len(source), recipe.data.limit)
+    indices = evenly_spread(len(source), recipe.data.limit)
     if isinstance(recipe.method, FinetuneConfig):
         num_classes = recipe.method.num_classes or num_classes_of(source)
         skip = recipe.data.bad_labels == "skip"

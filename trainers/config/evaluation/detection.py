@@ -9,7 +9,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from mimray.trainers.config.evaluation.head import HeadConfig
 
 NUM_LEVELS = 4
-Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class DetectionConfig(HeadConfig):
@@ -27,12 +27,12 @@ class DetectionConfig(HeadConfig):
     num_proposals: PositiveInt = Field(
         default=300, description="that the second stage of an R-CNN looks at in each picture"
     )
-    score_threshold: Share = Field(default=0.05, description="what scores lower is not found")
-    nms_iou: Share = Field(
+    score_threshold: Fraction = Field(default=0.05, description="what scores lower is not found")
+    nms_iou: Fraction = Field(
         default=0.5, description="of two boxes of a class that overlap more, the better one stays"
     )
     max_detections: PositiveInt = Field(default=100, description="a picture")
-    shown_score: Share = Field(default=0.3, description="what scores lower is not drawn")
+    shown_score: Fraction = Field(default=0.3, description="what scores lower is not drawn")
 
     @model_validator(mode="after")
     def _check_anchors(self) -> DetectionConfig:

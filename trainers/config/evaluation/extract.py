@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from mimray.trainers.config.base import Config
 
 Pooled = Literal["mean", "cls"]
-Share = Annotated[PositiveFloat, Field(le=1)]
+PositiveFraction = Annotated[PositiveFloat, Field(le=1)]
 
 
 class ExtractSpec(Config):
@@ -33,7 +33,7 @@ class ExtractSpec(Config):
     num_views: NonNegativeInt = Field(
         default=0, description="random resized crops and flips a picture; 0: the whole, resized"
     )
-    crop_scale: tuple[Share, Share] = Field(
+    crop_scale: tuple[PositiveFraction, PositiveFraction] = Field(
         default=(0.08, 1.0), description="bounds of a crop's area over the picture's"
     )
     seed: NonNegativeInt = Field(default=0, description="of the crops")

@@ -107,7 +107,7 @@ class DetectionSet(Protocol):
 
 
 @dataclass
-class Complaints:
+class InvalidLabels:
     """What is wrong with labels: the first is an error, unless they are to be left out.
 
     Attributes:

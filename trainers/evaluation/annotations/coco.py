@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from mimray.trainers.data.files import is_file, join, locate, parent, read_bytes
 from mimray.trainers.data.geometry import Size, clip_boxes
 from mimray.trainers.errors import DataError, EmptyDatasetError
-from mimray.trainers.evaluation.annotations.base import Complaints, DetectionExample
+from mimray.trainers.evaluation.annotations.base import DetectionExample, InvalidLabels
 from mimray.trainers.evaluation.annotations.pictures import PictureFolder, box_fault
 from mimray.trainers.evaluation.score import Progress
 
@@ -78,7 +78,7 @@ class CocoFile(BaseModel):
 
 
 @dataclass(frozen=True)
-class _Picture:
+class _AnnotatedPicture:
     record: ImageRecord
     objects: list[AnnotationRecord] = field(default_factory=list)
 
@@ -97,7 +97,7 @@ class CocoDetection:
         json_uri: of the file.
         images_uri: of the folder that `file_name` is relative to; None looks beside the file: in
             `images`, in a folder named like the file's split, in its own folder and above.
-        complaints: takes what is wrong; the object or the picture is left out.
+        invalid_labels: takes what is wrong; the object or the picture is left out.
         progress: told of the pictures checked.
 
     Raises:
@@ -109,7 +109,7 @@ class CocoDetection:
         self,
         json_uri: str,
         images_uri: str | None,
-        complaints: Complaints,
+        invalid_labels: InvalidLabels,
         progress: Progress | None = None,
     ) -> None:
         content = read_coco(json_uri)
@@ -123,8 +123,8 @@ class CocoDetection:
             raise DataError(
                 f"{json_uri}: two categories share an id or a name", hint="give each its own"
             )
-        self._pictures = self._take_pictures(tree.images, complaints, progress)
-        self._take_objects(tree, complaints)
+        self._pictures = self._take_pictures(tree.images, invalid_labels, progress)
+        self._take_objects(tree, invalid_labels)
         objects = [thing for picture in self._pictures for thing in picture.objects]
         self.has_masks = bool(objects) and all(thing.segmentation for thing in objects)
         digest = hashlib.sha256(content)
@@ -171,8 +171,8 @@ class CocoDetection:
         return self._folder.name(self._pictures[index].record.file_name)
 
     def _take_pictures(
-        self, records: list[ImageRecord], complaints: Complaints, progress: Progress | None
-    ) -> list[_Picture]:
+        self, records: list[ImageRecord], invalid_labels: InvalidLabels, progress: Progress | None
+    ) -> list[_AnnotatedPicture]:
         """Those that are there and are what the file says."""
         taken = []
         seen: set[int] = set()
@@ -184,9 +184,9 @@ class CocoDetection:
             )
             seen.add(record.id)
             if fault:
-                complaints.add(f"{self.uri}: image {record.id}", fault)
+                invalid_labels.add(f"{self.uri}: image {record.id}", fault)
             else:
-                taken.append(_Picture(record))
+                taken.append(_AnnotatedPicture(record))
             if progress is not None:
                 progress("checking pictures", number + 1, len(records))
         if not taken:
@@ -196,7 +196,7 @@ class CocoDetection:
             )
         return taken
 
-    def _take_objects(self, tree: CocoFile, complaints: Complaints) -> None:
+    def _take_objects(self, tree: CocoFile, invalid_labels: InvalidLabels) -> None:
         """Put each object into its picture; one of a picture that was left out goes with it."""
         taken = {picture.record.id: picture for picture in self._pictures}
         listed = {record.id: (record.height, record.width) for record in tree.images}
@@ -214,7 +214,7 @@ class CocoDetection:
             )
             seen.add(record.id)
             if fault:
-                complaints.add(f"{self.uri}: annotation {record.id}", fault)
+                invalid_labels.add(f"{self.uri}: annotation {record.id}", fault)
             elif record.image_id in taken:
                 taken[record.image_id].objects.append(record)
 

@@ -12,7 +12,7 @@ import numpy as np
 from mimray.trainers.data.files import is_picture, join, list_files, locate, read_bytes
 from mimray.trainers.data.geometry import Size, clip_boxes
 from mimray.trainers.errors import DataError, EmptyDatasetError
-from mimray.trainers.evaluation.annotations.base import Complaints, DetectionExample
+from mimray.trainers.evaluation.annotations.base import DetectionExample, InvalidLabels
 from mimray.trainers.evaluation.annotations.pictures import PictureFolder, box_fault
 from mimray.trainers.evaluation.score import Progress
 
@@ -37,7 +37,7 @@ class _Object:
 
 
 @dataclass(frozen=True)
-class _Picture:
+class _AnnotatedPicture:
     path: str
     size: Size
     objects: list[_Object]
@@ -55,7 +55,7 @@ class VocDetection:
     Args:
         uri: of the folder that holds `JPEGImages` and `Annotations`.
         split: name of a list in `ImageSets/Main`; None takes every picture that has an XML file.
-        complaints: takes what is wrong; the object or the picture is left out.
+        invalid_labels: takes what is wrong; the object or the picture is left out.
         progress: told of the pictures checked.
 
     Raises:
@@ -71,17 +71,17 @@ class VocDetection:
         self,
         uri: str,
         split: str | None,
-        complaints: Complaints,
+        invalid_labels: InvalidLabels,
         progress: Progress | None = None,
     ) -> None:
         self.uri = uri
         self._folder = PictureFolder.open(join(uri, PICTURES))
         self._by_stem = {path.rpartition(".")[0]: path for path in self._folder.num_bytes}
-        self._pictures: list[_Picture] = []
+        self._pictures: list[_AnnotatedPicture] = []
         stems = _stems(uri, split)
         digest = hashlib.sha256()
         for number, stem in enumerate(stems):
-            picture = self._take(stem, complaints, digest)
+            picture = self._take(stem, invalid_labels, digest)
             if picture is not None:
                 self._pictures.append(picture)
             if progress is not None:
@@ -120,26 +120,28 @@ class VocDetection:
         """Path of a picture."""
         return self._folder.name(self._pictures[index].path)
 
-    def _take(self, stem: str, complaints: Complaints, digest: hashlib._Hash) -> _Picture | None:
+    def _take(
+        self, stem: str, invalid_labels: InvalidLabels, digest: hashlib._Hash
+    ) -> _AnnotatedPicture | None:
         """A picture with its objects; None where it is left out."""
         place = join(self.uri, f"{ANNOTATIONS}/{stem}.xml")
         path = self._by_stem.get(stem)
         if path is None:
-            complaints.add(place, f"there is no picture {self._folder.name(stem)}.*")
+            invalid_labels.add(place, f"there is no picture {self._folder.name(stem)}.*")
             return None
         try:
             content = read_bytes(*locate(place))
         except FileNotFoundError:
-            complaints.add(self._folder.name(path), f"has no annotation file {place}")
+            invalid_labels.add(self._folder.name(path), f"has no annotation file {place}")
             return None
         try:
             size, records = _parse(content)
         except _XmlError as error:
-            complaints.add(place, str(error))
+            invalid_labels.add(place, str(error))
             return None
         fault = self._folder.fault(path, size)
         if fault:
-            complaints.add(place, fault)
+            invalid_labels.add(place, fault)
             return None
         objects = []
         for number, record in enumerate(records):
@@ -147,15 +149,15 @@ class VocDetection:
             try:
                 thing = _object(record)
             except _XmlError as error:
-                complaints.add(where, str(error))
+                invalid_labels.add(where, str(error))
                 continue
             fault = _corner_fault(thing) or box_fault(thing.box, size)
             if fault:
-                complaints.add(f"{where} ({thing.name})", fault)
+                invalid_labels.add(f"{where} ({thing.name})", fault)
             else:
                 objects.append(thing)
         digest.update(content + f"{path} {self._folder.num_bytes[path]}".encode())
-        return _Picture(path, size, objects)
+        return _AnnotatedPicture(path, size, objects)
 
 
 class _XmlError(Exception):

@@ -19,7 +19,7 @@ _IOU50, _IOU75 = 0, 5  # of COCO's thresholds .50, .55, …, .95
 
 
 @dataclass(frozen=True)
-class Truth:
+class GroundTruth:
     """What is on a picture.
 
     Attributes:
@@ -39,7 +39,7 @@ class Truth:
     masks: list[dict[str, Any]] | None
 
     @classmethod
-    def of(cls, example: DetectionExample, labels: np.ndarray) -> Truth:
+    def of(cls, example: DetectionExample, labels: np.ndarray) -> GroundTruth:
         """What an example says.
 
         Args:
@@ -78,7 +78,7 @@ class Figures:
 
 
 def coco_figures(
-    truths: Sequence[Truth],
+    truths: Sequence[GroundTruth],
     found: Sequence[Detections],
     class_names: Sequence[str],
     *,
@@ -134,7 +134,7 @@ def _mean(values: np.ndarray) -> float | None:
     return float(measured.mean()) if measured.size else None
 
 
-def _ground_truth(truths: Sequence[Truth], class_names: Sequence[str]) -> dict[str, Any]:
+def _ground_truth(truths: Sequence[GroundTruth], class_names: Sequence[str]) -> dict[str, Any]:
     annotations: list[dict[str, Any]] = []
     for picture, truth in enumerate(truths):
         for number, box in enumerate(truth.boxes):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from mimray.trainers.evaluation.charts import class_colours, new_figure, png_of
 from mimray.trainers.evaluation.detection.detector import Detections
-from mimray.trainers.evaluation.detection.metrics import Figures, Truth
+from mimray.trainers.evaluation.detection.metrics import Figures, GroundTruth
 
 _CELL_IN = 4.2
 # A class that many does not get a line of its own.
@@ -25,7 +25,7 @@ _TEXT, _GRID = "#33383f", "#e6e8eb"
 def draw_found(
     pictures: Sequence[Image.Image],
     found: Sequence[Detections],
-    truths: Sequence[Truth],
+    truths: Sequence[GroundTruth],
     class_names: Sequence[str],
     shown_score: float,
 ) -> bytes:
@@ -92,7 +92,7 @@ def draw_curves(
     """Draw the losses by epoch, and precision over recall at IoU .50 for each class.
 
     Args:
-        rows: of `fit`.
+        rows: the rows that `train_head` returned.
         figures: of the boxes.
         class_names: by label.
 
@@ -136,7 +136,7 @@ def draw_curves(
     return png_of(figure)
 
 
-def _present(found: Sequence[Detections], truths: Sequence[Truth]) -> list[int]:
+def _present(found: Sequence[Detections], truths: Sequence[GroundTruth]) -> list[int]:
     labels = [objects.labels for objects in found] + [truth.labels for truth in truths]
     return [int(label) for label in np.unique(np.concatenate(labels))]
 

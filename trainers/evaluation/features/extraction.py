@@ -142,7 +142,7 @@ def extract(
     return Extracted(out, manifest, num_written=len(missing))
 
 
-def at_hand(device: str) -> str:
+def local_device(device: str) -> str:
     """A device of this process: `auto` is its GPU, or the CPU where it has none."""
     if device != "auto":
         return device
@@ -191,7 +191,7 @@ def _encoded(
     if ray.is_initialized() and ray.get_runtime_context().worker.mode != ray.WORKER_MODE:
         yield from _on_cluster(ref, source, extraction, parts, device, batch_size)
         return
-    device = at_hand(device)
+    device = local_device(device)
     encoder = PartEncoder(
         ref.load().to(device),
         source,

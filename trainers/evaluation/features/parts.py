@@ -23,7 +23,7 @@ from mimray.trainers.config.evaluation.extract import ExtractSpec
 from mimray.trainers.config.model import ViTConfig
 from mimray.trainers.data.decode import decode
 from mimray.trainers.data.rng import Stream, generator
-from mimray.trainers.data.selection import chosen
+from mimray.trainers.data.selection import evenly_spread
 from mimray.trainers.data.sources import Source
 from mimray.trainers.data.transforms import inference_view, random_crop_box, to_array, view_of
 from mimray.trainers.errors import ConfigError, DataError, ImageError
@@ -117,7 +117,7 @@ class Extraction(Config):
     @property
     def indices(self) -> np.ndarray:
         """The pictures, int64, ascending."""
-        return chosen(self.num_samples, self.spec.limit)
+        return evenly_spread(self.num_samples, self.spec.limit)
 
     @property
     def pictures_per_part(self) -> int:
@@ -203,7 +203,7 @@ class Skipped(Config):
 
 
 @dataclass(frozen=True)
-class _Views:
+class _PreparedPicture:
     """One picture as the encoder sees it."""
 
     id: str
@@ -258,7 +258,7 @@ class PartEncoder:
         features: dict[str, list[np.ndarray]] = {name: [] for name in extraction.tensors}
         for prepared in self._prepared(extraction.indices_of(part)):
             skipped += [item for item in prepared if isinstance(item, Skipped)]
-            views = [item for item in prepared if isinstance(item, _Views)]
+            views = [item for item in prepared if isinstance(item, _PreparedPicture)]
             if not views:
                 continue
             for item in views:
@@ -284,7 +284,7 @@ class PartEncoder:
         pq.write_table(table, sink, use_dictionary=False, compression="none")
         return bytes(sink.getvalue())
 
-    def _prepared(self, indices: np.ndarray) -> Iterator[list[_Views | Skipped]]:
+    def _prepared(self, indices: np.ndarray) -> Iterator[list[_PreparedPicture | Skipped]]:
         """Batches of decoded pictures, one made ahead."""
         starts = range(0, len(indices), self._batch_pictures)
         batches = [indices[start : start + self._batch_pictures] for start in starts]
@@ -294,7 +294,7 @@ class PartEncoder:
             yield prepared
         yield ahead.result()
 
-    def _prepare(self, indices: np.ndarray) -> list[_Views | Skipped]:
+    def _prepare(self, indices: np.ndarray) -> list[_PreparedPicture | Skipped]:
         futures = []
         for index in map(int, indices):
             record = self._source[index]
@@ -303,7 +303,9 @@ class PartEncoder:
             futures.append(self._decoders.submit(self._views, record.image, name, index, label))
         return [future.result() for future in futures]
 
-    def _views(self, image: bytes, name: str, index: int, label: int | None) -> _Views | Skipped:
+    def _views(
+        self, image: bytes, name: str, index: int, label: int | None
+    ) -> _PreparedPicture | Skipped:
         spec, size = self._extraction.spec, self._extraction.image_size
         interpolation = self._extraction.interpolation
         try:
@@ -320,14 +322,14 @@ class PartEncoder:
             picture = picture.convert("L")
         if not spec.num_views:
             pixels = inference_view(picture, size, interpolation)
-            return _Views(name, index, label, pixels[None])
+            return _PreparedPicture(name, index, label, pixels[None])
         views = []
         for view in range(spec.num_views):
             rng = generator(spec.seed, Stream.VIEW, view, index)
             box = random_crop_box(rng, picture.size, spec.crop_scale, CROP_RATIO)
             flip = bool(rng.random() < 0.5)
             views.append(to_array(view_of(picture, size, interpolation, box, flip)))
-        return _Views(name, index, label, np.stack(views))
+        return _PreparedPicture(name, index, label, np.stack(views))
 
     @torch.no_grad()
     def _encode(self, pixels: torch.Tensor) -> dict[str, np.ndarray]:

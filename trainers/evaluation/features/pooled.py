@@ -14,7 +14,7 @@ import numpy as np
 
 from mimray.trainers.config.evaluation.extract import ExtractSpec
 from mimray.trainers.data.cache import default_cache_dir
-from mimray.trainers.data.selection import chosen, labelled, num_classes_of
+from mimray.trainers.data.selection import evenly_spread, labelled, num_classes_of
 from mimray.trainers.data.sources import Source
 from mimray.trainers.errors import ConfigError, EmptyDatasetError
 from mimray.trainers.evaluation.features.encoders import EncoderRef
@@ -31,7 +31,7 @@ Pooling = Literal["mean", "cls", "both"]
 
 
 @dataclass(frozen=True)
-class Vectors:
+class LabelledFeatures:
     """Labelled pictures as an encoder sees them.
 
     Attributes:
@@ -46,7 +46,7 @@ class Vectors:
 
 
 @dataclass(frozen=True)
-class Pooled:
+class PooledFeatures:
     """Pictures as an encoder sees them, labelled or not: a row a view, those of one together.
 
     Attributes:
@@ -65,7 +65,7 @@ class Pooled:
 
 
 @dataclass(frozen=True)
-class Probed:
+class ProbeData:
     """What a probe works on.
 
     Attributes:
@@ -78,13 +78,13 @@ class Probed:
 
     splits: Splits
     pooling: Pooling
-    train: Vectors
-    val: Vectors
+    train: LabelledFeatures
+    val: LabelledFeatures
     notes: tuple[str, ...]
 
 
-def probed(ref: EncoderRef, setting: Setting, pooling: Pooling | None) -> Probed:
-    """Vectors of the training and the validation pictures, whole and resized as they are served.
+def load_probe_data(ref: EncoderRef, setting: Setting, pooling: Pooling | None) -> ProbeData:
+    """Features of the training and validation pictures, whole and resized as they are served.
 
     Args:
         ref: the encoder.
@@ -92,18 +92,20 @@ def probed(ref: EncoderRef, setting: Setting, pooling: Pooling | None) -> Probed
         pooling: the card's own where None.
 
     Raises:
-        DataError: as of `open_splits` and `vectors`.
+        DataError: as of `open_splits` and `labelled_features`.
         ConfigError: the encoder has no class token to pool by.
     """
     splits = open_splits(setting)
     pooling = pooling or ref.card().pooling
-    train, skipped = vectors(ref, splits.train, setting, pooling, phase="features of train")
-    val, skipped_val = vectors(ref, splits.val, setting, pooling, phase="features of val")
+    train, skipped = labelled_features(
+        ref, splits.train, setting, pooling, phase="features of train"
+    )
+    val, skipped_val = labelled_features(ref, splits.val, setting, pooling, phase="features of val")
     val = replace(val, y=splits.val_numbers[val.y])
-    return Probed(splits, pooling, train, val, notes=(*skipped, *skipped_val))
+    return ProbeData(splits, pooling, train, val, notes=(*skipped, *skipped_val))
 
 
-def vectors(
+def labelled_features(
     ref: EncoderRef,
     source: Source,
     setting: Setting,
@@ -111,8 +113,8 @@ def vectors(
     *,
     phase: str,
     num_views: int = 0,
-) -> tuple[Vectors, tuple[str, ...]]:
-    """Labelled vectors of a source; arguments are those of `pooled`.
+) -> tuple[LabelledFeatures, tuple[str, ...]]:
+    """Labelled vectors of a source; arguments are those of `pooled_features`.
 
     Returns:
         The vectors, and a note about each picture left out.
@@ -124,9 +126,9 @@ def vectors(
     """
     check_pooling(ref, pooling)
     if not setting.skip_invalid:
-        asked = chosen(len(source), setting.limit)
+        asked = evenly_spread(len(source), setting.limit)
         labelled(source, asked, num_classes_of(source), skip=False)
-    found = pooled(ref, source, setting, pooling, phase=phase, num_views=num_views)
+    found = pooled_features(ref, source, setting, pooling, phase=phase, num_views=num_views)
     good = _is_class(found.labels, source)
     notes = list(found.notes)
     step = max(1, num_views)
@@ -137,10 +139,10 @@ def vectors(
     x = found.x[good]
     if num_views:
         x = x.reshape(-1, num_views, x.shape[1])
-    return Vectors(x, found.labels[good][::step], found.index[good][::step]), tuple(notes)
+    return LabelledFeatures(x, found.labels[good][::step], found.index[good][::step]), tuple(notes)
 
 
-def pooled(
+def pooled_features(
     ref: EncoderRef,
     source: Source,
     setting: Setting,
@@ -148,7 +150,7 @@ def pooled(
     *,
     phase: str,
     num_views: int = 0,
-) -> Pooled:
+) -> PooledFeatures:
     """One vector a view of a source's pictures, from the cache where they are known.
 
     Mean and class token are extracted together, so that another pooling needs no new pass.
@@ -193,7 +195,7 @@ def pooled(
     columns = ("mean", "cls") if pooling == "both" else (pooling,)
     table = read_columns(found.out, found.manifest, ("id", "index", "label", *columns))
     parts = [table[name].combine_chunks().to_numpy_ndarray() for name in columns]
-    return Pooled(
+    return PooledFeatures(
         x=np.concatenate(parts, axis=1),
         labels=table["label"].fill_null(-1).to_numpy(),
         index=table["index"].to_numpy(),

@@ -30,7 +30,7 @@ Row = dict[str, float]
 STATE = "fit.pt"
 
 
-def fit(
+def train_head(
     head: nn.Module,
     encoder: nn.Module | None,
     *,

@@ -15,8 +15,8 @@ from mimray.trainers.data.sources import Source
 from mimray.trainers.errors import DataError
 from mimray.trainers.evaluation.charts import confusion_chart
 from mimray.trainers.evaluation.features.encoders import EncoderRef
-from mimray.trainers.evaluation.features.extraction import at_hand
-from mimray.trainers.evaluation.features.pooled import probed, vectors
+from mimray.trainers.evaluation.features.extraction import local_device
+from mimray.trainers.evaluation.features.pooled import labelled_features, load_probe_data
 from mimray.trainers.evaluation.probes.classification import (
     confusion_matrix,
     missing_classes,
@@ -27,7 +27,7 @@ from mimray.trainers.evaluation.probes.lars import train_heads
 from mimray.trainers.evaluation.probes.linear_heads import LinearHead, logistic, ridge
 from mimray.trainers.evaluation.score import Score, Setting
 
-Fit = Callable[[np.ndarray, np.ndarray, Sequence[float], str], list[LinearHead]]
+Solver = Callable[[np.ndarray, np.ndarray, Sequence[float], str], list[LinearHead]]
 """From x, y, candidates and a phase to one head a candidate."""
 
 
@@ -50,11 +50,11 @@ def evaluate(ref: EncoderRef, setting: Setting, config: LinearConfig) -> Score:
         ConfigError: the encoder has no class token to pool by.
         NonFiniteLossError: LARS diverged at every learning rate.
     """
-    found = probed(ref, setting, config.pooling)
+    found = load_probe_data(ref, setting, config.pooling)
     train, val, names = found.train, found.val, found.splits.class_names
     learn_x = train.x
     if config.num_views:
-        views, _ = vectors(
+        views, _ = labelled_features(
             ref,
             found.splits.train,
             setting,
@@ -63,15 +63,15 @@ def evaluate(ref: EncoderRef, setting: Setting, config: LinearConfig) -> Score:
             num_views=config.num_views,
         )
         learn_x = views.x  # N V D
-    key, candidates, fit = _solver(config, setting, len(names))
+    key, candidates, solve = _solver(config, setting, len(names))
 
     held_out, kept = _split(found.splits.train, len(train.y), config.held_out, setting.seed)
-    tried = fit(learn_x[kept], train.y[kept], candidates, f"choosing {key}")
+    tried = solve(learn_x[kept], train.y[kept], candidates, f"choosing {key}")
     shares = [head.accuracy(train.x[held_out], train.y[held_out]) for head in tried]
     best = int(np.argmax(shares))
     # The heads of LARS come together; of the others only the best is worth fitting again.
     again = candidates if config.solver == "lars" else candidates[best : best + 1]
-    heads = dict(zip(again, fit(learn_x, train.y, again, "fitting to all"), strict=True))
+    heads = dict(zip(again, solve(learn_x, train.y, again, "fitting to all"), strict=True))
     head = heads[candidates[best]]
 
     scores = head.scores(val.x)
@@ -137,7 +137,7 @@ def _split(
 
 def _solver(
     config: LinearConfig, setting: Setting, num_classes: int
-) -> tuple[str, tuple[float, ...], Fit]:
+) -> tuple[str, tuple[float, ...], Solver]:
     """What is chosen, among what, and how a head is fitted."""
     if config.solver == "lars":
 
@@ -151,7 +151,7 @@ def _solver(
                 rates,
                 config,
                 seed=setting.seed,
-                device=at_hand(setting.device),
+                device=local_device(setting.device),
                 phase=phase,
                 progress=setting.progress,
             )

@@ -10,7 +10,7 @@ import torch
 from mimray.trainers.config.evaluation.rankme import RankMeConfig
 from mimray.trainers.evaluation.charts import spectrum_chart
 from mimray.trainers.evaluation.features.encoders import EncoderRef
-from mimray.trainers.evaluation.features.pooled import pooled
+from mimray.trainers.evaluation.features.pooled import pooled_features
 from mimray.trainers.evaluation.score import Score, Setting
 from mimray.trainers.evaluation.splits import pictures_to_score
 
@@ -42,7 +42,7 @@ def evaluate(ref: EncoderRef, setting: Setting, config: RankMeConfig) -> Score:
     # Where the bound does not bind, the features are those that other tasks keep.
     if min(setting.limit or len(source), len(source)) > config.limit:
         setting = replace(setting, limit=config.limit)
-    found = pooled(ref, source, setting, config.pooling, phase="features")
+    found = pooled_features(ref, source, setting, config.pooling, phase="features")
     values = singular_values(found.x)
     rank = effective_rank(values)
     num_pictures, width = found.x.shape

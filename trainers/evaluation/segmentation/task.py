@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from mimray.trainers.bundles import FrozenEncoder
 from mimray.trainers.config.evaluation.segmentation import SegmentationConfig
 from mimray.trainers.data.geometry import Size
-from mimray.trainers.evaluation.annotations.base import Complaints, SegmentationSet
+from mimray.trainers.evaluation.annotations.base import InvalidLabels, SegmentationSet
 from mimray.trainers.evaluation.annotations.segmentation import open_segmentation
 from mimray.trainers.evaluation.features.encoders import MakeEncoder, check_input
-from mimray.trainers.evaluation.heads.train_head import fit
+from mimray.trainers.evaluation.heads.train_head import train_head
 from mimray.trainers.evaluation.heads.views import fitting_size, tensor_of
 from mimray.trainers.evaluation.score import Score, Setting
 from mimray.trainers.evaluation.segmentation.inference import learning_view
@@ -46,16 +46,21 @@ def evaluate(make_encoder: MakeEncoder, setting: Setting, config: SegmentationCo
         ConfigError: an input size that the encoder's stride does not divide.
         NonFiniteLossError: training diverged.
     """
-    complaints = Complaints(setting.skip_invalid)
+    invalid_labels = InvalidLabels(setting.skip_invalid)
     train = open_segmentation(
-        setting.data, "train", config, complaints, limit=setting.limit, progress=setting.progress
+        setting.data,
+        "train",
+        config,
+        invalid_labels,
+        limit=setting.limit,
+        progress=setting.progress,
     )
     val = open_segmentation(
         setting.val or setting.data,
         "val",
         config,
-        complaints,
-        own=setting.val is None,
+        invalid_labels,
+        shared=setting.val is None,
         class_names=train.class_names,
         limit=setting.limit,
         progress=setting.progress,
@@ -84,7 +89,7 @@ def evaluate(make_encoder: MakeEncoder, setting: Setting, config: SegmentationCo
         val_fingerprint=val.fingerprint,
         num_train=len(train),
         num_val=len(val),
-        notes=(*_missing(metrics["IoU"], train, val), *complaints.notes()),
+        notes=(*_missing(metrics["IoU"], train, val), *invalid_labels.notes()),
         pictures={
             "segmentation.png": sheet(shown, train.class_names),
             "segmentation_classes.png": class_chart(metrics["IoU"], rows),
@@ -164,7 +169,7 @@ def _train(
             ]
         ).encode()
     ).hexdigest()
-    rows = fit(
+    rows = train_head(
         model.head,
         trained,
         num_examples=len(train),
