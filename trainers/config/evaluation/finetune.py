@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
-from mimray.trainers.config.base import Config
+from mimray.trainers.config.base import Config, ImageSize
 
 
 class FinetuneTask(Config):
@@ -16,7 +16,7 @@ class FinetuneTask(Config):
         default="finetune-tiny", description="a recipe of method finetune: its name, or a path"
     )
     epochs: PositiveFloat | None = Field(default=None, description="the recipe's by default")
-    image_size: tuple[PositiveInt, PositiveInt] | None = Field(
+    image_size: ImageSize | None = Field(
         default=None,
         description="(height, width) of the input, pixels; one number for a square; "
         "the bundle's own by default",
@@ -36,8 +36,3 @@ class FinetuneTask(Config):
     @classmethod
     def _several(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
-
-    @field_validator("image_size", mode="before")
-    @classmethod
-    def _square(cls, value: Any) -> Any:
-        return (value, value) if isinstance(value, int) else value

@@ -181,10 +181,10 @@ def _train(
     trained = None
     if config.finetune:
         assert isinstance(encoder, FrozenEncoder)
-        trained = encoder.encoder.requires_grad_(True)
+        trained = encoder.encoder
     card = encoder.card.model_dump(mode="json", exclude={"scores"})
     about = [config.model_dump(mode="json"), card, train.fingerprint, setting.limit, setting.seed]
-    rows = train_head(
+    return train_head(
         detector,
         trained,
         num_examples=len(indices),
@@ -197,9 +197,6 @@ def _train(
         progress=setting.progress,
         phase="training the detector",
     )
-    if trained is not None:
-        trained.requires_grad_(False)
-    return rows
 
 
 def _find(

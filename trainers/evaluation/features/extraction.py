@@ -192,8 +192,8 @@ def _encoded(
         yield from _on_cluster(ref, source, extraction, parts, device, batch_size)
         return
     device = local_device(device)
-    encoder = PartEncoder(
-        ref.load().to(device),
+    encode = PartEncoder(
+        ref,
         source,
         extraction,
         device=device,
@@ -201,7 +201,7 @@ def _encoded(
         num_threads=torch.get_num_threads(),
     )
     for part in parts:
-        yield part, encoder(part)
+        yield part, encode(part)
 
 
 def _on_cluster(
@@ -243,25 +243,9 @@ def _on_cluster(
 class _Worker:
     """A `PartEncoder` in an actor of Ray Data, from tables of numbers to tables of files."""
 
-    def __init__(
-        self,
-        ref: EncoderRef,
-        source: Source,
-        extraction: Extraction,
-        *,
-        device: str,
-        batch_size: int,
-        num_threads: int,
-    ) -> None:
+    def __init__(self, *args: Any, num_threads: int, **kwargs: Any) -> None:
         torch.set_num_threads(num_threads)
-        self._encode = PartEncoder(
-            ref.load().to(device),
-            source,
-            extraction,
-            device=device,
-            batch_size=batch_size,
-            num_threads=num_threads,
-        )
+        self._encode = PartEncoder(*args, num_threads=num_threads, **kwargs)
 
     def __call__(self, parts: pa.Table) -> Iterator[pa.Table]:
         for part in parts["part"].to_pylist():

@@ -27,7 +27,7 @@ from mimray.trainers.data.selection import evenly_spread
 from mimray.trainers.data.sources import Source
 from mimray.trainers.data.transforms import inference_view, random_crop_box, to_array, view_of
 from mimray.trainers.errors import ConfigError, DataError, ImageError
-from mimray.trainers.evaluation.features.encoders import EncoderRef, FeatureEncoder, check_input
+from mimray.trainers.evaluation.features.encoders import EncoderRef, check_input
 from mimray.trainers.models import build_encoder
 from mimray.trainers.models.normalise import normalise
 
@@ -219,17 +219,17 @@ class PartEncoder:
     interpreter's lock back while it decodes and resizes.
 
     Args:
-        encoder: on its device.
+        ref: the encoder, which is loaded here.
         source: the pictures.
-        extraction: what is wanted of them.
-        device: of the encoder.
-        batch_size: views encoded at once.
-        num_threads: decoding threads.
+        extraction: the features to make of them.
+        device: device of the encoder, as torch names it.
+        batch_size: number of views encoded at once.
+        num_threads: number of decoding threads.
     """
 
     def __init__(
         self,
-        encoder: FeatureEncoder,
+        ref: EncoderRef,
         source: Source,
         extraction: Extraction,
         *,
@@ -237,7 +237,7 @@ class PartEncoder:
         batch_size: int,
         num_threads: int,
     ) -> None:
-        self._encoder = encoder
+        self._encoder = ref.load().to(device)
         self._source = source
         self._extraction = extraction
         self._device = device

@@ -50,7 +50,8 @@ def train_head(
 
     Args:
         head: trained in place.
-        encoder: trained with it, at `config.encoder_lr_scale` of its rate; None leaves it be.
+        encoder: the encoder to train with it, at `config.encoder_lr_scale` of its rate; its
+            gradients are on meanwhile. None for a frozen one.
         num_examples: training pictures.
         make_batch: from (epoch, int64 [B] of examples) to what `losses_of` takes; a pure
             function. Runs in this thread.
@@ -72,6 +73,8 @@ def train_head(
     per_epoch = num_examples // size
     steps, warmup = config.epochs * per_epoch, config.warmup_epochs * per_epoch
     trained = [module for module in (head, encoder) if module is not None]
+    if encoder is not None:
+        encoder.requires_grad_(True)
     optimizer = torch.optim.AdamW(
         [
             *_groups(head, config.weight_decay, 1.0),
@@ -119,6 +122,8 @@ def train_head(
             _keep(folder / STATE, identity, trained, optimizer, rows)
     for module in trained:
         module.eval()
+    if encoder is not None:
+        encoder.requires_grad_(False)
     return rows
 
 

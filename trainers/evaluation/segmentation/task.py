@@ -133,7 +133,7 @@ def _train(
     features: Callable[..., tuple[Tensor, ...]] | None = None
     if config.finetune:
         assert isinstance(model.encoder, FrozenEncoder)
-        trained = model.encoder.encoder.requires_grad_(True)
+        trained = model.encoder.encoder
         features = model.encoder.encoder.features
 
     def make_batch(epoch: int, indices: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -169,7 +169,7 @@ def _train(
             ]
         ).encode()
     ).hexdigest()
-    rows = train_head(
+    return train_head(
         model.head,
         trained,
         num_examples=len(train),
@@ -181,9 +181,6 @@ def _train(
         identity=identity,
         progress=setting.progress,
     )
-    if trained is not None:
-        trained.requires_grad_(False)
-    return rows
 
 
 def _score(
