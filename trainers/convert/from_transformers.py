@@ -73,7 +73,7 @@ def _from_vit_mae(state: dict[str, Tensor], config: Mapping[str, Any]) -> Found:
 
 
 def _from_vit(state: dict[str, Tensor], config: Mapping[str, Any]) -> Found:
-    found = _with_pixel_head(state, config)
+    found = _with_pixel_head(state)
     # Its classifiers and its pooler read the class token.
     if any(k.startswith(("classifier.", "pooler.")) for k in state):
         found.pooling = "cls"
@@ -82,12 +82,12 @@ def _from_vit(state: dict[str, Tensor], config: Mapping[str, Any]) -> Found:
 
 
 def _from_swin(state: dict[str, Tensor], config: Mapping[str, Any]) -> Found:
-    found = _with_pixel_head(state, config)
+    found = _with_pixel_head(state)
     found.encoder = shift_downsample(join_qkv(rename(found.encoder, inverse(HF_SWIN))), by=1)
     return found
 
 
-def _with_pixel_head(state: dict[str, Tensor], config: Mapping[str, Any]) -> Found:
+def _with_pixel_head(state: dict[str, Tensor]) -> Found:
     """A SimMIM, where the weights hold its head."""
     if "decoder.0.weight" not in state:
         return Found(state)

@@ -106,7 +106,7 @@ def evaluate(ref: EncoderRef, setting: Setting, config: LinearConfig) -> Score:
         num_val=len(val.y),
         notes=(
             *missing_classes(per_class),
-            *_advice(key, candidates, best, head, config),
+            *_advice(key, candidates, best, head),
             *found.notes,
         ),
         pictures={
@@ -171,9 +171,7 @@ def _solver(
     return "alpha", config.ridge_alpha, at_once
 
 
-def _advice(
-    key: str, candidates: Sequence[float], best: int, head: LinearHead, config: LinearConfig
-) -> tuple[str, ...]:
+def _advice(key: str, candidates: Sequence[float], best: int, head: LinearHead) -> tuple[str, ...]:
     """What a reader of the score should know of how it came about."""
     notes = []
     if len(candidates) > 1 and candidates[best] in (min(candidates), max(candidates)):
