@@ -24,7 +24,7 @@ def encoder_shapes(encoder: EncoderConfig, size: tuple[int, int], channels: int)
     Args:
         encoder: architecture.
         size: (height, width) of the input, pixels.
-        channels: of the input.
+        channels: channels of the input.
     """
     with torch.device("meta"):
         return _shapes(build_encoder(encoder, size, channels))
@@ -34,7 +34,7 @@ def method_shapes(recipe: Recipe) -> Shapes:
     """The parameters of a method beside its encoder's.
 
     Args:
-        recipe: of mae, beit, simmim, or maskfeat without a decoder.
+        recipe: recipe of mae, beit, simmim, or maskfeat without a decoder.
     """
     encoder, method, channels = recipe.encoder, recipe.method, recipe.data.channels
     if isinstance(method, MAEConfig):
@@ -65,13 +65,13 @@ def method_shapes(recipe: Recipe) -> Shapes:
 
 
 class Assignment(NamedTuple):
-    """What fits, and in words what does not.
+    """Parameters that match, and in words those that do not.
 
     Attributes:
         kept: parameters of the wanted names and shapes.
         missing: wanted names that none of them has.
-        left_out: names of the rest.
-        problems: a line a name.
+        left_out: names of the parameters that are not kept.
+        problems: a line for each name that does not match.
     """
 
     kept: dict[str, Tensor]
@@ -84,8 +84,8 @@ def assign_weights(state: Mapping[str, Tensor], wanted: Shapes) -> Assignment:
     """Sort parameters by whether they fit.
 
     Args:
-        state: what there is.
-        wanted: what there should be.
+        state: parameters by name.
+        wanted: shapes by the names wanted.
     """
     kept = {k: v for k, v in state.items() if wanted.get(k) == v.shape}
     problems = [f"missing {k}" for k in wanted if k not in state]

@@ -32,7 +32,7 @@ _LOGITS = "quantizer.to_logits"
 
 
 def is_dalle(state: dict[str, Tensor]) -> bool:
-    """Whether these are weights of DALL-E's encoder."""
+    """True if these are weights of DALL-E's encoder."""
     return bool({"blocks.input.w", "blocks.input.weight"} & state.keys())
 
 
@@ -48,12 +48,12 @@ def import_dalle(
     """Write the tokenizer's bundle.
 
     Args:
-        checkpoint: for which `is_dalle` holds.
+        checkpoint: checkpoint of DALL-E's encoder, see `is_dalle`.
         out: the bundle's folder.
         image_size: (height, width) the tokenizer is shown, pixels.
-        name: what it is called.
-        origin: where it came from, for the card.
-        command: how it was made, for the card.
+        name: name of the bundle.
+        origin: origin of the weights, for the card.
+        command: command line, for the card.
 
     Raises:
         BundleError: keys are missing, unexpected or of another shape; they are listed.

@@ -28,9 +28,9 @@ def from_timm(state: dict[str, Tensor], architecture: str) -> Found:
     """Read weights of one of timm's models.
 
     Args:
-        state: as saved.
-        architecture: what `timm.create_model` calls it: a name, with its tag where the weights
-            have one, or `local-dir:FOLDER`.
+        state: parameters by name, as saved.
+        architecture: name as `timm.create_model` takes it, with its tag where the weights have one,
+            or `local-dir:FOLDER`.
 
     Raises:
         BundleError: no such model, or one that our encoders are not.

@@ -31,7 +31,7 @@ def from_transformers(
     """Read a folder's weights by its configuration.
 
     Args:
-        state: as saved.
+        state: parameters by name, as saved.
         config: `config.json`.
         preprocessor: `preprocessor_config.json`; empty where there is none.
 

@@ -48,14 +48,14 @@ _Kind = TypeVar("_Kind", bound=Config)
 
 
 class Imported(NamedTuple):
-    """What became of a checkpoint.
+    """Outcome of an import.
 
     Attributes:
-        card: of the bundle.
-        complete: whether the bundle holds the whole method, to load and train on.
+        card: card of the bundle.
+        complete: True if the bundle holds the whole method, to load and train on.
         left_out: parameters of the checkpoint that are not in the bundle.
         initialised: parameters of the bundle that were not in the checkpoint.
-        notes: what a person should know.
+        notes: sentences for people.
     """
 
     card: BundleCard
@@ -66,7 +66,7 @@ class Imported(NamedTuple):
 
 
 class _Input(Config):
-    """What is known before the encoder is."""
+    """The section of a recipe that is known before the encoder is."""
 
     data: DataConfig
 
@@ -103,8 +103,8 @@ def import_weights(
             weights as they are.
         partial: keep what fits, where keys are missing, unexpected or of another shape. Missing
             parts of the encoder are initialised afresh; an incomplete head is left out.
-        name: what the encoder is called; as the source by default.
-        command: how it was made, for the card.
+        name: name of the encoder; that of the source by default.
+        command: command line, for the card.
 
     Raises:
         BundleError: no checkpoint, not plain tensors, no model of ours, or keys that do not fit.
@@ -178,7 +178,7 @@ def _tokenizer(
 
 
 def _read(source: str, architecture: str | None) -> tuple[Found, str]:
-    """What a checkpoint holds, and where it came from."""
+    """Read a checkpoint: its contents and its origin."""
     if source.startswith(TIMM):
         return download_timm(source.removeprefix(TIMM)), source
     path = Path(source).expanduser()
@@ -208,7 +208,7 @@ def _name_of(source: str) -> str:
 
 
 def _told(found: Found, overrides: Sequence[str]) -> dict[str, Any]:
-    """What the source and the person tell, as sections of a recipe."""
+    """Sections of a recipe, as far as the source and the person tell them."""
     data = found.tree.get("data", {})
     # A library's mean and deviation are of three channels, whatever a model has.
     known = {k: v for k, v in data.items() if k not in ("mean", "std") or len(v) == found.channels}
@@ -226,7 +226,7 @@ def _told(found: Found, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _model(found: Found, tree: Mapping[str, Any], source: str) -> _Model:
-    """What the weights are of, at the size they were made for."""
+    """The encoder and the input that the weights were made for."""
     data = _checked(_Input, {"data": tree["data"]}, source).data
     size = data.image_size if "image_size" in tree["data"] else None
     encoder, size = encoder_section(found.encoder, tree["encoder"], size)

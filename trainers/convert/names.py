@@ -112,7 +112,7 @@ def shift_downsample(state: Mapping[str, Tensor], by: int) -> dict[str, Tensor]:
     the next.
 
     Args:
-        state: of a Swin.
+        state: parameters of a Swin.
         by: 1 from the official place to ours, -1 back.
     """
     pattern = re.compile(r"(?<=layers\.)\d+(?=\.downsample\.)")
@@ -172,7 +172,7 @@ def to_pixel_shuffle(head: Float[Tensor, P * D], channels: int) -> Float[Tensor,
 
     Args:
         head: weight or bias of a Linear.
-        channels: of the pictures.
+        channels: channels of the pictures.
     """
     side = math.isqrt(head.shape[0] // channels)
     pixels = head.reshape(side, side, channels, *head.shape[1:])

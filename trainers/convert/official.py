@@ -20,8 +20,8 @@ def from_official(state: dict[str, Tensor], settings: Mapping[str, Any]) -> Foun
     """Recognise a checkpoint by its names.
 
     Args:
-        state: as saved.
-        settings: what else the file holds.
+        state: parameters by name, as saved.
+        settings: everything else that the file holds.
     """
     state = {k: v for k, v in state.items() if not k.startswith("hogs.")}
     if "decoder_embed.weight" in state:

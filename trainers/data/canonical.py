@@ -24,7 +24,7 @@ class StoredPicture(NamedTuple):
         data: encoded bytes, JPEG or PNG.
         width: columns in pixels.
         height: rows in pixels.
-        reencoded: whether `data` differs from what came in.
+        reencoded: True if `data` differs from what came in.
     """
 
     data: bytes

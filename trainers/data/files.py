@@ -23,7 +23,7 @@ class FoundFile:
 
     Attributes:
         path: relative to the root, with `/`.
-        num_bytes: its size.
+        num_bytes: size of the file.
     """
 
     path: str

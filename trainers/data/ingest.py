@@ -44,11 +44,11 @@ _OUTPUT = pa.schema(
 
 @dataclass(frozen=True)
 class IngestReport:
-    """What an ingest did.
+    """Outcome of an ingest.
 
     Attributes:
         out: URI of the dataset.
-        manifest: what it is, as written to `dataset.json`.
+        manifest: contents of the dataset, as written to `dataset.json`.
         num_rejected: pictures left out; `rejected.jsonl` in the dataset lists them.
     """
 

@@ -1,4 +1,4 @@
-"""What an ingest reads: files or row groups, listed up front, read by the workers."""
+"""Plan of an ingest: files or row groups, listed up front, read by the workers."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class SourcePicture(NamedTuple):
     """One picture as found, or why it could not be read.
 
     Attributes:
-        source: where it came from, relative to the dataset.
+        source: place of the picture, relative to the dataset.
         label: class, or None.
         data: encoded bytes; None when they could not be read.
         reason: a short word when `data` is None, e.g. `missing`.
@@ -62,10 +62,10 @@ class IngestPlan:
 
     Attributes:
         units: table of schema `UNITS`.
-        num_pictures: how many pictures the units hold.
+        num_pictures: number of pictures in the units.
         layout: columns of the Parquet shards; None for files.
-        labelled: whether pictures have labels.
-        class_names: by label.
+        labelled: True if pictures have labels.
+        class_names: names of the classes, by label.
         num_ignored: files passed over; see `Contents`.
     """
 

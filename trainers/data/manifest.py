@@ -45,19 +45,19 @@ class ShardFacts:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an ingested dataset is; it says nothing about where and when it was made.
+    """Contents of an ingested dataset; nothing of where and when it was made.
 
     Attributes:
         num_samples: pictures in it.
-        labelled: whether they have labels.
-        class_names: by label; empty when unlabelled or unnamed.
+        labelled: True if pictures have labels.
+        class_names: names of the classes, by label; empty when unlabelled or unnamed.
         fingerprint: sha256 over every picture and label in order, and the class names.
         image_bytes: size of the encoded pictures together.
         short_side_px: the bound that pictures were shrunk to; None keeps their size.
         num_reencoded: pictures whose stored bytes differ from the source's.
         num_ignored: files of the source that were passed over; see `Contents`.
         rejected: pictures left out, counted by reason.
-        shards: in reading order.
+        shards: shards, in reading order.
     """
 
     num_samples: int

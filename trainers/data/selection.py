@@ -1,4 +1,4 @@
-"""Which pictures of a dataset a run learns from, and the classes they are of."""
+"""Pictures of a dataset that a run learns from, and their classes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Selection:
         return None if labels is None else labels[self._indices]
 
     def name(self, index: int) -> str:
-        """Where a chosen picture lies."""
+        """Place of a chosen picture."""
         return self._source.name(int(self._indices[index]))
 
 
@@ -59,7 +59,7 @@ def open_training(uri: str, recipe: Recipe) -> Source:
     """The pictures that a recipe trains on.
 
     Args:
-        uri: of the dataset.
+        uri: URI of the dataset.
         recipe: `data.limit` says how many; where classes are learnt, `data.bad_labels` what
             becomes of pictures without one.
 
@@ -81,8 +81,8 @@ def with_classes(recipe: Recipe, source: Source) -> Recipe:
     """A recipe with `method.num_classes` and `method.class_names` filled in from its data.
 
     Args:
-        recipe: of any method; one that learns no classes stays as it is.
-        source: from `open_training`.
+        recipe: recipe of any method; one that learns no classes stays as it is.
+        source: pictures from `open_training`.
     """
     method = recipe.method
     if not isinstance(method, FinetuneConfig):
@@ -101,7 +101,7 @@ def labelled(source: Source, indices: np.ndarray, num_classes: int, *, skip: boo
         source: the dataset.
         indices: int64 [N], which pictures are meant.
         num_classes: classes are 0 to this less one.
-        skip: leave others out instead of refusing.
+        skip: True leaves others out, False refuses them.
 
     Raises:
         DataError: the dataset has no labels, or a picture has none or one outside the range.
@@ -129,7 +129,7 @@ def labels_of(source: Source) -> np.ndarray:
     """Labels of all pictures, int64 [N].
 
     Args:
-        source: a dataset that must have some.
+        source: dataset that must have labels.
 
     Raises:
         DataError: it has none.
@@ -144,5 +144,5 @@ def labels_of(source: Source) -> np.ndarray:
 
 
 def num_classes_of(source: Source) -> int:
-    """How many classes a labelled source has: those it names, or up to its largest label."""
+    """Number of classes of a labelled source: those it names, or up to its largest label."""
     return len(source.facts.class_names) or int(labels_of(source).max()) + 1

@@ -42,10 +42,10 @@ class ShardWriter:
     `ROW_GROUP_BYTES` has a row group of its own.
 
     Args:
-        filesystem: where to write.
+        filesystem: filesystem to write to.
         folder: an existing folder on it.
-        class_names: by label, kept in every shard's schema.
-        shard_bytes: a shard is closed once it holds this much.
+        class_names: names of the classes, by label, kept in every shard's schema.
+        shard_bytes: size at which a shard is closed.
     """
 
     def __init__(

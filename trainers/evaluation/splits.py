@@ -21,9 +21,9 @@ class Splits:
     """Two labelled sources.
 
     Attributes:
-        train: to learn from; its labels are the classes' numbers.
-        val: to score on.
-        class_names: by label; numbers where the data does not name them.
+        train: pictures to learn from; their labels number the classes.
+        val: pictures to score on.
+        class_names: names of the classes, by label; numbers where the data does not name them.
         val_numbers: int64, the class of each label of `val`, which may lack classes and so number
             the others differently.
     """

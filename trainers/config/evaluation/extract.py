@@ -1,4 +1,4 @@
-"""What an extraction keeps of each picture."""
+"""Options of an extraction."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PositiveFraction = Annotated[PositiveFloat, Field(le=1)]
 
 
 class ExtractSpec(Config):
-    """Which features of which views, and how they are stored."""
+    """Features and views to keep of each picture, and their storage."""
 
     pooled: tuple[Pooled, ...] = Field(
         default=(), description="mean of the patch tokens, class token; after the final norm"

@@ -10,7 +10,7 @@ from mimray.trainers.config.base import Config, ImageSize
 
 
 class FinetuneTask(Config):
-    """Which recipe trains the encoder, and what of it is set otherwise."""
+    """The recipe that trains the encoder, and what is overridden in it."""
 
     recipe: str = Field(
         default="finetune-tiny", description="a recipe of method finetune: its name, or a path"

@@ -8,7 +8,7 @@ from mimray.trainers.config.base import Config, ImageSize
 
 
 class HeadConfig(Config):
-    """What pictures a head sees, and how it learns."""
+    """The views that a head learns from, and its training."""
 
     image_size: ImageSize | None = Field(
         default=None,

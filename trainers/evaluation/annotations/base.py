@@ -1,4 +1,4 @@
-"""What a labelled dataset gives, and how wrong labels are dealt with."""
+"""Labelled pictures as tasks read them, and labels that are wrong."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class SegmentationSet(Protocol):
     """Pictures with a class for each pixel.
 
     Attributes:
-        uri: where they lie.
-        class_names: by class.
+        uri: URI of the data.
+        class_names: names of the classes, by number.
         ignore_index: the value of void pixels, which enter neither loss nor metric.
         fingerprint: changes with any picture or label.
     """
@@ -78,9 +78,9 @@ class DetectionSet(Protocol):
     """Pictures with boxes, perhaps with instance masks.
 
     Attributes:
-        uri: where they lie.
-        class_names: by class.
-        has_masks: whether every object has a mask.
+        uri: URI of the data.
+        class_names: names of the classes, by number.
+        has_masks: True if every object has a mask.
         fingerprint: changes with any picture or label.
     """
 
@@ -108,11 +108,11 @@ class DetectionSet(Protocol):
 
 @dataclass
 class InvalidLabels:
-    """What is wrong with labels: the first is an error, unless they are to be left out.
+    """Labels that are wrong: the first is an error, unless they are to be left out.
 
     Attributes:
-        skip: leave out and list, instead of refusing.
-        found: a line each, in the order found.
+        skip: True leaves such labels out and lists them, False refuses them.
+        found: a line for each label that was left out, in the order found.
     """
 
     skip: bool
@@ -123,7 +123,7 @@ class InvalidLabels:
 
         Args:
             where: file and line or id.
-            what: is wrong.
+            what: the fault, as the rest of a sentence about it.
 
         Raises:
             DataError: unless such labels are left out.

@@ -67,7 +67,7 @@ class CategoryRecord(BaseModel):
 
 
 class CocoFile(BaseModel):
-    """What of a COCO detection file is read; it may hold more.
+    """The part of a COCO detection file that is read; it may hold more.
 
     Source: https://cocodataset.org/#format-data
     """
@@ -94,11 +94,12 @@ class CocoDetection:
     here: ids, boxes, masks, and that each picture is there and of the size that the file says.
 
     Args:
-        json_uri: of the file.
-        images_uri: of the folder that `file_name` is relative to; None looks beside the file: in
-            `images`, in a folder named like the file's split, in its own folder and above.
-        invalid_labels: takes what is wrong; the object or the picture is left out.
-        progress: told of the pictures checked.
+        json_uri: URI of the file.
+        images_uri: URI of the folder that `file_name` is relative to; None looks beside the file:
+            in `images`, in a folder named like the file's split, in its own folder and above.
+        invalid_labels: collects what is wrong, or refuses it; the object or the picture is left
+            out.
+        progress: called with the number of pictures checked.
 
     Raises:
         DataError: no such file, not COCO's layout, or a label that is wrong.
@@ -248,11 +249,11 @@ def read_coco(uri: str) -> bytes:
 
 
 def parse_coco(uri: str, content: bytes) -> CocoFile:
-    """What of a COCO detection file is read.
+    """Parse a COCO detection file.
 
     Args:
-        uri: for messages.
-        content: of the file.
+        uri: URI of the file, for messages.
+        content: bytes of the file.
 
     Raises:
         DataError: it is not JSON, or not COCO's layout.
@@ -285,7 +286,7 @@ def decode_mask(segmentation: RunLengths | list[list[float]], size: Size) -> np.
 
 
 def _mask_fault(segmentation: RunLengths | list[list[float]] | None, size: Size) -> str | None:
-    """What is wrong with a mask of a picture of (height, width); None where nothing is."""
+    """The fault of a mask for a picture of (height, width); None where there is none."""
     if not segmentation:
         return None
     if isinstance(segmentation, RunLengths):

@@ -176,7 +176,7 @@ class _Instances:
 
 
 class _Checked:
-    """What of a set can be read and keeps to the classes; each picture was read once."""
+    """The pictures of a set that can be read and keep to the classes; each was read once."""
 
     def __init__(
         self,

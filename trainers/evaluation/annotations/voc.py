@@ -53,10 +53,11 @@ class VocDetection:
     What is `difficult` counts as a crowd. Classes are the names, sorted.
 
     Args:
-        uri: of the folder that holds `JPEGImages` and `Annotations`.
+        uri: URI of the folder that holds `JPEGImages` and `Annotations`.
         split: name of a list in `ImageSets/Main`; None takes every picture that has an XML file.
-        invalid_labels: takes what is wrong; the object or the picture is left out.
-        progress: told of the pictures checked.
+        invalid_labels: collects what is wrong, or refuses it; the object or the picture is left
+            out.
+        progress: called with the number of pictures checked.
 
     Raises:
         DataError: no such list, or a label that is wrong.
@@ -161,7 +162,7 @@ class VocDetection:
 
 
 class _XmlError(Exception):
-    """What is wrong with a file or an element of it."""
+    """A fault of a file or of an element of it."""
 
 
 def _stems(uri: str, split: str | None) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a detector learns from: views of pictures, with the objects that are on them."""
+"""Training batches of a detector: views of pictures, with the objects that are on them."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class TrainingViews:
     """Makes batches from (epoch, examples), a pure function of both.
 
     Args:
-        detector: whose views they are.
+        detector: detector that learns from the batches.
         train: the pictures.
         indices: int64, those of them to learn from; example i is picture `indices[i]`.
-        config: of the views.
-        seed: of the crops.
+        config: the task's options.
+        seed: seed of the crops.
     """
 
     def __init__(
@@ -61,8 +61,8 @@ def target_of(example: DetectionExample, view: View, *, with_masks: bool) -> dic
 
     Args:
         example: picture and objects.
-        view: of the picture.
-        with_masks: take masks too.
+        view: view of the picture.
+        with_masks: True adds masks.
 
     Returns:
         A target of `Batch`.

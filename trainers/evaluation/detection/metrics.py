@@ -20,7 +20,7 @@ _IOU50, _IOU75 = 0, 5  # of COCO's thresholds .50, .55, …, .95
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """What is on a picture.
+    """Labelled objects of a picture.
 
     Attributes:
         size: (height, width), pixels.
@@ -40,7 +40,7 @@ class GroundTruth:
 
     @classmethod
     def of(cls, example: DetectionExample, labels: np.ndarray) -> GroundTruth:
-        """What an example says.
+        """The labelled objects of an example.
 
         Args:
             example: picture and objects.
@@ -57,7 +57,7 @@ class GroundTruth:
 
 @dataclass(frozen=True)
 class Figures:
-    """What came out, by boxes or by masks.
+    """COCO's figures, by boxes or by masks.
 
     Attributes:
         values: `AP` (mean over IoU .50 to .95), `AP50`, `AP75`, `APs`, `APm`, `APl` (objects
@@ -88,11 +88,11 @@ def coco_figures(
     """Score what was found as COCO does.
 
     Args:
-        truths: a picture each.
-        found: on the same pictures.
-        class_names: by label.
+        truths: labelled objects, a picture each.
+        found: objects found on the same pictures.
+        class_names: names of the classes, by label.
         by: overlap of boxes, or of masks, which both sides must then have.
-        max_detections: most that count on a picture.
+        max_detections: number of objects a picture that count, the best first.
 
     Source: https://cocodataset.org/#detection-eval, by faster-coco-eval.
     """

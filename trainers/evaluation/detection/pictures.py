@@ -33,10 +33,11 @@ def draw_found(
 
     Args:
         pictures: upright, RGB.
-        found: on each; those that score lower than `shown_score` are left out.
-        truths: what is on each; crowds are dotted. Empty for pictures that nobody labelled.
-        class_names: by label.
-        shown_score: in [0, 1].
+        found: objects found on each picture; those that score lower than `shown_score` are left
+            out.
+        truths: labelled objects of each picture, crowds dotted; empty for pictures without labels.
+        class_names: names of the classes, by label.
+        shown_score: lowest score that is drawn, in [0, 1].
 
     Returns:
         A PNG.
@@ -93,8 +94,8 @@ def draw_curves(
 
     Args:
         rows: the rows that `train_head` returned.
-        figures: of the boxes.
-        class_names: by label.
+        figures: figures by boxes.
+        class_names: names of the classes, by label.
 
     Returns:
         A PNG.

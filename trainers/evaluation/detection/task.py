@@ -43,9 +43,10 @@ def evaluate(make_encoder: MakeEncoder, setting: Setting, config: DetectionConfi
     """Train a detector on the training pictures' maps; score it on the validation pictures.
 
     Args:
-        make_encoder: of the encoder; with `config.finetune` it is trained too, and must be at hand.
+        make_encoder: function that makes the encoder; with `config.finetune` the encoder is trained
+            too, and must be a bundle.
         setting: data, device, seed.
-        config: of the detector, the pictures and the training.
+        config: options of the detector, the pictures and the training.
 
     Returns:
         COCO's AP and what goes with it, pictures, and the detector as files for `load_head`.
@@ -207,7 +208,7 @@ def _find(
     config: DetectionConfig,
     setting: Setting,
 ) -> tuple[list[Detections], list[GroundTruth]]:
-    """What is found on the validation pictures, and what is there."""
+    """Objects found on the validation pictures, and those labelled there."""
     found: list[Detections] = []
     truths: list[GroundTruth] = []
     for start in range(0, len(indices), config.batch_size):

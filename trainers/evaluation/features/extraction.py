@@ -49,11 +49,11 @@ class Manifest(Config):
     """`extraction.json`, written last: what a finished extraction holds.
 
     Attributes:
-        extraction: what it is of.
-        data: where the pictures lay.
-        class_names: by label; empty when unlabelled or unnamed.
+        extraction: all that determines the features.
+        data: URI of the pictures.
+        class_names: names of the classes, by label; empty when unlabelled or unnamed.
         num_rows: views in it.
-        parts: its files, in the order of the pictures.
+        parts: files, in the order of the pictures.
         skipped: pictures that were left out.
     """
 
@@ -73,11 +73,11 @@ class Manifest(Config):
 
 @dataclass(frozen=True)
 class Extracted:
-    """What an extraction did.
+    """Outcome of an extraction.
 
     Attributes:
-        out: where it lies.
-        manifest: what it is.
+        out: folder of the features.
+        manifest: contents of the folder.
         num_written: parts made this time; the others were there.
     """
 
@@ -106,10 +106,10 @@ def extract(
     Args:
         ref: the encoder; every node must see its bundle.
         source: the pictures; every node must see them.
-        out: a new folder, or one with parts of the same extraction.
-        spec: what to keep of which views.
-        phase: what to call this in `progress`.
-        progress: told of pictures that were missing.
+        out: folder of the features; new, or with parts of the same extraction.
+        spec: views and features to keep.
+        phase: name of the work in `progress`.
+        progress: called with the number of pictures done, of those that were missing.
         device: `cpu`, `cuda`, …; `auto` takes the GPUs where there are any.
         batch_size: views encoded at once.
 
@@ -261,7 +261,7 @@ _ENCODED = pa.schema([("part", pa.int64()), ("data", pa.large_binary()), ("error
 
 
 class _Pool(NamedTuple):
-    """How many copies of the encoder there are, and what each is given."""
+    """Copies of the encoder, and the resources of each."""
 
     num_copies: int
     num_cpus: int

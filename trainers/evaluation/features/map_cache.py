@@ -42,10 +42,10 @@ class CachedEncoder:
     training every file is read once an epoch.
 
     Args:
-        encoder: what computes; in evaluation mode.
+        encoder: encoder that computes maps, in evaluation mode.
         identity: tells encoders with different weights apart.
-        folder: of the files; a folder in the user's cache by default.
-        cache_gib: most that this process writes, and most that it leaves of earlier ones.
+        folder: folder of the files; one in the user's cache by default.
+        cache_gib: bound of what this process writes, and of what it leaves of earlier files.
     """
 
     def __init__(

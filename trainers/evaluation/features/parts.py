@@ -54,20 +54,20 @@ class Extraction(Config):
     """All that determines the bytes of an extraction; where pictures and weights lie does not.
 
     Attributes:
-        encoder: its name, for people.
-        identity: of the encoder's weights.
-        weights_sha256: of its file; empty for an untrained one.
-        data_fingerprint: of the dataset.
+        encoder: name of the encoder, for people.
+        identity: digest of the encoder's weights and architecture.
+        weights_sha256: digest of the file of weights; empty for an untrained encoder.
+        data_fingerprint: fingerprint of the dataset.
         num_samples: pictures of the dataset.
         image_size: (height, width) that pictures are resized to, pixels.
-        mean: a value a channel, of pixels in [0, 1].
-        std: likewise.
-        interpolation: of the resize.
-        channels: of the input.
+        mean: mean of each channel, of pixels in [0, 1].
+        std: standard deviation of each channel, likewise.
+        interpolation: filter of the resize.
+        channels: channels of the input.
         grid: (h, w) of the patch tokens.
         stride: pixels between neighbouring tokens.
         width: D of the tokens and of what is pooled from them.
-        maps: of the layers asked for, in that order.
+        maps: shapes of the feature maps, in the order asked for.
     """
 
     encoder: str
@@ -142,7 +142,7 @@ class Extraction(Config):
 
 
 def describe(ref: EncoderRef, source: Source, spec: ExtractSpec) -> Extraction:
-    """What extracting these pictures by this encoder comes to; loads no weights.
+    """Describe the extraction of pictures by an encoder; loads no weights.
 
     Raises:
         ConfigError: a layer that does not exist, a class token where there is none, or an input
@@ -191,7 +191,7 @@ def describe(ref: EncoderRef, source: Source, spec: ExtractSpec) -> Extraction:
 
 
 def has_class_token(card: BundleCard) -> bool:
-    """Whether an encoder has a token that stands for the whole picture."""
+    """True if an encoder has a token that stands for the whole picture."""
     return isinstance(card.encoder, ViTConfig)
 
 

@@ -53,7 +53,7 @@ class PooledFeatures:
         x: float32 [R, D].
         labels: int64 [R]; -1 where there is none.
         index: int64 [R], in the dataset.
-        ids: where each picture lies.
+        ids: place of each picture.
         notes: pictures left out, for people.
     """
 
@@ -66,13 +66,13 @@ class PooledFeatures:
 
 @dataclass(frozen=True)
 class ProbeData:
-    """What a probe works on.
+    """Features that a probe learns from and is scored on.
 
     Attributes:
         splits: the pictures.
-        pooling: how tokens became a vector.
-        train: to learn from.
-        val: to score on.
+        pooling: way in which tokens became a vector.
+        train: features to learn from.
+        val: features to score on.
         notes: pictures left out, for people.
     """
 
@@ -159,8 +159,8 @@ def pooled_features(
         ref: the encoder.
         source: the pictures, labelled or not.
         setting: limit, seed of the views, device, whether broken pictures are left out.
-        pooling: which vectors are wanted.
-        phase: what to call this in progress.
+        pooling: vectors to give.
+        phase: name of the work in progress.
         num_views: random crops a picture; 0 for the whole one.
 
     Raises:

@@ -49,19 +49,19 @@ def train_head(
     AdamW, linear warm-up, per-step half-cosine to zero; weights decay, biases and norms do not.
 
     Args:
-        head: trained in place.
+        head: head to train, in place.
         encoder: the encoder to train with it, at `config.encoder_lr_scale` of its rate; its
             gradients are on meanwhile. None for a frozen one.
         num_examples: training pictures.
-        make_batch: from (epoch, int64 [B] of examples) to what `losses_of` takes; a pure
-            function. Runs in this thread.
+        make_batch: function from (epoch, int64 [B] of examples) to what `losses_of` takes; pure,
+            and called in this thread.
         losses_of: the losses of a batch by name; their sum is minimised.
         config: length, rates, batch size.
-        seed: of the order, and of what is drawn on the device.
-        folder: where the state is kept between epochs, for a run that is started again.
-        identity: of all that shapes the result; a state of another is not continued.
-        progress: told of steps.
-        phase: what to call this.
+        seed: seed of the order, and of what is drawn on the device.
+        folder: folder of the state between epochs, for a run that is started again.
+        identity: digest of all that shapes the result; the state of another is not continued.
+        progress: called with the number of steps done.
+        phase: name of the work in `progress`.
 
     Returns:
         A row an epoch: `epoch`, `lr`, and the mean of each loss.

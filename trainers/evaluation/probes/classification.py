@@ -28,7 +28,7 @@ def per_class_accuracy(
     Args:
         predicted: int64 [N].
         labels: int64 [N].
-        class_names: by label.
+        class_names: names of the classes, by label.
     """
     num_pictures = np.bincount(labels, minlength=len(class_names))
     num_right = np.bincount(labels[predicted == labels], minlength=len(class_names))
@@ -53,7 +53,7 @@ def top_k_accuracy(scores: np.ndarray, labels: np.ndarray, k: int) -> float:
     Args:
         scores: [N, C].
         labels: int64 [N].
-        k: at most C.
+        k: number of classes that count, at most C.
     """
     best = np.argpartition(-scores, k - 1, axis=1)[:, :k]
     return float((best == labels[:, None]).any(axis=1).mean())

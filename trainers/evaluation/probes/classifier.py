@@ -1,4 +1,4 @@
-"""What a fine-tuned encoder and its head make of pictures they have not seen."""
+"""Score of a fine-tuned classifier on pictures that it has not seen."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ SHOWN_PICTURES = 8
 
 @dataclass(frozen=True)
 class Classified:
-    """How well pictures were classified.
+    """Outcome of a classification.
 
     Attributes:
         accuracy: share of the pictures whose likeliest class is theirs.
         metrics: every figure, ready for JSON.
-        num_pictures: that were classified.
-        notes: what was left out, for people.
+        num_pictures: number of pictures classified.
+        notes: pictures left out, for people.
         sheet: a PNG of some pictures, with their class and the likeliest one.
     """
 
@@ -59,7 +59,7 @@ def classify(method: Finetune, splits: Splits, setting: Setting, *, batch_size: 
     """Score a classifier on the validation pictures, whole and resized as they are served.
 
     Args:
-        method: trained on `splits.train`; moved to the setting's device.
+        method: classifier trained on `splits.train`; moved to the setting's device.
         splits: the pictures.
         setting: limit, device, progress, whether bad pictures are left out.
         batch_size: pictures at once.

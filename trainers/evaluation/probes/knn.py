@@ -38,7 +38,7 @@ class KnnScore:
     Attributes:
         headline: accuracy at k = 20, or at the size of the training set where that is smaller.
         k: the headline's k.
-        accuracy: by k, shares of the held-out pictures in [0, 1].
+        accuracy: share of the held-out pictures that are classified right, by k.
         num_train: pictures voted with.
         num_val: pictures classified.
         predicted: int64 [M], labels by the headline's k.

@@ -95,10 +95,10 @@ def train_heads(
         num_classes: C.
         base_lrs: per 256 pictures of a batch.
         config: schedule and optimiser.
-        seed: of initialisation and order.
-        device: to train on.
-        phase: what to call this in `progress`.
-        progress: told of epochs.
+        seed: seed of the initialisation and the order.
+        device: device to train on.
+        phase: name of the work in `progress`.
+        progress: called with the number of epochs done.
 
     Raises:
         NonFiniteLossError: every head diverged.

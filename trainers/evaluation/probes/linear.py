@@ -138,7 +138,7 @@ def _split(
 def _solver(
     config: LinearConfig, setting: Setting, num_classes: int
 ) -> tuple[str, tuple[float, ...], Solver]:
-    """What is chosen, among what, and how a head is fitted."""
+    """The option to choose, its candidates, and the solver that fits heads."""
     if config.solver == "lars":
 
         def lars(
@@ -172,7 +172,7 @@ def _solver(
 
 
 def _advice(key: str, candidates: Sequence[float], best: int, head: LinearHead) -> tuple[str, ...]:
-    """What a reader of the score should know of how it came about."""
+    """Notes on how a score came about."""
     notes = []
     if len(candidates) > 1 and candidates[best] in (min(candidates), max(candidates)):
         notes.append(f"the best {key}, {candidates[best]:g}, is at the end of those tried")

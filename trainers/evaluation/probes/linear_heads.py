@@ -20,7 +20,7 @@ class LinearHead:
     Attributes:
         weight: float32 [C, D].
         bias: float32 [C].
-        converged: whether its solver came to an end by itself.
+        converged: True if the solver came to an end by itself.
     """
 
     weight: np.ndarray

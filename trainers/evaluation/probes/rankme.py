@@ -28,7 +28,7 @@ def evaluate(ref: EncoderRef, setting: Setting, config: RankMeConfig) -> Score:
         ref: the encoder.
         setting: the data, labelled or not: what `val` names, else the data's own validation
             split, else all of it.
-        config: how many pictures, how they are pooled.
+        config: pooling, and the bound of the pictures.
 
     Returns:
         The effective rank and a chart of the singular values.

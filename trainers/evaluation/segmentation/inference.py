@@ -1,4 +1,4 @@
-"""Where windows lie on a picture, and one answer from several of them."""
+"""Sliding windows over a picture, and one answer from several of them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def scaled_size(source_size: Size, input_size: Size, scale: float | None) -> Siz
     """The size, (height, width), at which a picture is looked at.
 
     Args:
-        source_size: of the picture.
-        input_size: of a window.
+        source_size: (height, width) of the picture.
+        input_size: (height, width) of a window.
         scale: pixels of the input to one of the picture; None fits the picture into one window.
     """
     if scale is None:
@@ -41,9 +41,9 @@ def window_views(
     They are spread evenly; where one suffices there is one.
 
     Args:
-        source_size: of the picture.
-        input_size: of a window.
-        scale: see `scaled_size`.
+        source_size: (height, width) of the picture.
+        input_size: (height, width) of a window.
+        scale: pixels of the input to one of the picture, see `scaled_size`.
         overlap: least share of a window that the next one covers.
     """
     scaled = scaled_size(source_size, input_size, scale)
@@ -69,13 +69,13 @@ def learning_view(
     """One of a picture's numbered versions to learn from, at the scale it is scored at.
 
     Args:
-        source_size: of the picture.
-        input_size: of the network's input.
-        scale: see `scaled_size`; without one the versions are `training_view`'s, else windows
-            at random places, each followed by its mirror image.
-        seed: of the places.
-        index: of the picture.
-        number: of the version.
+        source_size: (height, width) of the picture.
+        input_size: (height, width) of the network's input.
+        scale: pixels of the input to one of the picture; without one the versions are
+            `training_view`'s, else windows at random places, each followed by its mirror image.
+        seed: seed of the places.
+        index: index of the picture.
+        number: number of the version.
     """
     if scale is None:
         return training_view(source_size, input_size, seed=seed, index=index, number=number)
@@ -106,12 +106,12 @@ def predict(
     Args:
         pictures: upright; their windows are encoded together.
         logits_of: the network.
-        input_size: of a window.
-        scale: see `scaled_size`.
+        input_size: (height, width) of a window.
+        scale: pixels of the input to one of the picture, see `scaled_size`.
         overlap: least share of a window that the next one covers.
         batch_size: windows encoded at once.
-        interpolation: of pictures.
-        fill: of padding, see `View.image`.
+        interpolation: filter of the resize.
+        fill: colour of the padding, see `View.image`.
     """
     laid = [
         window_views((picture.height, picture.width), input_size, scale, overlap)

@@ -1,4 +1,4 @@
-"""What a segmentation is worth: figures of a confusion matrix of pixels."""
+"""Metrics of a segmentation, from a confusion matrix of pixels."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def scores(confusion: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
 
     Args:
         confusion: int64 [K, K], labels by predictions.
-        class_names: of the K classes.
+        class_names: names of the K classes.
 
     Returns:
         `mIoU`, `pixel_accuracy`, `mean_accuracy`, and by class name `IoU` and `accuracy`.

@@ -34,9 +34,10 @@ def evaluate(make_encoder: MakeEncoder, setting: Setting, config: SegmentationCo
     """Train a head on the training pictures' maps; score it on the validation pictures.
 
     Args:
-        make_encoder: of the encoder; with `config.finetune` it is trained too, and must be at hand.
+        make_encoder: function that makes the encoder; with `config.finetune` the encoder is trained
+            too, and must be a bundle.
         setting: data, device, seed.
-        config: of the head, the pictures and the training.
+        config: options of the head, the pictures and the training.
 
     Returns:
         The mean IoU and what goes with it, pictures, and the head as files for `load_head`.
@@ -104,8 +105,8 @@ def default_size(data: SegmentationSet, stride: int) -> Size:
     At most about 1024 tokens and 512 pixels a side.
 
     Args:
-        data: of which up to 32 pictures are looked at.
-        stride: of the encoder, pixels.
+        data: dataset, of which up to 32 pictures are looked at.
+        stride: stride of the encoder, pixels.
     """
     looked_at = np.linspace(0, len(data) - 1, min(32, len(data))).astype(int).tolist()
     sizes: list[Size] = [data[index].mask.shape for index in looked_at]
@@ -118,7 +119,7 @@ def masked_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> T
     Args:
         logits: [B, K, h, w], brought to the labels' resolution bilinearly.
         labels: int64 [B, H, W].
-        ignore_index: of void.
+        ignore_index: label of void pixels.
     """
     logits = F.interpolate(logits.float(), labels.shape[-2:], mode="bilinear", align_corners=False)
     total = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
