@@ -1,4 +1,4 @@
-"""The `size` of a request: which input of the model a picture is brought to, and how."""
+"""The `size` of a request: the size of the model's input, and how a picture is fitted to it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def parse_size(text: str) -> Sizing:
 
 
 def place(source: Size, sizing: Sizing, *, trained: Size, stride: int, max_pixels: int) -> View:
-    """Decide how a picture lies in the model's input.
+    """Place a picture in the model's input.
 
     Args:
         source: (height, width) of the upright picture.

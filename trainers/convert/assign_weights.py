@@ -1,4 +1,4 @@
-"""Holding weights against the modules they are for."""
+"""Assigns weights to the modules they are for."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Shapes = Mapping[str, torch.Size]
 
 
 def encoder_shapes(encoder: EncoderConfig, size: tuple[int, int], channels: int) -> Shapes:
-    """The parameters of an encoder, which is not really made.
+    """Shapes of an encoder's parameters; no encoder is made.
 
     Args:
         encoder: architecture.
@@ -31,7 +31,7 @@ def encoder_shapes(encoder: EncoderConfig, size: tuple[int, int], channels: int)
 
 
 def method_shapes(recipe: Recipe) -> Shapes:
-    """The parameters of a method beside its encoder's.
+    """Shapes of a method's parameters beside its encoder's.
 
     Args:
         recipe: recipe of mae, beit, simmim, or maskfeat without a decoder.
@@ -81,7 +81,7 @@ class Assignment(NamedTuple):
 
 
 def assign_weights(state: Mapping[str, Tensor], wanted: Shapes) -> Assignment:
-    """Sort parameters by whether they fit.
+    """Assign parameters to the names and shapes wanted.
 
     Args:
         state: parameters by name.

@@ -128,5 +128,5 @@ def _data(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> dict[st
 
 
 def _present(config: Mapping[str, Any], **names: str) -> dict[str, Any]:
-    """Ours to values, of those keys that a configuration has."""
+    """Values of the keys that a configuration has, under our names."""
     return {ours: config[theirs] for ours, theirs in names.items() if theirs in config}

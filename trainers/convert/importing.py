@@ -1,4 +1,4 @@
-"""Public weights into a bundle."""
+"""Imports public weights as a bundle."""
 
 from __future__ import annotations
 
@@ -248,7 +248,7 @@ def _is_head(key: str) -> bool:
 def _assign(
     found: Found, model: _Model, trained_by: Mapping[str, Any]
 ) -> tuple[Assignment, Assignment | None]:
-    """The weights against the encoder and, where they hold more, against the method."""
+    """Assign the weights to the encoder and, where they hold more, to the method."""
     weights = {
         k: v for k, v in found.encoder.items() if not _is_head(k) and not k.endswith(_BUFFERS)
     }

@@ -81,7 +81,7 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def inverse(names: Mapping[str, str]) -> dict[str, str]:
-    """Theirs to ours out of ours to theirs."""
+    """Invert a mapping of names: theirs to ours out of ours to theirs."""
     return {theirs: ours for ours, theirs in names.items()}
 
 

@@ -1,4 +1,4 @@
-"""Pixels that all processes of a node share: one file after the other's pictures, mapped by all.
+"""Decoded pictures that all processes of a node share, in memory-mapped files.
 
 Readers take no lock. A writer reserves room under a lock, writes the pixels there, and then sets
 the picture's entry, so that a reader finds a whole picture or none.
@@ -224,7 +224,7 @@ def _prefix(fingerprint: str) -> str:
 
 
 def _name(fingerprint: str, num_samples: int) -> str:
-    """Name of an arena's folder: of two that would not hold the same it differs.
+    """Name of an arena's folder; it differs where the contents would.
 
     Decoders differ in the last bit. What is on a disk may be torn after the machine stopped, or
     seen by another node; so it is for one node from one start to the next.
@@ -237,7 +237,7 @@ def _name(fingerprint: str, num_samples: int) -> str:
 
 @contextlib.contextmanager
 def _guarded(root: Path) -> Iterator[None]:
-    """A folder of this user alone, and nobody else making or removing arenas in it."""
+    """Lock a folder of this user alone, so that nobody else makes or removes arenas in it."""
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     facts = root.lstat()
     # /dev/shm is everybody's: another user may have made it first.

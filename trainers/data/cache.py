@@ -24,7 +24,7 @@ def default_cache_dir() -> str:
 
 
 class MemoryCache:
-    """The least recently used tables go first once `max_bytes` are held; the newest stays."""
+    """Tables in memory up to `max_bytes`: the least recently used go first, the newest stays."""
 
     def __init__(self, max_bytes: int = MEMORY_BYTES) -> None:
         self._max_bytes = max_bytes

@@ -1,4 +1,4 @@
-"""Pictures decoded once a node: what one process decoded, epochs and trials after it only read.
+"""Pictures decoded once a node, for all its processes, epochs and trials.
 
 The pixels are those of `decode`, to the bit, so that a cache changes no sample.
 """

@@ -1,4 +1,4 @@
-"""A picture in a network's input: where it lies there, and the way back.
+"""Geometry of a picture in a network's input: its place there, and the way back.
 
 One `View` moves a picture, its masks and its boxes alike, so that they stay together. Coordinates
 are continuous pixels (x, y) with (0, 0) at the outer corner of the first pixel: a resize is a

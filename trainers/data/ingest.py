@@ -187,7 +187,7 @@ def _process(plan: IngestPlan, short_side_px: int | None) -> Iterator[pa.Table]:
 def _process_units(
     units: pa.Table, *, layout: Layout | None, short_side_px: int | None
 ) -> Iterator[pa.Table]:
-    """Read and normalise the pictures of some units, in a worker."""
+    """Read and canonicalise the pictures of some units, in a worker."""
     rows: list[dict[str, object]] = []
     num_bytes = 0
     for unit in units.to_pylist():

@@ -46,7 +46,7 @@ class SourcePicture(NamedTuple):
         label: class, or None.
         data: encoded bytes; None when they could not be read.
         reason: a short word when `data` is None, e.g. `missing`.
-        message: the whole story.
+        message: the reason in full, for people.
     """
 
     source: str
@@ -121,7 +121,7 @@ def plan_ingest(src: str, split: str | None = None) -> IngestPlan:
 
 
 def read_unit(unit: dict[str, object], layout: Layout | None) -> Iterator[SourcePicture]:
-    """Read the pictures of one row of `IngestPlan.units`; trouble is yielded, not raised."""
+    """Read the pictures of one row of `IngestPlan.units`; failures are yielded, not raised."""
     uri, source = str(unit["uri"]), str(unit["source"])
     label = unit["label"]
     assert label is None or isinstance(label, int)

@@ -1,4 +1,4 @@
-"""A look at a dataset: how much, how large, which classes, and what the pictures look like."""
+"""Measurements of a dataset: number, sizes and classes of its pictures, and a contact sheet."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Findings of a look at a dataset.
+    """Measurements of a dataset.
 
     Attributes:
         facts: facts of the dataset.
@@ -61,7 +61,7 @@ class Inspection:
 
 
 def inspect(uri: str, *, contact_sheet: Path | None = None, split: str | None = None) -> Inspection:
-    """Look at a dataset.
+    """Measure a dataset, and draw some of its pictures.
 
     Widths and heights are those of all pictures where the data has them as columns, as ingested
     data does; otherwise those of up to 64 evenly spaced pictures.

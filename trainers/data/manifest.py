@@ -25,12 +25,12 @@ _SHARD_NAME = re.compile(r"shard-\d{5,}\.parquet")
 
 
 def shard_name(number: int) -> str:
-    """Name the shard of that number."""
+    """File name of a shard, by its number."""
     return f"shard-{number:05d}.parquet"
 
 
 def is_shard_name(name: str) -> bool:
-    """Tell whether a file is named like a shard of ours."""
+    """True if a file has the name of a shard of ours."""
     return _SHARD_NAME.fullmatch(name) is not None
 
 
@@ -72,7 +72,7 @@ class Manifest:
     shards: tuple[ShardFacts, ...]
 
     def to_json(self) -> str:
-        """Write it as JSON text; equal manifests give equal text."""
+        """The manifest as JSON text; equal manifests give equal text."""
         return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1) + "\n"
 
 

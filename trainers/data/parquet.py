@@ -148,7 +148,7 @@ class ParquetSource:
         return np.stack([self._read_integers("width"), self._read_integers("height")], axis=1)
 
     def name(self, index: int) -> str:
-        """Say where a picture lies and came from, for messages."""
+        """Place and origin of a picture, for messages."""
         group, row = self._find(index)
         shard, number = self._groups[group]
         place = f"{join(self._root, shard.path)} row group {number} row {row}"

@@ -33,7 +33,7 @@ _CONTRAST = 80
 
 @dataclass(frozen=True)
 class Scene:
-    """A drawn picture and what is where.
+    """A drawn picture, and the owner of each pixel.
 
     Attributes:
         image: uint8 [H, W, 3].

@@ -95,7 +95,7 @@ def with_classes(recipe: Recipe, source: Source) -> Recipe:
 
 
 def labelled(source: Source, indices: np.ndarray, num_classes: int, *, skip: bool) -> np.ndarray:
-    """Those pictures that have a class.
+    """Indices of the pictures that have a class.
 
     Args:
         source: the dataset.

@@ -103,7 +103,7 @@ class ShardWriter:
         self._close_shard()
 
     def abort(self) -> None:
-        """Let go of an open file without caring for what is in it."""
+        """Close an open file, whatever is in it."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None

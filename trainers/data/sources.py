@@ -47,7 +47,7 @@ class Source(Protocol):
         ...
 
     def name(self, index: int) -> str:
-        """Say where a picture lies, for messages."""
+        """Place of a picture, for messages."""
         ...
 
 

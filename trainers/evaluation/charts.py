@@ -18,7 +18,7 @@ _BAR, _UNTRAINED, _TEXT = "#1f5fae", "#a9b4c0", "#33383f"
 
 
 def score_chart(names: Sequence[str], values: Sequence[float], title: str) -> bytes:
-    """Encoders side by side, a bar each, the best at the top; those untrained in grey.
+    """Encoders side by side, a bar each, the best at the top, untrained ones in grey.
 
     Args:
         names: names of the encoders; those that begin with `untrained:` are drawn in grey.

@@ -1,4 +1,4 @@
-"""Trained heads by where they lie, whatever their task."""
+"""Trained heads of any task, loaded from their folder."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def write_result(folder: RunDir, task: str, result: Mapping[str, Any], score: Sc
             the task.
 
     Returns:
-        Where the pictures are.
+        URIs of the pictures.
     """
     folder.create()
     for name, content in score.pictures.items():

@@ -64,7 +64,8 @@ def pictures_to_score(setting: Setting) -> Source:
     """The pictures of a task that learns nothing; they need no labels.
 
     Returns:
-        What `--val` names, else the dataset's own validation or test split, else all of it.
+        The pictures that `--val` names, else the dataset's own validation or test split, else all
+        of it.
 
     Raises:
         DataError: there are no such pictures.

@@ -36,7 +36,7 @@ class ExtractSpec(Config):
     crop_scale: tuple[PositiveFraction, PositiveFraction] = Field(
         default=(0.08, 1.0), description="bounds of a crop's area over the picture's"
     )
-    seed: NonNegativeInt = Field(default=0, description="of the crops")
+    seed: NonNegativeInt = Field(default=0, description="seed of the crops")
     skip_invalid: bool = Field(
         default=False, description="leave out pictures that cannot be decoded, and list them"
     )

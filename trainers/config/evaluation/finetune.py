@@ -28,7 +28,7 @@ class FinetuneTask(Config):
     )
     storage: str = Field(default="runs", description="where the run and its bundle are kept")
     name: str = Field(
-        default="", description="of the run; by default after the encoder and what is asked of it"
+        default="", description="name of the run; by default after the encoder and the options"
     )
     batch_size: PositiveInt = Field(default=64, description="pictures scored at once")
 

@@ -16,7 +16,7 @@ class HeadConfig(Config):
         "by default near the pictures' own",
     )
     layers: tuple[int, ...] | None = Field(
-        default=None, description="whose maps a pyramid is made of; the bundle's own by default"
+        default=None, description="layers whose maps the head takes; the bundle's own by default"
     )
     num_views: PositiveInt = Field(
         default=2,

@@ -43,11 +43,11 @@ class SegmentationSet(Protocol):
         ...
 
     def __getitem__(self, index: int) -> SegmentationExample:
-        """Read one."""
+        """Read one picture with its labels."""
         ...
 
     def name(self, index: int) -> str:
-        """Say where one lies, for messages."""
+        """Place of a picture, for messages."""
         ...
 
 
@@ -94,7 +94,7 @@ class DetectionSet(Protocol):
         ...
 
     def __getitem__(self, index: int) -> DetectionExample:
-        """Read one."""
+        """Read one picture with its labels."""
         ...
 
     def labels(self, index: int) -> np.ndarray:
@@ -102,7 +102,7 @@ class DetectionSet(Protocol):
         ...
 
     def name(self, index: int) -> str:
-        """Say where one lies, for messages."""
+        """Place of a picture, for messages."""
         ...
 
 
@@ -119,7 +119,7 @@ class InvalidLabels:
     found: list[str] = field(default_factory=list)
 
     def add(self, where: str, what: str) -> None:
-        """Take one.
+        """Refuse a label, or list it as left out.
 
         Args:
             where: file and line or id.
@@ -135,7 +135,7 @@ class InvalidLabels:
         self.found.append(f"{where}: {what}")
 
     def notes(self, shown: int = 5) -> tuple[str, ...]:
-        """A count and the first few, for the result."""
+        """Notes for the result: the number of such labels, and the first few."""
         if not self.found:
             return ()
         more = len(self.found) - shown

@@ -174,7 +174,7 @@ class CocoDetection:
     def _take_pictures(
         self, records: list[ImageRecord], invalid_labels: InvalidLabels, progress: Progress | None
     ) -> list[_AnnotatedPicture]:
-        """Those that are there and are what the file says."""
+        """The pictures that exist and have the size that the file says."""
         taken = []
         seen: set[int] = set()
         for number, record in enumerate(records):
@@ -198,7 +198,7 @@ class CocoDetection:
         return taken
 
     def _take_objects(self, tree: CocoFile, invalid_labels: InvalidLabels) -> None:
-        """Put each object into its picture; one of a picture that was left out goes with it."""
+        """Put each object into its picture; objects of pictures left out are dropped."""
         taken = {picture.record.id: picture for picture in self._pictures}
         listed = {record.id: (record.height, record.width) for record in tree.images}
         seen: set[int] = set()
@@ -238,7 +238,7 @@ def images_of(json_uri: str, records: list[ImageRecord]) -> str:
 
 
 def read_coco(uri: str) -> bytes:
-    """The bytes of an annotation file.
+    """Read the bytes of an annotation file.
 
     Raises:
         DataError: there is none.

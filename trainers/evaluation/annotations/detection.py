@@ -1,4 +1,4 @@
-"""Finds out how objects are labelled at a place, and opens it."""
+"""Finds and opens labelled objects at a place, be they in COCO or in Pascal VOC."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def open_detection(
 ) -> DetectionSet:
     """Open pictures with labelled objects.
 
-    What is found: a COCO JSON file; a folder with `annotations/instances_<split>.json`,
+    Recognised are a COCO JSON file; a folder with `annotations/instances_<split>.json`,
     `instances_<split>.json`, `<split>/instances.json` or `instances.json` (and the names that
     COCO's own releases, CVAT and Roboflow give these); a Pascal VOC folder.
 

@@ -115,7 +115,7 @@ class CocoPanoptic:
 
 
 def is_panoptic(json_uri: str) -> bool:
-    """Tell a panoptic file from one of detection.
+    """True if a COCO file is panoptic, False if it is of detection.
 
     Raises:
         DataError: there is no such file.

@@ -1,4 +1,4 @@
-"""The pictures that labels are about, and what a label must keep to be about one."""
+"""Picture files that labels are for, and checks of pictures and boxes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class PictureFolder:
 
     @classmethod
     def open(cls, uri: str) -> PictureFolder:
-        """List what is there.
+        """List the picture files below a folder.
 
         Args:
             uri: URI of the folder.

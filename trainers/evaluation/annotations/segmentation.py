@@ -1,4 +1,4 @@
-"""Finds out how pixels are labelled at a place, opens it, and checks every label."""
+"""Finds and opens labelled pixels at a place, whatever their format, and checks every label."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def open_segmentation(
 ) -> SegmentationSet:
     """Open pictures with a class for each pixel, and check all of them.
 
-    What is found, in this order: folders of pictures beside folders of index masks (see
+    Recognised are, in this order: folders of pictures beside folders of index masks (see
     `pair_folders`); COCO panoptic (`annotations/panoptic_<split>.json`, `<split>/panoptic.json`,
     `panoptic.json`); COCO detection with instance masks, where class 0 is the background and
     later objects lie on top. `uri` may also be such a JSON file.

@@ -50,7 +50,7 @@ class VocDetection:
     (xmin - 1, ymin - 1, xmax, ymax). Tools that count from 0 are not told apart: their boxes
     begin a pixel early, and are cut at the picture's edge. `xmin` = `xmax` is refused all the
     same: from the tools in use today that is a slip of the mouse and not a single pixel.
-    What is `difficult` counts as a crowd. Classes are the names, sorted.
+    Objects marked `difficult` count as crowds. Classes are the names, sorted.
 
     Args:
         uri: URI of the folder that holds `JPEGImages` and `Annotations`.
@@ -216,7 +216,7 @@ def _number(element: ElementTree.Element, path: str) -> float:
 
 
 def _refuse_entities(content: bytes) -> None:
-    """Entities that name each other grow without bound, and labels need none."""
+    """Refuse entities: those that name each other grow without bound, and labels need none."""
     parser = expat.ParserCreate()
 
     def refuse(*_: object) -> None:

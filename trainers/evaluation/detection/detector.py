@@ -196,7 +196,7 @@ def load_head(folder: Path, encoder: FeatureEncoder, device: str = "cpu") -> Det
 
 
 class _Backbone(nn.Module):
-    """Pictures in, levels out; what makes the maps is called and not held as a part."""
+    """Levels of pictures; the encoder is called, and is no submodule."""
 
     def __init__(self, maps_of: Callable[[Tensor], Sequence[Tensor]], pyramid: Pyramid) -> None:
         super().__init__()
@@ -211,7 +211,7 @@ class _Backbone(nn.Module):
 
 
 class _AsGiven(nn.Module):
-    """In place of torchvision's resizing and padding, which a `View` has done."""
+    """Stands in for torchvision's resizing and padding, which a `View` has done."""
 
     def forward(
         self, images: list[Tensor], targets: list[dict[str, Tensor]] | None

@@ -1,4 +1,4 @@
-"""COCO's figures for what was found: average precision and recall."""
+"""COCO's figures for detections: average precision and recall."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def coco_figures(
     by: Overlap,
     max_detections: int = 100,
 ) -> Figures:
-    """Score what was found as COCO does.
+    """Average precision and recall of detections, as COCO computes them.
 
     Args:
         truths: labelled objects, a picture each.
@@ -129,7 +129,7 @@ def coco_figures(
 
 
 def _mean(values: np.ndarray) -> float | None:
-    """COCO marks with -1 what could not be measured."""
+    """Mean of the values that could be measured; COCO marks the others with -1."""
     measured = values[values > -1]
     return float(measured.mean()) if measured.size else None
 

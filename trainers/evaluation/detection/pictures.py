@@ -1,4 +1,4 @@
-"""Pictures of what a detector found, for the eye."""
+"""Pictures of detections, and charts of losses and precision."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def draw_found(
     class_names: Sequence[str],
     shown_score: float,
 ) -> bytes:
-    """Draw what was found in solid lines with class and score, what is there in dashed ones.
+    """Draw detections in solid lines with class and score, labelled objects in dashed ones.
 
     Args:
         pictures: upright, RGB.

@@ -150,7 +150,7 @@ def _with_objects(data: DetectionSet, indices: np.ndarray, purpose: str) -> np.n
 def _settled(
     config: DetectionConfig, encoder: FeatureEncoder, train: DetectionSet, indices: np.ndarray
 ) -> DetectionConfig:
-    """The configuration with what depends on the encoder and on pictures with objects filled in."""
+    """The options with `image_size`, `layers` and `anchor_sizes` filled in."""
     places = evenly_spread(len(indices), _LOOKED_AT)
     examples = [train[index] for index in indices[places].tolist()]
     sizes = [(example.image.height, example.image.width) for example in examples]

@@ -119,7 +119,7 @@ class EncoderRef:
 
     @property
     def place(self) -> RunDir | None:
-        """The directory of the bundle on whose card scores belong; a registered one is a copy."""
+        """Directory of the bundle whose card takes scores; None if untrained or registered."""
         return None if self.untrained or self.registered else RunDir(self.bundle)
 
     def card(self) -> BundleCard:
@@ -154,7 +154,7 @@ class EncoderRef:
 
     @property
     def identity(self) -> str:
-        """Tells encoders with different weights apart; part of the keys of cached features."""
+        """Digest that tells encoders with different weights apart, part of the keys of features."""
         card = self.card()
         if not self.untrained:
             return card.weights_sha256

@@ -97,7 +97,7 @@ def extract(
     device: str = "auto",
     batch_size: int = BATCH_SIZE,
 ) -> Extracted:
-    """Write an encoder's features of a dataset, unless or until they are there.
+    """Write an encoder's features of a dataset; parts that exist are not made again.
 
     Where this process drives a Ray cluster, Ray Data spreads the parts over its devices. Without
     Ray, and inside a Ray task, which has its share of the cluster already and would wait for

@@ -1,4 +1,4 @@
-"""Features of a dataset, cut into parts: what they are of, and how one part is made.
+"""Features of a dataset, cut into parts: their description, and the making of one part.
 
 A part is a Parquet file that says itself what it is of. Which pictures it holds follows from
 its number, so parts can be made in any order, by any worker, and again after a kill.
@@ -116,23 +116,23 @@ class Extraction(Config):
 
     @property
     def indices(self) -> np.ndarray:
-        """The pictures, int64, ascending."""
+        """Indices of the pictures, int64, ascending."""
         return evenly_spread(self.num_samples, self.spec.limit)
 
     @property
     def pictures_per_part(self) -> int:
-        """Pictures of each part but the last."""
+        """Number of pictures of each part but the last."""
         values = sum(int(np.prod(shape)) for shape in self.tensors.values())
         row_bytes = values * np.dtype(self.spec.dtype).itemsize * max(1, self.spec.num_views)
         return max(1, min(self.spec.part_pictures, PART_BYTES // row_bytes))
 
     @property
     def num_parts(self) -> int:
-        """Files it is cut into."""
+        """Number of parts."""
         return -(-len(self.indices) // self.pictures_per_part)
 
     def indices_of(self, part: int) -> np.ndarray:
-        """The pictures of one part."""
+        """Indices of the pictures of one part."""
         size = self.pictures_per_part
         return self.indices[part * size : (part + 1) * size]
 
@@ -196,7 +196,7 @@ def has_class_token(card: BundleCard) -> bool:
 
 
 class Skipped(Config):
-    """A picture that was left out: where it lies, and why."""
+    """A picture that was left out: its place, and the reason."""
 
     id: str
     reason: str

@@ -1,4 +1,4 @@
-"""One vector a picture: extracted once, then read from the user's cache by what it is of."""
+"""Pooled features, one vector a picture: extracted once, then read from the user's cache."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Pooling = Literal["mean", "cls", "both"]
 
 @dataclass(frozen=True)
 class LabelledFeatures:
-    """Labelled pictures as an encoder sees them.
+    """Features of labelled pictures.
 
     Attributes:
         x: float32 [N, D]; [N, V, D] of V views.
@@ -47,7 +47,7 @@ class LabelledFeatures:
 
 @dataclass(frozen=True)
 class PooledFeatures:
-    """Pictures as an encoder sees them, labelled or not: a row a view, those of one together.
+    """Features of pictures, labelled or not: a row a view, the views of a picture together.
 
     Attributes:
         x: float32 [R, D].
@@ -114,7 +114,7 @@ def labelled_features(
     phase: str,
     num_views: int = 0,
 ) -> tuple[LabelledFeatures, tuple[str, ...]]:
-    """Labelled vectors of a source; arguments are those of `pooled_features`.
+    """Features of a source's labelled pictures; arguments are those of `pooled_features`.
 
     Returns:
         The vectors, and a note about each picture left out.
@@ -151,7 +151,7 @@ def pooled_features(
     phase: str,
     num_views: int = 0,
 ) -> PooledFeatures:
-    """One vector a view of a source's pictures, from the cache where they are known.
+    """Features of a source's pictures, a vector a view; from the cache where they are known.
 
     Mean and class token are extracted together, so that another pooling needs no new pass.
 

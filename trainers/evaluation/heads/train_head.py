@@ -44,7 +44,7 @@ def train_head(
     progress: Progress,
     phase: str = "training the head",
 ) -> list[Row]:
-    """Train a head, and the encoder with it where one is handed over.
+    """Train a head, and with it the encoder where one is given.
 
     AdamW, linear warm-up, per-step half-cosine to zero; weights decay, biases and norms do not.
 
@@ -95,7 +95,7 @@ def train_head(
             sums: dict[str, float] = {}
             for batch in range(per_epoch):
                 step = epoch * per_epoch + batch
-                factor = _factor(step, steps, warmup)
+                factor = _lr_factor(step, steps, warmup)
                 for group in optimizer.param_groups:
                     group["lr"] = config.lr * factor * group["lr_scale"]
                 # Dropout and the sampling of anchors depend on the step alone.
@@ -129,7 +129,7 @@ def train_head(
 
 @contextmanager
 def _repeatable() -> Iterator[None]:
-    """Sums in the same order each time.
+    """Add up in the same order each time.
 
     Several threads otherwise add to one element, in the backward pass of indexing above all, as
     they happen to come. What CUDA has no such kernel for stays as it is.
@@ -153,8 +153,8 @@ def _groups(module: nn.Module, weight_decay: float, lr_scale: float) -> list[dic
     ]
 
 
-def _factor(step: int, steps: int, warmup: int) -> float:
-    """Share of the peak rate at a step."""
+def _lr_factor(step: int, steps: int, warmup: int) -> float:
+    """Learning rate at a step over its peak."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))

@@ -1,4 +1,4 @@
-"""Nearest neighbours on frozen features: the first question to ask of a representation."""
+"""The nearest-neighbour probe: a vote of the training pictures with the most similar features."""
 
 from __future__ import annotations
 

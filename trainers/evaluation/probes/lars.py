@@ -21,7 +21,7 @@ INIT_STD = 0.01
 
 
 class Lars:
-    """Layer-wise adaptive rates for L heads at once, which do not know of each other.
+    """Layer-wise adaptive rates for L independent heads at once.
 
     A head's weight moves by its gradient scaled to `trust_coefficient` times the weight's norm;
     its bias by its plain gradient, and does not decay.

@@ -1,4 +1,4 @@
-"""The linear probe: how well classes lie apart along straight lines through the features."""
+"""The linear probe: the accuracy of one linear layer on frozen features."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Linear classifiers on fixed vectors, and the two ways of having one at once."""
+"""Linear classifiers on fixed vectors: ridge and logistic regression."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def folded(
     scale: np.ndarray,
     converged: bool = True,
 ) -> LinearHead:
-    """The head on x itself of a head on (x - mean) / scale."""
+    """Fold standardisation in: the head on x that equals a head on (x - mean) / scale."""
     weight = weight / scale
     bias = bias - weight @ mean
     # In C order, as safetensors takes it to be.

@@ -1,4 +1,4 @@
-"""RankMe: in how many directions features vary. It needs no labels, and is a proxy."""
+"""RankMe, the effective rank of features: a proxy that needs no labels."""
 
 from __future__ import annotations
 

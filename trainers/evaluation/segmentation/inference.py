@@ -20,7 +20,7 @@ LogitsOf = Callable[[Tensor], Tensor]
 
 
 def scaled_size(source_size: Size, input_size: Size, scale: float | None) -> Size:
-    """The size, (height, width), at which a picture is looked at.
+    """(height, width) that a picture is scaled to before windows are cut.
 
     Args:
         source_size: (height, width) of the picture.

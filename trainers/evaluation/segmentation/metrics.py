@@ -25,7 +25,7 @@ def confusion_matrix(
 
 
 def scores(confusion: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
-    """Figures of a whole validation set, shares in [0, 1].
+    """IoU and accuracy over a whole validation set, in [0, 1].
 
     A class without a labelled pixel has no IoU and no accuracy: None, and it is left out of both
     means. Pixels that were wrongly given such a class count against their own.

@@ -208,7 +208,7 @@ def _score(
 def _missing(
     iou: dict[str, float | None], train: SegmentationSet, val: SegmentationSet
 ) -> tuple[str, ...]:
-    """A note that names the classes that there are no pixels to score on of."""
+    """A note that names the classes without a labelled pixel to score on."""
     void = train.ignore_index, val.ignore_index
     names = [
         name
