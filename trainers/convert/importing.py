@@ -26,7 +26,7 @@ from mimray.trainers.convert.assign_weights import (
 )
 from mimray.trainers.convert.checkpoint import Checkpoint, read_checkpoint
 from mimray.trainers.convert.dalle import import_dalle, is_dalle
-from mimray.trainers.convert.found import Found
+from mimray.trainers.convert.foreign_weights import ForeignWeights
 from mimray.trainers.convert.from_timm import download_timm, from_timm
 from mimray.trainers.convert.from_transformers import from_transformers
 from mimray.trainers.convert.official import from_official
@@ -116,7 +116,7 @@ def import_weights(
         if is_dalle(checkpoint.state):
             return _tokenizer(checkpoint, out, image_size, name or _name_of(source), command)
     found, origin = _read(source, architecture)
-    tree = _told(found, overrides)
+    tree = _recipe_sections(found, overrides)
     model = _model(found, tree, source)
     encoder, method = _assign(found, model, tree.get("method", {}))
     if not partial:
@@ -177,7 +177,7 @@ def _tokenizer(
     return Imported(card, complete=True, left_out=(), initialised=(), notes=(note,))
 
 
-def _read(source: str, architecture: str | None) -> tuple[Found, str]:
+def _read(source: str, architecture: str | None) -> tuple[ForeignWeights, str]:
     """Read a checkpoint: its contents and its origin."""
     if source.startswith(TIMM):
         return download_timm(source.removeprefix(TIMM)), source
@@ -207,7 +207,7 @@ def _name_of(source: str) -> str:
     return path.name if path.is_dir() else path.stem
 
 
-def _told(found: Found, overrides: Sequence[str]) -> dict[str, Any]:
+def _recipe_sections(found: ForeignWeights, overrides: Sequence[str]) -> dict[str, Any]:
     """Sections of a recipe, as far as the source and the person tell them."""
     data = found.tree.get("data", {})
     # A library's mean and deviation are of three channels, whatever a model has.
@@ -225,7 +225,7 @@ def _told(found: Found, overrides: Sequence[str]) -> dict[str, Any]:
     return override(tree, overrides)
 
 
-def _model(found: Found, tree: Mapping[str, Any], source: str) -> _Model:
+def _model(found: ForeignWeights, tree: Mapping[str, Any], source: str) -> _Model:
     """The encoder and the input that the weights were made for."""
     data = _checked(_Input, {"data": tree["data"]}, source).data
     size = data.image_size if "image_size" in tree["data"] else None
@@ -246,7 +246,7 @@ def _is_head(key: str) -> bool:
 
 
 def _assign(
-    found: Found, model: _Model, trained_by: Mapping[str, Any]
+    found: ForeignWeights, model: _Model, trained_by: Mapping[str, Any]
 ) -> tuple[Assignment, Assignment | None]:
     """Assign the weights to the encoder and, where they hold more, to the method."""
     weights = {

@@ -20,7 +20,7 @@ from mimray.trainers.data.shards import Row, ShardWriter
 from mimray.trainers.data.staging import Staging, staged
 from mimray.trainers.errors import DataError, EmptyDatasetError, ImageError, TooManyRejectedError
 
-Progress = Callable[[int, int, int], None]
+IngestProgress = Callable[[int, int, int], None]
 
 # A worker hands its pictures over in tables of about this size.
 _TABLE_BYTES = 8 << 20
@@ -66,7 +66,7 @@ def ingest(
     shard_mib: int = 64,
     max_rejected: float = 0.01,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: IngestProgress | None = None,
 ) -> IngestReport:
     """Make a dataset of Parquet shards from pictures, on the current Ray cluster.
 
@@ -137,7 +137,7 @@ def _write(
     staging: Staging,
     writer: ShardWriter,
     short_side_px: int | None,
-    progress: Progress | None,
+    progress: IngestProgress | None,
 ) -> tuple[Counter[str], int]:
     """Write all shards and `rejected.jsonl`; returns rejects by reason and the re-encoded."""
     rejected: Counter[str] = Counter()

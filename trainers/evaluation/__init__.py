@@ -8,5 +8,5 @@ package imports from those below it alone:
     heads                               views, training loop and files of a head on feature maps
     annotations, features               labelled pictures; features of a dataset
     splits                              pictures to learn from and to score on
-    score, charts                       what tasks are told and give; charts of scores
+    score, charts, confusion            what tasks are told and give; charts; confusion matrices
 """

@@ -7,19 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
-    """Pictures by label and prediction, int64 [C, C].
-
-    Args:
-        labels: int64 [N].
-        predicted: int64 [N].
-        num_classes: C.
-    """
-    confusion = np.zeros((num_classes, num_classes), np.int64)
-    np.add.at(confusion, (labels, predicted), 1)
-    return confusion
-
-
 def per_class_accuracy(
     predicted: np.ndarray, labels: np.ndarray, class_names: Sequence[str]
 ) -> dict[str, float | None]:

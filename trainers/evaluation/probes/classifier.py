@@ -17,8 +17,8 @@ from mimray.trainers.data.sources import Source
 from mimray.trainers.data.transforms import inference_view
 from mimray.trainers.data.workers import decode_workers
 from mimray.trainers.errors import DataError, EmptyDatasetError, ImageError
+from mimray.trainers.evaluation.confusion import confusion_matrix
 from mimray.trainers.evaluation.probes.classification import (
-    confusion_matrix,
     missing_classes,
     per_class_accuracy,
     top_k_accuracy,

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from mimray.trainers.config.evaluation.linear import LinearConfig
 from mimray.trainers.data.rng import Stream, generator, permutation
 from mimray.trainers.errors import NonFiniteLossError
-from mimray.trainers.evaluation.probes.linear_heads import LinearHead, folded
+from mimray.trainers.evaluation.probes.linear_classifiers import LinearClassifier, folded
 from mimray.trainers.evaluation.score import Progress
 
 NORM_EPS = 1e-6
@@ -72,7 +72,7 @@ class Lars:
         self.bias -= lr[:, None] * self._bias_move
 
 
-def train_heads(
+def train_lars(
     x: np.ndarray,
     y: np.ndarray,
     num_classes: int,
@@ -83,7 +83,7 @@ def train_heads(
     device: str = "cpu",
     phase: str = "linear probe",
     progress: Progress | None = None,
-) -> list[LinearHead]:
+) -> list[LinearClassifier]:
     """Train one head a learning rate, all on the same batches from the same beginning.
 
     Vectors are normalised by their batch's statistics, and at the end by those of all of them:

@@ -14,20 +14,20 @@ from mimray.trainers.data.rng import Stream, generator, permutation
 from mimray.trainers.data.sources import Source
 from mimray.trainers.errors import DataError
 from mimray.trainers.evaluation.charts import confusion_chart
+from mimray.trainers.evaluation.confusion import confusion_matrix
 from mimray.trainers.evaluation.features.encoders import EncoderRef
 from mimray.trainers.evaluation.features.extraction import local_device
 from mimray.trainers.evaluation.features.pooled import labelled_features, load_probe_data
 from mimray.trainers.evaluation.probes.classification import (
-    confusion_matrix,
     missing_classes,
     per_class_accuracy,
     top_k_accuracy,
 )
-from mimray.trainers.evaluation.probes.lars import train_heads
-from mimray.trainers.evaluation.probes.linear_heads import LinearHead, logistic, ridge
+from mimray.trainers.evaluation.probes.lars import train_lars
+from mimray.trainers.evaluation.probes.linear_classifiers import LinearClassifier, logistic, ridge
 from mimray.trainers.evaluation.score import Score, Setting
 
-Solver = Callable[[np.ndarray, np.ndarray, Sequence[float], str], list[LinearHead]]
+Solver = Callable[[np.ndarray, np.ndarray, Sequence[float], str], list[LinearClassifier]]
 """From x, y, candidates and a phase to one head a candidate."""
 
 
@@ -143,8 +143,8 @@ def _solver(
 
         def lars(
             x: np.ndarray, y: np.ndarray, rates: Sequence[float], phase: str
-        ) -> list[LinearHead]:
-            return train_heads(
+        ) -> list[LinearClassifier]:
+            return train_lars(
                 x,
                 y,
                 num_classes,
@@ -160,7 +160,7 @@ def _solver(
 
     def at_once(
         x: np.ndarray, y: np.ndarray, values: Sequence[float], phase: str
-    ) -> list[LinearHead]:
+    ) -> list[LinearClassifier]:
         setting.progress(phase, 0, len(values))
         heads = (logistic if config.solver == "logistic" else ridge)(x, y, num_classes, values)
         setting.progress(phase, len(values), len(values))
@@ -171,7 +171,9 @@ def _solver(
     return "alpha", config.ridge_alpha, at_once
 
 
-def _advice(key: str, candidates: Sequence[float], best: int, head: LinearHead) -> tuple[str, ...]:
+def _advice(
+    key: str, candidates: Sequence[float], best: int, head: LinearClassifier
+) -> tuple[str, ...]:
     """Notes on how a score came about."""
     notes = []
     if len(candidates) > 1 and candidates[best] in (min(candidates), max(candidates)):
@@ -181,7 +183,7 @@ def _advice(key: str, candidates: Sequence[float], best: int, head: LinearHead) 
     return tuple(notes)
 
 
-def _saved(head: LinearHead, pooling: str, class_names: Sequence[str]) -> bytes:
+def _saved(head: LinearClassifier, pooling: str, class_names: Sequence[str]) -> bytes:
     """The head as safetensors: `weight` [C, D] and `bias` [C], on pooled features as they are."""
     # One key: safetensors writes several in no fixed order.
     about = json.dumps({"pooling": pooling, "class_names": list(class_names)})

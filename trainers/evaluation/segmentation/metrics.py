@@ -8,22 +8,6 @@ from typing import Any
 import numpy as np
 
 
-def confusion_matrix(
-    labels: np.ndarray, predicted: np.ndarray, num_classes: int, ignore_index: int
-) -> np.ndarray:
-    """Count pixels by label (rows) and prediction (columns), int64 [K, K].
-
-    Args:
-        labels: int64, any shape; void pixels are left out.
-        predicted: int64 of the same shape, in [0, K).
-        num_classes: K.
-        ignore_index: the label of void pixels.
-    """
-    known = labels != ignore_index
-    pairs = labels[known] * num_classes + predicted[known]
-    return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
-
-
 def scores(confusion: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
     """IoU and accuracy over a whole validation set, in [0, 1].
 

@@ -15,12 +15,13 @@ from mimray.trainers.config.evaluation.segmentation import SegmentationConfig
 from mimray.trainers.data.geometry import Size
 from mimray.trainers.evaluation.annotations.base import InvalidLabels, SegmentationSet
 from mimray.trainers.evaluation.annotations.segmentation import open_segmentation
+from mimray.trainers.evaluation.confusion import confusion_matrix
 from mimray.trainers.evaluation.features.encoders import MakeEncoder, check_input
 from mimray.trainers.evaluation.heads.train_head import train_head
 from mimray.trainers.evaluation.heads.views import fitting_size, tensor_of
 from mimray.trainers.evaluation.score import Score, Setting
 from mimray.trainers.evaluation.segmentation.inference import learning_view
-from mimray.trainers.evaluation.segmentation.metrics import confusion_matrix, scores
+from mimray.trainers.evaluation.segmentation.metrics import scores
 from mimray.trainers.evaluation.segmentation.pictures import Shown, class_chart, sheet
 from mimray.trainers.evaluation.segmentation.segmenter import Segmenter, build_segmenter
 

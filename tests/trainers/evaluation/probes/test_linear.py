@@ -20,7 +20,7 @@ from mimray.trainers.evaluation.probes.classification import (
     top_k_accuracy,
 )
 from mimray.trainers.evaluation.probes.linear import evaluate
-from mimray.trainers.evaluation.probes.linear_heads import logistic, ridge
+from mimray.trainers.evaluation.probes.linear_classifiers import logistic, ridge
 from mimray.trainers.evaluation.score import Score, Setting
 
 MakeSetting = Callable[..., Setting]

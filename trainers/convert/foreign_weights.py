@@ -17,8 +17,8 @@ HALF: dict[str, Any] = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 
 
 @dataclass
-class Found:
-    """Weights and what their source tells of them.
+class ForeignWeights:
+    """Weights of another library, with everything that their source tells of them.
 
     Attributes:
         encoder: parameters under our encoders' names; what has no place there keeps its own.
