@@ -28,8 +28,8 @@ class MimrayError(Exception):
     """Base of every error a user may see.
 
     Args:
-        message: what is wrong, naming the thing.
-        hint: what to do about it.
+        message: sentence that says what is wrong, naming the thing.
+        hint: the cure, in a few words.
     """
 
     code = "error"
@@ -80,7 +80,7 @@ class ImageError(DataError):
 
     Args:
         reason: a short stable word, e.g. `truncated`, `too_small`, `too_large`, `not_an_image`.
-        message: what is wrong, for people.
+        message: sentence that says what is wrong, for people.
     """
 
     code = "image"

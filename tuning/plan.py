@@ -10,11 +10,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
-from mimray.trainers.config.base import explain
-from mimray.trainers.config.recipes import override
+from mimray.trainers.config.explain import explain
+from mimray.trainers.config.recipes import override, read_tree
 from mimray.trainers.config.run import Plan, resolve
 from mimray.trainers.data.files import absolute
 from mimray.trainers.data.selection import open_training, with_classes
@@ -104,12 +103,7 @@ def load_sweep(name_or_path: str, overrides: Sequence[str] = ()) -> SweepConfig:
         path = known[name_or_path]
     elif not path.is_file():
         raise ConfigError(f"no sweep file {path}")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold a mapping of sections, got {type(tree).__name__}")
+    tree = read_tree(path)
     for assignment in overrides:
         tree = _override(tree, assignment)
     return parse_sweep(tree, f"sweep {name_or_path}")

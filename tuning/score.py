@@ -78,17 +78,17 @@ def check_score(config: ScoreConfig, data: str, seed: int) -> None:
         open_splits(setting)
     elif config.task == "segmentation":
         from mimray.trainers.config.evaluation.segmentation import SegmentationConfig
-        from mimray.trainers.evaluation.annotations.base import Complaints
+        from mimray.trainers.evaluation.annotations.base import InvalidLabels
         from mimray.trainers.evaluation.annotations.segmentation import open_segmentation
 
         assert isinstance(options, SegmentationConfig)
-        train = open_segmentation(setting.data, "train", options, Complaints(False), limit=1)
+        train = open_segmentation(setting.data, "train", options, InvalidLabels(False), limit=1)
         open_segmentation(
             setting.val or setting.data,
             "val",
             options,
-            Complaints(False),
-            own=setting.val is None,
+            InvalidLabels(False),
+            shared=setting.val is None,
             class_names=train.class_names,
             limit=1,
         )

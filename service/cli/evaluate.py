@@ -170,16 +170,9 @@ def extract(
     data: str,
     out: str,
     split: str | None,
-    pooled: tuple[str, ...],
-    layers: tuple[int, ...],
-    tokens: bool,
-    norm: bool,
-    dtype: str,
-    limit: int | None,
-    image_size: str | None,
-    part_pictures: int,
-    skip_invalid: bool,
     as_json: bool,
+    image_size: str | None,
+    **kept: Any,
 ) -> None:
     """Write an encoder's features of a dataset as Parquet.
 
@@ -189,21 +182,11 @@ def extract(
     Example: mimray extract runs/mae-tiny pictures features --layers 2,5,8,11 --dtype float16
     """
     from mimray.service.commands.extract import run_extract
+    from mimray.trainers.config.evaluation.extract import ExtractSpec
 
-    result = run_extract(
-        bundle,
-        data,
-        out,
-        split=split,
-        pooled=pooled,
-        layers=layers,
-        tokens=tokens,
-        norm=norm,
-        dtype=dtype,
-        limit=limit,
-        image_size=parse_size(image_size) if image_size else None,
-        part_pictures=part_pictures,
-        skip_invalid=skip_invalid,
-    )
+    if not (kept["pooled"] or kept["layers"] or kept["tokens"]):
+        kept["pooled"] = ("mean",)
+    spec = ExtractSpec(image_size=parse_size(image_size) if image_size else None, **kept)
+    result = run_extract(bundle, data, out, spec, split=split)
     if as_json:
         click.echo(json.dumps(result))

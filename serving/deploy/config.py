@@ -26,7 +26,8 @@ from pydantic import (
     model_validator,
 )
 
-from mimray.trainers.config.base import Config, explain
+from mimray.trainers.config.base import Config
+from mimray.trainers.config.explain import explain
 from mimray.trainers.errors import ServingError
 
 API_KEY_VARIABLE = "MIMRAY_API_KEY"

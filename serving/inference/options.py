@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, cast, get_args
 
-from mimray.serving.inference.placement import Size, Sizing, check_input, parse_size
+from mimray.serving.inference.placement import Sizing, check_input, parse_size
 from mimray.serving.wire.errors import InvalidRequestError
+from mimray.trainers.data.geometry import Size
 
 Dtype = Literal["float32", "float16", "bfloat16", "int8"]
 Pooling = Literal["mean", "cls", "gem"]

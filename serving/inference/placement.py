@@ -1,8 +1,4 @@
-"""How a picture lies in the model's input: its size there, the padding, and the way back.
-
-Coordinates are continuous pixels: the left edge of the first column is x = 0, the right edge of
-the last is x = width.
-"""
+"""The `size` of a request: the size of the model's input, and how a picture is fitted to it."""
 
 from __future__ import annotations
 
@@ -11,9 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mimray.serving.wire.errors import InvalidRequestError, TooLargeError
-
-Size = tuple[int, int]
-"""(height, width) in pixels."""
+from mimray.trainers.data.geometry import Size, View, whole_view
 
 _SIDE = r"([1-9][0-9]{0,4})"
 _SQUARE = re.compile(_SIDE)
@@ -22,7 +16,7 @@ _SIDES = re.compile(rf"{_SIDE}\s*,\s*{_SIDE}")
 
 @dataclass(frozen=True)
 class Sizing:
-    """How pictures are brought to the model's input.
+    """Resizing of pictures to the model's input.
 
     Attributes:
         mode: `stretch` to `size` whatever the aspect, `keep` the aspect within `size` and pad right
@@ -32,56 +26,6 @@ class Sizing:
 
     mode: Literal["stretch", "keep", "native"] = "stretch"
     size: Size | None = None
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where a picture lies in the model's input.
-
-    Attributes:
-        source_size: of the upright picture.
-        input_size: of the model's input, multiples of its stride.
-        shown_size: of the part of the input, from its top left corner, that shows the picture.
-    """
-
-    source_size: Size
-    input_size: Size
-    shown_size: Size
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether the picture fills the input."""
-        return self.shown_size == self.input_size
-
-    @property
-    def valid_region(self) -> tuple[float, float, float, float]:
-        """(left, top, right, bottom) of the input, pixels, that shows the picture."""
-        return 0.0, 0.0, float(self.shown_size[1]), float(self.shown_size[0])
-
-    @property
-    def transform(self) -> list[list[float]]:
-        """3 x 3, from (x, y, 1) in the picture to the input."""
-        (height, width), (rows, columns) = self.source_size, self.shown_size
-        return _scaling(columns / width, rows / height)
-
-    @property
-    def inverse(self) -> list[list[float]]:
-        """3 x 3, from (x, y, 1) in the input back to the picture."""
-        (height, width), (rows, columns) = self.source_size, self.shown_size
-        return _scaling(width / columns, height / rows)
-
-    def described(self, stride: int) -> dict[str, Any]:
-        """The placement as every answer carries it; `stride` is the model's, pixels."""
-        rows, columns = self.input_size
-        return {
-            "source_size": list(self.source_size),
-            "input_size": list(self.input_size),
-            "grid": [rows // stride, columns // stride],
-            "stride": [stride, stride],
-            "transform": self.transform,
-            "inverse": self.inverse,
-            "valid_region": list(self.valid_region),
-        }
 
 
 def parse_size(text: str) -> Sizing:
@@ -98,17 +42,15 @@ def parse_size(text: str) -> Sizing:
     return Sizing("stretch", _sides(text.strip(), text))
 
 
-def place(
-    source: Size, sizing: Sizing, *, trained: Size, stride: int, max_pixels: int
-) -> Placement:
-    """Decide how a picture lies in the model's input.
+def place(source: Size, sizing: Sizing, *, trained: Size, stride: int, max_pixels: int) -> View:
+    """Place a picture in the model's input.
 
     Args:
-        source: of the upright picture.
-        sizing: what was asked for.
-        trained: the model's own input size.
-        stride: the model's, pixels.
-        max_pixels: most pixels of an input.
+        source: (height, width) of the upright picture.
+        sizing: the resizing that was asked for.
+        trained: (height, width) that the model was trained at.
+        stride: stride of the model, pixels.
+        max_pixels: bound of the pixels of an input.
 
     Raises:
         InvalidRequestError: the size asked for is no multiple of the stride.
@@ -120,21 +62,39 @@ def place(
     else:
         size = sizing.size or trained
     check_input(size, stride=stride, max_pixels=max_pixels)
-    if sizing.mode != "keep":
-        return Placement(source, size, size)
-    scale = min(size[0] / source[0], size[1] / source[1])
-    shown = tuple(
-        min(most, max(1, round(side * scale))) for side, most in zip(source, size, strict=True)
-    )
-    return Placement(source, size, (shown[0], shown[1]))
+    return whole_view(source, size, keep_aspect=sizing.mode == "keep")
+
+
+def described(view: View, stride: int) -> dict[str, Any]:
+    """The geometry of a picture as every answer carries it.
+
+    Args:
+        view: the place of the picture in the model's input.
+        stride: stride of the model, pixels.
+    """
+    rows, columns = view.input_size
+    return {
+        "source_size": list(view.source_size),
+        "input_size": list(view.input_size),
+        "grid": [rows // stride, columns // stride],
+        "stride": [stride, stride],
+        "transform": view.transform,
+        "inverse": view.inverse,
+        "valid_region": list(view.valid_region),
+    }
 
 
 def check_input(size: Size, *, stride: int, max_pixels: int) -> None:
     """Refuse an input size the model cannot take.
 
+    Args:
+        size: (height, width) of the input, pixels.
+        stride: stride of the model, pixels.
+        max_pixels: bound of the pixels of an input.
+
     Raises:
-        InvalidRequestError: no multiple of the stride.
-        TooLargeError: more than `max_pixels`.
+        InvalidRequestError: the size is no multiple of the stride.
+        TooLargeError: it has more than `max_pixels`.
     """
     height, width = size
     if height % stride or width % stride:
@@ -160,7 +120,3 @@ def _sides(text: str, whole: str) -> Size:
         f"parameter `size` is {whole[:40]!r}",
         hint="use 224, 448,640 (rows,columns), keep, keep:1024 or native",
     )
-
-
-def _scaling(x: float, y: float) -> list[list[float]]:
-    return [[x, 0.0, 0.0], [0.0, y, 0.0], [0.0, 0.0, 1.0]]

@@ -20,7 +20,7 @@ import numpy as np
 from mimray.serving.inference.batcher import Batcher
 from mimray.serving.inference.devices import pick_device, what_pays
 from mimray.serving.inference.options import PYRAMID_STRIDES, EncoderFacts, Options
-from mimray.serving.inference.placement import Placement, Sizing
+from mimray.serving.inference.placement import Sizing
 from mimray.serving.inference.preprocess import (
     Array,
     Picture,
@@ -37,6 +37,7 @@ from mimray.serving.wire.errors import (
     OverloadedError,
     TooLargeError,
 )
+from mimray.trainers.data.geometry import View, whole_view
 from mimray.trainers.errors import ImageError
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class Prediction(NamedTuple):
     """
 
     outputs: dict[str, Array]
-    placement: Placement
+    placement: View
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ class Predictor:
         if self._faster is not None:
             self._model_thread.submit(self._faster, self._encoder).result()
         blank = np.zeros((self.card.channels, height, width), np.uint8)
-        item = Prepared(blank, Placement((height, width), (height, width), (height, width)))
+        item = Prepared(blank, whole_view((height, width), (height, width)))
         options = Options(tokens=True, layers=(self.facts.depth - 1,))
         for _ in range(2):
             started = time.perf_counter()
@@ -356,7 +357,7 @@ class Predictor:
                 else (batch.float().div_(255) - self._mean) / self._std
             )
             valid = None
-            if not all(item.placement.is_whole for item in items):
+            if any(item.placement.is_padded for item in items):
                 stride = self.facts.stride
                 flags = np.stack([token_validity(item.placement, stride) for item in items])
                 valid = torch.from_numpy(flags).to(self._device)
@@ -364,7 +365,7 @@ class Predictor:
             return {name: _to_numpy(tensor) for name, tensor in outputs.items()}
 
 
-def output_bytes(facts: EncoderFacts, placement: Placement, options: Options) -> int:
+def output_bytes(facts: EncoderFacts, placement: View, options: Options) -> int:
     """Bytes of one picture's features, but for the few of int8 scales."""
     height, width = placement.input_size
     pixels = height * width

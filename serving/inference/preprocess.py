@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from mimray.serving.inference.placement import Placement, Size, Sizing, place
+from mimray.serving.inference.placement import Sizing, place
 from mimray.serving.wire.errors import InvalidRequestError, UnusablePictureError
+from mimray.trainers.data.geometry import Size, View
 from mimray.trainers.errors import ImageError
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Prepared(NamedTuple):
     """
 
     pixels: Array
-    placement: Placement
+    placement: View
 
 
 class Preparer:
@@ -67,8 +68,6 @@ class Preparer:
         self._stride = stride
         self._limits = limits
         self._draft = draft
-        # Padding of the mean colour is zero once normalised.
-        self._padding = tuple(round(255 * value) for value in card.mean)
 
     def prepare(self, picture: Picture, sizing: Sizing) -> Prepared:
         """Decode, resize and pad one picture.
@@ -110,7 +109,7 @@ class Preparer:
             image = image.convert("L")
         return image, (header.height, header.width)
 
-    def _placed(self, source: Size, sizing: Sizing) -> Placement:
+    def _placed(self, source: Size, sizing: Sizing) -> View:
         return place(
             source,
             sizing,
@@ -120,17 +119,9 @@ class Preparer:
         )
 
     def _fit(self, image: Image.Image, source: Size, sizing: Sizing) -> Prepared:
-        from mimray.trainers.data.transforms import inference_view
-
         placement = self._placed(source, sizing)
-        shown = inference_view(image, placement.shown_size, self._card.interpolation)
-        if placement.is_whole:
-            return Prepared(shown, placement)
-        rows, columns = placement.shown_size
-        canvas = np.empty((shown.shape[0], *placement.input_size), np.uint8)
-        canvas[:] = np.array(self._padding, np.uint8)[:, None, None]
-        canvas[:, :rows, :columns] = shown
-        return Prepared(canvas, placement)
+        pixels = placement.image(image, self._card.interpolation, self._card.mean)
+        return Prepared(pixels, placement)
 
     def _as_it_is(self, values: Array) -> Prepared:
         channels, height, width = values.shape
@@ -145,7 +136,7 @@ class Preparer:
         return Prepared(values, placement)
 
 
-def token_validity(placement: Placement, stride: int) -> Array:
+def token_validity(placement: View, stride: int) -> Array:
     """Which tokens, bool [N], stand for some of the picture rather than for padding alone."""
     rows, columns = (side // stride for side in placement.input_size)
     down = np.arange(rows) * stride < placement.shown_size[0]

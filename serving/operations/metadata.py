@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mimray.serving.inference.options import EncoderFacts, Options, pyramid_source
+from mimray.serving.inference.placement import described
 from mimray.serving.inference.predictor import Prediction, PredictorLimits
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def answer_metadata(
         "interpolation": card.interpolation,
         "color": COLOR if card.channels == 3 else "gray",
         "outputs": [_described(name, identity.facts, options) for name in options.names],
-        "pictures": [p.placement.described(identity.facts.stride) for p in predictions],
+        "pictures": [described(p.placement, identity.facts.stride) for p in predictions],
     }
 
 

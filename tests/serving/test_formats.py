@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 from safetensors import safe_open
 
-from mimray.serving.inference.placement import Placement
+from mimray.serving.inference.placement import described
 from mimray.serving.inference.predictor import Prediction
 from mimray.serving.operations.response_formats import (
     ARROW,
@@ -25,6 +25,7 @@ from mimray.serving.operations.response_formats import (
     negotiate,
 )
 from mimray.serving.wire.errors import ModelFailureError, NotAcceptableError
+from mimray.trainers.data.geometry import whole_view
 
 
 def _answer(
@@ -37,8 +38,8 @@ def _answer(
         rows = 6 + (tall if index else 0)
         shapes = {"pooled": (4,), "pooled_scale": (1,), "tokens": (rows, 4)}
         outputs = {name: (rng.normal(size=shapes[name]) * 9).astype(kind) for name in names}
-        predictions.append(Prediction(outputs, Placement((30, 40), (48, 64), (48, 64))))
-    pictures = [p.placement.described(16) for p in predictions]
+        predictions.append(Prediction(outputs, whole_view((30, 40), (48, 64), keep_aspect=False)))
+    pictures = [described(p.placement, 16) for p in predictions]
     metadata = {"model": "m", "version": "3", "dtype": dtype, "pictures": pictures}
     return Answer(names, predictions, metadata)
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mimray.serving.inference.placement import Sizing, parse_size, place
+from mimray.serving.inference.placement import Sizing, described, parse_size, place
 from mimray.serving.wire.errors import InvalidRequestError, TooLargeError
 
 SIDES = st.integers(1, 3000)
@@ -63,7 +63,7 @@ def test_place__limits() -> None:
 
 def test_described__is_what_answers_carry() -> None:
     placement = place((70, 90), Sizing("keep"), trained=(48, 64), stride=16, max_pixels=9999)
-    assert placement.described(16) == {
+    assert described(placement, 16) == {
         "source_size": [70, 90],
         "input_size": [48, 64],
         "grid": [3, 4],

@@ -1,4 +1,4 @@
-"""What a checked plan may still trip over: allowed, and worth a line before hours are spent."""
+"""Warnings about a checked plan: allowed, and worth a line before hours are spent."""
 
 from __future__ import annotations
 

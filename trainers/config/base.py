@@ -1,14 +1,10 @@
-"""The base of all configuration models, and how their errors are told to people."""
+"""The base of all configuration models, and values that several of them hold."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
-from mimray.trainers.errors import ConfigError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt
 
 
 class Config(BaseModel):
@@ -17,80 +13,9 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
-def explain(
-    error: ValidationError,
-    data: Mapping[str, Any],
-    origin: str,
-    *,
-    keys: Sequence[str] = (),
-    hint: str = "see `mimray recipes NAME` for keys",
-) -> ConfigError:
-    """Turn pydantic's report into one line a person can act on.
-
-    Args:
-        error: what pydantic raised.
-        data: the input it was given, to tell keys from union tags.
-        origin: where the input came from, e.g. a recipe's name.
-        keys: what may have been meant by an unknown key; every key of a recipe by default.
-        hint: where keys can be looked up.
-
-    Returns:
-        An error naming every wrong key, its value and what is allowed.
-    """
-    lines = []
-    for item in error.errors(include_url=False):
-        key = _dotted(item["loc"], data)
-        if item["type"] == "extra_forbidden":
-            lines.append(f"unknown key '{key}'{_suggestion(key, keys)}")
-        elif item["type"] == "missing":
-            lines.append(f"missing key '{key}'")
-        elif item["type"] == "value_error":
-            lines.append(f"{key + ': ' if key else ''}{item['ctx']['error']}")
-        elif item["type"] in ("union_tag_invalid", "union_tag_not_found"):
-            context = item.get("ctx", {})
-            lines.append(
-                f"'{key}.{str(context.get('discriminator', 'name')).strip(chr(39))}' is "
-                f"{context.get('tag', 'missing')!r}, known: {context.get('expected_tags', '?')}"
-            )
-        else:
-            lines.append(f"'{key}' is {_shown(item['input'])}: {_lower_first(item['msg'])}")
-    return ConfigError(f"{origin}: " + "; ".join(lines), hint=hint)
+def _square(value: Any) -> Any:
+    return (value, value) if isinstance(value, int) else value
 
 
-def _dotted(loc: Sequence[int | str], data: Any) -> str:
-    """The key as the user wrote it: union tags, which pydantic puts into `loc`, are left out."""
-    parts: list[str] = []
-    node = data
-    for i, part in enumerate(loc):
-        last = i == len(loc) - 1
-        if isinstance(node, Mapping) and part in node:
-            parts.append(str(part))
-            node = node[part]
-        elif isinstance(node, list | tuple) and isinstance(part, int):
-            parts.append(str(part))
-            node = node[part] if part < len(node) else None
-        elif last or not isinstance(node, Mapping):
-            parts.append(str(part))
-            node = None
-    return ".".join(parts)
-
-
-def _suggestion(key: str, keys: Sequence[str]) -> str:
-    # The model that refused the key is not in the report; every key of every recipe model
-    # is a fair candidate, since people mostly mistype or misplace real keys.
-    from mimray.trainers.config.run import known_keys
-
-    leaf = key.rsplit(".", 1)[-1]
-    keys = keys or known_keys()
-    same_leaf = [k for k in keys if k.rsplit(".", 1)[-1] == leaf]
-    close = same_leaf[:1] or difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
-    return f", did you mean '{close[0]}'?" if close else ""
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _lower_first(text: str) -> str:
-    return text[:1].lower() + text[1:]
+ImageSize = Annotated[tuple[PositiveInt, PositiveInt], BeforeValidator(_square)]
+"""(height, width) in pixels; one number for a square."""

@@ -1,4 +1,4 @@
-"""What a recipe says about pictures: size, crops, normalisation, reading."""
+"""Options of a recipe's pictures: size, crops, normalisation, reading."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _RAND_AUGMENT = re.compile(r"rand(-(m|n|mmax|inc)\d+|-(p|mstd)\d+(\.\d+)?)*")
 
 
 class DataConfig(Config):
-    """How stored pictures become training batches."""
+    """Preparation of stored pictures for training."""
 
     image_size: tuple[PositiveInt, PositiveInt] = Field(
         default=(224, 224), description="height and width in pixels; one number for a square"

@@ -76,6 +76,15 @@ def _read(name_or_path: str) -> dict[str, Any]:
                 hint="`mimray recipes` lists them; one of your own is a path ending in .yaml",
             )
         path = known[name_or_path]
+    return read_tree(path)
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """The sections of a YAML file, unchecked.
+
+    Raises:
+        ConfigError: it is not YAML, or no mapping.
+    """
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -15,9 +15,10 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
-from mimray.trainers.config.base import Config, explain
+from mimray.trainers.config.base import Config
 from mimray.trainers.config.composition import check_size
 from mimray.trainers.config.data import DataConfig
+from mimray.trainers.config.explain import explain
 from mimray.trainers.config.method import AnyMethod
 from mimray.trainers.config.model import EncoderConfig
 from mimray.trainers.config.optim import OptimConfig
@@ -257,7 +258,7 @@ def parse_recipe(tree: Mapping[str, Any], origin: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise explain(error, tree, origin) from None
+        raise explain(error, tree, origin, keys=known_keys()) from None
 
 
 @functools.cache

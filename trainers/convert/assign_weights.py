@@ -1,4 +1,4 @@
-"""Holding weights against the modules they are for."""
+"""Assigns weights to the modules they are for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Size, Tensor, nn
+from torch import Tensor, nn
 
 from mimray.trainers.config.method import BEiTConfig, MAEConfig, MaskFeatConfig, SimMIMConfig
 from mimray.trainers.config.model import ConvConfig, DalleConfig, EncoderConfig, ViTConfig
@@ -15,26 +15,26 @@ from mimray.trainers.models import build_encoder
 from mimray.trainers.models.decoders import MAEDecoder
 from mimray.trainers.models.hog import HOG
 
-Shapes = Mapping[str, Size]
+Shapes = Mapping[str, torch.Size]
 
 
 def encoder_shapes(encoder: EncoderConfig, size: tuple[int, int], channels: int) -> Shapes:
-    """The parameters of an encoder, which is not really made.
+    """Shapes of an encoder's parameters; no encoder is made.
 
     Args:
         encoder: architecture.
         size: (height, width) of the input, pixels.
-        channels: of the input.
+        channels: channels of the input.
     """
     with torch.device("meta"):
         return _shapes(build_encoder(encoder, size, channels))
 
 
 def method_shapes(recipe: Recipe) -> Shapes:
-    """The parameters of a method beside its encoder's.
+    """Shapes of a method's parameters beside its encoder's.
 
     Args:
-        recipe: of mae, beit, simmim, or maskfeat without a decoder.
+        recipe: recipe of mae, beit, simmim, or maskfeat without a decoder.
     """
     encoder, method, channels = recipe.encoder, recipe.method, recipe.data.channels
     if isinstance(method, MAEConfig):
@@ -58,20 +58,20 @@ def method_shapes(recipe: Recipe) -> Shapes:
         out_dim = HOG(channels, method.hog_bins, method.hog_cell_px, encoder.stride).out_dim
     assert not isinstance(encoder, ConvConfig | DalleConfig)
     return {
-        "mask_token": Size((1, 1, encoder.width)),  # in a swin of the first stage
-        "head.weight": Size((out_dim, encoder.out_width)),
-        "head.bias": Size((out_dim,)),
+        "mask_token": torch.Size((1, 1, encoder.width)),  # in a swin of the first stage
+        "head.weight": torch.Size((out_dim, encoder.out_width)),
+        "head.bias": torch.Size((out_dim,)),
     }
 
 
-class Fit(NamedTuple):
-    """What fits, and in words what does not.
+class Assignment(NamedTuple):
+    """Parameters that match, and in words those that do not.
 
     Attributes:
         kept: parameters of the wanted names and shapes.
         missing: wanted names that none of them has.
-        left_out: names of the rest.
-        problems: a line a name.
+        left_out: names of the parameters that are not kept.
+        problems: a line for each name that does not match.
     """
 
     kept: dict[str, Tensor]
@@ -80,12 +80,12 @@ class Fit(NamedTuple):
     problems: tuple[str, ...]
 
 
-def fit(state: Mapping[str, Tensor], wanted: Shapes) -> Fit:
-    """Sort parameters by whether they fit.
+def assign_weights(state: Mapping[str, Tensor], wanted: Shapes) -> Assignment:
+    """Assign parameters to the names and shapes wanted.
 
     Args:
-        state: what there is.
-        wanted: what there should be.
+        state: parameters by name.
+        wanted: shapes by the names wanted.
     """
     kept = {k: v for k, v in state.items() if wanted.get(k) == v.shape}
     problems = [f"missing {k}" for k in wanted if k not in state]
@@ -94,7 +94,7 @@ def fit(state: Mapping[str, Tensor], wanted: Shapes) -> Fit:
             problems.append(f"unexpected {key}")
         elif key not in kept:
             problems.append(f"{key} is {tuple(value.shape)}, wanted {tuple(wanted[key])}")
-    return Fit(
+    return Assignment(
         kept,
         missing=tuple(k for k in wanted if k not in kept),
         left_out=tuple(k for k in state if k not in kept),

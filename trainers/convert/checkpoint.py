@@ -27,14 +27,14 @@ _SETTINGS: list[Any] = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")
 
 
 class Checkpoint(NamedTuple):
-    """What was read.
+    """Contents of a checkpoint.
 
     Attributes:
         state: tensors by name, floating ones in fp32.
         config: `config.json` of a folder; empty for a file.
         preprocessor: `preprocessor_config.json` of a folder; empty where there is none.
         settings: all else that a file holds, such as the arguments of its training.
-        sha256: of the file of weights, hex.
+        sha256: hex digest of the file of weights.
     """
 
     file: Path

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mimray.trainers.bundles import BundleCard, save_bundle, spread_layers
 from mimray.trainers.config.method import DVAEConfig
 from mimray.trainers.config.run import Recipe, parse_recipe
-from mimray.trainers.convert.assign_weights import fit
+from mimray.trainers.convert.assign_weights import assign_weights
 from mimray.trainers.convert.checkpoint import Checkpoint
 from mimray.trainers.errors import BundleError
 from mimray.trainers.models import build_encoder
@@ -32,7 +32,7 @@ _LOGITS = "quantizer.to_logits"
 
 
 def is_dalle(state: dict[str, Tensor]) -> bool:
-    """Whether these are weights of DALL-E's encoder."""
+    """True if these are weights of DALL-E's encoder."""
     return bool({"blocks.input.w", "blocks.input.weight"} & state.keys())
 
 
@@ -48,12 +48,12 @@ def import_dalle(
     """Write the tokenizer's bundle.
 
     Args:
-        checkpoint: for which `is_dalle` holds.
+        checkpoint: checkpoint of DALL-E's encoder, see `is_dalle`.
         out: the bundle's folder.
         image_size: (height, width) the tokenizer is shown, pixels.
-        name: what it is called.
-        origin: where it came from, for the card.
-        command: how it was made, for the card.
+        name: name of the bundle.
+        origin: origin of the weights, for the card.
+        command: command line, for the card.
 
     Raises:
         BundleError: keys are missing, unexpected or of another shape; they are listed.
@@ -70,7 +70,7 @@ def import_dalle(
     )
     ours = modules.state_dict()
     weights = {k: v.shape for k, v in ours.items() if k.startswith(("encoder.", _LOGITS))}
-    found = fit(state, weights)
+    found = assign_weights(state, weights)
     if found.problems:
         raise BundleError(
             f"{checkpoint.file} does not fit DALL-E's encoder: {', '.join(found.problems[:20])}"

@@ -22,8 +22,8 @@ def write_folder(out: Path, state: Mapping[str, Tensor], files: Mapping[str, str
     """Write a folder that is whole or not there.
 
     Args:
-        out: where to; new or empty.
-        state: goes into `model.safetensors`.
+        out: folder to write; new or empty.
+        state: parameters by name, for `model.safetensors`.
         files: texts by name.
 
     Raises:
@@ -57,8 +57,8 @@ def model_card(card: BundleCard, library: str, holds: str, usage: str) -> str:
 
     Args:
         card: the bundle's.
-        library: whose layout it is in.
-        holds: what of the method is in it, a sentence.
+        library: library that the layout is of.
+        holds: sentence that says what of the method is in it.
         usage: code that loads and runs it.
     """
     height, width = card.image_size

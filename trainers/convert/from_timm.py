@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from mimray.trainers.convert.found import Found
+from mimray.trainers.convert.foreign_weights import ForeignWeights
 from mimray.trainers.convert.official import our_encoder
 from mimray.trainers.errors import BundleError
 
@@ -24,13 +24,13 @@ _BLOCKS = {
 }
 
 
-def from_timm(state: dict[str, Tensor], architecture: str) -> Found:
+def from_timm(state: dict[str, Tensor], architecture: str) -> ForeignWeights:
     """Read weights of one of timm's models.
 
     Args:
-        state: as saved.
-        architecture: what `timm.create_model` calls it: a name, with its tag where the weights
-            have one, or `local-dir:FOLDER`.
+        state: parameters by name, as saved.
+        architecture: name as `timm.create_model` takes it, with its tag where the weights have one,
+            or `local-dir:FOLDER`.
 
     Raises:
         BundleError: no such model, or one that our encoders are not.
@@ -40,7 +40,7 @@ def from_timm(state: dict[str, Tensor], architecture: str) -> Found:
     return _describe(model, state)
 
 
-def download_timm(architecture: str) -> Found:
+def download_timm(architecture: str) -> ForeignWeights:
     """Fetch a pre-trained model as timm itself does, from its cache or the network.
 
     Raises:
@@ -61,7 +61,7 @@ def _create(architecture: str, pretrained: bool) -> Any:
         ) from None
 
 
-def _describe(model: Any, state: dict[str, Tensor]) -> Found:
+def _describe(model: Any, state: dict[str, Tensor]) -> ForeignWeights:
     kind = type(model).__name__
     blocks = model.layers[0].blocks if kind == "SwinTransformer" else getattr(model, "blocks", [])
     block: Any = blocks[0] if len(blocks) else None
@@ -81,7 +81,7 @@ def _describe(model: Any, state: dict[str, Tensor]) -> Found:
         encoder["num_heads"] = block.attn.num_heads
     if kind == "Beit":
         encoder["init"] = "beit"
-    found = Found(state, tree={"encoder": encoder, "data": _data(model)})
+    found = ForeignWeights(state, tree={"encoder": encoder, "data": _data(model)})
     found.encoder = our_encoder(state, found.notes)
     found.pooling = "cls" if model.global_pool == "token" else "mean"
     return found

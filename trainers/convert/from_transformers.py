@@ -10,7 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
-from mimray.trainers.convert.found import HALF, Found, norm_before_pooling, take, take_pixel_head
+from mimray.trainers.convert.foreign_weights import (
+    HALF,
+    ForeignWeights,
+    norm_before_pooling,
+    take,
+    take_pixel_head,
+)
 from mimray.trainers.convert.names import (
     HF_DECODER,
     HF_SWIN,
@@ -27,11 +33,11 @@ _INTERPOLATION = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 def from_transformers(
     state: dict[str, Tensor], config: Mapping[str, Any], preprocessor: Mapping[str, Any]
-) -> Found:
+) -> ForeignWeights:
     """Read a folder's weights by its configuration.
 
     Args:
-        state: as saved.
+        state: parameters by name, as saved.
         config: `config.json`.
         preprocessor: `preprocessor_config.json`; empty where there is none.
 
@@ -58,7 +64,7 @@ def from_transformers(
     return found
 
 
-def _from_vit_mae(state: dict[str, Tensor], config: Mapping[str, Any]) -> Found:
+def _from_vit_mae(state: dict[str, Tensor], config: Mapping[str, Any]) -> ForeignWeights:
     # Version 5 writes the decoder's layers by another name than all published files have.
     state = {k.replace("decoder_encoder.layer.", "decoder_layers."): v for k, v in state.items()}
     state = join_qkv(rename(state, inverse(HF_VIT | HF_DECODER)))
@@ -69,11 +75,11 @@ def _from_vit_mae(state: dict[str, Tensor], config: Mapping[str, Any]) -> Found:
         norm_pix_loss="norm_pix_loss",
         mask_ratio="mask_ratio",
     )
-    return Found(state, decoder, {"method": method})
+    return ForeignWeights(state, decoder, {"method": method})
 
 
-def _from_vit(state: dict[str, Tensor], config: Mapping[str, Any]) -> Found:
-    found = _with_pixel_head(state, config)
+def _from_vit(state: dict[str, Tensor], config: Mapping[str, Any]) -> ForeignWeights:
+    found = _with_pixel_head(state)
     # Its classifiers and its pooler read the class token.
     if any(k.startswith(("classifier.", "pooler.")) for k in state):
         found.pooling = "cls"
@@ -81,24 +87,24 @@ def _from_vit(state: dict[str, Tensor], config: Mapping[str, Any]) -> Found:
     return found
 
 
-def _from_swin(state: dict[str, Tensor], config: Mapping[str, Any]) -> Found:
-    found = _with_pixel_head(state, config)
+def _from_swin(state: dict[str, Tensor], config: Mapping[str, Any]) -> ForeignWeights:
+    found = _with_pixel_head(state)
     found.encoder = shift_downsample(join_qkv(rename(found.encoder, inverse(HF_SWIN))), by=1)
     return found
 
 
-def _with_pixel_head(state: dict[str, Tensor], config: Mapping[str, Any]) -> Found:
+def _with_pixel_head(state: dict[str, Tensor]) -> ForeignWeights:
     """A SimMIM, where the weights hold its head."""
     if "decoder.0.weight" not in state:
-        return Found(state)
+        return ForeignWeights(state)
     rest = take(state, {"embeddings.mask_token": "mask_token"})
     rest |= take_pixel_head(state, "embeddings.patch_embeddings.projection.weight")
-    return Found(state, rest, {"method": {"name": "simmim"}})
+    return ForeignWeights(state, rest, {"method": {"name": "simmim"}})
 
 
-def _from_beit(state: dict[str, Tensor], config: Mapping[str, Any]) -> Found:
+def _from_beit(state: dict[str, Tensor], config: Mapping[str, Any]) -> ForeignWeights:
     encoder = {"init": "beit", "layer_scale": config.get("layer_scale_init_value") or None}
-    found = Found(state, tree={"encoder": encoder})
+    found = ForeignWeights(state, tree={"encoder": encoder})
     if "lm_head.weight" in state:
         found.method = take(
             state,
@@ -128,5 +134,5 @@ def _data(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> dict[st
 
 
 def _present(config: Mapping[str, Any], **names: str) -> dict[str, Any]:
-    """Ours to values, of those keys that a configuration has."""
+    """Values of the keys that a configuration has, under our names."""
     return {ours: config[theirs] for ours, theirs in names.items() if theirs in config}

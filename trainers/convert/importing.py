@@ -1,4 +1,4 @@
-"""Public weights into a bundle."""
+"""Imports public weights as a bundle."""
 
 from __future__ import annotations
 
@@ -11,16 +11,22 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from mimray.trainers.bundles import BundleCard, save_bundle, spread_layers
-from mimray.trainers.config.base import Config, explain
+from mimray.trainers.config.base import Config
 from mimray.trainers.config.data import DataConfig
+from mimray.trainers.config.explain import explain
 from mimray.trainers.config.method import BEiTConfig
 from mimray.trainers.config.model import EncoderConfig, SwinConfig
 from mimray.trainers.config.recipes import override
-from mimray.trainers.config.run import Recipe, parse_recipe
-from mimray.trainers.convert.assign_weights import Fit, encoder_shapes, fit, method_shapes
+from mimray.trainers.config.run import Recipe, known_keys, parse_recipe
+from mimray.trainers.convert.assign_weights import (
+    Assignment,
+    assign_weights,
+    encoder_shapes,
+    method_shapes,
+)
 from mimray.trainers.convert.checkpoint import Checkpoint, read_checkpoint
 from mimray.trainers.convert.dalle import import_dalle, is_dalle
-from mimray.trainers.convert.found import Found
+from mimray.trainers.convert.foreign_weights import ForeignWeights
 from mimray.trainers.convert.from_timm import download_timm, from_timm
 from mimray.trainers.convert.from_transformers import from_transformers
 from mimray.trainers.convert.official import from_official
@@ -42,14 +48,14 @@ _Kind = TypeVar("_Kind", bound=Config)
 
 
 class Imported(NamedTuple):
-    """What became of a checkpoint.
+    """Outcome of an import.
 
     Attributes:
-        card: of the bundle.
-        complete: whether the bundle holds the whole method, to load and train on.
+        card: card of the bundle.
+        complete: True if the bundle holds the whole method, to load and train on.
         left_out: parameters of the checkpoint that are not in the bundle.
         initialised: parameters of the bundle that were not in the checkpoint.
-        notes: what a person should know.
+        notes: sentences for people.
     """
 
     card: BundleCard
@@ -60,7 +66,7 @@ class Imported(NamedTuple):
 
 
 class _Input(Config):
-    """What is known before the encoder is."""
+    """The section of a recipe that is known before the encoder is."""
 
     data: DataConfig
 
@@ -97,8 +103,8 @@ def import_weights(
             weights as they are.
         partial: keep what fits, where keys are missing, unexpected or of another shape. Missing
             parts of the encoder are initialised afresh; an incomplete head is left out.
-        name: what the encoder is called; as the source by default.
-        command: how it was made, for the card.
+        name: name of the encoder; that of the source by default.
+        command: command line, for the card.
 
     Raises:
         BundleError: no checkpoint, not plain tensors, no model of ours, or keys that do not fit.
@@ -110,11 +116,11 @@ def import_weights(
         if is_dalle(checkpoint.state):
             return _tokenizer(checkpoint, out, image_size, name or _name_of(source), command)
     found, origin = _read(source, architecture)
-    tree = _told(found, overrides)
+    tree = _recipe_sections(found, overrides)
     model = _model(found, tree, source)
-    encoder, method = _fit(found, model, tree.get("method", {}))
+    encoder, method = _assign(found, model, tree.get("method", {}))
     if not partial:
-        _check_fit(model, encoder.problems + (method.problems if method else ()), source)
+        _check_assigned(model, encoder.problems + (method.problems if method else ()), source)
 
     size = model.data.image_size
     wanted = image_size or size
@@ -171,8 +177,8 @@ def _tokenizer(
     return Imported(card, complete=True, left_out=(), initialised=(), notes=(note,))
 
 
-def _read(source: str, architecture: str | None) -> tuple[Found, str]:
-    """What a checkpoint holds, and where it came from."""
+def _read(source: str, architecture: str | None) -> tuple[ForeignWeights, str]:
+    """Read a checkpoint: its contents and its origin."""
     if source.startswith(TIMM):
         return download_timm(source.removeprefix(TIMM)), source
     path = Path(source).expanduser()
@@ -201,8 +207,8 @@ def _name_of(source: str) -> str:
     return path.name if path.is_dir() else path.stem
 
 
-def _told(found: Found, overrides: Sequence[str]) -> dict[str, Any]:
-    """What the source and the person tell, as sections of a recipe."""
+def _recipe_sections(found: ForeignWeights, overrides: Sequence[str]) -> dict[str, Any]:
+    """Sections of a recipe, as far as the source and the person tell them."""
     data = found.tree.get("data", {})
     # A library's mean and deviation are of three channels, whatever a model has.
     known = {k: v for k, v in data.items() if k not in ("mean", "std") or len(v) == found.channels}
@@ -219,8 +225,8 @@ def _told(found: Found, overrides: Sequence[str]) -> dict[str, Any]:
     return override(tree, overrides)
 
 
-def _model(found: Found, tree: Mapping[str, Any], source: str) -> _Model:
-    """What the weights are of, at the size they were made for."""
+def _model(found: ForeignWeights, tree: Mapping[str, Any], source: str) -> _Model:
+    """The encoder and the input that the weights were made for."""
     data = _checked(_Input, {"data": tree["data"]}, source).data
     size = data.image_size if "image_size" in tree["data"] else None
     encoder, size = encoder_section(found.encoder, tree["encoder"], size)
@@ -232,27 +238,29 @@ def _checked(kind: type[_Kind], tree: Mapping[str, Any], source: str) -> _Kind:
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        raise explain(error, tree, source) from None
+        raise explain(error, tree, source, keys=known_keys()) from None
 
 
 def _is_head(key: str) -> bool:
     return key.startswith(_HEADS)
 
 
-def _fit(found: Found, model: _Model, trained_by: Mapping[str, Any]) -> tuple[Fit, Fit | None]:
-    """The weights against the encoder and, where they hold more, against the method."""
+def _assign(
+    found: ForeignWeights, model: _Model, trained_by: Mapping[str, Any]
+) -> tuple[Assignment, Assignment | None]:
+    """Assign the weights to the encoder and, where they hold more, to the method."""
     weights = {
         k: v for k, v in found.encoder.items() if not _is_head(k) and not k.endswith(_BUFFERS)
     }
     size = model.data.image_size
-    encoder = fit(weights, encoder_shapes(model.encoder, size, model.data.channels))
+    encoder = assign_weights(weights, encoder_shapes(model.encoder, size, model.data.channels))
     if not found.method:
         return encoder, None
     recipe = _recipe(model, found.method, trained_by)
-    return encoder, fit(found.method, method_shapes(recipe))
+    return encoder, assign_weights(found.method, method_shapes(recipe))
 
 
-def _check_fit(model: _Model, problems: Sequence[str], source: str) -> None:
+def _check_assigned(model: _Model, problems: Sequence[str], source: str) -> None:
     if problems:
         more = len(problems) - _NUM_LISTED
         raise BundleError(
@@ -262,7 +270,7 @@ def _check_fit(model: _Model, problems: Sequence[str], source: str) -> None:
         )
 
 
-def _completed(encoder: Fit, model: _Model) -> dict[str, Tensor]:
+def _completed(encoder: Assignment, model: _Model) -> dict[str, Tensor]:
     """An encoder's whole state; what is missing is initialised afresh, always alike."""
     if not encoder.missing:
         return encoder.kept

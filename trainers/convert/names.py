@@ -81,7 +81,7 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def inverse(names: Mapping[str, str]) -> dict[str, str]:
-    """Theirs to ours out of ours to theirs."""
+    """Invert a mapping of names: theirs to ours out of ours to theirs."""
     return {theirs: ours for ours, theirs in names.items()}
 
 
@@ -112,7 +112,7 @@ def shift_downsample(state: Mapping[str, Tensor], by: int) -> dict[str, Tensor]:
     the next.
 
     Args:
-        state: of a Swin.
+        state: parameters of a Swin.
         by: 1 from the official place to ours, -1 back.
     """
     pattern = re.compile(r"(?<=layers\.)\d+(?=\.downsample\.)")
@@ -172,7 +172,7 @@ def to_pixel_shuffle(head: Float[Tensor, P * D], channels: int) -> Float[Tensor,
 
     Args:
         head: weight or bias of a Linear.
-        channels: of the pictures.
+        channels: channels of the pictures.
     """
     side = math.isqrt(head.shape[0] // channels)
     pixels = head.reshape(side, side, channels, *head.shape[1:])

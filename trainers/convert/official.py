@@ -12,16 +12,22 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from mimray.trainers.convert.found import HALF, Found, norm_before_pooling, take, take_pixel_head
+from mimray.trainers.convert.foreign_weights import (
+    HALF,
+    ForeignWeights,
+    norm_before_pooling,
+    take,
+    take_pixel_head,
+)
 from mimray.trainers.convert.names import BEIT, inverse, join_qkv, rename, shift_downsample
 
 
-def from_official(state: dict[str, Tensor], settings: Mapping[str, Any]) -> Found:
+def from_official(state: dict[str, Tensor], settings: Mapping[str, Any]) -> ForeignWeights:
     """Recognise a checkpoint by its names.
 
     Args:
-        state: as saved.
-        settings: what else the file holds.
+        state: parameters by name, as saved.
+        settings: everything else that the file holds.
     """
     state = {k: v for k, v in state.items() if not k.startswith("hogs.")}
     if "decoder_embed.weight" in state:
@@ -34,7 +40,7 @@ def from_official(state: dict[str, Tensor], settings: Mapping[str, Any]) -> Foun
         found = _from_beit(state)
     else:
         beit_like = any(k.endswith(".attn.q_bias") for k in state)
-        found = Found(state, tree={"data": HALF if beit_like else {}})
+        found = ForeignWeights(state, tree={"data": HALF if beit_like else {}})
     if found.tree.get("data") is HALF:
         found.notes.append(
             "pictures taken as normalised to [-1, 1], that code's default; its ImageNet-1k runs "
@@ -52,11 +58,11 @@ def our_encoder(state: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]
     return norm_before_pooling(join_qkv(state), "fc_norm", notes)
 
 
-def _from_mae(state: dict[str, Tensor], arguments: Any) -> Found:
+def _from_mae(state: dict[str, Tensor], arguments: Any) -> ForeignWeights:
     names = {k: k.replace("decoder_", "decoder.", 1) for k in state if k.startswith("decoder_")}
     rest = take(state, names | {"mask_token": "decoder.mask_token"})
     method: dict[str, Any] = {"name": "mae"}
-    found = Found(state, rest, {"method": method})
+    found = ForeignWeights(state, rest, {"method": method})
     if rest["decoder.embed.weight"].shape[0] == 512:
         method["decoder_num_heads"] = 16  # as every published one
     if hasattr(arguments, "norm_pix_loss"):
@@ -69,7 +75,7 @@ def _from_mae(state: dict[str, Tensor], arguments: Any) -> Found:
     return found
 
 
-def _from_simmim(state: dict[str, Tensor], config: Any) -> Found:
+def _from_simmim(state: dict[str, Tensor], config: Any) -> ForeignWeights:
     rest = take(state, {"encoder.mask_token": "mask_token"})
     rest |= take_pixel_head(state, "encoder.patch_embed.proj.weight")
     tree: dict[str, dict[str, Any]] = {"method": {"name": "simmim"}}
@@ -82,10 +88,10 @@ def _from_simmim(state: dict[str, Tensor], config: Any) -> Found:
         }
         if model["TYPE"] == "vit":
             tree["encoder"] = {"num_heads": model["VIT"]["NUM_HEADS"]}
-    return Found({k.removeprefix("encoder."): v for k, v in state.items()}, rest, tree)
+    return ForeignWeights({k.removeprefix("encoder."): v for k, v in state.items()}, rest, tree)
 
 
-def _from_maskfeat(state: dict[str, Tensor], config: Any) -> Found:
+def _from_maskfeat(state: dict[str, Tensor], config: Any) -> ForeignWeights:
     rest = take(
         state,
         {
@@ -100,11 +106,11 @@ def _from_maskfeat(state: dict[str, Tensor], config: Any) -> Found:
         settings = yaml.safe_load(config)
         tree["encoder"] = {"num_heads": settings["MVIT"]["NUM_HEADS"]}
         tree["method"]["mask_ratio"] = settings["AUG"]["MASK_RATIO"]
-    return Found(state | take(state, norm), rest, tree)
+    return ForeignWeights(state | take(state, norm), rest, tree)
 
 
-def _from_beit(state: dict[str, Tensor]) -> Found:
+def _from_beit(state: dict[str, Tensor]) -> ForeignWeights:
     head = {"lm_head.weight": "head.weight", "lm_head.bias": "head.bias"}
     rest = take(state, {"mask_token": "mask_token"} | head)
     tree: dict[str, dict[str, Any]] = {"method": {"name": "beit"}, "encoder": {"init": "beit"}}
-    return Found(state, rest, {**tree, "data": HALF})
+    return ForeignWeights(state, rest, {**tree, "data": HALF})

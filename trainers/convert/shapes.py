@@ -1,4 +1,4 @@
-"""What weights show of the model they belong to: widths, depths, grids, what they cannot be."""
+"""Architecture and method read off weights: widths, depths, grids, and what cannot be ours."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def encoder_section(
 
     Args:
         state: the encoder's; gains a row of positions where the class token has none.
-        known: what a source or a person says; goes before what the weights show.
+        known: values that a source or a person gives; they go before what the weights show.
         size: (height, width) of the input, or None where it is not known.
 
     Returns:
@@ -72,8 +72,9 @@ def method_section(
     """The recipe's section `method`.
 
     Args:
-        method: its weights beside the encoder's.
-        known: what a source or a person says, the name at least; goes before what they show.
+        method: weights of the method beside the encoder's.
+        known: values that a source or a person gives, the name at least; they go before what the
+            weights show.
         encoder: architecture.
         data: size and channels of the input.
 
@@ -238,6 +239,6 @@ def _mlp_ratio(first: Tensor | None, width: int) -> float:
 
 
 def _count(state: Mapping[str, Tensor], modules: str) -> int:
-    """How many numbered modules there are."""
+    """Number of numbered modules."""
     found = [re.match(rf"{re.escape(modules)}\.(\d+)\.", key) for key in state]
     return 1 + max((int(match[1]) for match in found if match), default=-1)

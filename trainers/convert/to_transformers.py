@@ -188,7 +188,7 @@ def _swin(
 
 
 def _is_plain(shape: ViTConfig) -> bool:
-    """Whether transformers' ViT can hold it; what it cannot, its Beit can."""
+    """True if transformers' ViT can hold it; its Beit can hold the rest."""
     return shape.positions != "none" and shape.rel_pos_bias == "none" and shape.layer_scale is None
 
 

@@ -1,4 +1,4 @@
-"""Pixels that all processes of a node share: one file after the other's pictures, mapped by all.
+"""Decoded pictures that all processes of a node share, in memory-mapped files.
 
 Readers take no lock. A writer reserves room under a lock, writes the pixels there, and then sets
 the picture's entry, so that a reader finds a whole picture or none.
@@ -42,11 +42,11 @@ _STATE_FILE, _INDEX_FILE, _PIXELS_FILE, _USERS_FILE = "state", "index", "pixels"
 
 
 class Known(NamedTuple):
-    """What an arena knows of a picture beside pixels.
+    """Facts that an arena holds of a picture beside pixels.
 
     Attributes:
         size: upright (width, height) as stored, in pixels.
-        drafts: whether its format is decoded at lower scales where these are enough.
+        drafts: True if its format is decoded at lower scales where these are enough.
     """
 
     size: tuple[int, int]
@@ -57,9 +57,9 @@ class Arena:
     """Decoded pictures of one dataset on one node; belongs to the process that opened it.
 
     Args:
-        folder: made by `open_arena`. `index` is int64 [N, 4], by draft scale 1, 2, 4 and 8: 0
-            where nothing is, else 1 + where the picture begins in `pixels`, or less than 0, the
-            process that is writing it. While it is open, `users` is locked.
+        folder: folder that `open_arena` made. `index` is int64 [N, 4], by draft scale 1, 2, 4 and
+            8: 0 where nothing is, else 1 + the offset of the picture in `pixels`; below 0, the
+            negated id of the process that is writing it. While it is open, `users` is locked.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -84,7 +84,7 @@ class Arena:
             self._files.close()
 
     def known(self, index: int) -> Known | None:
-        """What is known of a picture; None where it is not there at any scale."""
+        """Facts of a picture; None where it is not kept at any scale."""
         first = index * len(_COLUMNS)
         for entry in self._index[first : first + len(_COLUMNS)]:
             if entry > 0:
@@ -106,9 +106,9 @@ class Arena:
         """Keep a picture, unless there is no room or another process was faster.
 
         Args:
-            index: which.
-            scale: that it was decoded at: 1, 2, 4 or 8.
-            known: its stored size, and whether the scale may differ another time.
+            index: index of the picture.
+            scale: draft scale that it was decoded at: 1, 2, 4 or 8.
+            known: stored size of the picture, and whether the scale may differ another time.
             image: upright, RGB.
         """
         width, height = image.size
@@ -171,7 +171,7 @@ def open_arena(fingerprint: str, num_samples: int, max_mib: int) -> Arena | None
     this user, of whatever dataset, that nobody uses.
 
     Args:
-        fingerprint: of the dataset.
+        fingerprint: fingerprint of the dataset.
         num_samples: pictures of it.
         max_mib: bound of everything that is kept.
 
@@ -198,7 +198,7 @@ def open_arena(fingerprint: str, num_samples: int, max_mib: int) -> Arena | None
 
 
 def picture_bytes(sizes: np.ndarray) -> np.ndarray:
-    """What pictures of (width, height), int64 [N, 2], take of an arena's bound; int64 [N]."""
+    """Bytes of an arena's bound that pictures of (width, height), int64 [N, 2], take; int64 [N]."""
     num_bytes: np.ndarray = _BLOB.size + 3 * sizes.prod(axis=1)
     return -(-num_bytes // _ALIGN) * _ALIGN + _ENTRY_BYTES
 
@@ -224,7 +224,7 @@ def _prefix(fingerprint: str) -> str:
 
 
 def _name(fingerprint: str, num_samples: int) -> str:
-    """Name of an arena's folder: of two that would not hold the same it differs.
+    """Name of an arena's folder; it differs where the contents would.
 
     Decoders differ in the last bit. What is on a disk may be torn after the machine stopped, or
     seen by another node; so it is for one node from one start to the next.
@@ -237,7 +237,7 @@ def _name(fingerprint: str, num_samples: int) -> str:
 
 @contextlib.contextmanager
 def _guarded(root: Path) -> Iterator[None]:
-    """A folder of this user alone, and nobody else making or removing arenas in it."""
+    """Lock a folder of this user alone, so that nobody else makes or removes arenas in it."""
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     facts = root.lstat()
     # /dev/shm is everybody's: another user may have made it first.
@@ -301,7 +301,7 @@ def _free_bytes(root: Path) -> int:
 
 
 def _idle(folder: Path) -> bool:
-    """Whether no process has an arena open; half made ones count as such."""
+    """True if no process has an arena open; a half made one counts as idle."""
     try:
         fd = os.open(folder / _USERS_FILE, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -317,7 +317,7 @@ def _idle(folder: Path) -> bool:
 
 
 def _being_written(entry: int) -> bool:
-    """Whether an entry is of another process that writes and has not been killed meanwhile."""
+    """True if another process is writing an entry, and has not been killed meanwhile."""
     if entry >= 0 or entry == -os.getpid():
         return False
     try:

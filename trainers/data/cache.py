@@ -18,13 +18,13 @@ MEMORY_BYTES = 256 << 20
 
 
 def default_cache_dir() -> str:
-    """Where downloaded row groups are kept unless the user says otherwise."""
+    """Folder of downloaded row groups, unless the user names another."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return os.path.join(base, "mimray", "row-groups")
 
 
 class MemoryCache:
-    """The least recently used tables go first once `max_bytes` are held; the newest stays."""
+    """Tables in memory up to `max_bytes`: the least recently used go first, the newest stays."""
 
     def __init__(self, max_bytes: int = MEMORY_BYTES) -> None:
         self._max_bytes = max_bytes
@@ -53,7 +53,7 @@ class DiskCache:
     process that still has a deleted file mapped keeps its bytes.
 
     Args:
-        folder: made when first written to.
+        folder: folder of the files, made when first written to.
         max_mib: bound of the whole folder; a single larger table is kept until the next one.
     """
 

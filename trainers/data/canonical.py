@@ -17,14 +17,14 @@ JPEG_SUBSAMPLING = "4:4:4"
 _LOSSLESS = frozenset(("PNG", "GIF", "BMP", "TIFF", "PPM"))
 
 
-class Normalised(NamedTuple):
+class StoredPicture(NamedTuple):
     """A picture as it will be stored.
 
     Attributes:
         data: encoded bytes, JPEG or PNG.
         width: columns in pixels.
         height: rows in pixels.
-        reencoded: whether `data` differs from what came in.
+        reencoded: True if `data` differs from what came in.
     """
 
     data: bytes
@@ -33,7 +33,7 @@ class Normalised(NamedTuple):
     reencoded: bool
 
 
-def normalise(data: bytes, short_side_px: int | None) -> Normalised:
+def canonicalise(data: bytes, short_side_px: int | None) -> StoredPicture:
     """Verify a picture by decoding all of it, and re-encode it only if it must change.
 
     An upright 8-bit RGB or gray JPEG or PNG whose short side is within the bound keeps its
@@ -54,14 +54,14 @@ def normalise(data: bytes, short_side_px: int | None) -> Normalised:
     image, header = decode(data, draft_size=draft_size)
     fits = short_side_px is None or min(header.width, header.height) <= short_side_px
     if header.plain and fits:
-        return Normalised(data, header.width, header.height, reencoded=False)
+        return StoredPicture(data, header.width, header.height, reencoded=False)
     if not fits:
         assert short_side_px is not None
         image = resized_short_side(image, short_side_px)
     if header.mode in ("1", "L", "LA") or header.mode.startswith("I"):
         image = image.convert("L")
     lossless = fits and header.format in _LOSSLESS
-    return Normalised(_encode(image, lossless), image.width, image.height, reencoded=True)
+    return StoredPicture(_encode(image, lossless), image.width, image.height, reencoded=True)
 
 
 def _encode(image: Image.Image, lossless: bool) -> bytes:

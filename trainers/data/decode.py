@@ -45,7 +45,7 @@ _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*")
 
 @dataclass(frozen=True)
 class Header:
-    """What a picture's file says about itself.
+    """Facts that a picture's file states about it.
 
     Attributes:
         format: Pillow's name of the format, e.g. `JPEG`.
@@ -147,11 +147,11 @@ def decode_rgb(
 
 
 def draft_scale(size: tuple[int, int], draft_size: tuple[int, int]) -> int:
-    """What `decode` divides the size of a JPEG by: 8, 4, 2 or 1.
+    """Divisor that `decode` applies to the size of a JPEG: 8, 4, 2 or 1.
 
     Args:
         size: upright (width, height) as stored, in pixels.
-        draft_size: as of `decode`.
+        draft_size: (width, height) that is enough for the caller, as for `decode`.
 
     Source: Pillow, `JpegImageFile.draft`.
     """

@@ -1,4 +1,4 @@
-"""Pictures decoded once a node: what one process decoded, epochs and trials after it only read.
+"""Pictures decoded once a node, for all its processes, epochs and trials.
 
 The pixels are those of `decode`, to the bit, so that a cache changes no sample.
 """
@@ -13,7 +13,7 @@ from PIL import Image
 
 from mimray.trainers.data.arena import Arena, Known, open_arena, picture_bytes, release
 from mimray.trainers.data.decode import DRAFTED, decode, draft_scale, read_size
-from mimray.trainers.data.selection import chosen
+from mimray.trainers.data.selection import evenly_spread
 from mimray.trainers.data.sources import Source
 from mimray.trainers.errors import EmptyDatasetError, ImageError
 
@@ -25,7 +25,7 @@ class Picture:
 
     Attributes:
         size: upright (width, height) as stored, in pixels.
-        label: its class; None where it has none or nobody asks.
+        label: class of the picture; None where it has none or labels are not asked for.
     """
 
     def __init__(self, source: Source, index: int, arena: Arena | None, *, label: bool) -> None:
@@ -72,9 +72,9 @@ class Pictures:
     """The pictures of a source, by index; can be pickled, as the source can.
 
     Args:
-        source: where encoded pictures come from.
+        source: source of the encoded pictures.
         cache_mib: bound of what is kept decoded on this node; 0 keeps nothing.
-        labels: whether pictures are to have their labels, which have to be read.
+        labels: True gives pictures their labels, which have to be read.
     """
 
     def __init__(self, source: Source, *, cache_mib: int = 0, labels: bool = False) -> None:
@@ -102,14 +102,14 @@ class Pictures:
 
 
 def decoded_bytes(source: Source, sample: int = 64) -> int:
-    """What all pictures of a source come to when each is kept decoded at its full size.
+    """Bytes of all pictures of a source when each is kept decoded at its full size.
 
     JPEGs that are large beside what is asked of them are decoded at a lower scale, and come to
     less; or, where some crops need more than others, to a third more at the very most.
 
     Args:
         source: the pictures.
-        sample: so many headers are read, evenly spread, where the source knows no sizes.
+        sample: number of headers to read, evenly spread, where the source knows no sizes.
 
     Raises:
         EmptyDatasetError: of none of those the header can be read.
@@ -118,7 +118,7 @@ def decoded_bytes(source: Source, sample: int = 64) -> int:
     if known is not None:
         return int(picture_bytes(known.clip(0)).sum())  # a size that is missing is -1
     found = []
-    for index in chosen(len(source), sample):
+    for index in evenly_spread(len(source), sample):
         try:
             found.append(read_size(source[int(index)].image))
         except ImageError:

@@ -1,4 +1,4 @@
-"""What lies at a URI: Parquet shards or a tree of pictures, which splits, which classes."""
+"""Contents of a URI: Parquet shards or a tree of pictures, their splits, their classes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def discover(uri: str, split: str | None = None) -> Contents:
     (`train-00000-of-00004.parquet`) or by folders called `train`, `val`, `test` and the like.
 
     Args:
-        uri: a Parquet file or a folder.
+        uri: URI of a Parquet file or a folder.
         split: the split to take; None takes `train` where there are several.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Places that hold data: URIs, what lies under them, and which of it is a picture."""
+"""URIs of data: the files below them, and those of them that are pictures."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class FoundFile:
 
     Attributes:
         path: relative to the root, with `/`.
-        num_bytes: its size.
+        num_bytes: size of the file.
     """
 
     path: str
@@ -55,7 +55,7 @@ def absolute(uri: str) -> str:
 
 
 def unreachable(uri: str, error: OSError) -> DataError:
-    """Describe a place that exists by its syntax and does not answer."""
+    """The error of a well-formed URI that cannot be read."""
     return DataError(
         f"{uri} cannot be read: {error}",
         hint="check the name of the bucket or folder, your credentials and the network",
@@ -63,7 +63,7 @@ def unreachable(uri: str, error: OSError) -> DataError:
 
 
 def is_local(filesystem: pafs.FileSystem) -> bool:
-    """Tell whether files lie on a disk of this machine (or one mounted as such)."""
+    """True if files lie on a disk of this machine, or one mounted as such."""
     return bool(filesystem.type_name == "local")
 
 
@@ -96,7 +96,7 @@ def list_files(uri: str) -> list[FoundFile]:
 
 
 def is_file(uri: str) -> bool:
-    """Tell whether `uri` is one file (rather than a folder or nothing)."""
+    """True if `uri` is one file, rather than a folder or nothing."""
     filesystem, path = locate(uri)
     try:
         return bool(filesystem.get_file_info(path).type == pafs.FileType.File)
@@ -117,7 +117,7 @@ def join(base: str, name: str) -> str:
 
 
 def parent(uri: str) -> str:
-    """Name the folder that a file or folder lies in."""
+    """The folder that a file or folder lies in."""
     place, options = split_options(uri)
     above = place.rstrip("/").rpartition("/")[0]
     return f"{above or ('/' if place.startswith('/') else '.')}{options}"
@@ -135,12 +135,12 @@ def split_options(uri: str) -> tuple[str, str]:
 
 
 def is_picture(path: str) -> bool:
-    """Tell by its suffix whether a file claims to be a picture."""
+    """True if a file has the suffix of a picture."""
     return split_options(path)[0].lower().endswith(PICTURE_SUFFIXES)
 
 
 def is_parquet(path: str) -> bool:
-    """Tell by its suffix whether a file claims to be Parquet."""
+    """True if a file has the suffix of Parquet."""
     return split_options(path)[0].lower().endswith((".parquet", ".pq"))
 
 

@@ -11,16 +11,16 @@ from dataclasses import dataclass
 import pyarrow as pa
 from pyarrow import fs as pafs
 
-from mimray.trainers.data.canonical import normalise
+from mimray.trainers.data.canonical import canonicalise
 from mimray.trainers.data.files import absolute, join, locate, parent, split_options
-from mimray.trainers.data.ingest_plan import Intake, plan_intake, read_unit
+from mimray.trainers.data.ingest_plan import IngestPlan, plan_ingest, read_unit
 from mimray.trainers.data.manifest import MANIFEST_NAME, REJECTED_NAME, Manifest
 from mimray.trainers.data.parquet import Layout
 from mimray.trainers.data.shards import Row, ShardWriter
 from mimray.trainers.data.staging import Staging, staged
 from mimray.trainers.errors import DataError, EmptyDatasetError, ImageError, TooManyRejectedError
 
-Progress = Callable[[int, int, int], None]
+IngestProgress = Callable[[int, int, int], None]
 
 # A worker hands its pictures over in tables of about this size.
 _TABLE_BYTES = 8 << 20
@@ -44,11 +44,11 @@ _OUTPUT = pa.schema(
 
 @dataclass(frozen=True)
 class IngestReport:
-    """What an ingest did.
+    """Outcome of an ingest.
 
     Attributes:
         out: URI of the dataset.
-        manifest: what it is, as written to `dataset.json`.
+        manifest: contents of the dataset, as written to `dataset.json`.
         num_rejected: pictures left out; `rejected.jsonl` in the dataset lists them.
     """
 
@@ -66,17 +66,17 @@ def ingest(
     shard_mib: int = 64,
     max_rejected: float = 0.01,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: IngestProgress | None = None,
 ) -> IngestReport:
     """Make a dataset of Parquet shards from pictures, on the current Ray cluster.
 
-    Workers read, verify and where needed re-encode pictures (see `normalise`); this process
+    Workers read, verify and where needed re-encode pictures (see `canonicalise`); this process
     writes them in the order of their paths (of the lines, for a list), whatever the number of
     workers, so that the same source always makes the same bytes. Neither side holds more than
     a few blocks in memory. Bad pictures are left out and listed with the reason.
 
     Args:
-        src: folder of pictures, Parquet, or a text file of paths or URIs; see `plan_intake`.
+        src: folder of pictures, Parquet, or a text file of paths or URIs; see `plan_ingest`.
         out: URI of the folder to make.
         split: split of `src` to take where there are several; None takes `train`.
         short_side_px: longer short sides are shrunk to this; None keeps every size.
@@ -95,35 +95,35 @@ def ingest(
     place = split_options(out)[0].rstrip("/")
     if f"{place}/".startswith(f"{split_options(src)[0].rstrip('/')}/"):
         raise DataError(f"{out} lies in {src}, which is read", hint="write somewhere else")
-    intake = plan_intake(src, split)
+    plan = plan_ingest(src, split)
     rejects_beside = join(parent(out), f"{place.rpartition('/')[2]}.{REJECTED_NAME}")
     with staged(out, overwrite=overwrite) as staging:
         writer = ShardWriter(
             staging.filesystem,
             staging.folder,
-            class_names=intake.class_names,
+            class_names=plan.class_names,
             shard_bytes=shard_mib << 20,
         )
         try:
-            rejected, num_reencoded = _write(intake, staging, writer, short_side_px, progress)
+            rejected, num_reencoded = _write(plan, staging, writer, short_side_px, progress)
         except BaseException:
             writer.abort()
             raise
         num_rejected = rejected.total()
-        if num_rejected > max_rejected * intake.num_pictures or not writer.num_rows:
+        if num_rejected > max_rejected * plan.num_pictures or not writer.num_rows:
             staging.filesystem.move(
                 join(staging.folder, REJECTED_NAME), f"{staging.out}.{REJECTED_NAME}"
             )
-            raise _too_many(src, rejected, intake.num_pictures, max_rejected, rejects_beside)
+            raise _too_many(src, rejected, plan.num_pictures, max_rejected, rejects_beside)
         manifest = Manifest(
             num_samples=writer.num_rows,
-            labelled=intake.labelled,
-            class_names=intake.class_names,
+            labelled=plan.labelled,
+            class_names=plan.class_names,
             fingerprint=writer.fingerprint,
             image_bytes=writer.image_bytes,
             short_side_px=short_side_px,
             num_reencoded=num_reencoded,
-            num_ignored=intake.num_ignored,
+            num_ignored=plan.num_ignored,
             rejected=dict(sorted(rejected.items())),
             shards=tuple(writer.shards),
         )
@@ -133,17 +133,17 @@ def ingest(
 
 
 def _write(
-    intake: Intake,
+    plan: IngestPlan,
     staging: Staging,
     writer: ShardWriter,
     short_side_px: int | None,
-    progress: Progress | None,
+    progress: IngestProgress | None,
 ) -> tuple[Counter[str], int]:
     """Write all shards and `rejected.jsonl`; returns rejects by reason and the re-encoded."""
     rejected: Counter[str] = Counter()
     num_done = num_reencoded = 0
     with staging.filesystem.open_output_stream(join(staging.folder, REJECTED_NAME)) as rejects:
-        for table in _process(intake, short_side_px):
+        for table in _process(plan, short_side_px):
             for row in table.to_pylist():
                 if row["reason"] is not None:
                     rejected[row["reason"]] += 1
@@ -154,18 +154,18 @@ def _write(
                 writer.add(Row(**{field: row[field] for field in Row._fields}))
             num_done += len(table)
             if progress is not None:
-                progress(num_done, intake.num_pictures, rejected.total())
+                progress(num_done, plan.num_pictures, rejected.total())
         writer.close()
-    assert num_done == intake.num_pictures, "a picture was lost on the way"
+    assert num_done == plan.num_pictures, "a picture was lost on the way"
     return rejected, num_reencoded
 
 
-def _process(intake: Intake, short_side_px: int | None) -> Iterator[pa.Table]:
-    """Run the workers; tables of schema `_OUTPUT` arrive in the order of the intake."""
+def _process(plan: IngestPlan, short_side_px: int | None) -> Iterator[pa.Table]:
+    """Run the workers; tables of schema `_OUTPUT` arrive in the order of the plan."""
     import ray.data
 
-    units = intake.units
-    step = max(-(-len(units) // _MAX_TASKS), _MIN_UNITS_PER_TASK if intake.layout is None else 1)
+    units = plan.units
+    step = max(-(-len(units) // _MAX_TASKS), _MIN_UNITS_PER_TASK if plan.layout is None else 1)
     context = ray.data.DataContext.get_current().copy()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
@@ -178,7 +178,7 @@ def _process(intake: Intake, short_side_px: int | None) -> Iterator[pa.Table]:
             _process_units,
             batch_size=None,
             batch_format="pyarrow",
-            fn_kwargs={"layout": intake.layout, "short_side_px": short_side_px},
+            fn_kwargs={"layout": plan.layout, "short_side_px": short_side_px},
         )
     # The dataset keeps the context it was made in; the caller gets his own back at once.
     yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
@@ -187,7 +187,7 @@ def _process(intake: Intake, short_side_px: int | None) -> Iterator[pa.Table]:
 def _process_units(
     units: pa.Table, *, layout: Layout | None, short_side_px: int | None
 ) -> Iterator[pa.Table]:
-    """Read and normalise the pictures of some units, in a worker."""
+    """Read and canonicalise the pictures of some units, in a worker."""
     rows: list[dict[str, object]] = []
     num_bytes = 0
     for unit in units.to_pylist():
@@ -197,7 +197,7 @@ def _process_units(
                 row |= {"reason": reason, "message": message}
             else:
                 try:
-                    picture = normalise(data, short_side_px)
+                    picture = canonicalise(data, short_side_px)
                 except ImageError as error:
                     row |= {"reason": error.reason, "message": str(error)}
                 else:

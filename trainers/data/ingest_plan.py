@@ -1,4 +1,4 @@
-"""What an ingest reads: files or row groups, listed up front, read by the workers."""
+"""Plan of an ingest: files or row groups, listed up front, read by the workers."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ UNITS = pa.schema(
 )
 
 
-class Taken(NamedTuple):
+class SourcePicture(NamedTuple):
     """One picture as found, or why it could not be read.
 
     Attributes:
-        source: where it came from, relative to the dataset.
+        source: place of the picture, relative to the dataset.
         label: class, or None.
         data: encoded bytes; None when they could not be read.
         reason: a short word when `data` is None, e.g. `missing`.
-        message: the whole story.
+        message: the reason in full, for people.
     """
 
     source: str
@@ -57,15 +57,15 @@ class Taken(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Intake:
+class IngestPlan:
     """Everything to be read, in the order of the dataset to come.
 
     Attributes:
         units: table of schema `UNITS`.
-        num_pictures: how many pictures the units hold.
+        num_pictures: number of pictures in the units.
         layout: columns of the Parquet shards; None for files.
-        labelled: whether pictures have labels.
-        class_names: by label.
+        labelled: True if pictures have labels.
+        class_names: names of the classes, by label.
         num_ignored: files passed over; see `Contents`.
     """
 
@@ -77,7 +77,7 @@ class Intake:
     num_ignored: int
 
 
-def plan_intake(src: str, split: str | None = None) -> Intake:
+def plan_ingest(src: str, split: str | None = None) -> IngestPlan:
     """List what an ingest will read.
 
     Args:
@@ -110,7 +110,7 @@ def plan_intake(src: str, split: str | None = None) -> Intake:
             units.append((uri, shard.path, None, group, first_row, num_rows))
             first_row += num_rows
     labelled = layout.label is not None and not all_null(shards, layout.label)
-    return Intake(
+    return IngestPlan(
         units=_table(units),
         num_pictures=sum(sum(shard.group_rows) for shard in shards),
         layout=layout,
@@ -120,8 +120,8 @@ def plan_intake(src: str, split: str | None = None) -> Intake:
     )
 
 
-def read_unit(unit: dict[str, object], layout: Layout | None) -> Iterator[Taken]:
-    """Read the pictures of one row of `Intake.units`; trouble is yielded, not raised."""
+def read_unit(unit: dict[str, object], layout: Layout | None) -> Iterator[SourcePicture]:
+    """Read the pictures of one row of `IngestPlan.units`; failures are yielded, not raised."""
     uri, source = str(unit["uri"]), str(unit["source"])
     label = unit["label"]
     assert label is None or isinstance(label, int)
@@ -130,14 +130,14 @@ def read_unit(unit: dict[str, object], layout: Layout | None) -> Iterator[Taken]
         return
     try:
         filesystem, path = _locate(uri)
-        yield Taken(source, label, read_bytes(filesystem, path))
+        yield SourcePicture(source, label, read_bytes(filesystem, path))
     except FileNotFoundError as error:
-        yield Taken(source, label, None, "missing", str(error))
+        yield SourcePicture(source, label, None, "missing", str(error))
     except (OSError, DataError) as error:
-        yield Taken(source, label, None, "unreadable", str(error))
+        yield SourcePicture(source, label, None, "unreadable", str(error))
 
 
-def _read_group(unit: dict[str, object], layout: Layout) -> Iterator[Taken]:
+def _read_group(unit: dict[str, object], layout: Layout) -> Iterator[SourcePicture]:
     group, first_row, num_rows = (int(str(unit[k])) for k in ("group", "first_row", "num_rows"))
     places = [f"{unit['source']}#{first_row + row}" for row in range(num_rows)]
     wanted = [c for c in (layout.image, layout.label, layout.source) if c is not None]
@@ -147,7 +147,7 @@ def _read_group(unit: dict[str, object], layout: Layout) -> Iterator[Taken]:
             table = pq.ParquetFile(file, pre_buffer=True).read_row_group(group, columns=wanted)
     except (OSError, pa.ArrowInvalid) as error:
         for place in places:
-            yield Taken(place, None, None, "unreadable", str(error))
+            yield SourcePicture(place, None, None, "unreadable", str(error))
         return
     images = leaf(table, layout.image)
     labels = leaf(table, layout.label) if layout.label else None
@@ -157,9 +157,9 @@ def _read_group(unit: dict[str, object], layout: Layout) -> Iterator[Taken]:
         label = labels[row].as_py() if labels is not None else None
         data = images[row].as_py()
         if data is None:
-            yield Taken(source or place, label, None, "empty", "the row holds no bytes")
+            yield SourcePicture(source or place, label, None, "empty", "the row holds no bytes")
         else:
-            yield Taken(source or place, label, data)
+            yield SourcePicture(source or place, label, data)
 
 
 @functools.cache
@@ -177,7 +177,7 @@ def _locate(uri: str) -> tuple[pafs.FileSystem, str]:
     return _bucket(f"{scheme}{separator}{bucket}{options}"), path
 
 
-def _from_list(src: str) -> Intake:
+def _from_list(src: str) -> IngestPlan:
     filesystem, path = locate(src)
     if is_picture(src):
         raise DataError(f"{src} is one picture", hint="give the folder it lies in")
@@ -201,8 +201,8 @@ def _from_list(src: str) -> Intake:
 
 def _of_files(
     rows: list[tuple[str, str, int | None]], class_names: tuple[str, ...], num_ignored: int
-) -> Intake:
-    return Intake(
+) -> IngestPlan:
+    return IngestPlan(
         units=_table([(*row, None, 0, 1) for row in rows]),
         num_pictures=len(rows),
         layout=None,

@@ -1,4 +1,4 @@
-"""A look at a dataset: how much, how large, which classes, and what the pictures look like."""
+"""Measurements of a dataset: number, sizes and classes of its pictures, and a contact sheet."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ class Range:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a look at a dataset found.
+    """Measurements of a dataset.
 
     Attributes:
-        facts: where and what it is.
+        facts: facts of the dataset.
         splits: names of the splits at that URI.
         num_bytes: size of its files.
         num_groups: row groups (pictures, for a plain folder).
-        width: of the pictures measured; None when none could be.
-        height: likewise.
+        width: widths of the pictures measured; None when none could be.
+        height: heights of the pictures measured, likewise.
         num_measured: pictures that width and height were taken from.
         num_broken: pictures of the sample that cannot be used.
         label_counts: pictures a class, by name (or number where names are unknown); None when
@@ -61,15 +61,15 @@ class Inspection:
 
 
 def inspect(uri: str, *, contact_sheet: Path | None = None, split: str | None = None) -> Inspection:
-    """Look at a dataset.
+    """Measure a dataset, and draw some of its pictures.
 
     Widths and heights are those of all pictures where the data has them as columns, as ingested
     data does; otherwise those of up to 64 evenly spaced pictures.
 
     Args:
-        uri: as for `open_source`.
+        uri: place of the dataset, as for `open_source`.
         contact_sheet: PNG file to write with up to 64 evenly spaced pictures.
-        split: as for `open_source`.
+        split: split to look at, as for `open_source`.
 
     Raises:
         DataError: as `open_source`.

@@ -25,12 +25,12 @@ _SHARD_NAME = re.compile(r"shard-\d{5,}\.parquet")
 
 
 def shard_name(number: int) -> str:
-    """Name the shard of that number."""
+    """File name of a shard, by its number."""
     return f"shard-{number:05d}.parquet"
 
 
 def is_shard_name(name: str) -> bool:
-    """Tell whether a file is named like a shard of ours."""
+    """True if a file has the name of a shard of ours."""
     return _SHARD_NAME.fullmatch(name) is not None
 
 
@@ -45,19 +45,19 @@ class ShardFacts:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an ingested dataset is; it says nothing about where and when it was made.
+    """Contents of an ingested dataset; nothing of where and when it was made.
 
     Attributes:
         num_samples: pictures in it.
-        labelled: whether they have labels.
-        class_names: by label; empty when unlabelled or unnamed.
+        labelled: True if pictures have labels.
+        class_names: names of the classes, by label; empty when unlabelled or unnamed.
         fingerprint: sha256 over every picture and label in order, and the class names.
         image_bytes: size of the encoded pictures together.
         short_side_px: the bound that pictures were shrunk to; None keeps their size.
         num_reencoded: pictures whose stored bytes differ from the source's.
         num_ignored: files of the source that were passed over; see `Contents`.
         rejected: pictures left out, counted by reason.
-        shards: in reading order.
+        shards: shards, in reading order.
     """
 
     num_samples: int
@@ -72,7 +72,7 @@ class Manifest:
     shards: tuple[ShardFacts, ...]
 
     def to_json(self) -> str:
-        """Write it as JSON text; equal manifests give equal text."""
+        """The manifest as JSON text; equal manifests give equal text."""
         return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1) + "\n"
 
 

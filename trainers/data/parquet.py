@@ -29,12 +29,12 @@ _NUM_THREADS = 16
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a schema keeps what we need; paths may reach into a struct.
+    """Columns of a schema; their paths may reach into a struct.
 
     Attributes:
         image: the encoded bytes, e.g. `image.bytes`.
-        label: an integer column, or None.
-        source: a text column that says where a picture came from, or None.
+        label: integer column of the labels, or None.
+        source: text column of the places that pictures came from, or None.
         class_names: names by label, empty when the file does not tell.
     """
 
@@ -51,8 +51,8 @@ class Shard:
     Attributes:
         path: relative to the dataset's root.
         num_bytes: size of the file.
-        footer: its metadata, kept so that a read needs no second look at it.
-        schema: its Arrow schema.
+        footer: metadata of the file, kept so that a read needs no second look at it.
+        schema: Arrow schema of the file.
     """
 
     path: str
@@ -75,9 +75,9 @@ class ParquetSource:
     without reading the pictures, and misses an edit that leaves all of these as they were.
 
     Args:
-        uri: where the user said the data is.
-        contents: its shards.
-        cache_dir: where row groups of remote data are kept; None for the user's cache folder.
+        uri: place of the data, as the user gave it.
+        contents: shards of the dataset.
+        cache_dir: folder of row groups of remote data; None for the user's cache folder.
         cache_mib: bound of that folder.
     """
 
@@ -148,7 +148,7 @@ class ParquetSource:
         return np.stack([self._read_integers("width"), self._read_integers("height")], axis=1)
 
     def name(self, index: int) -> str:
-        """Say where a picture lies and came from, for messages."""
+        """Place and origin of a picture, for messages."""
         group, row = self._find(index)
         shard, number = self._groups[group]
         place = f"{join(self._root, shard.path)} row group {number} row {row}"
@@ -330,7 +330,7 @@ def _hugging_face_classes(text: bytes | None) -> dict[str, tuple[str, ...]]:
 
 
 def all_null(shards: list[Shard], column: str) -> bool:
-    """Whether the footers prove that a column holds nothing but nulls."""
+    """True if the footers prove that a column holds nothing but nulls."""
     for shard in shards:
         for number in range(shard.footer.num_row_groups):
             group = shard.footer.row_group(number)

@@ -33,7 +33,7 @@ _CONTRAST = 80
 
 @dataclass(frozen=True)
 class Scene:
-    """A drawn picture and what is where.
+    """A drawn picture, and the owner of each pixel.
 
     Attributes:
         image: uint8 [H, W, 3].
@@ -63,12 +63,13 @@ def draw_scene(
     """Draw one scene, a pure function of its arguments.
 
     Args:
-        seed: of the set.
-        index: of the scene in its split; the class of the object on top, which is never taken
+        seed: seed of the set.
+        index: index of the scene in its split; the class of the object on top, which is never taken
             out, is `index` modulo the number of classes, so that all of them occur.
         image_size: (height, width), pixels.
-        num_classes: how many of `SHAPES` there are.
-        held_out: take the background from the parts of the photographs that training never shows.
+        num_classes: number of `SHAPES` that occur.
+        held_out: True takes the background from the parts of the photographs that training never
+            shows.
     """
     rng = generator(seed, Stream.SCENE, int(held_out), index)
     background = _background(rng, image_size, held_out)

@@ -1,4 +1,4 @@
-"""Which pictures of a dataset a run learns from, and the classes they are of."""
+"""Pictures of a dataset that a run learns from, and their classes."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ class Selection:
         return None if labels is None else labels[self._indices]
 
     def name(self, index: int) -> str:
-        """Where a chosen picture lies."""
+        """Place of a chosen picture."""
         return self._source.name(int(self._indices[index]))
 
 
-def chosen(num_samples: int, limit: int | None) -> np.ndarray:
+def evenly_spread(num_samples: int, limit: int | None) -> np.ndarray:
     """Indices of all samples, or of `limit` of them evenly spread; int64, ascending."""
     if limit is None or limit >= num_samples:
         return np.arange(num_samples)
@@ -58,7 +58,7 @@ def open_training(uri: str, recipe: Recipe) -> Source:
     """The pictures that a recipe trains on.
 
     Args:
-        uri: of the dataset.
+        uri: URI of the dataset.
         recipe: `data.limit` says how many; where classes are learnt, `data.bad_labels` what
             becomes of pictures without one.
 
@@ -68,7 +68,7 @@ def open_training(uri: str, recipe: Recipe) -> Source:
             or one that is outside the range; the picture is named.
     """
     source = open_source(uri, cache_mib=recipe.data.cache_mib)
-    indices = chosen(len(source), recipe.data.limit)
+    indices = evenly_spread(len(source), recipe.data.limit)
     if recipe.method.learns_classes:
         num_classes = stated_classes(recipe) or num_classes_of(source)
         skip = recipe.data.bad_labels == "skip"
@@ -80,8 +80,8 @@ def with_classes(recipe: Recipe, source: Source) -> Recipe:
     """A recipe with `method.num_classes` and `method.class_names` filled in from its data.
 
     Args:
-        recipe: of any method; one that learns no classes stays as it is.
-        source: from `open_training`.
+        recipe: recipe of any method; one that learns no classes stays as it is.
+        source: pictures from `open_training`.
     """
     if not recipe.method.learns_classes:
         return recipe
@@ -98,13 +98,13 @@ def stated_classes(recipe: Recipe) -> int:
 
 
 def labelled(source: Source, indices: np.ndarray, num_classes: int, *, skip: bool) -> np.ndarray:
-    """Those pictures that have a class.
+    """Indices of the pictures that have a class.
 
     Args:
         source: the dataset.
         indices: int64 [N], which pictures are meant.
         num_classes: classes are 0 to this less one.
-        skip: leave others out instead of refusing.
+        skip: True leaves others out, False refuses them.
 
     Raises:
         DataError: the dataset has no labels, or a picture has none or one outside the range.
@@ -132,7 +132,7 @@ def labels_of(source: Source) -> np.ndarray:
     """Labels of all pictures, int64 [N].
 
     Args:
-        source: a dataset that must have some.
+        source: dataset that must have labels.
 
     Raises:
         DataError: it has none.
@@ -147,5 +147,5 @@ def labels_of(source: Source) -> np.ndarray:
 
 
 def num_classes_of(source: Source) -> int:
-    """How many classes a labelled source has: those it names, or up to its largest label."""
+    """Number of classes of a labelled source: those it names, or up to its largest label."""
     return len(source.facts.class_names) or int(labels_of(source).max()) + 1

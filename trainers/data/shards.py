@@ -42,10 +42,10 @@ class ShardWriter:
     `ROW_GROUP_BYTES` has a row group of its own.
 
     Args:
-        filesystem: where to write.
+        filesystem: filesystem to write to.
         folder: an existing folder on it.
-        class_names: by label, kept in every shard's schema.
-        shard_bytes: a shard is closed once it holds this much.
+        class_names: names of the classes, by label, kept in every shard's schema.
+        shard_bytes: size at which a shard is closed.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class ShardWriter:
         self._close_shard()
 
     def abort(self) -> None:
-        """Let go of an open file without caring for what is in it."""
+        """Close an open file, whatever is in it."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None

@@ -1,4 +1,4 @@
-"""Where pictures come from: one interface over Parquet and plain folders, local or remote."""
+"""Sources of pictures: one interface over Parquet and plain folders, local or remote."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Source(Protocol):
     clients, cached row groups) is made on first use in that process.
 
     Attributes:
-        facts: what the dataset is.
+        facts: facts of the dataset.
         group_rows: int64 [G], rows of each row group in file order; reading one picture costs
             reading its row group, so an order that stays within a few groups is cheap.
         num_bytes: size of its files together.
@@ -47,7 +47,7 @@ class Source(Protocol):
         ...
 
     def name(self, index: int) -> str:
-        """Say where a picture lies, for messages."""
+        """Place of a picture, for messages."""
         ...
 
 
@@ -59,9 +59,9 @@ def open_source(
     Args:
         uri: a Parquet file, a folder of them at any depth, or a folder of pictures; a local
             path or any URI that pyarrow reads (file://, s3://, gs://, hf://).
-        split: which split, where file or folder names tell several apart; None takes `train`.
-        cache_dir: where row groups of remote Parquet are kept on local disk; None for the
-            user's cache folder. Pictures of a remote folder are not kept: ingest them.
+        split: split to take, where file or folder names tell several apart; None takes `train`.
+        cache_dir: folder on local disk for row groups of remote Parquet; None for the user's cache
+            folder. Pictures of a remote folder are not kept: ingest them.
         cache_mib: bound of that folder.
 
     Raises:
@@ -82,8 +82,8 @@ class FolderSource:
     is had without reading them: a picture edited to exactly the same size goes unnoticed.
 
     Args:
-        uri: where the user said the data is.
-        contents: its pictures.
+        uri: place of the data, as the user gave it.
+        contents: pictures of the dataset.
     """
 
     def __init__(self, uri: str, contents: Contents) -> None:

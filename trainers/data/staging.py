@@ -20,10 +20,10 @@ from mimray.trainers.errors import DataError, StorageError
 
 @dataclass(frozen=True)
 class Staging:
-    """Where a dataset is being written.
+    """Place of a dataset that is being written.
 
     Attributes:
-        filesystem: of the destination.
+        filesystem: filesystem of the destination.
         folder: the folder to write into, on that filesystem.
         out: the dataset's final folder, on that filesystem.
     """
@@ -48,7 +48,7 @@ def staged(out: str, *, overwrite: bool) -> Iterator[Staging]:
 
     Args:
         out: URI of the dataset to make.
-        overwrite: whether a complete dataset there may be replaced.
+        overwrite: True allows a complete dataset there to be replaced.
 
     Raises:
         DataError: when `out` is taken.

@@ -45,12 +45,12 @@ def write_scenes(
     The same call writes the same bytes. The set appears whole or not at all.
 
     Args:
-        out_dir: of the set.
+        out_dir: folder of the set, to be made.
         num_train: scenes for training.
         num_val: scenes held out.
         image_size: (height, width), pixels.
         num_classes: shapes that occur.
-        seed: of the scenes.
+        seed: seed of the scenes.
         overwrite: replace an earlier set.
 
     Returns:
@@ -162,7 +162,7 @@ def _class_mask(scene: Scene) -> np.ndarray:
 
 
 def _annotations(scene: Scene, *, image_id: int, first_id: int) -> list[dict[str, Any]]:
-    """What COCO says about each object: the part of it that is seen."""
+    """COCO annotations of a scene: of each object, the part that is seen."""
     found = []
     for number, label in enumerate(scene.labels):
         mask = scene.owners == number + 1
@@ -181,7 +181,7 @@ def _annotations(scene: Scene, *, image_id: int, first_id: int) -> list[dict[str
 
 
 def _segments(scene: Scene, ids: np.ndarray) -> list[dict[str, Any]]:
-    """What COCO panoptic says about each segment of the picture; `ids` is its PNG's red."""
+    """COCO panoptic segments of a scene; `ids` is the red of its PNG."""
     found = []
     for number in np.unique(ids[ids > 0]).tolist():
         mask = ids == number

@@ -17,7 +17,7 @@ def decode_workers(num_workers: int) -> dict[str, Any]:
     for the parent, would let them outlive a loader that was killed.
 
     Args:
-        num_workers: how many; 0 decodes in the calling process.
+        num_workers: number of processes; 0 decodes in the calling process.
     """
     if not num_workers:
         return {"num_workers": 0}

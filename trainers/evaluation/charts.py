@@ -18,12 +18,12 @@ _BAR, _UNTRAINED, _TEXT = "#1f5fae", "#a9b4c0", "#33383f"
 
 
 def score_chart(names: Sequence[str], values: Sequence[float], title: str) -> bytes:
-    """Encoders side by side, a bar each, the best at the top; those untrained in grey.
+    """Encoders side by side, a bar each, the best at the top, untrained ones in grey.
 
     Args:
-        names: of encoders; those that begin with `untrained:` are what a score must beat.
-        values: their headlines.
-        title: what was measured.
+        names: names of the encoders; those that begin with `untrained:` are drawn in grey.
+        values: headline score of each encoder.
+        title: text above the chart.
 
     Returns:
         A PNG.
@@ -43,12 +43,12 @@ def score_chart(names: Sequence[str], values: Sequence[float], title: str) -> by
 
 
 def confusion_chart(confusion: np.ndarray, class_names: Sequence[str], title: str) -> bytes:
-    """What pictures of each class were taken for, as shares of the row.
+    """Confusion matrix as a picture, each row in shares of its class.
 
     Args:
         confusion: int64 [K, K], labels by predictions.
-        class_names: by label.
-        title: what was measured.
+        class_names: names of the classes, by label.
+        title: text above the chart.
 
     Returns:
         A PNG.
@@ -71,11 +71,11 @@ def confusion_chart(confusion: np.ndarray, class_names: Sequence[str], title: st
 
 
 def spectrum_chart(values: np.ndarray, title: str) -> bytes:
-    """How fast singular values fall off, as shares of the largest, on a logarithmic axis.
+    """Spectrum of singular values, as shares of the largest, on a logarithmic axis.
 
     Args:
         values: float [K], not negative, largest first.
-        title: what was measured.
+        title: text above the chart.
 
     Returns:
         A PNG.

@@ -1,4 +1,4 @@
-"""Trained heads by where they lie, whatever their task."""
+"""Trained heads of any task, loaded from their folder."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ def load_head(
     """Put a trained head on the encoder that it was trained on.
 
     Args:
-        folder: what `mimray evaluate` left, e.g. `runs/photos/evaluation/segmentation`.
+        folder: folder of a trained head, as `mimray evaluate` leaves it, e.g.
+            `runs/photos/evaluation/segmentation`.
         encoder: the same one, or an endpoint that serves it, on the device. A head that was
             trained together with its encoder brings that encoder's weights along.
-        device: of the head, as torch names it.
+        device: device of the head, as torch names it.
 
     Returns:
         For segmentation, called with pictures it gives the class of each pixel; for detection,

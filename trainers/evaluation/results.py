@@ -1,4 +1,4 @@
-"""Where a score is written: `evaluation/` beside the bundle, the bundle's card, MLflow."""
+"""Places of a score: `evaluation/` beside the bundle, the bundle's card, MLflow."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def results_folder(bundle: RunDir) -> RunDir:
 
 
 def result_of(score: Score, about: Mapping[str, Any]) -> dict[str, Any]:
-    """What `<task>.json` holds and `--json` prints: the headline, every figure, how to repeat it.
+    """A result as `<task>.json` holds it: the headline, every figure, how to repeat it.
 
     Args:
-        score: of the task.
+        score: score of the task.
         about: task, encoder, command, seed, configuration, seconds and the like.
     """
     return {
@@ -46,14 +46,14 @@ def write_result(folder: RunDir, task: str, result: Mapping[str, Any], score: Sc
     """Write a result, its pictures and its files.
 
     Args:
-        folder: made where it is missing.
-        task: names the files.
-        result: of `result_of`.
-        score: brings pictures, which go beside the JSON, and files, which go into a folder named
-            like the task.
+        folder: folder to write to, made where it is missing.
+        task: name of the task, and so of the files.
+        result: contents of the JSON, from `result_of`.
+        score: score whose pictures go beside the JSON, and whose files go into a folder named like
+            the task.
 
     Returns:
-        Where the pictures are.
+        URIs of the pictures.
     """
     folder.create()
     for name, content in score.pictures.items():
@@ -68,7 +68,7 @@ def write_result(folder: RunDir, task: str, result: Mapping[str, Any], score: Sc
 
 
 def card_score(result: Mapping[str, Any]) -> dict[str, Any]:
-    """What a card says of a result: the headline and how to repeat it."""
+    """The part of a result that a card holds: the headline and how to repeat it."""
     kept = ("metric", "headline", "seed", "data", "data_fingerprint", "val_fingerprint", "command")
     return {key: result[key] for key in kept}
 
@@ -77,9 +77,9 @@ def add_to_card(bundle: RunDir, task: str, result: Mapping[str, Any]) -> BundleC
     """Put a task's headline on the bundle's card, in place of an earlier one.
 
     Args:
-        bundle: its directory.
+        bundle: directory of the bundle.
         task: the score's name on the card.
-        result: of `result_of`.
+        result: result from `result_of`.
 
     Returns:
         The card as it is now.
@@ -94,10 +94,10 @@ def track_score(bundle: RunDir, card: BundleCard, task: str, score: Score) -> st
     """Put a score into MLflow: into the training's run, or into one of the bundle's own.
 
     Args:
-        bundle: its directory.
-        card: of the bundle.
+        bundle: directory of the bundle.
+        card: card of the bundle.
         task: prefix of the figures' names.
-        score: what was measured.
+        score: score to track.
 
     Returns:
         MLflow's id of the run.

@@ -1,4 +1,4 @@
-"""What a task says about an encoder, and what it is told before it starts."""
+"""The score of a task, and the setting that every task is given."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class Score:
     """The outcome of one task.
 
     Attributes:
-        metric: what the headline is, e.g. `accuracy`, `mIoU`, `AP`.
+        metric: name of the headline, e.g. `accuracy`, `mIoU`, `AP`.
         headline: the figure encoders are ranked by; larger is better.
         metrics: every figure, ready for JSON. What could not be measured (a class that the
             validation split lacks) is None, never 0.
-        data_fingerprint: of the pictures and labels trained on.
-        val_fingerprint: of those scored on.
+        data_fingerprint: fingerprint of the pictures and labels trained on.
+        val_fingerprint: fingerprint of those scored on.
         num_train: pictures trained on.
         num_val: pictures scored on.
         notes: sentences for people: classes missing, pictures skipped.
@@ -43,18 +43,18 @@ class Score:
 
 @dataclass(frozen=True)
 class Setting:
-    """What every task is told beside its own configuration.
+    """Setting of a task, beside its own options.
 
     Attributes:
         data: labelled pictures to learn from.
         val: labelled pictures to score on; None takes DATA's own validation or test split.
         limit: pictures of each, evenly spread; None for all.
-        seed: of everything that is drawn.
-        skip_invalid: leave out what is labelled wrong (an object, or the whole picture where it
-            is about that), and list it, instead of refusing.
+        seed: seed of everything that is drawn.
+        skip_invalid: True leaves out what is labelled wrong (an object, or the whole picture where
+            it is about that) and lists it; False refuses it.
         device: `cpu`, `cuda`, …, as torch names it.
-        folder: where a task keeps what it needs to go on after a kill.
-        progress: told how far it is.
+        folder: folder of the state that a task goes on from after a kill.
+        progress: called with the phase, and how much of it is done.
     """
 
     data: str

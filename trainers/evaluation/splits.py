@@ -21,9 +21,9 @@ class Splits:
     """Two labelled sources.
 
     Attributes:
-        train: to learn from; its labels are the classes' numbers.
-        val: to score on.
-        class_names: by label; numbers where the data does not name them.
+        train: pictures to learn from; their labels number the classes.
+        val: pictures to score on.
+        class_names: names of the classes, by label; numbers where the data does not name them.
         val_numbers: int64, the class of each label of `val`, which may lack classes and so number
             the others differently.
     """
@@ -64,7 +64,8 @@ def pictures_to_score(setting: Setting) -> Source:
     """The pictures of a task that learns nothing; they need no labels.
 
     Returns:
-        What `--val` names, else the dataset's own validation or test split, else all of it.
+        The pictures that `--val` names, else the dataset's own validation or test split, else all
+        of it.
 
     Raises:
         DataError: there are no such pictures.

@@ -16,10 +16,10 @@ class Task(NamedTuple):
     """One way to score an encoder; heavy imports wait until it is chosen.
 
     Attributes:
-        name: as the user writes it.
+        name: name as the user writes it.
         config: module and class of its options.
         evaluate: module and function.
-        dense: whether it trains a head on feature maps, on one device; only such heads can be
+        dense: True if it trains a head on feature maps, on one device; only such heads can be
             trained through an endpoint.
     """
 
@@ -67,7 +67,7 @@ def task_config(task: Task, overrides: Sequence[str], epochs: int | None = None)
     """A task's options from the command line, checked.
 
     Args:
-        task: whose.
+        task: the task.
         overrides: `key=value` each.
         epochs: length of what is trained; the task's own by default.
 
@@ -87,7 +87,7 @@ def checked_options(task: Task, tree: Mapping[str, Any]) -> Config:
     """A task's options from a tree, as YAML or JSON holds one, checked.
 
     Args:
-        task: whose.
+        task: the task.
         tree: values by option; the task's own where one is left out.
 
     Raises:
@@ -95,7 +95,7 @@ def checked_options(task: Task, tree: Mapping[str, Any]) -> Config:
     """
     from pydantic import ValidationError
 
-    from mimray.trainers.config.base import explain
+    from mimray.trainers.config.explain import explain
 
     kind = config_class(task)
     try:
@@ -120,6 +120,6 @@ def options_of(task: Task) -> list[dict[str, Any]]:
 
 
 def load(place: str) -> Any:
-    """What `module:name` names."""
+    """Import `module:name`."""
     module, _, name = place.partition(":")
     return getattr(importlib.import_module(module), name)

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from mimray.trainers.config.composition import check_size
 from mimray.trainers.config.model import EncoderConfig, SwinConfig, ViTConfig
+from mimray.trainers.data.geometry import Size
 from mimray.trainers.errors import BundleError
 from mimray.trainers.models.rel_pos import resize_table
-
-Size = tuple[int, int]
 
 
 def for_size(encoder: EncoderConfig, old: Size, new: Size) -> EncoderConfig:
@@ -23,9 +22,9 @@ def for_size(encoder: EncoderConfig, old: Size, new: Size) -> EncoderConfig:
     more.
 
     Args:
-        encoder: at the old size.
+        encoder: architecture at the old size.
         old: (height, width) in pixels.
-        new: likewise.
+        new: (height, width) wanted, pixels.
 
     Raises:
         BundleError: it does not fit the new size.
@@ -58,7 +57,7 @@ def resized(
     interpolated between offsets, which stay in patches, as the official BEiT code does.
 
     Args:
-        state: at the old size.
+        state: weights at the old size.
         old: architecture and (height, width) it is for.
         new: those wanted.
     """

@@ -23,15 +23,6 @@ SIZE = (30, 20)
 KNOWN = Known((60, 40), True)
 
 
-@pytest.fixture
-def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A node of this test's own; gives its shared memory."""
-    monkeypatch.setattr(arena, "SHARED_MEMORY", tmp_path / "shm")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    (tmp_path / "shm").mkdir()
-    return tmp_path / "shm"
-
-
 def picture(number: int, size: tuple[int, int] = SIZE) -> Image.Image:
     rng = np.random.default_rng(number)
     return Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from mimray.trainers.config.run import Recipe, essential, parse_recipe, resolve
-from mimray.trainers.data import arena
 from mimray.trainers.data.arena import open_arena
 from mimray.trainers.data.decode import decode, draft_scale, read_size
 from mimray.trainers.data.decoded import Pictures, decoded_bytes, release
@@ -24,18 +23,8 @@ from mimray.trainers.data.loader import Place, Samples, make_loader
 from mimray.trainers.data.sources import Source, open_source
 from mimray.trainers.errors import DataError, EmptyDatasetError
 from mimray.trainers.methods.catalogue import inputs_of
-from mimray.trainers.types import Record
 
 MIB = 8
-
-
-@pytest.fixture
-def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A node of this test's own; gives its shared memory."""
-    monkeypatch.setattr(arena, "SHARED_MEMORY", tmp_path / "shm")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    (tmp_path / "shm").mkdir()
-    return tmp_path / "shm"
 
 
 def smooth(number: int, size: tuple[int, int]) -> Image.Image:
@@ -113,28 +102,6 @@ def recipe_of(cache_mib: int, *, beit: bool = False, **data: Any) -> Recipe:
     )
 
 
-class Taped:
-    """A source that notes what is read of it."""
-
-    def __init__(self, source: Source) -> None:
-        self.source, self.read = source, list[int]()
-        self.facts, self.group_rows = source.facts, source.group_rows
-        self.num_bytes = source.num_bytes
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> Record:
-        self.read.append(index)
-        return self.source[index]
-
-    def labels(self) -> None:
-        return None
-
-    def name(self, index: int) -> str:
-        return self.source.name(index)
-
-
 @given(
     size=st.tuples(st.integers(2, 300), st.integers(2, 300)),
     enough=st.tuples(st.integers(1, 400), st.integers(1, 400)),
@@ -208,9 +175,8 @@ def test_pictures__at_every_scale_those_of_decode(
 
 
 def test_pictures__what_is_there_is_neither_read_nor_decoded(
-    node: Path, source: Source, monkeypatch: pytest.MonkeyPatch
+    node: Path, taped: Any, monkeypatch: pytest.MonkeyPatch
 ):
-    taped = Taped(source)
     whole = (10_000, 10_000)
     for index in range(len(taped)):
         Pictures(taped, cache_mib=MIB)[index].decoded(whole)

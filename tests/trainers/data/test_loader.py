@@ -190,31 +190,7 @@ def test_loader__too_many_broken_in_a_row_is_an_error(tmp_path: Path):
         batches(damaged, plan_of(damaged))
 
 
-class Taped:
-    """A source that notes what is read of it."""
-
-    def __init__(self, source: Source) -> None:
-        self.source, self.read = source, list[int]()
-        self.facts, self.group_rows = source.facts, source.group_rows
-        self.num_bytes = source.num_bytes
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> Any:
-        self.read.append(index)
-        return self.source[index]
-
-    def labels(self) -> None:
-        return None
-
-    def name(self, index: int) -> str:
-        return self.source.name(index)
-
-
-def test_loader__a_seek_reads_nothing_of_what_is_skipped(source: Source):
-    taped = Taped(source)
-
+def test_loader__a_seek_reads_nothing_of_what_is_skipped(source: Source, taped: Any):
     batch = next(
         make_loader(taped, plan_of(source), inputs_of(plan_of(source).recipe), first_step=9)
     )

@@ -1,1 +1,1 @@
-"""What an evaluation may be told, one file a task; `mimray.trainers.evaluation` has the tasks."""
+"""Options of the tasks of `mimray.trainers.evaluation`, one file a task."""

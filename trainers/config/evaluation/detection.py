@@ -9,7 +9,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from mimray.trainers.config.evaluation.head import HeadConfig
 
 NUM_LEVELS = 4
-Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class DetectionConfig(HeadConfig):
@@ -21,18 +21,22 @@ class DetectionConfig(HeadConfig):
     pyramid_width: PositiveInt = Field(default=128, description="channels of each level; 256 usual")
     anchor_sizes: tuple[PositiveFloat, ...] | None = Field(
         default=None,
-        description="side of the anchors of each of the four levels, pixels of the input; by "
+        description="sides of the anchors of each of the four levels, pixels of the input; by "
         "default from the sizes of the training boxes",
     )
     num_proposals: PositiveInt = Field(
-        default=300, description="that the second stage of an R-CNN looks at in each picture"
+        default=300, description="regions of each picture for the second stage of an R-CNN"
     )
-    score_threshold: Share = Field(default=0.05, description="what scores lower is not found")
-    nms_iou: Share = Field(
-        default=0.5, description="of two boxes of a class that overlap more, the better one stays"
+    score_threshold: Fraction = Field(
+        default=0.05, description="objects that score lower are not found"
     )
-    max_detections: PositiveInt = Field(default=100, description="a picture")
-    shown_score: Share = Field(default=0.3, description="what scores lower is not drawn")
+    nms_iou: Fraction = Field(
+        default=0.5, description="IoU above which the better of two boxes of a class stays alone"
+    )
+    max_detections: PositiveInt = Field(
+        default=100, description="objects found in a picture at most"
+    )
+    shown_score: Fraction = Field(default=0.3, description="objects that score lower are not drawn")
 
     @model_validator(mode="after")
     def _check_anchors(self) -> DetectionConfig:

@@ -1,4 +1,4 @@
-"""What an extraction keeps of each picture."""
+"""Options of an extraction."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from mimray.trainers.config.base import Config
 
 Pooled = Literal["mean", "cls"]
-Share = Annotated[PositiveFloat, Field(le=1)]
+PositiveFraction = Annotated[PositiveFloat, Field(le=1)]
 
 
 class ExtractSpec(Config):
-    """Which features of which views, and how they are stored."""
+    """Features and views to keep of each picture, and their storage."""
 
     pooled: tuple[Pooled, ...] = Field(
         default=(), description="mean of the patch tokens, class token; after the final norm"
@@ -33,10 +33,10 @@ class ExtractSpec(Config):
     num_views: NonNegativeInt = Field(
         default=0, description="random resized crops and flips a picture; 0: the whole, resized"
     )
-    crop_scale: tuple[Share, Share] = Field(
+    crop_scale: tuple[PositiveFraction, PositiveFraction] = Field(
         default=(0.08, 1.0), description="bounds of a crop's area over the picture's"
     )
-    seed: NonNegativeInt = Field(default=0, description="of the crops")
+    seed: NonNegativeInt = Field(default=0, description="seed of the crops")
     skip_invalid: bool = Field(
         default=False, description="leave out pictures that cannot be decoded, and list them"
     )

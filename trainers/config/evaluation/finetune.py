@@ -6,17 +6,17 @@ from typing import Any
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
-from mimray.trainers.config.base import Config
+from mimray.trainers.config.base import Config, ImageSize
 
 
 class FinetuneTask(Config):
-    """Which recipe trains the encoder, and what of it is set otherwise."""
+    """The recipe that trains the encoder, and what is overridden in it."""
 
     recipe: str = Field(
         default="finetune-tiny", description="a recipe of method finetune: its name, or a path"
     )
     epochs: PositiveFloat | None = Field(default=None, description="the recipe's by default")
-    image_size: tuple[PositiveInt, PositiveInt] | None = Field(
+    image_size: ImageSize | None = Field(
         default=None,
         description="(height, width) of the input, pixels; one number for a square; "
         "the bundle's own by default",
@@ -28,7 +28,7 @@ class FinetuneTask(Config):
     )
     storage: str = Field(default="runs", description="where the run and its bundle are kept")
     name: str = Field(
-        default="", description="of the run; by default after the encoder and what is asked of it"
+        default="", description="name of the run; by default after the encoder and the options"
     )
     batch_size: PositiveInt = Field(default=64, description="pictures scored at once")
 
@@ -36,8 +36,3 @@ class FinetuneTask(Config):
     @classmethod
     def _several(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
-
-    @field_validator("image_size", mode="before")
-    @classmethod
-    def _square(cls, value: Any) -> Any:
-        return (value, value) if isinstance(value, int) else value

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
-
-from mimray.trainers.config.base import Config
+from mimray.trainers.config.base import Config, ImageSize
 
 
 class HeadConfig(Config):
-    """What pictures a head sees, and how it learns."""
+    """The views that a head learns from, and its training."""
 
-    image_size: tuple[PositiveInt, PositiveInt] | None = Field(
+    image_size: ImageSize | None = Field(
         default=None,
         description="(height, width) of the encoder's input, pixels; one number for a square; "
         "by default near the pictures' own",
     )
     layers: tuple[int, ...] | None = Field(
-        default=None, description="whose maps a pyramid is made of; the bundle's own by default"
+        default=None, description="layers whose maps the head takes; the bundle's own by default"
     )
     num_views: PositiveInt = Field(
         default=2,
@@ -35,8 +33,3 @@ class HeadConfig(Config):
     weight_decay: float = Field(default=0.05, ge=0)
     warmup_epochs: NonNegativeInt = 1
     clip_grad_norm: PositiveFloat | None = 1.0
-
-    @field_validator("image_size", mode="before")
-    @classmethod
-    def _square(cls, value: Any) -> Any:
-        return (value, value) if isinstance(value, int) else value

@@ -13,7 +13,7 @@ class KnnConfig(Config):
     """A weighted vote of the most similar training pictures."""
 
     k: PositiveInt = Field(default=20, description="neighbours of the headline")
-    temperature: PositiveFloat = Field(default=0.07, description="of a vote, exp(cosine / T)")
+    temperature: PositiveFloat = Field(default=0.07, description="T of a vote, exp(cosine / T)")
     pooling: Literal["mean", "cls", "both"] | None = Field(
         default=None,
         description="mean of the patch tokens, class token, or both side by side; "

@@ -12,8 +12,8 @@ from mimray.trainers.config.base import Config
 class LinearConfig(Config):
     """One linear layer on frozen, pooled features.
 
-    What is left to choose (a learning rate, a strength of regularisation) is chosen on a part of
-    the training pictures that is held out, never on those that are scored.
+    The learning rate or the strength of regularisation is chosen on a part of the training pictures
+    that is held out, never on those that are scored.
     """
 
     solver: Literal["logistic", "ridge", "lars"] = Field(
@@ -43,16 +43,17 @@ class LinearConfig(Config):
         min_length=1,
         description="learning rates of lars per 256 pictures, all trained at once",
     )
-    epochs: PositiveInt = Field(default=90, description="of lars")
+    epochs: PositiveInt = Field(default=90, description="length of lars")
     warmup_epochs: NonNegativeInt | None = Field(
-        default=None, description="of lars; a ninth of epochs by default, 10 of 90 as in the paper"
+        default=None,
+        description="warm-up of lars; a ninth of epochs by default, 10 of 90 as in the paper",
     )
     batch_size: PositiveInt = Field(
-        default=16384, description="of lars; cut to the training set where that is smaller"
+        default=16384, description="batch of lars; cut to the training set where that is smaller"
     )
-    momentum: float = Field(default=0.9, ge=0, lt=1, description="of lars")
-    trust_coefficient: PositiveFloat = Field(default=0.001, description="of lars")
-    weight_decay: float = Field(default=0.0, ge=0, description="of lars")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="momentum of lars")
+    trust_coefficient: PositiveFloat = Field(default=0.001, description="trust coefficient of lars")
+    weight_decay: float = Field(default=0.0, ge=0, description="weight decay of lars")
     num_views: NonNegativeInt = Field(
         default=0,
         description="random crops of each picture that lars cycles through by epoch; as many as "

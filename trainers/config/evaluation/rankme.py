@@ -10,7 +10,7 @@ from mimray.trainers.config.base import Config
 
 
 class RankMeConfig(Config):
-    """Of which features, and of how many pictures."""
+    """Pooling of the features, and the bound of the pictures."""
 
     pooling: Literal["mean", "cls", "both"] = Field(
         default="mean", description="mean of the patch tokens, class token, or both side by side"

@@ -19,14 +19,13 @@ class SegmentationConfig(HeadConfig):
     )
     head_width: int = Field(default=128, ge=8, description="channels of fpn and upernet")
     class_names: tuple[str, ...] | None = Field(
-        default=None, description="by index; by default as the data says"
+        default=None, description="names of the classes, by index; the data's own by default"
     )
     num_classes: PositiveInt | None = Field(
-        default=None, description="by default as many as are named, or occur in training masks"
+        default=None,
+        description="number of classes; by default those named, or those in training masks",
     )
-    ignore_index: int = Field(
-        default=255, ge=0, description="the value of void pixels in index masks"
-    )
+    ignore_index: int = Field(default=255, ge=0, description="value of void pixels in index masks")
     val_split: str | None = Field(
         default=None, description="the split to score on; a validation or else a test split"
     )

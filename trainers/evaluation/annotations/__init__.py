@@ -1,1 +1,1 @@
-"""Pictures with labels for each pixel or object, read from the formats people have them in."""
+"""Pictures with a label for each pixel or object, read from index masks, COCO and Pascal VOC."""

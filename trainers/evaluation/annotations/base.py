@@ -1,4 +1,4 @@
-"""What a labelled dataset gives, and how wrong labels are dealt with."""
+"""Labelled pictures as tasks read them, and labels that are wrong."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class SegmentationSet(Protocol):
     """Pictures with a class for each pixel.
 
     Attributes:
-        uri: where they lie.
-        class_names: by class.
+        uri: URI of the data.
+        class_names: names of the classes, by number.
         ignore_index: the value of void pixels, which enter neither loss nor metric.
         fingerprint: changes with any picture or label.
     """
@@ -43,11 +43,11 @@ class SegmentationSet(Protocol):
         ...
 
     def __getitem__(self, index: int) -> SegmentationExample:
-        """Read one."""
+        """Read one picture with its labels."""
         ...
 
     def name(self, index: int) -> str:
-        """Say where one lies, for messages."""
+        """Place of a picture, for messages."""
         ...
 
 
@@ -78,9 +78,9 @@ class DetectionSet(Protocol):
     """Pictures with boxes, perhaps with instance masks.
 
     Attributes:
-        uri: where they lie.
-        class_names: by class.
-        has_masks: whether every object has a mask.
+        uri: URI of the data.
+        class_names: names of the classes, by number.
+        has_masks: True if every object has a mask.
         fingerprint: changes with any picture or label.
     """
 
@@ -94,7 +94,7 @@ class DetectionSet(Protocol):
         ...
 
     def __getitem__(self, index: int) -> DetectionExample:
-        """Read one."""
+        """Read one picture with its labels."""
         ...
 
     def labels(self, index: int) -> np.ndarray:
@@ -102,28 +102,28 @@ class DetectionSet(Protocol):
         ...
 
     def name(self, index: int) -> str:
-        """Say where one lies, for messages."""
+        """Place of a picture, for messages."""
         ...
 
 
 @dataclass
-class Complaints:
-    """What is wrong with labels: the first is an error, unless they are to be left out.
+class InvalidLabels:
+    """Labels that are wrong: the first is an error, unless they are to be left out.
 
     Attributes:
-        skip: leave out and list, instead of refusing.
-        found: a line each, in the order found.
+        skip: True leaves such labels out and lists them, False refuses them.
+        found: a line for each label that was left out, in the order found.
     """
 
     skip: bool
     found: list[str] = field(default_factory=list)
 
     def add(self, where: str, what: str) -> None:
-        """Take one.
+        """Refuse a label, or list it as left out.
 
         Args:
             where: file and line or id.
-            what: is wrong.
+            what: the fault, as the rest of a sentence about it.
 
         Raises:
             DataError: unless such labels are left out.
@@ -135,7 +135,7 @@ class Complaints:
         self.found.append(f"{where}: {what}")
 
     def notes(self, shown: int = 5) -> tuple[str, ...]:
-        """A count and the first few, for the result."""
+        """Notes for the result: the number of such labels, and the first few."""
         if not self.found:
             return ()
         more = len(self.found) - shown

@@ -10,10 +10,10 @@ import numpy as np
 from pydantic import BaseModel, ValidationError
 
 from mimray.trainers.data.files import is_file, join, locate, parent, read_bytes
+from mimray.trainers.data.geometry import Size, clip_boxes
 from mimray.trainers.errors import DataError, EmptyDatasetError
-from mimray.trainers.evaluation.annotations.base import Complaints, DetectionExample
+from mimray.trainers.evaluation.annotations.base import DetectionExample, InvalidLabels
 from mimray.trainers.evaluation.annotations.pictures import PictureFolder, box_fault
-from mimray.trainers.evaluation.heads.view import Size, clip_boxes
 from mimray.trainers.evaluation.score import Progress
 
 # So many pictures are looked for to tell where all lie.
@@ -67,7 +67,7 @@ class CategoryRecord(BaseModel):
 
 
 class CocoFile(BaseModel):
-    """What of a COCO detection file is read; it may hold more.
+    """The part of a COCO detection file that is read; it may hold more.
 
     Source: https://cocodataset.org/#format-data
     """
@@ -78,7 +78,7 @@ class CocoFile(BaseModel):
 
 
 @dataclass(frozen=True)
-class _Picture:
+class _AnnotatedPicture:
     record: ImageRecord
     objects: list[AnnotationRecord] = field(default_factory=list)
 
@@ -94,11 +94,12 @@ class CocoDetection:
     here: ids, boxes, masks, and that each picture is there and of the size that the file says.
 
     Args:
-        json_uri: of the file.
-        images_uri: of the folder that `file_name` is relative to; None looks beside the file: in
-            `images`, in a folder named like the file's split, in its own folder and above.
-        complaints: takes what is wrong; the object or the picture is left out.
-        progress: told of the pictures checked.
+        json_uri: URI of the file.
+        images_uri: URI of the folder that `file_name` is relative to; None looks beside the file:
+            in `images`, in a folder named like the file's split, in its own folder and above.
+        invalid_labels: collects what is wrong, or refuses it; the object or the picture is left
+            out.
+        progress: called with the number of pictures checked.
 
     Raises:
         DataError: no such file, not COCO's layout, or a label that is wrong.
@@ -109,7 +110,7 @@ class CocoDetection:
         self,
         json_uri: str,
         images_uri: str | None,
-        complaints: Complaints,
+        invalid_labels: InvalidLabels,
         progress: Progress | None = None,
     ) -> None:
         content = read_coco(json_uri)
@@ -123,8 +124,8 @@ class CocoDetection:
             raise DataError(
                 f"{json_uri}: two categories share an id or a name", hint="give each its own"
             )
-        self._pictures = self._take_pictures(tree.images, complaints, progress)
-        self._take_objects(tree, complaints)
+        self._pictures = self._take_pictures(tree.images, invalid_labels, progress)
+        self._take_objects(tree, invalid_labels)
         objects = [thing for picture in self._pictures for thing in picture.objects]
         self.has_masks = bool(objects) and all(thing.segmentation for thing in objects)
         digest = hashlib.sha256(content)
@@ -171,9 +172,9 @@ class CocoDetection:
         return self._folder.name(self._pictures[index].record.file_name)
 
     def _take_pictures(
-        self, records: list[ImageRecord], complaints: Complaints, progress: Progress | None
-    ) -> list[_Picture]:
-        """Those that are there and are what the file says."""
+        self, records: list[ImageRecord], invalid_labels: InvalidLabels, progress: Progress | None
+    ) -> list[_AnnotatedPicture]:
+        """The pictures that exist and have the size that the file says."""
         taken = []
         seen: set[int] = set()
         for number, record in enumerate(records):
@@ -184,9 +185,9 @@ class CocoDetection:
             )
             seen.add(record.id)
             if fault:
-                complaints.add(f"{self.uri}: image {record.id}", fault)
+                invalid_labels.add(f"{self.uri}: image {record.id}", fault)
             else:
-                taken.append(_Picture(record))
+                taken.append(_AnnotatedPicture(record))
             if progress is not None:
                 progress("checking pictures", number + 1, len(records))
         if not taken:
@@ -196,8 +197,8 @@ class CocoDetection:
             )
         return taken
 
-    def _take_objects(self, tree: CocoFile, complaints: Complaints) -> None:
-        """Put each object into its picture; one of a picture that was left out goes with it."""
+    def _take_objects(self, tree: CocoFile, invalid_labels: InvalidLabels) -> None:
+        """Put each object into its picture; objects of pictures left out are dropped."""
         taken = {picture.record.id: picture for picture in self._pictures}
         listed = {record.id: (record.height, record.width) for record in tree.images}
         seen: set[int] = set()
@@ -214,7 +215,7 @@ class CocoDetection:
             )
             seen.add(record.id)
             if fault:
-                complaints.add(f"{self.uri}: annotation {record.id}", fault)
+                invalid_labels.add(f"{self.uri}: annotation {record.id}", fault)
             elif record.image_id in taken:
                 taken[record.image_id].objects.append(record)
 
@@ -237,7 +238,7 @@ def images_of(json_uri: str, records: list[ImageRecord]) -> str:
 
 
 def read_coco(uri: str) -> bytes:
-    """The bytes of an annotation file.
+    """Read the bytes of an annotation file.
 
     Raises:
         DataError: there is none.
@@ -248,11 +249,11 @@ def read_coco(uri: str) -> bytes:
 
 
 def parse_coco(uri: str, content: bytes) -> CocoFile:
-    """What of a COCO detection file is read.
+    """Parse a COCO detection file.
 
     Args:
-        uri: for messages.
-        content: of the file.
+        uri: URI of the file, for messages.
+        content: bytes of the file.
 
     Raises:
         DataError: it is not JSON, or not COCO's layout.
@@ -285,7 +286,7 @@ def decode_mask(segmentation: RunLengths | list[list[float]], size: Size) -> np.
 
 
 def _mask_fault(segmentation: RunLengths | list[list[float]] | None, size: Size) -> str | None:
-    """What is wrong with a mask of a picture of (height, width); None where nothing is."""
+    """The fault of a mask for a picture of (height, width); None where there is none."""
     if not segmentation:
         return None
     if isinstance(segmentation, RunLengths):

@@ -1,4 +1,4 @@
-"""Finds out how objects are labelled at a place, and opens it."""
+"""Finds and opens labelled objects at a place, be they in COCO or in Pascal VOC."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Literal
 
 from mimray.trainers.data.files import absolute, join
 from mimray.trainers.errors import DataError
-from mimray.trainers.evaluation.annotations.base import Complaints, DetectionSet
+from mimray.trainers.evaluation.annotations.base import DetectionSet, InvalidLabels
 from mimray.trainers.evaluation.annotations.coco import CocoDetection
 from mimray.trainers.evaluation.annotations.voc import ANNOTATIONS, PICTURES, SPLITS, VocDetection
 from mimray.trainers.evaluation.score import Progress
@@ -41,49 +41,50 @@ _WHOLE_FILES = (
 def open_detection(
     uri: str,
     split: Split,
-    complaints: Complaints,
+    invalid_labels: InvalidLabels,
     progress: Progress | None = None,
     *,
-    own: bool = False,
+    shared: bool = False,
 ) -> DetectionSet:
     """Open pictures with labelled objects.
 
-    What is found: a COCO JSON file; a folder with `annotations/instances_<split>.json`,
+    Recognised are a COCO JSON file; a folder with `annotations/instances_<split>.json`,
     `instances_<split>.json`, `<split>/instances.json` or `instances.json` (and the names that
     COCO's own releases, CVAT and Roboflow give these); a Pascal VOC folder.
 
     Args:
-        uri: of the file or folder.
-        split: which part; for `val` the first of val, valid, validation, dev and test. A place
+        uri: URI of the file or folder.
+        split: part to open; for `val` the first of val, valid, validation, dev and test. A place
             that is not split is taken whole.
-        complaints: takes what is wrong with labels.
-        progress: told of the pictures checked.
-        own: `uri` is what is trained on, so that without a part for `val` there is none.
+        invalid_labels: collects labels that are wrong, or refuses them.
+        progress: called with the number of pictures checked.
+        shared: True if `uri` holds the training pictures too, so that a place without a
+            validation split has no validation pictures.
 
     Raises:
         DataError: nothing of the kind is there, or no such split.
     """
     uri = absolute(uri)
     if uri.endswith(".json"):
-        if own and split == "val":
-            raise _no_validation(uri)
-        return CocoDetection(uri, None, complaints, progress)
+        if shared and split == "val":
+            raise no_validation(uri)
+        return CocoDetection(uri, None, invalid_labels, progress)
     place = RunDir(uri)
     voc = place.exists(PICTURES) and place.exists(ANNOTATIONS)
     for name in SPLIT_NAMES[split]:
         if voc and place.exists(f"{SPLITS}/{name}.txt"):
-            return VocDetection(uri, name, complaints, progress)
+            return VocDetection(uri, name, invalid_labels, progress)
         for pattern in _SPLIT_FILES:
             file = pattern.format(name)
             if place.exists(file):
-                return CocoDetection(join(uri, file), None, complaints, progress)
-    if own and split == "val":
-        raise _no_validation(uri)
+                return CocoDetection(join(uri, file), None, invalid_labels, progress)
+    if shared and split == "val":
+        raise no_validation(uri)
     if voc:
-        return VocDetection(uri, None, complaints, progress)
+        return VocDetection(uri, None, invalid_labels, progress)
     for file in _WHOLE_FILES:
         if place.exists(file):
-            return CocoDetection(join(uri, file), None, complaints, progress)
+            return CocoDetection(join(uri, file), None, invalid_labels, progress)
     raise DataError(
         f"no annotation file for {split} at {uri}",
         hint=f"COCO: annotations/instances_{split}.json or {split}/instances.json; "
@@ -91,7 +92,8 @@ def open_detection(
     )
 
 
-def _no_validation(uri: str) -> DataError:
+def no_validation(uri: str) -> DataError:
+    """The error of a dataset that is scored on itself and has no split to score on."""
     return DataError(
         f"{uri} has no validation or test split of its own", hint="name one with --val"
     )

@@ -37,7 +37,7 @@ class PanopticRecord(BaseModel):
 
 
 class PanopticFile(BaseModel):
-    """What of a COCO panoptic file is read; it may hold more.
+    """The part of a COCO panoptic file that is read; it may hold more.
 
     Source: https://cocodataset.org/#format-data, "Panoptic Segmentation".
     """
@@ -58,7 +58,7 @@ class CocoPanoptic:
 
     Attributes:
         uri: the JSON file.
-        class_names: of the categories.
+        class_names: names of the categories.
         ignore_index: the value of void pixels.
 
     Raises:
@@ -115,7 +115,7 @@ class CocoPanoptic:
 
 
 def is_panoptic(json_uri: str) -> bool:
-    """Tell a panoptic file from one of detection.
+    """True if a COCO file is panoptic, False if it is of detection.
 
     Raises:
         DataError: there is no such file.

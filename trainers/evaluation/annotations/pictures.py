@@ -1,4 +1,4 @@
-"""The pictures that labels are about, and what a label must keep to be about one."""
+"""Picture files that labels are for, and checks of pictures and boxes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from PIL import Image
 
 from mimray.trainers.data.decode import decode_rgb, read_size
 from mimray.trainers.data.files import is_picture, join, list_files, locate, read_bytes
+from mimray.trainers.data.geometry import Size
 from mimray.trainers.errors import DataError, ImageError
-from mimray.trainers.evaluation.heads.view import Size
 
 # Box edges may lie this far outside their picture, and are then cut: tools round, and count pixels
 # from 0 or from 1.
@@ -26,7 +26,7 @@ class PictureFolder:
     """Picture files below a folder.
 
     Attributes:
-        uri: of the folder.
+        uri: URI of the folder.
         num_bytes: size of each file, by its path below the folder.
     """
 
@@ -35,10 +35,10 @@ class PictureFolder:
 
     @classmethod
     def open(cls, uri: str) -> PictureFolder:
-        """List what is there.
+        """List the picture files below a folder.
 
         Args:
-            uri: of the folder.
+            uri: URI of the folder.
 
         Raises:
             DataError: nothing is there, or it cannot be read.
@@ -47,7 +47,7 @@ class PictureFolder:
         return cls(uri, {file.path: file.num_bytes for file in files if is_picture(file.path)})
 
     def name(self, path: str) -> str:
-        """Where a picture lies, for messages."""
+        """Path of a picture, for messages."""
         return join(self.uri, path)
 
     def size(self, path: str) -> Size:
@@ -66,7 +66,7 @@ class PictureFolder:
         return height, width
 
     def fault(self, path: str, size: Size) -> str | None:
-        """What is wrong with a picture; None where nothing is.
+        """The fault of a picture, in words; None where there is none.
 
         Args:
             path: below the folder.
@@ -97,7 +97,7 @@ class PictureFolder:
 
 
 def box_fault(box: Sequence[float], size: Size) -> str | None:
-    """What is wrong with a box; None where nothing is.
+    """The fault of a box, in words; None where there is none.
 
     Args:
         box: (left, top, right, bottom), pixels.

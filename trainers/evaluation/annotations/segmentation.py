@@ -1,4 +1,4 @@
-"""Finds out how pixels are labelled at a place, opens it, and checks every label."""
+"""Finds and opens labelled pixels at a place, whatever their format, and checks every label."""
 
 from __future__ import annotations
 
@@ -9,15 +9,20 @@ import numpy as np
 
 from mimray.trainers.config.evaluation.segmentation import SegmentationConfig
 from mimray.trainers.data.files import absolute, is_file, join, list_files
-from mimray.trainers.data.selection import chosen
+from mimray.trainers.data.selection import evenly_spread
 from mimray.trainers.errors import DataError, EmptyDatasetError
 from mimray.trainers.evaluation.annotations.base import (
-    Complaints,
     DetectionSet,
+    InvalidLabels,
     SegmentationExample,
     SegmentationSet,
 )
-from mimray.trainers.evaluation.annotations.detection import SPLIT_NAMES, Split, open_detection
+from mimray.trainers.evaluation.annotations.detection import (
+    SPLIT_NAMES,
+    Split,
+    no_validation,
+    open_detection,
+)
 from mimray.trainers.evaluation.annotations.pairs import MASK_FOLDERS, PairFolder, pair_folders
 from mimray.trainers.evaluation.annotations.panoptic import VOID, CocoPanoptic, is_panoptic
 from mimray.trainers.evaluation.score import Progress
@@ -50,36 +55,37 @@ def open_segmentation(
     uri: str,
     split: Split,
     config: SegmentationConfig,
-    complaints: Complaints,
+    invalid_labels: InvalidLabels,
     *,
-    own: bool = False,
+    shared: bool = False,
     class_names: tuple[str, ...] = (),
     limit: int | None = None,
     progress: Progress | None = None,
 ) -> SegmentationSet:
     """Open pictures with a class for each pixel, and check all of them.
 
-    What is found, in this order: folders of pictures beside folders of index masks (see
+    Recognised are, in this order: folders of pictures beside folders of index masks (see
     `pair_folders`); COCO panoptic (`annotations/panoptic_<split>.json`, `<split>/panoptic.json`,
     `panoptic.json`); COCO detection with instance masks, where class 0 is the background and
     later objects lie on top. `uri` may also be such a JSON file.
 
     Args:
-        uri: of a folder or a JSON file.
-        split: which part; for `val` the configured one, or the first of val, valid, validation,
+        uri: URI of a folder or a JSON file.
+        split: part to open; for `val` the configured one, or the first of val, valid, validation,
             dev and test. A place that is not split is taken whole.
-        config: of classes and void.
-        complaints: takes what is wrong with labels.
-        own: `uri` is what is trained on, so that without a part for `val` there is none.
-        class_names: of the pictures trained on, which those to score on must keep to.
-        limit: take this many pictures, evenly spread.
-        progress: told of the pictures checked.
+        config: the task's options, which may name classes and the value of void.
+        invalid_labels: collects labels that are wrong, or refuses them.
+        shared: True if `uri` holds the training pictures too, so that a place without a
+            validation split has no validation pictures.
+        class_names: classes of the training pictures, which pictures to score on must have too.
+        limit: number of pictures to take, evenly spread; None takes all.
+        progress: called with the number of pictures checked.
 
     Raises:
         DataError: nothing of the kind is there, no such split, or a label is wrong.
         EmptyDatasetError: no picture is left.
     """
-    reader = _find(absolute(uri), split, config, complaints, own)
+    reader = _find(absolute(uri), split, config, invalid_labels, shared)
     names = class_names or config.class_names or reader.class_names
     if not names and config.num_classes:
         names = tuple(map(str, range(config.num_classes)))
@@ -96,16 +102,16 @@ def open_segmentation(
     twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
     if twice:
         raise DataError(f"{reader.uri}: two classes are called {twice[0]!r}")
-    return _Checked(reader, names, chosen(len(reader), limit), complaints, progress)
+    return _Checked(reader, names, evenly_spread(len(reader), limit), invalid_labels, progress)
 
 
 def _find(
-    uri: str, split: Split, config: SegmentationConfig, complaints: Complaints, own: bool
+    uri: str, split: Split, config: SegmentationConfig, invalid_labels: InvalidLabels, shared: bool
 ) -> _Reader:
     if uri.endswith(".json"):
-        if own and split == "val":
-            raise _no_validation(uri)
-        return CocoPanoptic(uri) if is_panoptic(uri) else _Instances(uri, split, complaints)
+        if shared and split == "val":
+            raise no_validation(uri)
+        return CocoPanoptic(uri) if is_panoptic(uri) else _Instances(uri, split, invalid_labels)
     pairs = pair_folders(uri)
     names = (config.val_split,) if split == "val" and config.val_split else SPLIT_NAMES[split]
     for name in names:
@@ -115,14 +121,14 @@ def _find(
         raise DataError(
             f"{uri} has no {' or '.join(names)} split", hint=f"splits found: {', '.join(pairs)}"
         )
-    if pairs and not (own and split == "val"):
+    if pairs and not (shared and split == "val"):
         return PairFolder(uri, *pairs[""], ignore_index=config.ignore_index)
     for name in names:
         for pattern in _SPLIT_FILES:
             if is_file(file := join(uri, pattern.format(name))):
                 return CocoPanoptic(file)
-    if own and split == "val" and (pairs or is_file(join(uri, "panoptic.json"))):
-        raise _no_validation(uri)
+    if shared and split == "val" and (pairs or is_file(join(uri, "panoptic.json"))):
+        raise no_validation(uri)
     if is_file(file := join(uri, "panoptic.json")):
         return CocoPanoptic(file)
     if not any(file.path.endswith(".json") for file in list_files(uri)):
@@ -132,13 +138,7 @@ def _find(
             f"images/{split} beside masks/{split}, {split} beside {split}annot, "
             f"or COCO's annotations/panoptic_{split}.json or instances_{split}.json",
         )
-    return _Instances(uri, split, complaints, own=own)
-
-
-def _no_validation(uri: str) -> DataError:
-    return DataError(
-        f"{uri} has no validation or test split of its own", hint="name one with --val"
-    )
+    return _Instances(uri, split, invalid_labels, shared=shared)
 
 
 class _Instances:
@@ -147,9 +147,9 @@ class _Instances:
     ignore_index = VOID
 
     def __init__(
-        self, uri: str, split: Split, complaints: Complaints, *, own: bool = False
+        self, uri: str, split: Split, invalid_labels: InvalidLabels, *, shared: bool = False
     ) -> None:
-        self._objects: DetectionSet = open_detection(uri, split, complaints, own=own)
+        self._objects: DetectionSet = open_detection(uri, split, invalid_labels, shared=shared)
         self.uri = self._objects.uri
         if not self._objects.has_masks:
             raise DataError(f"the objects of {self.uri} have boxes only, no masks")
@@ -176,14 +176,14 @@ class _Instances:
 
 
 class _Checked:
-    """What of a set can be read and keeps to the classes; each picture was read once."""
+    """The pictures of a set that can be read and keep to the classes; each was read once."""
 
     def __init__(
         self,
         reader: _Reader,
         class_names: tuple[str, ...],
         indices: np.ndarray,
-        complaints: Complaints,
+        invalid_labels: InvalidLabels,
         progress: Progress | None,
     ) -> None:
         self.uri, self.ignore_index = reader.uri, reader.ignore_index
@@ -195,7 +195,7 @@ class _Checked:
                 image, mask = reader[index]
                 _check_range(mask, len(class_names), self.ignore_index, reader.label_name(index))
             except DataError as error:
-                complaints.add(reader.name(index), str(error))
+                invalid_labels.add(reader.name(index), str(error))
             else:
                 self._kept.append(index)
                 known = mask != self.ignore_index
@@ -207,7 +207,7 @@ class _Checked:
         if not self._kept:
             raise EmptyDatasetError(
                 f"{self.uri} holds no picture with a mask that can be used",
-                hint="; ".join(complaints.found[:1]),
+                hint="; ".join(invalid_labels.found[:1]),
             )
         if largest < 0:
             raise DataError(

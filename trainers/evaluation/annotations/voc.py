@@ -10,10 +10,10 @@ from xml.parsers import expat
 import numpy as np
 
 from mimray.trainers.data.files import is_picture, join, list_files, locate, read_bytes
+from mimray.trainers.data.geometry import Size, clip_boxes
 from mimray.trainers.errors import DataError, EmptyDatasetError
-from mimray.trainers.evaluation.annotations.base import Complaints, DetectionExample
+from mimray.trainers.evaluation.annotations.base import DetectionExample, InvalidLabels
 from mimray.trainers.evaluation.annotations.pictures import PictureFolder, box_fault
-from mimray.trainers.evaluation.heads.view import Size, clip_boxes
 from mimray.trainers.evaluation.score import Progress
 
 PICTURES = "JPEGImages"
@@ -37,7 +37,7 @@ class _Object:
 
 
 @dataclass(frozen=True)
-class _Picture:
+class _AnnotatedPicture:
     path: str
     size: Size
     objects: list[_Object]
@@ -50,13 +50,14 @@ class VocDetection:
     (xmin - 1, ymin - 1, xmax, ymax). Tools that count from 0 are not told apart: their boxes
     begin a pixel early, and are cut at the picture's edge. `xmin` = `xmax` is refused all the
     same: from the tools in use today that is a slip of the mouse and not a single pixel.
-    What is `difficult` counts as a crowd. Classes are the names, sorted.
+    Objects marked `difficult` count as crowds. Classes are the names, sorted.
 
     Args:
-        uri: of the folder that holds `JPEGImages` and `Annotations`.
+        uri: URI of the folder that holds `JPEGImages` and `Annotations`.
         split: name of a list in `ImageSets/Main`; None takes every picture that has an XML file.
-        complaints: takes what is wrong; the object or the picture is left out.
-        progress: told of the pictures checked.
+        invalid_labels: collects what is wrong, or refuses it; the object or the picture is left
+            out.
+        progress: called with the number of pictures checked.
 
     Raises:
         DataError: no such list, or a label that is wrong.
@@ -71,17 +72,17 @@ class VocDetection:
         self,
         uri: str,
         split: str | None,
-        complaints: Complaints,
+        invalid_labels: InvalidLabels,
         progress: Progress | None = None,
     ) -> None:
         self.uri = uri
         self._folder = PictureFolder.open(join(uri, PICTURES))
         self._by_stem = {path.rpartition(".")[0]: path for path in self._folder.num_bytes}
-        self._pictures: list[_Picture] = []
+        self._pictures: list[_AnnotatedPicture] = []
         stems = _stems(uri, split)
         digest = hashlib.sha256()
         for number, stem in enumerate(stems):
-            picture = self._take(stem, complaints, digest)
+            picture = self._take(stem, invalid_labels, digest)
             if picture is not None:
                 self._pictures.append(picture)
             if progress is not None:
@@ -120,26 +121,28 @@ class VocDetection:
         """Path of a picture."""
         return self._folder.name(self._pictures[index].path)
 
-    def _take(self, stem: str, complaints: Complaints, digest: hashlib._Hash) -> _Picture | None:
+    def _take(
+        self, stem: str, invalid_labels: InvalidLabels, digest: hashlib._Hash
+    ) -> _AnnotatedPicture | None:
         """A picture with its objects; None where it is left out."""
         place = join(self.uri, f"{ANNOTATIONS}/{stem}.xml")
         path = self._by_stem.get(stem)
         if path is None:
-            complaints.add(place, f"there is no picture {self._folder.name(stem)}.*")
+            invalid_labels.add(place, f"there is no picture {self._folder.name(stem)}.*")
             return None
         try:
             content = read_bytes(*locate(place))
         except FileNotFoundError:
-            complaints.add(self._folder.name(path), f"has no annotation file {place}")
+            invalid_labels.add(self._folder.name(path), f"has no annotation file {place}")
             return None
         try:
             size, records = _parse(content)
         except _XmlError as error:
-            complaints.add(place, str(error))
+            invalid_labels.add(place, str(error))
             return None
         fault = self._folder.fault(path, size)
         if fault:
-            complaints.add(place, fault)
+            invalid_labels.add(place, fault)
             return None
         objects = []
         for number, record in enumerate(records):
@@ -147,19 +150,19 @@ class VocDetection:
             try:
                 thing = _object(record)
             except _XmlError as error:
-                complaints.add(where, str(error))
+                invalid_labels.add(where, str(error))
                 continue
             fault = _corner_fault(thing) or box_fault(thing.box, size)
             if fault:
-                complaints.add(f"{where} ({thing.name})", fault)
+                invalid_labels.add(f"{where} ({thing.name})", fault)
             else:
                 objects.append(thing)
         digest.update(content + f"{path} {self._folder.num_bytes[path]}".encode())
-        return _Picture(path, size, objects)
+        return _AnnotatedPicture(path, size, objects)
 
 
 class _XmlError(Exception):
-    """What is wrong with a file or an element of it."""
+    """A fault of a file or of an element of it."""
 
 
 def _stems(uri: str, split: str | None) -> list[str]:
@@ -213,7 +216,7 @@ def _number(element: ElementTree.Element, path: str) -> float:
 
 
 def _refuse_entities(content: bytes) -> None:
-    """Entities that name each other grow without bound, and labels need none."""
+    """Refuse entities: those that name each other grow without bound, and labels need none."""
     parser = expat.ParserCreate()
 
     def refuse(*_: object) -> None:

@@ -1,1 +1,1 @@
-"""Objects found from an encoder's feature maps."""
+"""The detection task: a detector on feature maps, its metrics and pictures."""

@@ -1,4 +1,4 @@
-"""Where a detector looks: anchors and regions placed by the true strides of each level.
+"""Anchors and regions of a detector, placed by the true strides of each level.
 
 torchvision guesses strides from the sizes of maps and takes them for powers of two, which is
 wrong for patches of 14 pixels and for levels that reach beyond the input.
@@ -43,8 +43,8 @@ class StrideAnchors(AnchorGenerator):  # type: ignore[misc]  # torchvision has n
     """Anchors around the centre of each cell.
 
     Args:
-        sizes: of the anchors of each level, pixels of the input; several a level are allowed.
-        strides: of each level, pixels.
+        sizes: sides of the anchors of each level, pixels of the input; several a level are allowed.
+        strides: stride of each level, pixels.
     """
 
     def __init__(self, sizes: Sequence[Sequence[float]], strides: Sequence[float]) -> None:
@@ -72,7 +72,7 @@ def region_pool(strides: Sequence[float], output_size: int) -> MultiScaleRoIAlig
     """Cuts regions out of the level that suits their size.
 
     Args:
-        strides: of each level, pixels.
+        strides: stride of each level, pixels.
         output_size: cells along a region's side.
 
     Source: He et al. 2017, sec. 3 (RoIAlign); Lin et al. 2017, eq. 1, for the level.

@@ -1,4 +1,4 @@
-"""What a detector learns from: views of pictures, with the objects that are on them."""
+"""Training batches of a detector: views of pictures, with the objects that are on them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from mimray.trainers.config.evaluation.detection import DetectionConfig
+from mimray.trainers.data.geometry import View, clip_boxes
 from mimray.trainers.evaluation.annotations.base import DetectionExample, DetectionSet
 from mimray.trainers.evaluation.detection.detector import Batch, Detector
-from mimray.trainers.evaluation.heads.view import View, clip_boxes, tensor_of, training_view
+from mimray.trainers.evaluation.heads.views import tensor_of, training_view
 
 # What less is left of, along a side, is not learnt from; pixels of the input.
 _SMALLEST_PX = 1.0
@@ -19,11 +20,11 @@ class TrainingViews:
     """Makes batches from (epoch, examples), a pure function of both.
 
     Args:
-        detector: whose views they are.
+        detector: detector that learns from the batches.
         train: the pictures.
         indices: int64, those of them to learn from; example i is picture `indices[i]`.
-        config: of the views.
-        seed: of the crops.
+        config: the task's options.
+        seed: seed of the crops.
     """
 
     def __init__(
@@ -60,8 +61,8 @@ def target_of(example: DetectionExample, view: View, *, with_masks: bool) -> dic
 
     Args:
         example: picture and objects.
-        view: of the picture.
-        with_masks: take masks too.
+        view: view of the picture.
+        with_masks: True adds masks.
 
     Returns:
         A target of `Batch`.

@@ -22,11 +22,12 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from mimray.trainers.bundles import FrozenEncoder
 from mimray.trainers.config.evaluation.detection import DetectionConfig
+from mimray.trainers.data.geometry import Size, View, clip_boxes, whole_view
 from mimray.trainers.evaluation.detection.anchors import StrideAnchors, region_pool
 from mimray.trainers.evaluation.detection.pyramid import Pyramid, build_pyramid
 from mimray.trainers.evaluation.features.encoders import FeatureEncoder
 from mimray.trainers.evaluation.heads.head_files import load_weights, read_card
-from mimray.trainers.evaluation.heads.view import Size, View, clip_boxes, tensor_of, whole_view
+from mimray.trainers.evaluation.heads.views import tensor_of
 from mimray.trainers.models.normalise import normalise
 
 # Stride of the first level, pixels.
@@ -58,7 +59,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Detections:
-    """What was found on a picture, the best first.
+    """Objects found on a picture, the best first.
 
     Attributes:
         boxes: float64 [N, 4], (left, top, right, bottom) in pixels of the picture.
@@ -77,12 +78,12 @@ class Detector(nn.Module):
     """A detector that learns from, and works on, the maps of an encoder that is not part of it.
 
     Args:
-        encoder: gives the maps; a `FrozenEncoder` where it is trained too.
+        encoder: source of the maps; a `FrozenEncoder` where it is trained too.
         config: kind and size, with `image_size`, `layers` and `anchor_sizes` settled.
-        class_names: of what is to be found, by label.
+        class_names: names of the classes, by label.
 
     Attributes:
-        class_names: as given.
+        class_names: names of the classes, by label.
         input_size: (height, width) of views, pixels.
     """
 
@@ -163,11 +164,11 @@ def build_detector(
     """A fresh detector, on a device.
 
     Args:
-        encoder: gives the maps; on the device.
-        config: with `image_size`, `layers` and `anchor_sizes` settled.
-        class_names: by label.
-        device: as torch names it.
-        seed: of the initialisation; torch's own generator is left as it was.
+        encoder: source of the maps, on the device.
+        config: the task's options, with `image_size`, `layers` and `anchor_sizes` settled.
+        class_names: names of the classes, by label.
+        device: device of the detector, as torch names it.
+        seed: seed of the initialisation; torch's own generator keeps its state.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -178,10 +179,10 @@ def load_head(folder: Path, encoder: FeatureEncoder, device: str = "cpu") -> Det
     """Put a trained detector on the encoder that it was trained on.
 
     Args:
-        folder: with `head.safetensors` and `head.json`.
+        folder: folder of `head.safetensors` and `head.json`.
         encoder: the same, on the device. A detector that was trained together with its encoder
             brings that encoder's weights, which are written into this one.
-        device: as torch names it.
+        device: device of the detector, as torch names it.
 
     Raises:
         DataError: there is none, or it belongs to another encoder.
@@ -195,7 +196,7 @@ def load_head(folder: Path, encoder: FeatureEncoder, device: str = "cpu") -> Det
 
 
 class _Backbone(nn.Module):
-    """Pictures in, levels out; what makes the maps is called and not held as a part."""
+    """Levels of pictures; the encoder is called, and is no submodule."""
 
     def __init__(self, maps_of: Callable[[Tensor], Sequence[Tensor]], pyramid: Pyramid) -> None:
         super().__init__()
@@ -210,7 +211,7 @@ class _Backbone(nn.Module):
 
 
 class _AsGiven(nn.Module):
-    """In place of torchvision's resizing and padding, which a `View` has done."""
+    """Stands in for torchvision's resizing and padding, which a `View` has done."""
 
     def forward(
         self, images: list[Tensor], targets: list[dict[str, Tensor]] | None
@@ -220,7 +221,7 @@ class _AsGiven(nn.Module):
         return ImageList(batch, [(batch.shape[2], batch.shape[3])] * len(images)), targets
 
     def postprocess(self, result: Any, *_: object) -> Any:
-        """What was found stays in the input's coordinates, masks in those of their boxes."""
+        """Leave results in the input's coordinates, masks in those of their boxes."""
         return result
 
 

@@ -1,4 +1,4 @@
-"""COCO's figures for what was found: average precision and recall."""
+"""COCO's figures for detections: average precision and recall."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mimray.trainers.data.geometry import Size
 from mimray.trainers.evaluation.annotations.base import DetectionExample
 from mimray.trainers.evaluation.detection.detector import Detections
-from mimray.trainers.evaluation.heads.view import Size
 
 Overlap = Literal["bbox", "segm"]
 
@@ -19,8 +19,8 @@ _IOU50, _IOU75 = 0, 5  # of COCO's thresholds .50, .55, …, .95
 
 
 @dataclass(frozen=True)
-class Truth:
-    """What is on a picture.
+class GroundTruth:
+    """Labelled objects of a picture.
 
     Attributes:
         size: (height, width), pixels.
@@ -39,8 +39,8 @@ class Truth:
     masks: list[dict[str, Any]] | None
 
     @classmethod
-    def of(cls, example: DetectionExample, labels: np.ndarray) -> Truth:
-        """What an example says.
+    def of(cls, example: DetectionExample, labels: np.ndarray) -> GroundTruth:
+        """The labelled objects of an example.
 
         Args:
             example: picture and objects.
@@ -57,7 +57,7 @@ class Truth:
 
 @dataclass(frozen=True)
 class Figures:
-    """What came out, by boxes or by masks.
+    """COCO's figures, by boxes or by masks.
 
     Attributes:
         values: `AP` (mean over IoU .50 to .95), `AP50`, `AP75`, `APs`, `APm`, `APl` (objects
@@ -78,21 +78,21 @@ class Figures:
 
 
 def coco_figures(
-    truths: Sequence[Truth],
+    truths: Sequence[GroundTruth],
     found: Sequence[Detections],
     class_names: Sequence[str],
     *,
     by: Overlap,
     max_detections: int = 100,
 ) -> Figures:
-    """Score what was found as COCO does.
+    """Average precision and recall of detections, as COCO computes them.
 
     Args:
-        truths: a picture each.
-        found: on the same pictures.
-        class_names: by label.
+        truths: labelled objects, a picture each.
+        found: objects found on the same pictures.
+        class_names: names of the classes, by label.
         by: overlap of boxes, or of masks, which both sides must then have.
-        max_detections: most that count on a picture.
+        max_detections: number of objects a picture that count, the best first.
 
     Source: https://cocodataset.org/#detection-eval, by faster-coco-eval.
     """
@@ -129,12 +129,12 @@ def coco_figures(
 
 
 def _mean(values: np.ndarray) -> float | None:
-    """COCO marks with -1 what could not be measured."""
+    """Mean of the values that could be measured; COCO marks the others with -1."""
     measured = values[values > -1]
     return float(measured.mean()) if measured.size else None
 
 
-def _ground_truth(truths: Sequence[Truth], class_names: Sequence[str]) -> dict[str, Any]:
+def _ground_truth(truths: Sequence[GroundTruth], class_names: Sequence[str]) -> dict[str, Any]:
     annotations: list[dict[str, Any]] = []
     for picture, truth in enumerate(truths):
         for number, box in enumerate(truth.boxes):

@@ -1,4 +1,4 @@
-"""Pictures of what a detector found, for the eye."""
+"""Pictures of detections, and charts of losses and precision."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 
 from mimray.trainers.evaluation.charts import class_colours, new_figure, png_of
 from mimray.trainers.evaluation.detection.detector import Detections
-from mimray.trainers.evaluation.detection.metrics import Figures, Truth
+from mimray.trainers.evaluation.detection.metrics import Figures, GroundTruth
 
 _CELL_IN = 4.2
 # A class that many does not get a line of its own.
@@ -25,18 +25,19 @@ _TEXT, _GRID = "#33383f", "#e6e8eb"
 def draw_found(
     pictures: Sequence[Image.Image],
     found: Sequence[Detections],
-    truths: Sequence[Truth],
+    truths: Sequence[GroundTruth],
     class_names: Sequence[str],
     shown_score: float,
 ) -> bytes:
-    """Draw what was found in solid lines with class and score, what is there in dashed ones.
+    """Draw detections in solid lines with class and score, labelled objects in dashed ones.
 
     Args:
         pictures: upright, RGB.
-        found: on each; those that score lower than `shown_score` are left out.
-        truths: what is on each; crowds are dotted. Empty for pictures that nobody labelled.
-        class_names: by label.
-        shown_score: in [0, 1].
+        found: objects found on each picture; those that score lower than `shown_score` are left
+            out.
+        truths: labelled objects of each picture, crowds dotted; empty for pictures without labels.
+        class_names: names of the classes, by label.
+        shown_score: lowest score that is drawn, in [0, 1].
 
     Returns:
         A PNG.
@@ -92,9 +93,9 @@ def draw_curves(
     """Draw the losses by epoch, and precision over recall at IoU .50 for each class.
 
     Args:
-        rows: of `fit`.
-        figures: of the boxes.
-        class_names: by label.
+        rows: the rows that `train_head` returned.
+        figures: figures by boxes.
+        class_names: names of the classes, by label.
 
     Returns:
         A PNG.
@@ -136,7 +137,7 @@ def draw_curves(
     return png_of(figure)
 
 
-def _present(found: Sequence[Detections], truths: Sequence[Truth]) -> list[int]:
+def _present(found: Sequence[Detections], truths: Sequence[GroundTruth]) -> list[int]:
     labels = [objects.labels for objects in found] + [truth.labels for truth in truths]
     return [int(label) for label in np.unique(np.concatenate(labels))]
 

@@ -43,7 +43,7 @@ class SimplePyramid(Pyramid):
 
     Args:
         in_widths: channels of each map; several are laid side by side.
-        stride: of all maps, pixels.
+        stride: stride of all maps, pixels.
         finest: stride wanted of the first level, pixels.
         width: channels of each level.
 
@@ -69,7 +69,7 @@ class StagePyramid(Pyramid):
 
     Args:
         in_widths: channels of each stage's map.
-        strides: of each stage, pixels; each twice the last.
+        strides: stride of each stage, pixels; each twice the last.
         width: channels of each level.
 
     Source: Lin et al. 2017 (FPN), sec. 3 and, for the further level, footnote 2 of sec. 4.1.
@@ -93,9 +93,9 @@ def choose_layers(
     """Layers that a pyramid is made of, counted from 0.
 
     Args:
-        encoder: whose layers they are.
-        asked: by the user; None takes the last layer where all have one stride, as a ViT's have,
-            and otherwise the stages from the finest stride wanted on.
+        encoder: encoder that gives the maps.
+        asked: layers that the user named; None takes the last layer where all have one stride, as a
+            ViT's have, and otherwise the stages from the finest stride wanted on.
         finest: stride wanted of the first level, pixels.
 
     Raises:
@@ -124,8 +124,8 @@ def build_pyramid(
     """The pyramid that suits an encoder's layers.
 
     Args:
-        encoder: whose layers they are.
-        layers: of `choose_layers`.
+        encoder: encoder that gives the maps.
+        layers: layers, as `choose_layers` gives them.
         finest: stride wanted of the first level, pixels.
         width: channels of each level.
     """

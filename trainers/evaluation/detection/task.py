@@ -9,9 +9,10 @@ import numpy as np
 
 from mimray.trainers.bundles import FrozenEncoder
 from mimray.trainers.config.evaluation.detection import DetectionConfig
-from mimray.trainers.data.selection import chosen
+from mimray.trainers.data.geometry import whole_view
+from mimray.trainers.data.selection import evenly_spread
 from mimray.trainers.errors import ConfigError, DataError, EmptyDatasetError
-from mimray.trainers.evaluation.annotations.base import Complaints, DetectionSet
+from mimray.trainers.evaluation.annotations.base import DetectionSet, InvalidLabels
 from mimray.trainers.evaluation.annotations.detection import open_detection
 from mimray.trainers.evaluation.detection.anchors import anchor_sizes_of
 from mimray.trainers.evaluation.detection.batches import TrainingViews
@@ -21,13 +22,13 @@ from mimray.trainers.evaluation.detection.detector import (
     Detector,
     build_detector,
 )
-from mimray.trainers.evaluation.detection.metrics import Figures, Truth, coco_figures
+from mimray.trainers.evaluation.detection.metrics import Figures, GroundTruth, coco_figures
 from mimray.trainers.evaluation.detection.pictures import draw_curves, draw_found
 from mimray.trainers.evaluation.detection.pyramid import choose_layers
 from mimray.trainers.evaluation.features.encoders import FeatureEncoder, MakeEncoder, check_input
 from mimray.trainers.evaluation.heads.head_files import head_files
-from mimray.trainers.evaluation.heads.train_head import Row, fit
-from mimray.trainers.evaluation.heads.view import fitting_size, whole_view
+from mimray.trainers.evaluation.heads.train_head import Row, train_head
+from mimray.trainers.evaluation.heads.views import fitting_size
 from mimray.trainers.evaluation.score import Score, Setting
 
 # By default views have no more tokens and no longer side: attention is quadratic.
@@ -42,9 +43,10 @@ def evaluate(make_encoder: MakeEncoder, setting: Setting, config: DetectionConfi
     """Train a detector on the training pictures' maps; score it on the validation pictures.
 
     Args:
-        make_encoder: of the encoder; with `config.finetune` it is trained too, and must be at hand.
+        make_encoder: function that makes the encoder; with `config.finetune` the encoder is trained
+            too, and must be a bundle.
         setting: data, device, seed.
-        config: of the detector, the pictures and the training.
+        config: options of the detector, the pictures and the training.
 
     Returns:
         COCO's AP and what goes with it, pictures, and the detector as files for `load_head`.
@@ -56,13 +58,17 @@ def evaluate(make_encoder: MakeEncoder, setting: Setting, config: DetectionConfi
             no pyramid, or Mask R-CNN without masks.
         NonFiniteLossError: training diverged.
     """
-    complaints = Complaints(setting.skip_invalid)
-    train = open_detection(setting.data, "train", complaints, setting.progress)
+    invalid_labels = InvalidLabels(setting.skip_invalid)
+    train = open_detection(setting.data, "train", invalid_labels, setting.progress)
     val = open_detection(
-        setting.val or setting.data, "val", complaints, setting.progress, own=setting.val is None
+        setting.val or setting.data,
+        "val",
+        invalid_labels,
+        setting.progress,
+        shared=setting.val is None,
     )
-    train_indices = chosen(len(train), setting.limit)
-    val_indices = chosen(len(val), setting.limit)
+    train_indices = evenly_spread(len(train), setting.limit)
+    val_indices = evenly_spread(len(val), setting.limit)
     labels = _labels_of(train, val)
     with_objects = _with_objects(train, train_indices, "to learn from")
     _with_objects(val, val_indices, "to score on")
@@ -89,7 +95,7 @@ def evaluate(make_encoder: MakeEncoder, setting: Setting, config: DetectionConfi
         metrics["mask"] = by_mask.as_json()
     headline = by_box.values["AP"]
     assert headline is not None
-    shown = chosen(len(val_indices), _SHOWN).tolist()
+    shown = evenly_spread(len(val_indices), _SHOWN).tolist()
     sheet = draw_found(
         [val[int(val_indices[place])].image for place in shown],
         [found[place] for place in shown],
@@ -110,7 +116,7 @@ def evaluate(make_encoder: MakeEncoder, setting: Setting, config: DetectionConfi
         val_fingerprint=val.fingerprint,
         num_train=len(train_indices),
         num_val=len(val_indices),
-        notes=(*_missing(by_box, val), *complaints.notes()),
+        notes=(*_missing(by_box, val), *invalid_labels.notes()),
         pictures={
             "detection.png": sheet,
             "detection_curves.png": draw_curves(rows, by_box, train.class_names),
@@ -144,8 +150,8 @@ def _with_objects(data: DetectionSet, indices: np.ndarray, purpose: str) -> np.n
 def _settled(
     config: DetectionConfig, encoder: FeatureEncoder, train: DetectionSet, indices: np.ndarray
 ) -> DetectionConfig:
-    """The configuration with what depends on the encoder and on pictures with objects filled in."""
-    places = chosen(len(indices), _LOOKED_AT)
+    """The options with `image_size`, `layers` and `anchor_sizes` filled in."""
+    places = evenly_spread(len(indices), _LOOKED_AT)
     examples = [train[index] for index in indices[places].tolist()]
     sizes = [(example.image.height, example.image.width) for example in examples]
     image_size = config.image_size or fitting_size(
@@ -176,10 +182,10 @@ def _train(
     trained = None
     if config.finetune:
         assert isinstance(encoder, FrozenEncoder)
-        trained = encoder.encoder.requires_grad_(True)
+        trained = encoder.encoder
     card = encoder.card.model_dump(mode="json", exclude={"scores"})
     about = [config.model_dump(mode="json"), card, train.fingerprint, setting.limit, setting.seed]
-    rows = fit(
+    return train_head(
         detector,
         trained,
         num_examples=len(indices),
@@ -192,9 +198,6 @@ def _train(
         progress=setting.progress,
         phase="training the detector",
     )
-    if trained is not None:
-        trained.requires_grad_(False)
-    return rows
 
 
 def _find(
@@ -204,15 +207,15 @@ def _find(
     labels: np.ndarray,
     config: DetectionConfig,
     setting: Setting,
-) -> tuple[list[Detections], list[Truth]]:
-    """What is found on the validation pictures, and what is there."""
+) -> tuple[list[Detections], list[GroundTruth]]:
+    """Objects found on the validation pictures, and those labelled there."""
     found: list[Detections] = []
-    truths: list[Truth] = []
+    truths: list[GroundTruth] = []
     for start in range(0, len(indices), config.batch_size):
         batch = indices[start : start + config.batch_size].tolist()
         examples = [val[index] for index in batch]
         found += detector.detect([example.image for example in examples])
-        truths += [Truth.of(example, labels[example.labels]) for example in examples]
+        truths += [GroundTruth.of(example, labels[example.labels]) for example in examples]
         setting.progress("finding objects", len(found), len(indices))
     return found, truths
 

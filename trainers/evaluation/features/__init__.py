@@ -1,1 +1,1 @@
-"""Features of a data set: extracted in parts, pooled, or as maps in a cache."""
+"""Features of a dataset by a frozen encoder: extracted to Parquet, pooled, maps cached."""

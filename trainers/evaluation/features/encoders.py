@@ -1,4 +1,4 @@
-"""Which encoder is meant: a bundle, or an untrained one to hold it against."""
+"""Encoders by reference: a bundle, or an untrained one to hold it against."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ UNTRAINED = "untrained:"
 
 
 class FeatureEncoder(Protocol):
-    """What tasks ask of an encoder, be it a bundle at hand or an endpoint far away.
+    """An encoder as tasks see it, be it a bundle at hand or an endpoint far away.
 
     Attributes:
-        card: what it is.
+        card: description of the encoder.
         depth: layers it has.
         stride: pixels between neighbouring output tokens.
         strides: stride of each layer's map, pixels.
@@ -69,13 +69,13 @@ class EncoderRef:
     """An encoder by name, small enough to travel; `load` makes it.
 
     Attributes:
-        text: as the user wrote it.
+        text: the reference as the user wrote it.
         bundle: path or URI of a bundle; empty where the shape is named.
         registered: the version in the registry, e.g. `photos@v2`, where that is how it was named.
         shape: name of a published architecture, for an untrained encoder of it.
         untrained: freshly initialised, of the bundle's or the named shape.
         image_size: (height, width) of the input, where the shape is named.
-        seed: of the initialisation.
+        seed: seed of the initialisation.
     """
 
     text: str
@@ -96,7 +96,7 @@ class EncoderRef:
             text: the reference; a path wins over an architecture of the same name.
             image_size: (height, width) for a named architecture, 224 x 224 by default; a bundle has
                 its own.
-            seed: of an untrained encoder's initialisation.
+            seed: seed of an untrained encoder's initialisation.
 
         Raises:
             BundleError: neither a bundle nor an architecture goes by that name.
@@ -119,11 +119,11 @@ class EncoderRef:
 
     @property
     def place(self) -> RunDir | None:
-        """The directory of the bundle on whose card scores belong; a registered one is a copy."""
+        """Directory of the bundle whose card takes scores; None if untrained or registered."""
         return None if self.untrained or self.registered else RunDir(self.bundle)
 
     def card(self) -> BundleCard:
-        """What the encoder is, without its weights."""
+        """Description of the encoder; its weights are not loaded."""
         if self.bundle:
             return read_card(fetch_bundle(self.bundle))
         config: EncoderConfig = TypeAdapter(EncoderConfig).validate_python({"name": self.shape})
@@ -154,7 +154,7 @@ class EncoderRef:
 
     @property
     def identity(self) -> str:
-        """Tells encoders with different weights apart; part of the keys of cached features."""
+        """Digest that tells encoders with different weights apart, part of the keys of features."""
         card = self.card()
         if not self.untrained:
             return card.weights_sha256
@@ -169,8 +169,8 @@ def untrained(card: BundleCard, seed: int = 0) -> FrozenEncoder:
     """A fresh encoder of the same shape: what a score must beat to mean anything.
 
     Args:
-        card: of the trained encoder.
-        seed: of its initialisation; torch's own generator is left as it was.
+        card: card of the trained encoder.
+        seed: seed of the initialisation; torch's own generator keeps its state.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -184,8 +184,8 @@ def chosen_layers(encoder: FeatureEncoder, asked: Sequence[int] | None) -> tuple
     """The layers whose maps a task takes, counted from 0.
 
     Args:
-        encoder: whose layers they are.
-        asked: by the user, negative from the end; None for the card's.
+        encoder: encoder that has the layers.
+        asked: layers that the user named, negative from the end; None for the card's.
 
     Raises:
         ConfigError: the encoder has no such layer.
@@ -200,9 +200,9 @@ def check_input(encoder: FeatureEncoder, image_size: tuple[int, int], key: str) 
     """Refuse an input that the encoder's stride does not divide.
 
     Args:
-        encoder: whose stride it is.
+        encoder: encoder that takes the input.
         image_size: (height, width) of the input, pixels.
-        key: what the user would change, for the message.
+        key: option that sets the size, for the message.
 
     Raises:
         ConfigError: with the nearest size that works.

@@ -49,11 +49,11 @@ class Manifest(Config):
     """`extraction.json`, written last: what a finished extraction holds.
 
     Attributes:
-        extraction: what it is of.
-        data: where the pictures lay.
-        class_names: by label; empty when unlabelled or unnamed.
+        extraction: all that determines the features.
+        data: URI of the pictures.
+        class_names: names of the classes, by label; empty when unlabelled or unnamed.
         num_rows: views in it.
-        parts: its files, in the order of the pictures.
+        parts: files, in the order of the pictures.
         skipped: pictures that were left out.
     """
 
@@ -73,11 +73,11 @@ class Manifest(Config):
 
 @dataclass(frozen=True)
 class Extracted:
-    """What an extraction did.
+    """Outcome of an extraction.
 
     Attributes:
-        out: where it lies.
-        manifest: what it is.
+        out: folder of the features.
+        manifest: contents of the folder.
         num_written: parts made this time; the others were there.
     """
 
@@ -97,7 +97,7 @@ def extract(
     device: str = "auto",
     batch_size: int = BATCH_SIZE,
 ) -> Extracted:
-    """Write an encoder's features of a dataset, unless or until they are there.
+    """Write an encoder's features of a dataset; parts that exist are not made again.
 
     Where this process drives a Ray cluster, Ray Data spreads the parts over its devices. Without
     Ray, and inside a Ray task, which has its share of the cluster already and would wait for
@@ -106,10 +106,10 @@ def extract(
     Args:
         ref: the encoder; every node must see its bundle.
         source: the pictures; every node must see them.
-        out: a new folder, or one with parts of the same extraction.
-        spec: what to keep of which views.
-        phase: what to call this in `progress`.
-        progress: told of pictures that were missing.
+        out: folder of the features; new, or with parts of the same extraction.
+        spec: views and features to keep.
+        phase: name of the work in `progress`.
+        progress: called with the number of pictures done, of those that were missing.
         device: `cpu`, `cuda`, …; `auto` takes the GPUs where there are any.
         batch_size: views encoded at once.
 
@@ -142,7 +142,7 @@ def extract(
     return Extracted(out, manifest, num_written=len(missing))
 
 
-def at_hand(device: str) -> str:
+def local_device(device: str) -> str:
     """A device of this process: `auto` is its GPU, or the CPU where it has none."""
     if device != "auto":
         return device
@@ -191,9 +191,9 @@ def _encoded(
     if ray.is_initialized() and ray.get_runtime_context().worker.mode != ray.WORKER_MODE:
         yield from _on_cluster(ref, source, extraction, parts, device, batch_size)
         return
-    device = at_hand(device)
-    encoder = PartEncoder(
-        ref.load().to(device),
+    device = local_device(device)
+    encode = PartEncoder(
+        ref,
         source,
         extraction,
         device=device,
@@ -201,7 +201,7 @@ def _encoded(
         num_threads=torch.get_num_threads(),
     )
     for part in parts:
-        yield part, encoder(part)
+        yield part, encode(part)
 
 
 def _on_cluster(
@@ -243,25 +243,9 @@ def _on_cluster(
 class _Worker:
     """A `PartEncoder` in an actor of Ray Data, from tables of numbers to tables of files."""
 
-    def __init__(
-        self,
-        ref: EncoderRef,
-        source: Source,
-        extraction: Extraction,
-        *,
-        device: str,
-        batch_size: int,
-        num_threads: int,
-    ) -> None:
+    def __init__(self, *args: Any, num_threads: int, **kwargs: Any) -> None:
         torch.set_num_threads(num_threads)
-        self._encode = PartEncoder(
-            ref.load().to(device),
-            source,
-            extraction,
-            device=device,
-            batch_size=batch_size,
-            num_threads=num_threads,
-        )
+        self._encode = PartEncoder(*args, num_threads=num_threads, **kwargs)
 
     def __call__(self, parts: pa.Table) -> Iterator[pa.Table]:
         for part in parts["part"].to_pylist():
@@ -277,7 +261,7 @@ _ENCODED = pa.schema([("part", pa.int64()), ("data", pa.large_binary()), ("error
 
 
 class _Pool(NamedTuple):
-    """How many copies of the encoder there are, and what each is given."""
+    """Copies of the encoder, and the resources of each."""
 
     num_copies: int
     num_cpus: int

@@ -1,4 +1,4 @@
-"""Feature maps of frozen encoders, computed once and kept on disk by what they are of.
+"""Feature maps of frozen encoders, computed once and kept on disk under digests of their inputs.
 
 Heads see the same views of the same pictures epoch after epoch; the encoder, which costs most and
 never changes, need not see them twice.
@@ -33,7 +33,7 @@ _GIB = 2**30
 
 
 class CachedEncoder:
-    """An encoder with a memory: the same interface, maps read back where they are known.
+    """An encoder whose maps are kept on disk; with the interface of the encoder.
 
     A file a picture holds the maps of all layers asked for, in float16, under a digest of the
     picture's pixels, the encoder's identity and what was asked. It appears by a rename, so it is
@@ -42,10 +42,10 @@ class CachedEncoder:
     training every file is read once an epoch.
 
     Args:
-        encoder: what computes; in evaluation mode.
+        encoder: encoder that computes maps, in evaluation mode.
         identity: tells encoders with different weights apart.
-        folder: of the files; a folder in the user's cache by default.
-        cache_gib: most that this process writes, and most that it leaves of earlier ones.
+        folder: folder of the files; one in the user's cache by default.
+        cache_gib: bound of what this process writes, and of what it leaves of earlier files.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Features of a dataset, cut into parts: what they are of, and how one part is made.
+"""Features of a dataset, cut into parts: their description, and the making of one part.
 
 A part is a Parquet file that says itself what it is of. Which pictures it holds follows from
 its number, so parts can be made in any order, by any worker, and again after a kill.
@@ -23,11 +23,11 @@ from mimray.trainers.config.evaluation.extract import ExtractSpec
 from mimray.trainers.config.model import ViTConfig
 from mimray.trainers.data.decode import decode
 from mimray.trainers.data.rng import Stream, generator
-from mimray.trainers.data.selection import chosen
+from mimray.trainers.data.selection import evenly_spread
 from mimray.trainers.data.sources import Source
 from mimray.trainers.data.transforms import inference_view, random_crop_box, to_array, view_of
 from mimray.trainers.errors import ConfigError, DataError, ImageError
-from mimray.trainers.evaluation.features.encoders import EncoderRef, FeatureEncoder, check_input
+from mimray.trainers.evaluation.features.encoders import EncoderRef, check_input
 from mimray.trainers.models import build_encoder
 from mimray.trainers.models.normalise import normalise
 
@@ -54,20 +54,20 @@ class Extraction(Config):
     """All that determines the bytes of an extraction; where pictures and weights lie does not.
 
     Attributes:
-        encoder: its name, for people.
-        identity: of the encoder's weights.
-        weights_sha256: of its file; empty for an untrained one.
-        data_fingerprint: of the dataset.
+        encoder: name of the encoder, for people.
+        identity: digest of the encoder's weights and architecture.
+        weights_sha256: digest of the file of weights; empty for an untrained encoder.
+        data_fingerprint: fingerprint of the dataset.
         num_samples: pictures of the dataset.
         image_size: (height, width) that pictures are resized to, pixels.
-        mean: a value a channel, of pixels in [0, 1].
-        std: likewise.
-        interpolation: of the resize.
-        channels: of the input.
+        mean: mean of each channel, of pixels in [0, 1].
+        std: standard deviation of each channel, likewise.
+        interpolation: filter of the resize.
+        channels: channels of the input.
         grid: (h, w) of the patch tokens.
         stride: pixels between neighbouring tokens.
         width: D of the tokens and of what is pooled from them.
-        maps: of the layers asked for, in that order.
+        maps: shapes of the feature maps, in the order asked for.
     """
 
     encoder: str
@@ -116,23 +116,23 @@ class Extraction(Config):
 
     @property
     def indices(self) -> np.ndarray:
-        """The pictures, int64, ascending."""
-        return chosen(self.num_samples, self.spec.limit)
+        """Indices of the pictures, int64, ascending."""
+        return evenly_spread(self.num_samples, self.spec.limit)
 
     @property
     def pictures_per_part(self) -> int:
-        """Pictures of each part but the last."""
+        """Number of pictures of each part but the last."""
         values = sum(int(np.prod(shape)) for shape in self.tensors.values())
         row_bytes = values * np.dtype(self.spec.dtype).itemsize * max(1, self.spec.num_views)
         return max(1, min(self.spec.part_pictures, PART_BYTES // row_bytes))
 
     @property
     def num_parts(self) -> int:
-        """Files it is cut into."""
+        """Number of parts."""
         return -(-len(self.indices) // self.pictures_per_part)
 
     def indices_of(self, part: int) -> np.ndarray:
-        """The pictures of one part."""
+        """Indices of the pictures of one part."""
         size = self.pictures_per_part
         return self.indices[part * size : (part + 1) * size]
 
@@ -142,7 +142,7 @@ class Extraction(Config):
 
 
 def describe(ref: EncoderRef, source: Source, spec: ExtractSpec) -> Extraction:
-    """What extracting these pictures by this encoder comes to; loads no weights.
+    """Describe the extraction of pictures by an encoder; loads no weights.
 
     Raises:
         ConfigError: a layer that does not exist, a class token where there is none, or an input
@@ -191,19 +191,19 @@ def describe(ref: EncoderRef, source: Source, spec: ExtractSpec) -> Extraction:
 
 
 def has_class_token(card: BundleCard) -> bool:
-    """Whether an encoder has a token that stands for the whole picture."""
+    """True if an encoder has a token that stands for the whole picture."""
     return isinstance(card.encoder, ViTConfig)
 
 
 class Skipped(Config):
-    """A picture that was left out: where it lies, and why."""
+    """A picture that was left out: its place, and the reason."""
 
     id: str
     reason: str
 
 
 @dataclass(frozen=True)
-class _Views:
+class _PreparedPicture:
     """One picture as the encoder sees it."""
 
     id: str
@@ -219,17 +219,17 @@ class PartEncoder:
     interpreter's lock back while it decodes and resizes.
 
     Args:
-        encoder: on its device.
+        ref: the encoder, which is loaded here.
         source: the pictures.
-        extraction: what is wanted of them.
-        device: of the encoder.
-        batch_size: views encoded at once.
-        num_threads: decoding threads.
+        extraction: the features to make of them.
+        device: device of the encoder, as torch names it.
+        batch_size: number of views encoded at once.
+        num_threads: number of decoding threads.
     """
 
     def __init__(
         self,
-        encoder: FeatureEncoder,
+        ref: EncoderRef,
         source: Source,
         extraction: Extraction,
         *,
@@ -237,7 +237,7 @@ class PartEncoder:
         batch_size: int,
         num_threads: int,
     ) -> None:
-        self._encoder = encoder
+        self._encoder = ref.load().to(device)
         self._source = source
         self._extraction = extraction
         self._device = device
@@ -258,7 +258,7 @@ class PartEncoder:
         features: dict[str, list[np.ndarray]] = {name: [] for name in extraction.tensors}
         for prepared in self._prepared(extraction.indices_of(part)):
             skipped += [item for item in prepared if isinstance(item, Skipped)]
-            views = [item for item in prepared if isinstance(item, _Views)]
+            views = [item for item in prepared if isinstance(item, _PreparedPicture)]
             if not views:
                 continue
             for item in views:
@@ -284,7 +284,7 @@ class PartEncoder:
         pq.write_table(table, sink, use_dictionary=False, compression="none")
         return bytes(sink.getvalue())
 
-    def _prepared(self, indices: np.ndarray) -> Iterator[list[_Views | Skipped]]:
+    def _prepared(self, indices: np.ndarray) -> Iterator[list[_PreparedPicture | Skipped]]:
         """Batches of decoded pictures, one made ahead."""
         starts = range(0, len(indices), self._batch_pictures)
         batches = [indices[start : start + self._batch_pictures] for start in starts]
@@ -294,7 +294,7 @@ class PartEncoder:
             yield prepared
         yield ahead.result()
 
-    def _prepare(self, indices: np.ndarray) -> list[_Views | Skipped]:
+    def _prepare(self, indices: np.ndarray) -> list[_PreparedPicture | Skipped]:
         futures = []
         for index in map(int, indices):
             record = self._source[index]
@@ -303,7 +303,9 @@ class PartEncoder:
             futures.append(self._decoders.submit(self._views, record.image, name, index, label))
         return [future.result() for future in futures]
 
-    def _views(self, image: bytes, name: str, index: int, label: int | None) -> _Views | Skipped:
+    def _views(
+        self, image: bytes, name: str, index: int, label: int | None
+    ) -> _PreparedPicture | Skipped:
         spec, size = self._extraction.spec, self._extraction.image_size
         interpolation = self._extraction.interpolation
         try:
@@ -320,14 +322,14 @@ class PartEncoder:
             picture = picture.convert("L")
         if not spec.num_views:
             pixels = inference_view(picture, size, interpolation)
-            return _Views(name, index, label, pixels[None])
+            return _PreparedPicture(name, index, label, pixels[None])
         views = []
         for view in range(spec.num_views):
             rng = generator(spec.seed, Stream.VIEW, view, index)
             box = random_crop_box(rng, picture.size, spec.crop_scale, CROP_RATIO)
             flip = bool(rng.random() < 0.5)
             views.append(to_array(view_of(picture, size, interpolation, box, flip)))
-        return _Views(name, index, label, np.stack(views))
+        return _PreparedPicture(name, index, label, np.stack(views))
 
     @torch.no_grad()
     def _encode(self, pixels: torch.Tensor) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""One vector a picture: extracted once, then read from the user's cache by what it is of."""
+"""Pooled features, one vector a picture: extracted once, then read from the user's cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from mimray.trainers.config.evaluation.extract import ExtractSpec
 from mimray.trainers.data.cache import default_cache_dir
-from mimray.trainers.data.selection import chosen, labelled, num_classes_of
+from mimray.trainers.data.selection import evenly_spread, labelled, num_classes_of
 from mimray.trainers.data.sources import Source
 from mimray.trainers.errors import ConfigError, EmptyDatasetError
 from mimray.trainers.evaluation.features.encoders import EncoderRef
@@ -31,8 +31,8 @@ Pooling = Literal["mean", "cls", "both"]
 
 
 @dataclass(frozen=True)
-class Vectors:
-    """Labelled pictures as an encoder sees them.
+class LabelledFeatures:
+    """Features of labelled pictures.
 
     Attributes:
         x: float32 [N, D]; [N, V, D] of V views.
@@ -46,14 +46,14 @@ class Vectors:
 
 
 @dataclass(frozen=True)
-class Pooled:
-    """Pictures as an encoder sees them, labelled or not: a row a view, those of one together.
+class PooledFeatures:
+    """Features of pictures, labelled or not: a row a view, the views of a picture together.
 
     Attributes:
         x: float32 [R, D].
         labels: int64 [R]; -1 where there is none.
         index: int64 [R], in the dataset.
-        ids: where each picture lies.
+        ids: place of each picture.
         notes: pictures left out, for people.
     """
 
@@ -65,26 +65,26 @@ class Pooled:
 
 
 @dataclass(frozen=True)
-class Probed:
-    """What a probe works on.
+class ProbeData:
+    """Features that a probe learns from and is scored on.
 
     Attributes:
         splits: the pictures.
-        pooling: how tokens became a vector.
-        train: to learn from.
-        val: to score on.
+        pooling: way in which tokens became a vector.
+        train: features to learn from.
+        val: features to score on.
         notes: pictures left out, for people.
     """
 
     splits: Splits
     pooling: Pooling
-    train: Vectors
-    val: Vectors
+    train: LabelledFeatures
+    val: LabelledFeatures
     notes: tuple[str, ...]
 
 
-def probed(ref: EncoderRef, setting: Setting, pooling: Pooling | None) -> Probed:
-    """Vectors of the training and the validation pictures, whole and resized as they are served.
+def load_probe_data(ref: EncoderRef, setting: Setting, pooling: Pooling | None) -> ProbeData:
+    """Features of the training and validation pictures, whole and resized as they are served.
 
     Args:
         ref: the encoder.
@@ -92,18 +92,20 @@ def probed(ref: EncoderRef, setting: Setting, pooling: Pooling | None) -> Probed
         pooling: the card's own where None.
 
     Raises:
-        DataError: as of `open_splits` and `vectors`.
+        DataError: as of `open_splits` and `labelled_features`.
         ConfigError: the encoder has no class token to pool by.
     """
     splits = open_splits(setting)
     pooling = pooling or ref.card().pooling
-    train, skipped = vectors(ref, splits.train, setting, pooling, phase="features of train")
-    val, skipped_val = vectors(ref, splits.val, setting, pooling, phase="features of val")
+    train, skipped = labelled_features(
+        ref, splits.train, setting, pooling, phase="features of train"
+    )
+    val, skipped_val = labelled_features(ref, splits.val, setting, pooling, phase="features of val")
     val = replace(val, y=splits.val_numbers[val.y])
-    return Probed(splits, pooling, train, val, notes=(*skipped, *skipped_val))
+    return ProbeData(splits, pooling, train, val, notes=(*skipped, *skipped_val))
 
 
-def vectors(
+def labelled_features(
     ref: EncoderRef,
     source: Source,
     setting: Setting,
@@ -111,8 +113,8 @@ def vectors(
     *,
     phase: str,
     num_views: int = 0,
-) -> tuple[Vectors, tuple[str, ...]]:
-    """Labelled vectors of a source; arguments are those of `pooled`.
+) -> tuple[LabelledFeatures, tuple[str, ...]]:
+    """Features of a source's labelled pictures; arguments are those of `pooled_features`.
 
     Returns:
         The vectors, and a note about each picture left out.
@@ -124,9 +126,9 @@ def vectors(
     """
     check_pooling(ref, pooling)
     if not setting.skip_invalid:
-        asked = chosen(len(source), setting.limit)
+        asked = evenly_spread(len(source), setting.limit)
         labelled(source, asked, num_classes_of(source), skip=False)
-    found = pooled(ref, source, setting, pooling, phase=phase, num_views=num_views)
+    found = pooled_features(ref, source, setting, pooling, phase=phase, num_views=num_views)
     good = _is_class(found.labels, source)
     notes = list(found.notes)
     step = max(1, num_views)
@@ -137,10 +139,10 @@ def vectors(
     x = found.x[good]
     if num_views:
         x = x.reshape(-1, num_views, x.shape[1])
-    return Vectors(x, found.labels[good][::step], found.index[good][::step]), tuple(notes)
+    return LabelledFeatures(x, found.labels[good][::step], found.index[good][::step]), tuple(notes)
 
 
-def pooled(
+def pooled_features(
     ref: EncoderRef,
     source: Source,
     setting: Setting,
@@ -148,8 +150,8 @@ def pooled(
     *,
     phase: str,
     num_views: int = 0,
-) -> Pooled:
-    """One vector a view of a source's pictures, from the cache where they are known.
+) -> PooledFeatures:
+    """Features of a source's pictures, a vector a view; from the cache where they are known.
 
     Mean and class token are extracted together, so that another pooling needs no new pass.
 
@@ -157,8 +159,8 @@ def pooled(
         ref: the encoder.
         source: the pictures, labelled or not.
         setting: limit, seed of the views, device, whether broken pictures are left out.
-        pooling: which vectors are wanted.
-        phase: what to call this in progress.
+        pooling: vectors to give.
+        phase: name of the work in progress.
         num_views: random crops a picture; 0 for the whole one.
 
     Raises:
@@ -193,7 +195,7 @@ def pooled(
     columns = ("mean", "cls") if pooling == "both" else (pooling,)
     table = read_columns(found.out, found.manifest, ("id", "index", "label", *columns))
     parts = [table[name].combine_chunks().to_numpy_ndarray() for name in columns]
-    return Pooled(
+    return PooledFeatures(
         x=np.concatenate(parts, axis=1),
         labels=table["label"].fill_null(-1).to_numpy(),
         index=table["index"].to_numpy(),

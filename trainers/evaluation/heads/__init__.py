@@ -1,1 +1,1 @@
-"""Heads on feature maps: their views of a picture, training loop and files."""
+"""Heads on feature maps: the views they learn from, their training loop, their files."""

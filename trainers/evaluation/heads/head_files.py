@@ -24,15 +24,15 @@ def head_files(
     config: HeadConfig,
     class_names: tuple[str, ...],
 ) -> dict[str, bytes]:
-    """What `read_card` and `load_weights` need; with the encoder's weights if those were trained.
+    """Files for `read_card` and `load_weights`, with the encoder's weights if those were trained.
 
     Args:
         task: the head's.
-        head: trained.
-        encoder: that it was trained on.
-        config: from which the head can be built again, nothing left to defaults that depend on
-            data.
-        class_names: by label.
+        head: trained head.
+        encoder: encoder that the head was trained on.
+        config: options from which the head can be built again, nothing left to defaults that depend
+            on data.
+        class_names: names of the classes, by label.
     """
     tensors = {f"head.{name}": value for name, value in head.state_dict().items()}
     if config.finetune:
@@ -51,12 +51,12 @@ def head_files(
 
 
 def read_card(folder: Path, task: str, encoder: FeatureEncoder) -> dict[str, Any]:
-    """What `head.json` says: `class_names` and `config`.
+    """Read `head.json`: `class_names` and `config`.
 
     Args:
-        folder: of the files.
-        task: that the head must be for.
-        encoder: that it must have been trained on.
+        folder: folder of the files.
+        task: task that the head must be for.
+        encoder: encoder that the head must have been trained on.
 
     Raises:
         DataError: there is none, or it is for another task or encoder.
@@ -80,9 +80,9 @@ def load_weights(folder: Path, head: nn.Module, encoder: FeatureEncoder) -> None
     """Load a head's weights, and the encoder's where they were trained with it.
 
     Args:
-        folder: of the files.
-        head: built as `head.json` says; left in evaluation mode.
-        encoder: its weights are overwritten where the files bring some.
+        folder: folder of the files.
+        head: head built as `head.json` says; left in evaluation mode.
+        encoder: encoder of the head; its weights are overwritten where the files hold some.
     """
     weights = load_file(folder / WEIGHTS)
     head.load_state_dict(_under("head.", weights))

@@ -30,7 +30,7 @@ Row = dict[str, float]
 STATE = "fit.pt"
 
 
-def fit(
+def train_head(
     head: nn.Module,
     encoder: nn.Module | None,
     *,
@@ -44,23 +44,24 @@ def fit(
     progress: Progress,
     phase: str = "training the head",
 ) -> list[Row]:
-    """Train a head, and the encoder with it where one is handed over.
+    """Train a head, and with it the encoder where one is given.
 
     AdamW, linear warm-up, per-step half-cosine to zero; weights decay, biases and norms do not.
 
     Args:
-        head: trained in place.
-        encoder: trained with it, at `config.encoder_lr_scale` of its rate; None leaves it be.
+        head: head to train, in place.
+        encoder: the encoder to train with it, at `config.encoder_lr_scale` of its rate; its
+            gradients are on meanwhile. None for a frozen one.
         num_examples: training pictures.
-        make_batch: from (epoch, int64 [B] of examples) to what `losses_of` takes; a pure
-            function. Runs in this thread.
+        make_batch: function from (epoch, int64 [B] of examples) to what `losses_of` takes; pure,
+            and called in this thread.
         losses_of: the losses of a batch by name; their sum is minimised.
         config: length, rates, batch size.
-        seed: of the order, and of what is drawn on the device.
-        folder: where the state is kept between epochs, for a run that is started again.
-        identity: of all that shapes the result; a state of another is not continued.
-        progress: told of steps.
-        phase: what to call this.
+        seed: seed of the order, and of what is drawn on the device.
+        folder: folder of the state between epochs, for a run that is started again.
+        identity: digest of all that shapes the result; the state of another is not continued.
+        progress: called with the number of steps done.
+        phase: name of the work in `progress`.
 
     Returns:
         A row an epoch: `epoch`, `lr`, and the mean of each loss.
@@ -72,6 +73,8 @@ def fit(
     per_epoch = num_examples // size
     steps, warmup = config.epochs * per_epoch, config.warmup_epochs * per_epoch
     trained = [module for module in (head, encoder) if module is not None]
+    if encoder is not None:
+        encoder.requires_grad_(True)
     optimizer = torch.optim.AdamW(
         [
             *_groups(head, config.weight_decay, 1.0),
@@ -92,7 +95,7 @@ def fit(
             sums: dict[str, float] = {}
             for batch in range(per_epoch):
                 step = epoch * per_epoch + batch
-                factor = _factor(step, steps, warmup)
+                factor = _lr_factor(step, steps, warmup)
                 for group in optimizer.param_groups:
                     group["lr"] = config.lr * factor * group["lr_scale"]
                 # Dropout and the sampling of anchors depend on the step alone.
@@ -119,12 +122,14 @@ def fit(
             _keep(folder / STATE, identity, trained, optimizer, rows)
     for module in trained:
         module.eval()
+    if encoder is not None:
+        encoder.requires_grad_(False)
     return rows
 
 
 @contextmanager
 def _repeatable() -> Iterator[None]:
-    """Sums in the same order each time.
+    """Add up in the same order each time.
 
     Several threads otherwise add to one element, in the backward pass of indexing above all, as
     they happen to come. What CUDA has no such kernel for stays as it is.
@@ -148,8 +153,8 @@ def _groups(module: nn.Module, weight_decay: float, lr_scale: float) -> list[dic
     ]
 
 
-def _factor(step: int, steps: int, warmup: int) -> float:
-    """Share of the peak rate at a step."""
+def _lr_factor(step: int, steps: int, warmup: int) -> float:
+    """Learning rate at a step over its peak."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))

@@ -1,1 +1,1 @@
-"""Probes on pooled features: kNN, linear, RankMe, and the score of a fine-tuned classifier."""
+"""Probes on pooled features: kNN, linear, RankMe; and the score of a fine-tuned classifier."""

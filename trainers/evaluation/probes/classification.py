@@ -7,19 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
-    """Pictures by label and prediction, int64 [C, C].
-
-    Args:
-        labels: int64 [N].
-        predicted: int64 [N].
-        num_classes: C.
-    """
-    confusion = np.zeros((num_classes, num_classes), np.int64)
-    np.add.at(confusion, (labels, predicted), 1)
-    return confusion
-
-
 def per_class_accuracy(
     predicted: np.ndarray, labels: np.ndarray, class_names: Sequence[str]
 ) -> dict[str, float | None]:
@@ -28,7 +15,7 @@ def per_class_accuracy(
     Args:
         predicted: int64 [N].
         labels: int64 [N].
-        class_names: by label.
+        class_names: names of the classes, by label.
     """
     num_pictures = np.bincount(labels, minlength=len(class_names))
     num_right = np.bincount(labels[predicted == labels], minlength=len(class_names))
@@ -53,7 +40,7 @@ def top_k_accuracy(scores: np.ndarray, labels: np.ndarray, k: int) -> float:
     Args:
         scores: [N, C].
         labels: int64 [N].
-        k: at most C.
+        k: number of classes that count, at most C.
     """
     best = np.argpartition(-scores, k - 1, axis=1)[:, :k]
     return float((best == labels[:, None]).any(axis=1).mean())

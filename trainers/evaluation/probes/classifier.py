@@ -1,4 +1,4 @@
-"""What a fine-tuned encoder and its head make of pictures they have not seen."""
+"""Score of a fine-tuned classifier on pictures that it has not seen."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from mimray.trainers.config.run import Recipe
 from mimray.trainers.data.decode import decode
-from mimray.trainers.data.selection import chosen, labelled
+from mimray.trainers.data.selection import evenly_spread, labelled
 from mimray.trainers.data.sources import Source
 from mimray.trainers.data.transforms import inference_view
 from mimray.trainers.data.workers import decode_workers
 from mimray.trainers.errors import DataError, EmptyDatasetError, ImageError
+from mimray.trainers.evaluation.confusion import confusion_matrix
 from mimray.trainers.evaluation.probes.classification import (
-    confusion_matrix,
     missing_classes,
     per_class_accuracy,
     top_k_accuracy,
@@ -37,13 +37,13 @@ SHOWN_PICTURES = 8
 
 @dataclass(frozen=True)
 class Classified:
-    """How well pictures were classified.
+    """Outcome of a classification.
 
     Attributes:
         accuracy: share of the pictures whose likeliest class is theirs.
         metrics: every figure, ready for JSON.
-        num_pictures: that were classified.
-        notes: what was left out, for people.
+        num_pictures: number of pictures classified.
+        notes: pictures left out, for people.
         sheet: a PNG of some pictures, with their class and the likeliest one.
     """
 
@@ -59,7 +59,7 @@ def classify(method: Finetune, splits: Splits, setting: Setting, *, batch_size: 
     """Score a classifier on the validation pictures, whole and resized as they are served.
 
     Args:
-        method: trained on `splits.train`; moved to the setting's device.
+        method: classifier trained on `splits.train`; moved to the setting's device.
         splits: the pictures.
         setting: limit, device, progress, whether bad pictures are left out.
         batch_size: pictures at once.
@@ -71,11 +71,11 @@ def classify(method: Finetune, splits: Splits, setting: Setting, *, batch_size: 
     source, names = splits.val, splits.class_names
     indices = labelled(
         source,
-        chosen(len(source), setting.limit),
+        evenly_spread(len(source), setting.limit),
         len(splits.val_numbers),
         skip=setting.skip_invalid,
     )
-    views = _Views(source, indices, method.recipe, skip=setting.skip_invalid)
+    views = _ValidationPictures(source, indices, method.recipe, skip=setting.skip_invalid)
     num_workers = 2 if len(indices) >= WORTH_WORKERS else 0
     loader = DataLoader(
         views, batch_size=batch_size, collate_fn=list, **decode_workers(num_workers)
@@ -84,7 +84,7 @@ def classify(method: Finetune, splits: Splits, setting: Setting, *, batch_size: 
     data = method.recipe.data
     scores, seen, notes = [], [], list[str]()
     for done, views_read in enumerate(loader, start=1):
-        good = [view for view in views_read if isinstance(view, _View)]
+        good = [view for view in views_read if isinstance(view, _PreparedPicture)]
         notes += [f"left out {problem}" for problem in views_read if isinstance(problem, str)]
         if good:
             pixels = torch.from_numpy(np.stack([view.pixels for view in good]))
@@ -119,12 +119,12 @@ def classify(method: Finetune, splits: Splits, setting: Setting, *, batch_size: 
 
 
 @dataclass(frozen=True)
-class _View:
+class _PreparedPicture:
     index: int
     pixels: np.ndarray  # uint8 C H W
 
 
-class _Views(Dataset["_View | str"]):
+class _ValidationPictures(Dataset["_PreparedPicture | str"]):
     """Pictures as a classifier sees them, or what is wrong with one."""
 
     def __init__(self, source: Source, indices: np.ndarray, recipe: Recipe, *, skip: bool) -> None:
@@ -136,7 +136,7 @@ class _Views(Dataset["_View | str"]):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, number: int) -> _View | str:
+    def __getitem__(self, number: int) -> _PreparedPicture | str:
         index = int(self.indices[number])
         try:
             # Decoded in full, without a draft, as pictures are served.
@@ -152,20 +152,22 @@ class _Views(Dataset["_View | str"]):
         if self.data.channels == 1:
             picture = picture.convert("L")
         pixels = inference_view(picture, self.data.image_size, self.data.interpolation)
-        return _View(index, pixels)
+        return _PreparedPicture(index, pixels)
 
 
 def _sheet(
-    views: _Views,
+    views: _ValidationPictures,
     seen: np.ndarray,
     names: tuple[str, ...],
     labels: np.ndarray,
     predicted: np.ndarray,
 ) -> bytes:
-    shown = chosen(len(seen), SHOWN_PICTURES)
+    shown = evenly_spread(len(seen), SHOWN_PICTURES)
     places = np.searchsorted(views.indices, seen[shown])
     found = [views[int(place)] for place in places]
-    pixels = [view.pixels.transpose(1, 2, 0) for view in found if isinstance(view, _View)]
+    pixels = [
+        view.pixels.transpose(1, 2, 0) for view in found if isinstance(view, _PreparedPicture)
+    ]
     captions = [
         names[labels[i]]
         + ("" if labels[i] == predicted[i] else f", taken for {names[predicted[i]]}")

@@ -1,4 +1,4 @@
-"""Nearest neighbours on frozen features: the first question to ask of a representation."""
+"""The nearest-neighbour probe: a vote of the training pictures with the most similar features."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch.nn import functional as F
 
 from mimray.trainers.config.evaluation.knn import KnnConfig
 from mimray.trainers.data.decode import decode
-from mimray.trainers.data.selection import chosen
+from mimray.trainers.data.selection import evenly_spread
 from mimray.trainers.data.sources import Source
 from mimray.trainers.data.transforms import to_array, view_of
 from mimray.trainers.evaluation.features.encoders import EncoderRef
-from mimray.trainers.evaluation.features.pooled import Probed, probed
+from mimray.trainers.evaluation.features.pooled import ProbeData, load_probe_data
 from mimray.trainers.evaluation.probes.classification import missing_classes, per_class_accuracy
 from mimray.trainers.evaluation.score import Score, Setting
 from mimray.trainers.pictures import panel_sheet, png
@@ -38,7 +38,7 @@ class KnnScore:
     Attributes:
         headline: accuracy at k = 20, or at the size of the training set where that is smaller.
         k: the headline's k.
-        accuracy: by k, shares of the held-out pictures in [0, 1].
+        accuracy: share of the held-out pictures that are classified right, by k.
         num_train: pictures voted with.
         num_val: pictures classified.
         predicted: int64 [M], labels by the headline's k.
@@ -67,7 +67,7 @@ def evaluate(ref: EncoderRef, setting: Setting, config: KnnConfig) -> Score:
         DataError: labels, classes or pictures that cannot be used.
         ConfigError: the encoder has no class token to pool by.
     """
-    found = probed(ref, setting, config.pooling)
+    found = load_probe_data(ref, setting, config.pooling)
     train, val = found.train, found.val
     setting.progress("neighbours", 0, len(val.x))
     score = knn(train.x, train.y, val.x, val.y, k=config.k, temperature=config.temperature)
@@ -166,10 +166,10 @@ def nearest(train_x: np.ndarray, val_x: np.ndarray, count: int) -> np.ndarray:
     return (queries @ bank.T).topk(min(count, len(bank)), dim=1).indices.numpy()
 
 
-def _sheet(found: Probed, predicted: np.ndarray) -> bytes:
+def _sheet(found: ProbeData, predicted: np.ndarray) -> bytes:
     """Some queries, evenly spread, each beside its neighbours, framed by right or wrong."""
     train, val, names = found.train, found.val, found.splits.class_names
-    queries = chosen(len(val.x), _NUM_QUERIES)
+    queries = evenly_spread(len(val.x), _NUM_QUERIES)
     neighbours = nearest(train.x, val.x[queries], _NUM_SHOWN)  # Q K
     columns = [_cells(found.splits.val, val.index[queries])]
     for rows in neighbours.T:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from mimray.trainers.config.evaluation.linear import LinearConfig
 from mimray.trainers.data.rng import Stream, generator, permutation
 from mimray.trainers.errors import NonFiniteLossError
-from mimray.trainers.evaluation.probes.linear_heads import LinearHead, folded
+from mimray.trainers.evaluation.probes.linear_classifiers import LinearClassifier, folded
 from mimray.trainers.evaluation.score import Progress
 
 NORM_EPS = 1e-6
@@ -21,7 +21,7 @@ INIT_STD = 0.01
 
 
 class Lars:
-    """Layer-wise adaptive rates for L heads at once, which do not know of each other.
+    """Layer-wise adaptive rates for L independent heads at once.
 
     A head's weight moves by its gradient scaled to `trust_coefficient` times the weight's norm;
     its bias by its plain gradient, and does not decay.
@@ -72,7 +72,7 @@ class Lars:
         self.bias -= lr[:, None] * self._bias_move
 
 
-def train_heads(
+def train_lars(
     x: np.ndarray,
     y: np.ndarray,
     num_classes: int,
@@ -83,7 +83,7 @@ def train_heads(
     device: str = "cpu",
     phase: str = "linear probe",
     progress: Progress | None = None,
-) -> list[LinearHead]:
+) -> list[LinearClassifier]:
     """Train one head a learning rate, all on the same batches from the same beginning.
 
     Vectors are normalised by their batch's statistics, and at the end by those of all of them:
@@ -95,10 +95,10 @@ def train_heads(
         num_classes: C.
         base_lrs: per 256 pictures of a batch.
         config: schedule and optimiser.
-        seed: of initialisation and order.
-        device: to train on.
-        phase: what to call this in `progress`.
-        progress: told of epochs.
+        seed: seed of the initialisation and the order.
+        device: device to train on.
+        phase: name of the work in `progress`.
+        progress: called with the number of epochs done.
 
     Raises:
         NonFiniteLossError: every head diverged.

@@ -1,4 +1,4 @@
-"""The linear probe: how well classes lie apart along straight lines through the features."""
+"""The linear probe: the accuracy of one linear layer on frozen features."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from mimray.trainers.data.rng import Stream, generator, permutation
 from mimray.trainers.data.sources import Source
 from mimray.trainers.errors import DataError
 from mimray.trainers.evaluation.charts import confusion_chart
+from mimray.trainers.evaluation.confusion import confusion_matrix
 from mimray.trainers.evaluation.features.encoders import EncoderRef
-from mimray.trainers.evaluation.features.extraction import at_hand
-from mimray.trainers.evaluation.features.pooled import probed, vectors
+from mimray.trainers.evaluation.features.extraction import local_device
+from mimray.trainers.evaluation.features.pooled import labelled_features, load_probe_data
 from mimray.trainers.evaluation.probes.classification import (
-    confusion_matrix,
     missing_classes,
     per_class_accuracy,
     top_k_accuracy,
 )
-from mimray.trainers.evaluation.probes.lars import train_heads
-from mimray.trainers.evaluation.probes.linear_heads import LinearHead, logistic, ridge
+from mimray.trainers.evaluation.probes.lars import train_lars
+from mimray.trainers.evaluation.probes.linear_classifiers import LinearClassifier, logistic, ridge
 from mimray.trainers.evaluation.score import Score, Setting
 
-Fit = Callable[[np.ndarray, np.ndarray, Sequence[float], str], list[LinearHead]]
+Solver = Callable[[np.ndarray, np.ndarray, Sequence[float], str], list[LinearClassifier]]
 """From x, y, candidates and a phase to one head a candidate."""
 
 
@@ -50,11 +50,11 @@ def evaluate(ref: EncoderRef, setting: Setting, config: LinearConfig) -> Score:
         ConfigError: the encoder has no class token to pool by.
         NonFiniteLossError: LARS diverged at every learning rate.
     """
-    found = probed(ref, setting, config.pooling)
+    found = load_probe_data(ref, setting, config.pooling)
     train, val, names = found.train, found.val, found.splits.class_names
     learn_x = train.x
     if config.num_views:
-        views, _ = vectors(
+        views, _ = labelled_features(
             ref,
             found.splits.train,
             setting,
@@ -63,15 +63,15 @@ def evaluate(ref: EncoderRef, setting: Setting, config: LinearConfig) -> Score:
             num_views=config.num_views,
         )
         learn_x = views.x  # N V D
-    key, candidates, fit = _solver(config, setting, len(names))
+    key, candidates, solve = _solver(config, setting, len(names))
 
     held_out, kept = _split(found.splits.train, len(train.y), config.held_out, setting.seed)
-    tried = fit(learn_x[kept], train.y[kept], candidates, f"choosing {key}")
+    tried = solve(learn_x[kept], train.y[kept], candidates, f"choosing {key}")
     shares = [head.accuracy(train.x[held_out], train.y[held_out]) for head in tried]
     best = int(np.argmax(shares))
     # The heads of LARS come together; of the others only the best is worth fitting again.
     again = candidates if config.solver == "lars" else candidates[best : best + 1]
-    heads = dict(zip(again, fit(learn_x, train.y, again, "fitting to all"), strict=True))
+    heads = dict(zip(again, solve(learn_x, train.y, again, "fitting to all"), strict=True))
     head = heads[candidates[best]]
 
     scores = head.scores(val.x)
@@ -106,7 +106,7 @@ def evaluate(ref: EncoderRef, setting: Setting, config: LinearConfig) -> Score:
         num_val=len(val.y),
         notes=(
             *missing_classes(per_class),
-            *_advice(key, candidates, best, head, config),
+            *_advice(key, candidates, best, head),
             *found.notes,
         ),
         pictures={
@@ -137,21 +137,21 @@ def _split(
 
 def _solver(
     config: LinearConfig, setting: Setting, num_classes: int
-) -> tuple[str, tuple[float, ...], Fit]:
-    """What is chosen, among what, and how a head is fitted."""
+) -> tuple[str, tuple[float, ...], Solver]:
+    """The option to choose, its candidates, and the solver that fits heads."""
     if config.solver == "lars":
 
         def lars(
             x: np.ndarray, y: np.ndarray, rates: Sequence[float], phase: str
-        ) -> list[LinearHead]:
-            return train_heads(
+        ) -> list[LinearClassifier]:
+            return train_lars(
                 x,
                 y,
                 num_classes,
                 rates,
                 config,
                 seed=setting.seed,
-                device=at_hand(setting.device),
+                device=local_device(setting.device),
                 phase=phase,
                 progress=setting.progress,
             )
@@ -160,7 +160,7 @@ def _solver(
 
     def at_once(
         x: np.ndarray, y: np.ndarray, values: Sequence[float], phase: str
-    ) -> list[LinearHead]:
+    ) -> list[LinearClassifier]:
         setting.progress(phase, 0, len(values))
         heads = (logistic if config.solver == "logistic" else ridge)(x, y, num_classes, values)
         setting.progress(phase, len(values), len(values))
@@ -172,9 +172,9 @@ def _solver(
 
 
 def _advice(
-    key: str, candidates: Sequence[float], best: int, head: LinearHead, config: LinearConfig
+    key: str, candidates: Sequence[float], best: int, head: LinearClassifier
 ) -> tuple[str, ...]:
-    """What a reader of the score should know of how it came about."""
+    """Notes on how a score came about."""
     notes = []
     if len(candidates) > 1 and candidates[best] in (min(candidates), max(candidates)):
         notes.append(f"the best {key}, {candidates[best]:g}, is at the end of those tried")
@@ -183,7 +183,7 @@ def _advice(
     return tuple(notes)
 
 
-def _saved(head: LinearHead, pooling: str, class_names: Sequence[str]) -> bytes:
+def _saved(head: LinearClassifier, pooling: str, class_names: Sequence[str]) -> bytes:
     """The head as safetensors: `weight` [C, D] and `bias` [C], on pooled features as they are."""
     # One key: safetensors writes several in no fixed order.
     about = json.dumps({"pooling": pooling, "class_names": list(class_names)})

@@ -1,4 +1,4 @@
-"""RankMe: in how many directions features vary. It needs no labels, and is a proxy."""
+"""RankMe, the effective rank of features: a proxy that needs no labels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from mimray.trainers.config.evaluation.rankme import RankMeConfig
 from mimray.trainers.evaluation.charts import spectrum_chart
 from mimray.trainers.evaluation.features.encoders import EncoderRef
-from mimray.trainers.evaluation.features.pooled import pooled
+from mimray.trainers.evaluation.features.pooled import pooled_features
 from mimray.trainers.evaluation.score import Score, Setting
 from mimray.trainers.evaluation.splits import pictures_to_score
 
@@ -28,7 +28,7 @@ def evaluate(ref: EncoderRef, setting: Setting, config: RankMeConfig) -> Score:
         ref: the encoder.
         setting: the data, labelled or not: what `val` names, else the data's own validation
             split, else all of it.
-        config: how many pictures, how they are pooled.
+        config: pooling, and the bound of the pictures.
 
     Returns:
         The effective rank and a chart of the singular values.
@@ -42,7 +42,7 @@ def evaluate(ref: EncoderRef, setting: Setting, config: RankMeConfig) -> Score:
     # Where the bound does not bind, the features are those that other tasks keep.
     if min(setting.limit or len(source), len(source)) > config.limit:
         setting = replace(setting, limit=config.limit)
-    found = pooled(ref, source, setting, config.pooling, phase="features")
+    found = pooled_features(ref, source, setting, config.pooling, phase="features")
     values = singular_values(found.x)
     rank = effective_rank(values)
     num_pictures, width = found.x.shape

@@ -1,1 +1,1 @@
-"""A class for each pixel, by a head on the encoder's feature maps."""
+"""The segmentation task: a head on feature maps, sliding windows, metrics and pictures."""

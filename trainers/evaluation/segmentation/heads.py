@@ -30,7 +30,7 @@ def build_head(
     """A head that takes maps [B, D, h, w], a layer each, and gives logits [B, K, h, w].
 
     Args:
-        kind: see `SegmentationConfig.head`.
+        kind: kind of head, see `SegmentationConfig.head`.
         widths: channels of each layer's map.
         strides: stride of each layer's map, pixels.
         num_classes: K.

@@ -1,4 +1,4 @@
-"""Where windows lie on a picture, and one answer from several of them."""
+"""Sliding windows over a picture, and one answer from several of them."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from mimray.trainers.data.geometry import Size, View, whole_view
 from mimray.trainers.data.rng import Stream, generator
-from mimray.trainers.evaluation.heads.view import Size, View, tensor_of, training_view, whole_view
+from mimray.trainers.evaluation.heads.views import tensor_of, training_view
 
 LogitsOf = Callable[[Tensor], Tensor]
 """From inputs uint8 [B, C, H, W] to logits [B, K, h, w] at any resolution."""
 
 
 def scaled_size(source_size: Size, input_size: Size, scale: float | None) -> Size:
-    """The size, (height, width), at which a picture is looked at.
+    """(height, width) that a picture is scaled to before windows are cut.
 
     Args:
-        source_size: of the picture.
-        input_size: of a window.
+        source_size: (height, width) of the picture.
+        input_size: (height, width) of a window.
         scale: pixels of the input to one of the picture; None fits the picture into one window.
     """
     if scale is None:
-        return whole_view(source_size, input_size).size
+        return whole_view(source_size, input_size).shown_size
     height, width = source_size
     return max(1, round(height * scale)), max(1, round(width * scale))
 
@@ -40,9 +41,9 @@ def window_views(
     They are spread evenly; where one suffices there is one.
 
     Args:
-        source_size: of the picture.
-        input_size: of a window.
-        scale: see `scaled_size`.
+        source_size: (height, width) of the picture.
+        input_size: (height, width) of a window.
+        scale: pixels of the input to one of the picture, see `scaled_size`.
         overlap: least share of a window that the next one covers.
     """
     scaled = scaled_size(source_size, input_size, scale)
@@ -68,13 +69,13 @@ def learning_view(
     """One of a picture's numbered versions to learn from, at the scale it is scored at.
 
     Args:
-        source_size: of the picture.
-        input_size: of the network's input.
-        scale: see `scaled_size`; without one the versions are `training_view`'s, else windows
-            at random places, each followed by its mirror image.
-        seed: of the places.
-        index: of the picture.
-        number: of the version.
+        source_size: (height, width) of the picture.
+        input_size: (height, width) of the network's input.
+        scale: pixels of the input to one of the picture; without one the versions are
+            `training_view`'s, else windows at random places, each followed by its mirror image.
+        seed: seed of the places.
+        index: index of the picture.
+        number: number of the version.
     """
     if scale is None:
         return training_view(source_size, input_size, seed=seed, index=index, number=number)
@@ -105,12 +106,12 @@ def predict(
     Args:
         pictures: upright; their windows are encoded together.
         logits_of: the network.
-        input_size: of a window.
-        scale: see `scaled_size`.
+        input_size: (height, width) of a window.
+        scale: pixels of the input to one of the picture, see `scaled_size`.
         overlap: least share of a window that the next one covers.
         batch_size: windows encoded at once.
-        interpolation: of pictures.
-        fill: of padding, see `View.image`.
+        interpolation: filter of the resize.
+        fill: colour of the padding, see `View.image`.
     """
     laid = [
         window_views((picture.height, picture.width), input_size, scale, overlap)
@@ -134,14 +135,15 @@ def predict(
         total = logits.new_zeros(logits.shape[1], *scaled)
         count = logits.new_zeros(scaled)
         for (view, (top, left)), window in zip(views, logits, strict=False):
-            height, width = view.size
+            height, width = view.shown_size
             full = F.interpolate(window[None], input_size, mode="bilinear", align_corners=False)
             part = (..., slice(top, top + height), slice(left, left + width))
             total[part] += full[0, :, :height, :width]
             count[part] += 1
         logits = logits[len(views) :]
-        whole = View(source_size, (0.0, 0.0, picture.width, picture.height), scaled, scaled)
-        yield whole.maps_back(total / count).argmax(dim=0).numpy()
+        mean = (total / count)[None]
+        whole = F.interpolate(mean, source_size, mode="bilinear", align_corners=False)
+        yield whole[0].argmax(dim=0).numpy()
 
 
 def _starts(side: int, window: int, overlap: float) -> list[int]:

@@ -1,4 +1,4 @@
-"""What a segmentation is worth: figures of a confusion matrix of pixels."""
+"""Metrics of a segmentation, from a confusion matrix of pixels."""
 
 from __future__ import annotations
 
@@ -8,31 +8,15 @@ from typing import Any
 import numpy as np
 
 
-def confusion_matrix(
-    labels: np.ndarray, predicted: np.ndarray, num_classes: int, ignore_index: int
-) -> np.ndarray:
-    """Count pixels by label (rows) and prediction (columns), int64 [K, K].
-
-    Args:
-        labels: int64, any shape; void pixels are left out.
-        predicted: int64 of the same shape, in [0, K).
-        num_classes: K.
-        ignore_index: the label of void pixels.
-    """
-    known = labels != ignore_index
-    pairs = labels[known] * num_classes + predicted[known]
-    return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
-
-
 def scores(confusion: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
-    """Figures of a whole validation set, shares in [0, 1].
+    """IoU and accuracy over a whole validation set, in [0, 1].
 
     A class without a labelled pixel has no IoU and no accuracy: None, and it is left out of both
     means. Pixels that were wrongly given such a class count against their own.
 
     Args:
         confusion: int64 [K, K], labels by predictions.
-        class_names: of the K classes.
+        class_names: names of the K classes.
 
     Returns:
         `mIoU`, `pixel_accuracy`, `mean_accuracy`, and by class name `IoU` and `accuracy`.

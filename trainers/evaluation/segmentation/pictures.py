@@ -81,8 +81,8 @@ def class_chart(iou: Mapping[str, float | None], rows: Sequence[Mapping[str, flo
     """IoU by class, best first, and the loss by epoch; a PNG.
 
     Args:
-        iou: by class name; None where there was nothing to score on.
-        rows: of the training, with `epoch` and `cross_entropy`.
+        iou: IoU by class name; None where there was nothing to score on.
+        rows: rows of the training, with `epoch` and `cross_entropy`.
     """
     ranked = sorted(iou.items(), key=lambda item: -1.0 if item[1] is None else item[1])
     figure = new_figure(10, max(3.2, 0.9 + 0.26 * len(ranked)))

@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mimray.trainers.config.evaluation.segmentation import SegmentationConfig
+from mimray.trainers.data.geometry import Size
 from mimray.trainers.evaluation.features.encoders import FeatureEncoder, chosen_layers
 from mimray.trainers.evaluation.heads.head_files import head_files, load_weights, read_card
-from mimray.trainers.evaluation.heads.view import Size
 from mimray.trainers.evaluation.segmentation.heads import build_head
 from mimray.trainers.evaluation.segmentation.inference import predict
 from mimray.trainers.models.normalise import normalise
@@ -25,14 +25,14 @@ class Segmenter:
     """An encoder with a trained head.
 
     Attributes:
-        encoder: gives the maps.
-        head: from maps to logits.
-        class_names: by index.
-        layers: whose maps the head takes.
+        encoder: source of the maps.
+        head: network from maps to logits.
+        class_names: names of the classes, by index.
+        layers: layers whose maps the head takes.
         input_size: (height, width) of a window, pixels.
         scale: pixels of the input to one of the picture; None fits it into one window.
         overlap: least share of a window that the next one covers.
-        device: of inputs and head.
+        device: device of inputs and head.
     """
 
     encoder: FeatureEncoder
@@ -75,8 +75,8 @@ class Segmenter:
         """Logits [B, K, h, w] of inputs uint8 [B, C, H, W].
 
         Args:
-            inputs: as `View.image` gives them.
-            features: gives the maps; the encoder's own by default.
+            inputs: inputs, as `View.image` gives them.
+            features: function that gives the maps; the encoder's own by default.
         """
         card = self.encoder.card
         images = normalise(inputs.to(self.device), card.mean, card.std)
@@ -84,7 +84,7 @@ class Segmenter:
         return self.head(maps)  # type: ignore[no-any-return]
 
     def files(self, config: SegmentationConfig) -> dict[str, bytes]:
-        """What `load_head` reads."""
+        """The files that `load_head` reads."""
         settled = {"image_size": self.input_size, "layers": self.layers}
         config = config.model_copy(update=settled)
         return head_files("segmentation", self.head, self.encoder, config, self.class_names)
@@ -102,12 +102,12 @@ def build_segmenter(
     """A fresh head on an encoder.
 
     Args:
-        encoder: on the device.
-        config: of the head; its `image_size` is not looked at.
-        class_names: by index.
+        encoder: source of the maps, on the device.
+        config: options of the head; `image_size` is ignored.
+        class_names: names of the classes, by index.
         input_size: (height, width) of a window, pixels.
-        device: of the head.
-        seed: of its initialisation; torch's own generator is left as it was.
+        device: device of the head, as torch names it.
+        seed: seed of the initialisation; torch's own generator keeps its state.
     """
     layers = chosen_layers(encoder, config.layers)
     with torch.random.fork_rng(devices=[]):
@@ -135,10 +135,10 @@ def load_head(folder: Path, encoder: FeatureEncoder, device: str = "cpu") -> Seg
     """Put a trained head on the encoder that it was trained on.
 
     Args:
-        folder: with `head.safetensors` and `head.json`.
+        folder: folder of `head.safetensors` and `head.json`.
         encoder: the same, in evaluation mode and on the device. A head that was trained together
             with its encoder brings that encoder's weights, which are written into this one.
-        device: of the head.
+        device: device of the head, as torch names it.
 
     Raises:
         DataError: the head belongs to another encoder, or there is none.

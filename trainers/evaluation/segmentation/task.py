@@ -12,14 +12,16 @@ from torch.nn import functional as F
 
 from mimray.trainers.bundles import FrozenEncoder
 from mimray.trainers.config.evaluation.segmentation import SegmentationConfig
-from mimray.trainers.evaluation.annotations.base import Complaints, SegmentationSet
+from mimray.trainers.data.geometry import Size
+from mimray.trainers.evaluation.annotations.base import InvalidLabels, SegmentationSet
 from mimray.trainers.evaluation.annotations.segmentation import open_segmentation
+from mimray.trainers.evaluation.confusion import confusion_matrix
 from mimray.trainers.evaluation.features.encoders import MakeEncoder, check_input
-from mimray.trainers.evaluation.heads.train_head import fit
-from mimray.trainers.evaluation.heads.view import Size, fitting_size, tensor_of
+from mimray.trainers.evaluation.heads.train_head import train_head
+from mimray.trainers.evaluation.heads.views import fitting_size, tensor_of
 from mimray.trainers.evaluation.score import Score, Setting
 from mimray.trainers.evaluation.segmentation.inference import learning_view
-from mimray.trainers.evaluation.segmentation.metrics import confusion_matrix, scores
+from mimray.trainers.evaluation.segmentation.metrics import scores
 from mimray.trainers.evaluation.segmentation.pictures import Shown, class_chart, sheet
 from mimray.trainers.evaluation.segmentation.segmenter import Segmenter, build_segmenter
 
@@ -33,9 +35,10 @@ def evaluate(make_encoder: MakeEncoder, setting: Setting, config: SegmentationCo
     """Train a head on the training pictures' maps; score it on the validation pictures.
 
     Args:
-        make_encoder: of the encoder; with `config.finetune` it is trained too, and must be at hand.
+        make_encoder: function that makes the encoder; with `config.finetune` the encoder is trained
+            too, and must be a bundle.
         setting: data, device, seed.
-        config: of the head, the pictures and the training.
+        config: options of the head, the pictures and the training.
 
     Returns:
         The mean IoU and what goes with it, pictures, and the head as files for `load_head`.
@@ -45,16 +48,21 @@ def evaluate(make_encoder: MakeEncoder, setting: Setting, config: SegmentationCo
         ConfigError: an input size that the encoder's stride does not divide.
         NonFiniteLossError: training diverged.
     """
-    complaints = Complaints(setting.skip_invalid)
+    invalid_labels = InvalidLabels(setting.skip_invalid)
     train = open_segmentation(
-        setting.data, "train", config, complaints, limit=setting.limit, progress=setting.progress
+        setting.data,
+        "train",
+        config,
+        invalid_labels,
+        limit=setting.limit,
+        progress=setting.progress,
     )
     val = open_segmentation(
         setting.val or setting.data,
         "val",
         config,
-        complaints,
-        own=setting.val is None,
+        invalid_labels,
+        shared=setting.val is None,
         class_names=train.class_names,
         limit=setting.limit,
         progress=setting.progress,
@@ -83,7 +91,7 @@ def evaluate(make_encoder: MakeEncoder, setting: Setting, config: SegmentationCo
         val_fingerprint=val.fingerprint,
         num_train=len(train),
         num_val=len(val),
-        notes=(*_missing(metrics["IoU"], train, val), *complaints.notes()),
+        notes=(*_missing(metrics["IoU"], train, val), *invalid_labels.notes()),
         pictures={
             "segmentation.png": sheet(shown, train.class_names),
             "segmentation_classes.png": class_chart(metrics["IoU"], rows),
@@ -98,8 +106,8 @@ def default_size(data: SegmentationSet, stride: int) -> Size:
     At most about 1024 tokens and 512 pixels a side.
 
     Args:
-        data: of which up to 32 pictures are looked at.
-        stride: of the encoder, pixels.
+        data: dataset, of which up to 32 pictures are looked at.
+        stride: stride of the encoder, pixels.
     """
     looked_at = np.linspace(0, len(data) - 1, min(32, len(data))).astype(int).tolist()
     sizes: list[Size] = [data[index].mask.shape for index in looked_at]
@@ -112,7 +120,7 @@ def masked_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> T
     Args:
         logits: [B, K, h, w], brought to the labels' resolution bilinearly.
         labels: int64 [B, H, W].
-        ignore_index: of void.
+        ignore_index: label of void pixels.
     """
     logits = F.interpolate(logits.float(), labels.shape[-2:], mode="bilinear", align_corners=False)
     total = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
@@ -127,7 +135,7 @@ def _train(
     features: Callable[..., tuple[Tensor, ...]] | None = None
     if config.finetune:
         assert isinstance(model.encoder, FrozenEncoder)
-        trained = model.encoder.encoder.requires_grad_(True)
+        trained = model.encoder.encoder
         features = model.encoder.encoder.features
 
     def make_batch(epoch: int, indices: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -163,7 +171,7 @@ def _train(
             ]
         ).encode()
     ).hexdigest()
-    rows = fit(
+    return train_head(
         model.head,
         trained,
         num_examples=len(train),
@@ -175,9 +183,6 @@ def _train(
         identity=identity,
         progress=setting.progress,
     )
-    if trained is not None:
-        trained.requires_grad_(False)
-    return rows
 
 
 def _score(
@@ -204,7 +209,7 @@ def _score(
 def _missing(
     iou: dict[str, float | None], train: SegmentationSet, val: SegmentationSet
 ) -> tuple[str, ...]:
-    """A note that names the classes that there are no pixels to score on of."""
+    """A note that names the classes without a labelled pixel to score on."""
     void = train.ignore_index, val.ignore_index
     names = [
         name

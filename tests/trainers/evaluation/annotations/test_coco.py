@@ -12,7 +12,7 @@ from PIL import Image
 from pycocotools import mask as reference
 
 from mimray.trainers.errors import DataError, EmptyDatasetError
-from mimray.trainers.evaluation.annotations.base import Complaints
+from mimray.trainers.evaluation.annotations.base import InvalidLabels
 from mimray.trainers.evaluation.annotations.coco import CocoDetection
 
 HEIGHT, WIDTH = 40, 60
@@ -70,9 +70,9 @@ def write(tmp_path: Path) -> Callable[..., str]:
     return writes
 
 
-def _open(uri: str, skip: bool = False) -> tuple[CocoDetection, Complaints]:
-    complaints = Complaints(skip)
-    return CocoDetection(uri, None, complaints), complaints
+def _open(uri: str, skip: bool = False) -> tuple[CocoDetection, InvalidLabels]:
+    invalid_labels = InvalidLabels(skip)
+    return CocoDetection(uri, None, invalid_labels), invalid_labels
 
 
 def test_reader__gives_objects_classes_and_sizes(write: Callable[..., str]) -> None:
@@ -199,10 +199,10 @@ def test_fault__is_an_error_that_names_file_and_id(write: Callable[..., str], fa
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault__is_left_out_and_listed_on_request(write: Callable[..., str], fault: str) -> None:
     spoil, _ = FAULTS[fault]
-    data, complaints = _open(write(spoil), skip=True)
-    assert len(complaints.found) == 1
+    data, invalid_labels = _open(write(spoil), skip=True)
+    assert len(invalid_labels.found) == 1
     objects = sum(len(data[index].labels) for index in range(len(data)))
-    of_picture = "image" in complaints.found[0].split(": ")[1]
+    of_picture = "image" in invalid_labels.found[0].split(": ")[1]
     assert (len(data), objects) == ((1, 3) if of_picture else (2, 2))
 
 

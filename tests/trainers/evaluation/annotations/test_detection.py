@@ -7,7 +7,7 @@ import pytest
 
 from mimray.trainers.data.synth import write_scenes
 from mimray.trainers.errors import DataError
-from mimray.trainers.evaluation.annotations.base import Complaints, DetectionSet
+from mimray.trainers.evaluation.annotations.base import DetectionSet, InvalidLabels
 from mimray.trainers.evaluation.annotations.detection import Split, open_detection
 
 
@@ -18,12 +18,12 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _open(place: Path, split: Split, *, own: bool = False) -> DetectionSet:
-    return open_detection(str(place), split, Complaints(False), own=own)
+def _open(place: Path, split: Split, *, shared: bool = False) -> DetectionSet:
+    return open_detection(str(place), split, InvalidLabels(False), shared=shared)
 
 
 def test_synth__both_splits_are_found(scenes: Path) -> None:
-    train, val = _open(scenes, "train"), _open(scenes, "val", own=True)
+    train, val = _open(scenes, "train"), _open(scenes, "val", shared=True)
     assert (len(train), len(val)) == (3, 2)
     assert train.class_names == val.class_names == ("disc", "rectangle")
     assert train.fingerprint != val.fingerprint
@@ -33,7 +33,7 @@ def test_json__is_opened_as_it_is(scenes: Path) -> None:
     file = scenes / "val" / "instances.json"
     assert len(_open(file, "train")) == len(_open(file, "val")) == 2
     with pytest.raises(DataError, match="no validation or test split of its own"):
-        _open(file, "val", own=True)
+        _open(file, "val", shared=True)
 
 
 def _lay_out(scenes: Path, out: Path, files: dict[str, str], pictures: dict[str, str]) -> Path:
@@ -70,7 +70,7 @@ def test_layouts__that_tools_write_are_found(
     files, pictures = {"train": train, "val": val}, {"train": train_pictures, "val": val_pictures}
     out = _lay_out(scenes, tmp_path, files, pictures)
     assert len(_open(out, "train")) == 3
-    found = _open(out, "val", own=True)
+    found = _open(out, "val", shared=True)
     assert len(found) == 2
     assert found[0].image.size == (48, 48)
 
@@ -80,7 +80,7 @@ def test_whole__is_taken_unless_it_was_trained_on(scenes: Path, tmp_path: Path) 
     out = _lay_out(scenes, tmp_path, files, {"train": "images"})
     assert len(_open(out, "train")) == len(_open(out, "val")) == 3
     with pytest.raises(DataError, match="no validation or test split of its own"):
-        _open(out, "val", own=True)
+        _open(out, "val", shared=True)
 
 
 def test_nothing__says_what_is_looked_for(tmp_path: Path) -> None:

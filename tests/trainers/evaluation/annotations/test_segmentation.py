@@ -12,7 +12,7 @@ from PIL import Image
 from mimray.trainers.config.evaluation.segmentation import SegmentationConfig
 from mimray.trainers.data.synth import write_scenes
 from mimray.trainers.errors import DataError, EmptyDatasetError
-from mimray.trainers.evaluation.annotations.base import Complaints
+from mimray.trainers.evaluation.annotations.base import InvalidLabels
 from mimray.trainers.evaluation.annotations.segmentation import open_segmentation
 
 CONFIG = SegmentationConfig()
@@ -32,11 +32,11 @@ def scenes(written: Path, tmp_path: Path) -> Path:
 
 
 def _open(uri: Path, split: Any = "train", config: SegmentationConfig = CONFIG, **more: Any) -> Any:
-    return open_segmentation(str(uri), split, config, Complaints(skip=False), **more)
+    return open_segmentation(str(uri), split, config, InvalidLabels(skip=False), **more)
 
 
 def test_open__all_formats_say_the_same(scenes: Path) -> None:
-    pairs = _open(scenes, "val", own=True)
+    pairs = _open(scenes, "val", shared=True)
     panoptic = _open(scenes / "val/panoptic.json", "val")
     instances = _open(scenes / "val/instances.json", "val")
     assert len(pairs) == len(panoptic) == len(instances) == 3
@@ -62,19 +62,19 @@ def test_open__takes_the_split_that_is_meant(scenes: Path) -> None:
     assert len(_open(scenes, "val")) == 3
     assert len(_open(scenes, "val", SegmentationConfig(val_split="test"))) == 2
     shutil.rmtree(scenes / "val")
-    assert len(_open(scenes, "val", own=True)) == 2
+    assert len(_open(scenes, "val", shared=True)) == 2
     shutil.rmtree(scenes / "test")
     with pytest.raises(DataError, match="no val or valid or .* split .splits found: train"):
-        _open(scenes, "val", own=True)
+        _open(scenes, "val", shared=True)
     with pytest.raises(DataError, match="no validation or test split of its own"):
-        _open(scenes / "train", "val", own=True)
+        _open(scenes / "train", "val", shared=True)
 
 
 def test_open__the_other_formats_where_there_are_no_index_masks(scenes: Path) -> None:
     shutil.rmtree(scenes / "train/masks")
     shutil.rmtree(scenes / "val/masks")
     assert _open(scenes).uri.endswith("train/panoptic.json")
-    assert _open(scenes, "val", own=True).uri.endswith("val/panoptic.json")
+    assert _open(scenes, "val", shared=True).uri.endswith("val/panoptic.json")
     (scenes / "train/panoptic.json").unlink()
     assert _open(scenes).uri.endswith("train/instances.json")
     (scenes / "train/instances.json").unlink()
@@ -120,14 +120,14 @@ def test_open__skipped_pictures_are_counted_and_listed(scenes: Path) -> None:
     _spoil(scenes)
     (scenes / "train/masks/000002.png").unlink()
     Image.new("L", (40, 31)).save(scenes / "train/masks/000003.png")
-    complaints = Complaints(skip=True)
+    invalid_labels = InvalidLabels(skip=True)
     seen = []
     kept = open_segmentation(
-        str(scenes), "train", CONFIG, complaints, progress=lambda *args: seen.append(args)
+        str(scenes), "train", CONFIG, invalid_labels, progress=lambda *args: seen.append(args)
     )
     assert [Path(kept.name(i)).stem for i in range(len(kept))] == ["000000", "000004"]
     assert kept[1].image.size == (40, 32)
-    first, *rest = complaints.notes()
+    first, *rest = invalid_labels.notes()
     assert first.startswith("3 invalid")
     assert ["row 3" in rest[0], "no mask" in rest[1], "40x31" in rest[2]] == [True] * 3
     assert seen[-1] == ("checking masks", 5, 5)
@@ -137,7 +137,7 @@ def test_open__nothing_left_is_an_error(scenes: Path) -> None:
     for mask in (scenes / "val/masks").iterdir():
         Image.new("L", (3, 3)).save(mask)
     with pytest.raises(EmptyDatasetError, match="no picture with a mask that can be used"):
-        open_segmentation(str(scenes), "val", CONFIG, Complaints(skip=True))
+        open_segmentation(str(scenes), "val", CONFIG, InvalidLabels(skip=True))
     for mask in (scenes / "val/masks").iterdir():
         Image.new("L", (40, 32), 255).save(mask)
     with pytest.raises(DataError, match="every pixel of .* is void"):

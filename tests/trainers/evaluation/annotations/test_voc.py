@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from mimray.trainers.errors import DataError, EmptyDatasetError
-from mimray.trainers.evaluation.annotations.base import Complaints
+from mimray.trainers.evaluation.annotations.base import InvalidLabels
 from mimray.trainers.evaluation.annotations.voc import VocDetection
 
 HEIGHT, WIDTH = 40, 60
@@ -47,7 +47,7 @@ def write(tmp_path: Path) -> Callable[..., str]:
 
 
 def test_reader__turns_inclusive_pixels_into_edges(write: Callable[..., str]) -> None:
-    data = VocDetection(write(), "train", Complaints(False))
+    data = VocDetection(write(), "train", InvalidLabels(False))
     assert len(data) == 2
     assert data.class_names == ("ant", "cat", "dog")
     example = data[0]
@@ -64,10 +64,10 @@ def test_reader__turns_inclusive_pixels_into_edges(write: Callable[..., str]) ->
 
 def test_splits__are_the_lists(write: Callable[..., str]) -> None:
     uri = write()
-    assert len(VocDetection(uri, "val", Complaints(False))) == 1
-    assert len(VocDetection(uri, None, Complaints(False))) == 2
+    assert len(VocDetection(uri, "val", InvalidLabels(False))) == 1
+    assert len(VocDetection(uri, None, InvalidLabels(False))) == 2
     with pytest.raises(DataError, match=r"there is no .*dev\.txt"):
-        VocDetection(uri, "dev", Complaints(False))
+        VocDetection(uri, "dev", InvalidLabels(False))
 
 
 BOMB = '<!DOCTYPE a [<!ENTITY x "xx"><!ENTITY y "&x;&x;">]>'
@@ -90,10 +90,10 @@ def test_fault__names_file_and_object(write: Callable[..., str], fault: str) -> 
     content, message = FAULTS[fault]
     uri = write(content)
     with pytest.raises(DataError, match=rf"one\.xml.*{message}"):
-        VocDetection(uri, "train", Complaints(False))
-    complaints = Complaints(True)
-    data = VocDetection(uri, "train", complaints)
-    assert len(complaints.found) == 1
+        VocDetection(uri, "train", InvalidLabels(False))
+    invalid_labels = InvalidLabels(True)
+    data = VocDetection(uri, "train", invalid_labels)
+    assert len(invalid_labels.found) == 1
     assert len(data) == (2 if "object" in message else 1)
 
 
@@ -101,22 +101,22 @@ def test_missing_files__are_named(write: Callable[..., str], tmp_path: Path) -> 
     uri = write()
     (tmp_path / "Annotations" / "one.xml").unlink()
     with pytest.raises(DataError, match=r"one\.jpg: has no annotation file .*one\.xml"):
-        VocDetection(uri, "train", Complaints(False))
+        VocDetection(uri, "train", InvalidLabels(False))
     write()
     (tmp_path / "JPEGImages" / "one.jpg").unlink()
     with pytest.raises(DataError, match=r"one\.xml: there is no picture"):
-        VocDetection(uri, "train", Complaints(False))
+        VocDetection(uri, "train", InvalidLabels(False))
 
 
 def test_no_picture_left__is_an_error(write: Callable[..., str], tmp_path: Path) -> None:
     uri = write()
     (tmp_path / "ImageSets" / "Main" / "test.txt").write_text("\n")
     with pytest.raises(EmptyDatasetError, match="no picture of test can be used"):
-        VocDetection(uri, "test", Complaints(False))
+        VocDetection(uri, "test", InvalidLabels(False))
 
 
 def test_fingerprint__changes_with_labels(write: Callable[..., str]) -> None:
-    first = VocDetection(write(), "train", Complaints(False)).fingerprint
-    other = VocDetection(write(SECOND), "train", Complaints(False)).fingerprint
-    assert VocDetection(write(), "train", Complaints(False)).fingerprint == first
+    first = VocDetection(write(), "train", InvalidLabels(False)).fingerprint
+    other = VocDetection(write(SECOND), "train", InvalidLabels(False)).fingerprint
+    assert VocDetection(write(), "train", InvalidLabels(False)).fingerprint == first
     assert other != first

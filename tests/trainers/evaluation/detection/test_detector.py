@@ -11,12 +11,12 @@ from PIL import Image
 
 from mimray.trainers.bundles import FrozenEncoder
 from mimray.trainers.config.evaluation.detection import DetectionConfig
+from mimray.trainers.data.geometry import View, whole_view
 from mimray.trainers.errors import DataError
 from mimray.trainers.evaluation.annotations.base import DetectionExample
 from mimray.trainers.evaluation.detection.batches import target_of
 from mimray.trainers.evaluation.detection.detector import Batch, Detector, build_detector, load_head
 from mimray.trainers.evaluation.heads.head_files import head_files
-from mimray.trainers.evaluation.heads.view import View, whole_view
 
 SIZE = (40, 56)
 KINDS = ("faster_rcnn", "retinanet", "mask_rcnn")

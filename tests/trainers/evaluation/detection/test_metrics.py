@@ -13,7 +13,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from mimray.trainers.evaluation.detection.detector import Detections
-from mimray.trainers.evaluation.detection.metrics import Truth, coco_figures
+from mimray.trainers.evaluation.detection.metrics import GroundTruth, coco_figures
 
 CLASSES = ("cup", "plate", "spoon", "never seen", "only crowds")
 SIZE = (160, 220)
@@ -36,7 +36,7 @@ def _mask(box: np.ndarray) -> dict:
     return reference_masks.encode(np.asfortranarray(mask))
 
 
-def _scenes(seed: int) -> tuple[list[Truth], list[Detections]]:
+def _scenes(seed: int) -> tuple[list[GroundTruth], list[Detections]]:
     """Pictures with crowds, small and large objects, none at all, and near and far predictions."""
     rng = np.random.default_rng(seed)
     truths, found = [], []
@@ -50,7 +50,7 @@ def _scenes(seed: int) -> tuple[list[Truth], list[Detections]]:
             crowd |= labels == 4
         masks = [_mask(box) for box in boxes]
         areas = np.array([float(reference_masks.area(m)) for m in masks]).reshape(-1)
-        truths.append(Truth(SIZE, boxes, labels, crowd, areas, masks))
+        truths.append(GroundTruth(SIZE, boxes, labels, crowd, areas, masks))
         extra = 0 if picture == 5 else int(rng.integers(0, 12))
         near = boxes + rng.normal(0, 4, boxes.shape)
         guesses = np.concatenate([near, _boxes(rng, extra)]).clip(0, [*SIZE[::-1]] * 2)
@@ -65,7 +65,7 @@ def _scenes(seed: int) -> tuple[list[Truth], list[Detections]]:
     return truths, found
 
 
-def _reference(truths: list[Truth], found: list[Detections], by: str) -> COCOeval:
+def _reference(truths: list[GroundTruth], found: list[Detections], by: str) -> COCOeval:
     data = {
         "info": {},
         "images": [{"id": i, "height": SIZE[0], "width": SIZE[1]} for i in range(len(truths))],

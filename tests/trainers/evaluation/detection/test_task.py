@@ -256,12 +256,12 @@ def test_anchor_sizes__are_one_a_level() -> None:
 
 
 def test_views__of_an_epoch_are_counted(vit: Make, scenes: Path) -> None:
-    from mimray.trainers.evaluation.annotations.base import Complaints
+    from mimray.trainers.evaluation.annotations.base import InvalidLabels
     from mimray.trainers.evaluation.annotations.detection import open_detection
     from mimray.trainers.evaluation.detection.batches import TrainingViews
     from mimray.trainers.evaluation.detection.detector import build_detector
 
-    train = open_detection(str(scenes), "train", Complaints(False))
+    train = open_detection(str(scenes), "train", InvalidLabels(False))
     settled = {"image_size": (48, 64), "layers": (1,), "anchor_sizes": (8, 16, 32, 64)}
     config = DetectionConfig.model_validate({**FEW, **settled, "num_views": 4})
     detector = build_detector(vit(), config, train.class_names, device="cpu", seed=0)

@@ -46,7 +46,7 @@ def test_windows__cover_the_picture_and_stay_inside(
     count = np.zeros(scaled, int)
     for view, (top, left) in views:
         assert view.input_size == size
-        count[top : top + view.size[0], left : left + view.size[1]] += 1
+        count[top : top + view.shown_size[0], left : left + view.shown_size[1]] += 1
         assert 0 <= view.crop[0] < view.crop[2] <= source[1]
         assert 0 <= view.crop[1] < view.crop[3] <= source[0]
     assert (count > 0).all()
@@ -113,5 +113,5 @@ def test_learning_view__crops_at_the_scale_that_is_scored(
     view = learning_view(source, size, 1.0, seed=seed, index=4, number=number)
     assert view.scale == pytest.approx((1.0, 1.0))
     assert view.flip == bool(number % 2)
-    assert view.size == (min(source[0], size[0]), min(source[1], size[1]))
+    assert view.shown_size == (min(source[0], size[0]), min(source[1], size[1]))
     assert view == learning_view(source, size, 1.0, seed=seed, index=4, number=number)

@@ -6,7 +6,8 @@ import torch
 from torchmetrics import JaccardIndex
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
-from mimray.trainers.evaluation.segmentation.metrics import confusion_matrix, scores
+from mimray.trainers.evaluation.confusion import confusion_matrix
+from mimray.trainers.evaluation.segmentation.metrics import scores
 
 K, VOID = 6, 255
 NAMES = tuple("abcdef")

@@ -14,7 +14,7 @@ from PIL import Image
 from mimray.trainers.bundles import BundleCard, FrozenEncoder
 from mimray.trainers.config.evaluation.segmentation import SegmentationConfig
 from mimray.trainers.errors import ConfigError, DataError
-from mimray.trainers.evaluation.annotations.base import Complaints
+from mimray.trainers.evaluation.annotations.base import InvalidLabels
 from mimray.trainers.evaluation.annotations.segmentation import open_segmentation
 from mimray.trainers.evaluation.features.encoders import untrained
 from mimray.trainers.evaluation.features.map_cache import CachedEncoder
@@ -50,7 +50,7 @@ def test_evaluate__learns_far_beyond_the_commonest_class(
 
     config = CONFIG.model_copy(update={"epochs": 20, "lr": 3e-3, "batch_size": 4, "num_views": 1})
     score = run(make, config, val=str(scenes / "train"), progress=lambda *args: seen.append(args))
-    val = open_segmentation(str(scenes), "train", config, Complaints(skip=False))
+    val = open_segmentation(str(scenes), "train", config, InvalidLabels(skip=False))
     masks = [val[i].mask for i in range(len(val))]
     known = sum((mask != 255).sum() for mask in masks)
     background = sum((mask == 0).sum() for mask in masks) / known / 3
@@ -132,7 +132,7 @@ def test_load_head__says_the_scored_figures_again(
     for name, content in score.files.items():
         (tmp_path / name).write_bytes(content)
     model = load_head(tmp_path, make_vit())
-    val = open_segmentation(str(scenes), "val", CONFIG, Complaints(skip=False))
+    val = open_segmentation(str(scenes), "val", CONFIG, InvalidLabels(skip=False))
     right = known = 0
     for example in (val[index] for index in range(len(val))):
         there = example.mask != val.ignore_index

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mimray.trainers.evaluation.heads.view import View, clip_boxes, training_view, whole_view
+from mimray.trainers.data.geometry import View, clip_boxes, whole_view
+from mimray.trainers.data.transforms import inference_view
+from mimray.trainers.evaluation.heads.views import training_view
 
 sides = st.integers(6, 60)
 sizes = st.tuples(sides, sides)
@@ -46,18 +47,40 @@ def test_boxes__come_back_exactly(view: View, seed: int) -> None:
 
 
 @given(views(), seeds)
-def test_boxes__go_where_the_matrix_says(view: View, seed: int) -> None:
+def test_boxes__go_where_the_transform_says(view: View, seed: int) -> None:
     boxes = _boxes(view.source_size, seed)
     corners = boxes[:, [0, 1, 2, 1, 0, 3, 2, 3]].reshape(-1, 4, 2)  # N 4 xy
-    moved = np.concatenate([corners, np.ones((5, 4, 1))], axis=2) @ view.matrix.T
+    moved = np.concatenate([corners, np.ones((5, 4, 1))], axis=2) @ np.array(view.transform).T
     moved = moved[..., :2]
     np.testing.assert_allclose(
         view.boxes(boxes), np.concatenate([moved.min(axis=1), moved.max(axis=1)], axis=1), atol=1e-9
     )
 
 
+@given(views())
+def test_inverse__undoes_the_transform(view: View) -> None:
+    there, back = np.array(view.transform), np.array(view.inverse)
+    np.testing.assert_allclose(back @ there, np.eye(3), atol=1e-9)
+
+
+@given(sizes, sizes, st.booleans())
+def test_whole_view__has_no_offset_and_no_negative_zero(
+    source: tuple[int, int], size: tuple[int, int], keep_aspect: bool
+) -> None:
+    view = whole_view(source, size, keep_aspect=keep_aspect)
+    (height, width), (rows, columns) = source, view.shown_size
+    assert repr(view.transform) == repr(
+        [[columns / width, 0.0, 0.0], [0.0, rows / height, 0.0], [0.0, 0.0, 1.0]]
+    )
+    assert repr(view.inverse) == repr(
+        [[width / columns, 0.0, 0.0], [0.0, height / rows, 0.0], [0.0, 0.0, 1.0]]
+    )
+    assert view.is_padded == (view.shown_size != size)
+    assert keep_aspect or view.shown_size == size
+
+
 @given(sizes, st.integers(1, 4), st.integers(0, 9), st.booleans(), seeds)
-def test_masks__come_back_exactly_where_nothing_shrinks(
+def test_mask__each_value_is_where_its_pixel_went_where_nothing_shrinks(
     source: tuple[int, int], times: int, more: int, flip: bool, seed: int
 ) -> None:
     mask = np.random.default_rng(seed).integers(0, 5, source)
@@ -65,15 +88,15 @@ def test_masks__come_back_exactly_where_nothing_shrinks(
     view = view.mirrored() if flip else view
     there = view.mask(mask, fill=255)
     assert there.shape == view.input_size
-    np.testing.assert_array_equal(view.mask_back(there, fill=255), mask)
+    np.testing.assert_array_equal(_at_centres(view, there), mask)
     padding = np.ones(view.input_size, bool)
-    padding[: view.size[0], : view.size[1]] = False
+    padding[: view.shown_size[0], : view.shown_size[1]] = False
     assert (there[padding] == 255).all()
     assert (there[~padding] != 255).all()
 
 
 @given(sizes, st.data(), seeds)
-def test_masks__a_crop_comes_back_and_the_rest_is_filled(
+def test_mask__a_crop_shows_its_part_alone(
     source: tuple[int, int], data: st.DataObject, seed: int
 ) -> None:
     top, left = data.draw(st.integers(0, source[0] - 3)), data.draw(st.integers(0, source[1] - 3))
@@ -83,9 +106,19 @@ def test_masks__a_crop_comes_back_and_the_rest_is_filled(
     size = (bottom - top) * times, (right - left) * times
     view = View(source, (left, top, right, bottom), size, size, flip=data.draw(st.booleans()))
     mask = np.random.default_rng(seed).integers(0, 5, source)
-    expected = np.full(source, 9)
-    expected[top:bottom, left:right] = mask[top:bottom, left:right]
-    np.testing.assert_array_equal(view.mask_back(view.mask(mask, fill=9), fill=9), expected)
+    there = view.mask(mask, fill=9)
+    assert (there != 9).all()
+    part = _at_centres(view, there)[top:bottom, left:right]
+    np.testing.assert_array_equal(part, mask[top:bottom, left:right])
+
+
+def _at_centres(view: View, mask: np.ndarray) -> np.ndarray:
+    """The mask of the input, read at the place of the centre of each of the picture's pixels."""
+    height, width = view.source_size
+    rows, columns = np.mgrid[:height, :width] + 0.5
+    places = np.stack([columns, rows, np.ones_like(rows)], axis=-1) @ np.array(view.transform).T
+    x, y = np.floor(places[..., 0]).astype(int), np.floor(places[..., 1]).astype(int)
+    return mask[y.clip(0, mask.shape[0] - 1), x.clip(0, mask.shape[1] - 1)]
 
 
 @given(views())
@@ -98,7 +131,7 @@ def test_view__pixels_and_their_labels_stay_together(view: View) -> None:
     picture = Image.fromarray(ramps.astype(np.uint8))
     shown = view.image(picture, "bilinear", (0.5, 0.5, 0.5)).astype(float)[:2] / 4
     place = view.mask(np.stack([columns, rows]), fill=-1) + 0.5  # what the mask says it shows
-    valid = (slice(None), slice(0, view.size[0]), slice(0, view.size[1]))
+    valid = (slice(None), slice(0, view.shown_size[0]), slice(0, view.shown_size[1]))
     vertical, horizontal = view.scale
     # Half a pixel each: nearest neighbour, rounding of the ramp; shrinking averages more at edges.
     allowed = 1.0 + 0.75 / np.array([horizontal, vertical])[:, None, None]
@@ -127,42 +160,21 @@ def test_boxes_and_masks__of_one_object_stay_together(
     assert np.abs(tight - box).max() <= 0.5 + 1e-6, "a pixel belongs where its centre lies"
 
 
-@given(sizes, sizes, seeds, st.integers(0, 50), st.integers(0, 7))
-def test_training_view__shows_the_picture_alone_and_repeats(
-    source: tuple[int, int], size: tuple[int, int], seed: int, index: int, number: int
-) -> None:
-    view = training_view(source, size, seed=seed, index=index, number=number)
-    assert view == training_view(source, size, seed=seed, index=index, number=number)
-    left, top, right, bottom = view.crop
-    assert -1e-9 <= left < right <= source[1] + 1e-9
-    assert -1e-9 <= top < bottom <= source[0] + 1e-9
-    assert view.flip == bool(number % 2)
-    if number > 1:
-        assert view.scale[0] == pytest.approx(view.scale[1]), "a crop keeps its shape"
-        assert view.size == view.input_size
-    assert view.mirrored() == training_view(source, size, seed=seed, index=index, number=number ^ 1)
-
-
-@pytest.mark.parametrize("flip", [False, True])
-def test_maps_back__undo_the_resize_and_the_padding(flip: bool) -> None:
-    view = whole_view((20, 30), (64, 64))
-    view = view.mirrored() if flip else view
-    assert view.size == (43, 64)
-    classes = np.zeros((20, 30), np.int64)
-    classes[5:15, 3:12] = 1
-    one_hot = torch.nn.functional.one_hot(torch.from_numpy(view.mask(classes, fill=0)))
-    back = view.maps_back(one_hot.permute(2, 0, 1).float())
-    assert back.shape == (2, 20, 30)
-    assert (back.argmax(dim=0).numpy() == classes).mean() > 0.98
-    # Padding enters nothing.
-    maps = torch.zeros(1, 64, 64)
-    maps[:, 43:] = 1e6
-    assert (view.maps_back(maps) == 0).all()
-
-
 def test_view__padding_has_the_colour_that_normalises_to_zero() -> None:
     pixels = whole_view((10, 20), (20, 20)).image(
         Image.new("RGB", (20, 10), (255, 255, 255)), "bicubic", (0.0, 0.5, 1.0)
     )
     assert pixels[:, 15, 3].tolist() == [0, 128, 255]
     assert (pixels[:, :10] == 255).all()
+
+
+@pytest.mark.parametrize("side", [20, 10])
+def test_image__of_the_whole_picture_is_that_of_inference(side: int) -> None:
+    """The picture may have been decoded at a lower scale."""
+    pixels = np.random.default_rng(0).integers(0, 256, (side, 2 * side, 3)).astype(np.uint8)
+    picture = Image.fromarray(pixels)
+    view = whole_view((20, 40), (16, 16))
+    assert view.shown_size == (8, 16)
+    shown = view.image(picture, "bicubic", (0.5, 0.5, 0.5))
+    np.testing.assert_array_equal(shown[:, :8], inference_view(picture, (8, 16), "bicubic"))
+    assert (shown[:, 8:] == 128).all()

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from mimray.trainers.config.evaluation.linear import LinearConfig
 from mimray.trainers.errors import NonFiniteLossError
-from mimray.trainers.evaluation.probes.lars import Lars, _share_of_peak, train_heads
+from mimray.trainers.evaluation.probes.lars import Lars, _share_of_peak, train_lars
 
 
 def test_lars__steps_equal_the_formula():
@@ -55,32 +55,32 @@ def clusters(count: int = 300) -> tuple[np.ndarray, np.ndarray]:
     return (7 + 5 * x).astype(np.float32), labels
 
 
-def test_train_heads__together_are_what_each_is_alone():
+def test_train_lars__together_are_what_each_is_alone():
     x, y = clusters()
     config, rates = LinearConfig(solver="lars", epochs=8, batch_size=64), (0.1, 3.0, 30.0)
 
-    together = train_heads(x, y, 6, rates, config, seed=3)
+    together = train_lars(x, y, 6, rates, config, seed=3)
 
     for rate, head in zip(rates, together, strict=True):
-        (alone,) = train_heads(x, y, 6, (rate,), config, seed=3)
+        (alone,) = train_lars(x, y, 6, (rate,), config, seed=3)
         np.testing.assert_allclose(head.weight, alone.weight, rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(head.bias, alone.bias, rtol=1e-4, atol=1e-5)
 
 
-def test_train_heads__learns():
+def test_train_lars__learns():
     x, y = clusters()
 
-    (head,) = train_heads(x, y, 6, (30.0,), LinearConfig(solver="lars", batch_size=64), seed=3)
+    (head,) = train_lars(x, y, 6, (30.0,), LinearConfig(solver="lars", batch_size=64), seed=3)
 
     assert head.accuracy(x, y) > 0.98
 
 
-def test_train_heads__equals_the_official_loop():
+def test_train_lars__equals_the_official_loop():
     """Batch norm, linear layer and cross entropy of torch, LARS and schedule written out."""
     x, y = clusters(256)
     config = LinearConfig(solver="lars", epochs=9, batch_size=256)
-    (ours,) = train_heads(x, y, 6, (20.0,), config, seed=3)
-    (first,) = train_heads(x, y, 6, (0.0,), config, seed=3)  # as it was before training
+    (ours,) = train_lars(x, y, 6, (20.0,), config, seed=3)
+    (first,) = train_lars(x, y, 6, (0.0,), config, seed=3)  # as it was before training
 
     norm = torch.nn.BatchNorm1d(10, affine=False, eps=1e-6, momentum=1.0)
     norm(torch.from_numpy(x))
@@ -102,24 +102,24 @@ def test_train_heads__equals_the_official_loop():
     np.testing.assert_allclose(ours.scores(x), scores, atol=2e-4)
 
 
-def test_train_heads__epochs_cycle_through_views():
+def test_train_lars__epochs_cycle_through_views():
     x, y = clusters()
     views = np.stack([x, x + 0.5], axis=1)
     config = LinearConfig(solver="lars", epochs=2, batch_size=300)
 
-    (both,) = train_heads(views, y, 6, (10.0,), config, seed=0)
-    (first,) = train_heads(views[:, :1], y, 6, (10.0,), config, seed=0)
-    (plain,) = train_heads(x, y, 6, (10.0,), config, seed=0)
+    (both,) = train_lars(views, y, 6, (10.0,), config, seed=0)
+    (first,) = train_lars(views[:, :1], y, 6, (10.0,), config, seed=0)
+    (plain,) = train_lars(x, y, 6, (10.0,), config, seed=0)
 
     np.testing.assert_array_equal(first.weight, plain.weight)
     assert not np.allclose(both.bias, plain.bias)
 
 
-def test_train_heads__a_probe_that_diverges_says_so():
+def test_train_lars__a_probe_that_diverges_says_so():
     x, y = clusters(64)
     x[0, 0] = np.nan
     with pytest.raises(NonFiniteLossError, match="diverged in epoch 1"):
-        train_heads(x, y, 6, (0.1,), LinearConfig(solver="lars"), seed=0)
+        train_lars(x, y, 6, (0.1,), LinearConfig(solver="lars"), seed=0)
 
 
 def test_share_of_peak__is_the_paper_s_by_default():

@@ -1,4 +1,4 @@
-"""Linear classifiers on fixed vectors, and the two ways of having one at once."""
+"""Linear classifiers on fixed vectors: ridge and logistic regression."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _MAX_ITERATIONS = 1000
 
 
 @dataclass(frozen=True)
-class LinearHead:
+class LinearClassifier:
     """Scores of classes, x @ weight.T + bias; whatever standardised x is folded in.
 
     Attributes:
         weight: float32 [C, D].
         bias: float32 [C].
-        converged: whether its solver came to an end by itself.
+        converged: True if the solver came to an end by itself.
     """
 
     weight: np.ndarray
@@ -43,18 +43,18 @@ def folded(
     mean: np.ndarray,
     scale: np.ndarray,
     converged: bool = True,
-) -> LinearHead:
-    """The head on x itself of a head on (x - mean) / scale."""
+) -> LinearClassifier:
+    """Fold standardisation in: the head on x that equals a head on (x - mean) / scale."""
     weight = weight / scale
     bias = bias - weight @ mean
     # In C order, as safetensors takes it to be.
     rows = np.ascontiguousarray(weight, dtype=np.float32)
-    return LinearHead(rows, bias.astype(np.float32), converged)
+    return LinearClassifier(rows, bias.astype(np.float32), converged)
 
 
 def ridge(
     x: np.ndarray, y: np.ndarray, num_classes: int, alphas: Sequence[float]
-) -> list[LinearHead]:
+) -> list[LinearClassifier]:
     """Least squares onto +1 for the class and -1 for the others, one head a strength.
 
     On standardised x, with an intercept that is not shrunk. One eigendecomposition serves all
@@ -82,7 +82,7 @@ def ridge(
 
 def logistic(
     x: np.ndarray, y: np.ndarray, num_classes: int, inverse_strengths: Sequence[float]
-) -> list[LinearHead]:
+) -> list[LinearClassifier]:
     """Multinomial logistic regression by L-BFGS on standardised x, one head a strength.
 
     Each starts from the one before. A class without a picture is never predicted.
@@ -100,7 +100,7 @@ def logistic(
     z = ((x - mean) / scale).astype(np.float32)
     if len(np.unique(y)) == 1:  # scikit-learn refuses what needs no learning
         bias = np.where(np.arange(num_classes) == y[0], 0.0, -np.inf)
-        only = LinearHead(np.zeros((num_classes, x.shape[1]), np.float32), bias)
+        only = LinearClassifier(np.zeros((num_classes, x.shape[1]), np.float32), bias)
         return [only for _ in inverse_strengths]
     model = LogisticRegression(max_iter=_MAX_ITERATIONS, warm_start=True)
     heads = []

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mimray.trainers.data import sample_photos as samples
+from mimray.trainers.data import sample_photos
 from mimray.trainers.data.sample_photos import PHOTOGRAPHS, write_photo_tiles
 from mimray.trainers.data.sources import open_source
 from mimray.trainers.errors import DataError
@@ -29,15 +29,15 @@ def test_write_photo_tiles__balanced_class_folders(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", PHOTOGRAPHS)
 def test_tiles__train_and_held_out_share_no_pixel(name: str) -> None:
-    photo = samples.photograph(name)
-    train, held_out = samples.regions_of(photo.size)
+    photo = sample_photos.photograph(name)
+    train, held_out = sample_photos.regions_of(photo.size)
     shown = {
         (x, y)
-        for left, top, right, bottom in samples._spread(train, 96, 200)
+        for left, top, right, bottom in sample_photos._spread(train, 96, 200)
         for x in range(left, right)
         for y in range(top, bottom)
     }
-    boxes = samples._spread(held_out, 96, 40)
+    boxes = sample_photos._spread(held_out, 96, 40)
     assert len(boxes) == 40 == len(set(boxes))
     for left, top, right, bottom in boxes:
         assert right <= photo.width
@@ -60,8 +60,8 @@ def test_samples__does_not_import_the_packages_it_takes_from() -> None:
     import subprocess
 
     code = (
-        "import sys; from mimray.trainers.data import sample_photos\n"
-        "sample_photos.photograph('china')\n"
+        "import sys; from mimray.trainers.data.sample_photos import photograph;"
+        "photograph('china');"
         "sys.exit('sklearn' in sys.modules or 'skimage' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,4 +1,4 @@
-"""What was found in a checkpoint, whoever wrote it, under our names."""
+"""Contents of a checkpoint under our names, whoever wrote it."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ HALF: dict[str, Any] = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 
 
 @dataclass
-class Found:
-    """Weights and what their source tells of them.
+class ForeignWeights:
+    """Weights of another library, with everything that their source tells of them.
 
     Attributes:
         encoder: parameters under our encoders' names; what has no place there keeps its own.
         method: the rest of the method's parameters, under the method's names.
         tree: sections `encoder`, `method` and `data` of a recipe, as far as the source tells.
             Weights of an encoder alone have no `method`.
-        pooling: what stands for a whole picture.
-        notes: what a person should know.
+        pooling: vector that stands for a whole picture.
+        notes: sentences for people.
     """
 
     encoder: dict[str, Tensor]
@@ -53,7 +53,7 @@ def take(state: dict[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor
     """Move parameters out of a state; those that are not there stay missing.
 
     Args:
-        state: loses them.
+        state: parameters by their names, of which those are taken out.
         names: theirs to ours.
     """
     return {ours: state.pop(theirs) for theirs, ours in names.items() if theirs in state}
@@ -63,7 +63,7 @@ def take_pixel_head(state: dict[str, Tensor], patch_embed: str) -> dict[str, Ten
     """Move SimMIM's `decoder.0`, a 1x1 convolution before a pixel shuffle, out as our `head`.
 
     Args:
-        state: loses it.
+        state: parameters by their names, of which the head is taken out.
         patch_embed: name of the convolution that shows the channels of the pictures.
     """
     head = take(state, {"decoder.0.weight": "head.weight", "decoder.0.bias": "head.bias"})
@@ -77,12 +77,12 @@ def take_pixel_head(state: dict[str, Tensor], patch_embed: str) -> dict[str, Ten
 
 
 def norm_before_pooling(state: dict[str, Tensor], norm: str, notes: list[str]) -> dict[str, Tensor]:
-    """Where a model only normalises pooled tokens, take that norm for the one of all tokens.
+    """Take the norm of pooled tokens for that of all tokens, where a model has no other.
 
     Args:
-        state: an encoder's.
-        norm: what it is called there.
-        notes: is told.
+        state: parameters of an encoder.
+        norm: name of the norm of pooled tokens.
+        notes: sentences for people, to which one is added.
     """
     if "norm.weight" in state or f"{norm}.weight" not in state:
         return state

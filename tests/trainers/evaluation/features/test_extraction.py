@@ -14,7 +14,7 @@ from PIL import Image
 from mimray.trainers.bundles import BundleCard, save_bundle
 from mimray.trainers.config.evaluation.extract import ExtractSpec
 from mimray.trainers.config.model import SwinConfig
-from mimray.trainers.data.selection import chosen
+from mimray.trainers.data.selection import evenly_spread
 from mimray.trainers.data.sources import open_source
 from mimray.trainers.data.transforms import inference_view
 from mimray.trainers.errors import ConfigError, DataError, EmptyDatasetError, RunConflictError
@@ -22,7 +22,7 @@ from mimray.trainers.evaluation.features import extraction, pooled
 from mimray.trainers.evaluation.features.encoders import EncoderRef, untrained
 from mimray.trainers.evaluation.features.extraction import Extracted, extract, read_columns
 from mimray.trainers.evaluation.features.parts import EXTRACTION_KEY
-from mimray.trainers.evaluation.features.pooled import vectors
+from mimray.trainers.evaluation.features.pooled import labelled_features
 from mimray.trainers.evaluation.score import Setting
 from mimray.trainers.models.normalise import normalise
 from mimray.trainers.storage import RunDir
@@ -114,7 +114,7 @@ def test_extract__views_are_counted_crops(ref: EncoderRef, colours: Path, tmp_pa
     drawn = extract(ref, source, RunDir(str(tmp_path / "other")), other)
 
     mean, index, view = rows(found, "mean", "index", "view")
-    assert index.tolist() == np.repeat(chosen(60, 7), 3).tolist()
+    assert index.tolist() == np.repeat(evenly_spread(60, 7), 3).tolist()
     assert view.tolist() == [0, 1, 2] * 7
     assert len(np.unique(mean.round(4), axis=0)) == 21
     np.testing.assert_allclose(rows(again, "mean")[0], mean, atol=1e-5)
@@ -185,11 +185,11 @@ def test_vectors__are_encoded_once_whatever_the_pooling(
     ref: EncoderRef, colours: Path, setting: MakeSetting, no_more_encoding: Callable[[], None]
 ):
     source = open_source(str(colours))
-    mean, _ = vectors(ref, source, setting(colours), "mean", phase="p")
+    mean, _ = labelled_features(ref, source, setting(colours), "mean", phase="p")
 
     no_more_encoding()
-    again, _ = vectors(ref, source, setting(colours), "mean", phase="p")
-    both, _ = vectors(ref, source, setting(colours), "both", phase="p")
+    again, _ = labelled_features(ref, source, setting(colours), "mean", phase="p")
+    both, _ = labelled_features(ref, source, setting(colours), "both", phase="p")
 
     np.testing.assert_array_equal(again.x, mean.x)
     np.testing.assert_array_equal(both.x[:, :16], mean.x)
@@ -206,7 +206,7 @@ def test_vectors__anything_that_changes_is_encoded_again(
     no_more_encoding: Callable[[], None],
     tmp_path: Path,
 ):
-    vectors(ref, open_source(str(colours)), setting(colours), "mean", phase="p")
+    labelled_features(ref, open_source(str(colours)), setting(colours), "mean", phase="p")
     if what == "weights":
         ref = dataclasses.replace(ref, untrained=True, seed=1)
     elif what == "data":
@@ -217,7 +217,7 @@ def test_vectors__anything_that_changes_is_encoded_again(
 
     no_more_encoding()
     with pytest.raises(AssertionError, match="the encoder was called"):
-        vectors(ref, open_source(str(colours)), setting(colours), "mean", phase="p")
+        labelled_features(ref, open_source(str(colours)), setting(colours), "mean", phase="p")
 
 
 def test_vectors__a_full_cache_loses_what_was_unread_for_longest(
@@ -226,15 +226,15 @@ def test_vectors__a_full_cache_loses_what_was_unread_for_longest(
 ):  # fmt: skip
     cache = tmp_path / "cache/mimray/features"
     source = open_source(str(colours))
-    vectors(ref, source, setting(colours, limit=10), "mean", phase="p")
+    labelled_features(ref, source, setting(colours, limit=10), "mean", phase="p")
     (first,) = cache.iterdir()
-    vectors(ref, source, setting(colours, limit=11), "mean", phase="p")
+    labelled_features(ref, source, setting(colours, limit=11), "mean", phase="p")
     (second,) = set(cache.iterdir()) - {first}
-    vectors(ref, source, setting(colours, limit=10), "mean", phase="p")  # read again
+    labelled_features(ref, source, setting(colours, limit=10), "mean", phase="p")  # read again
     sizes = sum(file.stat().st_size for file in cache.rglob("*") if file.is_file())
 
     monkeypatch.setattr(pooled, "CACHE_BYTES", sizes)
-    vectors(ref, source, setting(colours, limit=9), "mean", phase="p")
+    labelled_features(ref, source, setting(colours, limit=9), "mean", phase="p")
 
     assert first.exists()
     assert not second.exists()
@@ -249,15 +249,19 @@ def test_vectors__labels_outside_the_classes(
     labels[[5, 6]] = -1, 3
 
     with pytest.raises(DataError, match=r"blue/05\.png has no label, and so it is with 1 more"):
-        vectors(ref, source, setting(colours), "mean", phase="p")
-    found, notes = vectors(ref, source, setting(colours, skip_invalid=True), "mean", phase="p")
+        labelled_features(ref, source, setting(colours), "mean", phase="p")
+    found, notes = labelled_features(
+        ref, source, setting(colours, skip_invalid=True), "mean", phase="p"
+    )
     assert [note.partition(":")[2] for note in notes] == [
         " it has no label", " its label 3 lies outside 0 to 2",
     ]  # fmt: skip
     assert (len(found.x), found.y.min(), found.y.max()) == (58, 0, 2)
     labels[:] = -1
     with pytest.raises(EmptyDatasetError, match="no picture of"):
-        vectors(ref, source, setting(colours, skip_invalid=True, limit=30), "mean", phase="p")
+        labelled_features(
+            ref, source, setting(colours, skip_invalid=True, limit=30), "mean", phase="p"
+        )
 
 
 @pytest.mark.parametrize(
@@ -281,6 +285,6 @@ def test_pool__fits_every_node(
 
 
 def test_chosen__evenly_spread():
-    assert chosen(10, None).tolist() == list(range(10))
-    assert chosen(10, 99).tolist() == list(range(10))
-    assert chosen(10, 3).tolist() == [0, 3, 6]
+    assert evenly_spread(10, None).tolist() == list(range(10))
+    assert evenly_spread(10, 99).tolist() == list(range(10))
+    assert evenly_spread(10, 3).tolist() == [0, 3, 6]

@@ -12,7 +12,7 @@ from mimray.trainers.config.evaluation.rankme import RankMeConfig
 from mimray.trainers.data.sources import open_source
 from mimray.trainers.errors import ConfigError, EmptyDatasetError
 from mimray.trainers.evaluation.features.encoders import EncoderRef
-from mimray.trainers.evaluation.features.pooled import pooled, vectors
+from mimray.trainers.evaluation.features.pooled import labelled_features, pooled_features
 from mimray.trainers.evaluation.probes.rankme import (
     PROXY,
     effective_rank,
@@ -82,7 +82,7 @@ def test_evaluate__scores_pictures_without_labels(
 
     source = open_source(str(unlabelled))
     assert source.labels() is None
-    x = pooled(ref, source, setting(unlabelled), "mean", phase="").x
+    x = pooled_features(ref, source, setting(unlabelled), "mean", phase="").x
     assert x.shape == (60, 16)
     assert score.metric == "RankMe"
     assert score.headline == pytest.approx(reference(x), rel=1e-9)
@@ -112,7 +112,7 @@ def test_evaluate__prefers_the_validation_split(
     named = evaluate(ref, setting(colours, val=str(unlabelled)), RankMeConfig())
     # Of labelled pictures the features are those that other tasks score.
     val = open_source(str(colours), split="val")
-    x = vectors(ref, val, setting(colours), "mean", phase="")[0].x
+    x = labelled_features(ref, val, setting(colours), "mean", phase="")[0].x
 
     assert (own.num_val, named.num_val) == (18, 60)
     assert own.val_fingerprint == val.facts.fingerprint

@@ -13,14 +13,14 @@ from mimray.trainers.config.evaluation.linear import LinearConfig
 from mimray.trainers.data.sources import open_source
 from mimray.trainers.errors import DataError
 from mimray.trainers.evaluation.features.encoders import EncoderRef
-from mimray.trainers.evaluation.features.pooled import vectors
+from mimray.trainers.evaluation.features.pooled import labelled_features
 from mimray.trainers.evaluation.probes.classification import (
     missing_classes,
     per_class_accuracy,
     top_k_accuracy,
 )
 from mimray.trainers.evaluation.probes.linear import evaluate
-from mimray.trainers.evaluation.probes.linear_heads import logistic, ridge
+from mimray.trainers.evaluation.probes.linear_classifiers import logistic, ridge
 from mimray.trainers.evaluation.score import Score, Setting
 
 MakeSetting = Callable[..., Setting]
@@ -117,7 +117,7 @@ def test_evaluate__chooses_on_training_pictures_alone_and_repeats(
     assert score == evaluate(ref, setting(colours), config)
     # The head as it was saved gives the same figure.
     head = load(score.files["head.safetensors"])
-    val, _ = vectors(
+    val, _ = labelled_features(
         ref, open_source(str(colours), split="val"), setting(colours), "mean", phase=""
     )
     right = (val.x @ head["weight"].T + head["bias"]).argmax(axis=1) == val.y

@@ -13,7 +13,7 @@ from mimray.trainers.config.evaluation.knn import KnnConfig
 from mimray.trainers.data.sources import open_source
 from mimray.trainers.errors import DataError
 from mimray.trainers.evaluation.features.encoders import EncoderRef
-from mimray.trainers.evaluation.features.pooled import vectors
+from mimray.trainers.evaluation.features.pooled import labelled_features
 from mimray.trainers.evaluation.probes.knn import evaluate, knn, nearest, predict
 from mimray.trainers.evaluation.score import Setting
 
@@ -94,8 +94,8 @@ def test_evaluate__scores_a_dataset_and_shows_neighbours(
 ):
     score = evaluate(ref, setting(colours), KnnConfig(k=5))
 
-    train, _ = vectors(ref, open_source(str(colours)), setting(colours), "mean", phase="")
-    val, _ = vectors(
+    train, _ = labelled_features(ref, open_source(str(colours)), setting(colours), "mean", phase="")
+    val, _ = labelled_features(
         ref, open_source(str(colours), split="val"), setting(colours), "mean", phase=""
     )
     wanted = knn(train.x, train.y, val.x, val.y, k=5)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mimray.trainers.config.evaluation.head import HeadConfig
 from mimray.trainers.errors import NonFiniteLossError
-from mimray.trainers.evaluation.heads.train_head import fit
+from mimray.trainers.evaluation.heads.train_head import train_head
 
 CONFIG = HeadConfig(epochs=4, batch_size=4, lr=0.05, warmup_epochs=1)
 X = torch.randn(14, 5, generator=torch.Generator().manual_seed(1))
@@ -40,7 +40,7 @@ def _run(folder: Path, head: nn.Module, **changes: Any) -> list[dict[str, float]
         "identity": "one",
         "progress": lambda phase, done, total: None,
     }
-    return fit(head, None, **(given | changes))
+    return train_head(head, None, **(given | changes))
 
 
 def _stop_at(step: int) -> Callable[[str, int, int], None]:
@@ -52,7 +52,9 @@ def _stop_at(step: int) -> Callable[[str, int, int], None]:
 
 
 @pytest.mark.parametrize("step", [2, 7, 12])
-def test_fit__interrupted_repeats_an_undisturbed_run_bit_for_bit(tmp_path: Path, step: int) -> None:
+def test_train_head__interrupted_repeats_an_undisturbed_run_bit_for_bit(
+    tmp_path: Path, step: int
+) -> None:
     whole, broken = _head(), _head()
     rows = _run(tmp_path / "whole", whole)
     with pytest.raises(KeyboardInterrupt):
@@ -70,7 +72,7 @@ def test_fit__interrupted_repeats_an_undisturbed_run_bit_for_bit(tmp_path: Path,
         assert torch.equal(value, continued.state_dict()[name]), name
 
 
-def test_fit__learns_and_leaves_the_head_ready(tmp_path: Path) -> None:
+def test_train_head__learns_and_leaves_the_head_ready(tmp_path: Path) -> None:
     head = _head()
     rows = _run(tmp_path, head, config=CONFIG.model_copy(update={"epochs": 30}))
     assert rows[-1]["squared"] < 0.2 * rows[0]["squared"]
@@ -81,13 +83,13 @@ def test_fit__learns_and_leaves_the_head_ready(tmp_path: Path) -> None:
     assert rows[-1]["lr"] == pytest.approx(0.05 * 0.5 * (1 + np.cos(np.pi * (89 - 3) / 87)))
 
 
-def test_fit__a_state_of_something_else_is_not_continued(tmp_path: Path) -> None:
+def test_train_head__a_state_of_something_else_is_not_continued(tmp_path: Path) -> None:
     fresh = _run(tmp_path / "fresh", _head(), seed=1)
     _run(tmp_path / "used", _head(), identity="other")
     assert _run(tmp_path / "used", _head(), seed=1) == fresh
 
 
-def test_fit__the_seed_alone_decides(tmp_path: Path) -> None:
+def test_train_head__the_seed_alone_decides(tmp_path: Path) -> None:
     torch.manual_seed(5)
     one = _run(tmp_path / "a", _head())
     torch.manual_seed(6)
@@ -95,7 +97,7 @@ def test_fit__the_seed_alone_decides(tmp_path: Path) -> None:
     assert _run(tmp_path / "c", _head(), seed=2) != one
 
 
-def test_fit__many_threads_add_up_alike_each_time(tmp_path: Path) -> None:
+def test_train_head__many_threads_add_up_alike_each_time(tmp_path: Path) -> None:
     """The backward pass of indexing adds to one row from several threads."""
     rows = torch.randint(8, (8192,), generator=torch.Generator().manual_seed(0))
 
@@ -114,14 +116,16 @@ def test_fit__many_threads_add_up_alike_each_time(tmp_path: Path) -> None:
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_fit__the_encoder_learns_at_its_own_rate_and_biases_do_not_decay(tmp_path: Path) -> None:
+def test_train_head__the_encoder_learns_at_its_own_rate_and_biases_do_not_decay(
+    tmp_path: Path,
+) -> None:
     """With gradients of zero AdamW moves weights by -lr x decay x weight alone."""
     head, encoder = nn.Linear(5, 1), nn.Linear(5, 5)
     before = [p.detach().clone() for p in (*head.parameters(), *encoder.parameters())]
     config = CONFIG.model_copy(
         update={"epochs": 1, "warmup_epochs": 0, "batch_size": 14, "weight_decay": 0.5}
     )
-    fit(
+    train_head(
         head,
         encoder,
         num_examples=14,
@@ -139,7 +143,7 @@ def test_fit__the_encoder_learns_at_its_own_rate_and_biases_do_not_decay(tmp_pat
         torch.testing.assert_close(new, old * factor)
 
 
-def test_fit__a_loss_that_is_not_finite_ends_it_and_changes_nothing(tmp_path: Path) -> None:
+def test_train_head__a_loss_that_is_not_finite_ends_it_and_changes_nothing(tmp_path: Path) -> None:
     head = _head()
     before = {name: value.clone() for name, value in head.named_parameters()}
     with pytest.raises(NonFiniteLossError, match="step 1: .*'a': nan"):
