@@ -3,50 +3,46 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from functools import partial
-from typing import Any
-
-from rich.console import Console
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from mimray.service.cluster import connected
-from mimray.service.terminal.progress import CountingProgress, duration
+from mimray.service.terminal.console import say
+from mimray.service.terminal.progress import Progress, duration, show_count
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+if TYPE_CHECKING:
+    from mimray.trainers.config.evaluation.extract import ExtractSpec
+
+
+def check_spec(options: Mapping[str, Any]) -> ExtractSpec:
+    """The features that a command line asks for, checked.
+
+    Args:
+        options: values by key of `ExtractSpec`; without `pooled`, `layers` and `tokens` the mean
+            is taken.
+
+    Raises:
+        ValidationError: a value that is not allowed.
+    """
+    from mimray.trainers.config.evaluation.extract import ExtractSpec
+
+    spec = dict(options)
+    if not (spec["pooled"] or spec["layers"] or spec["tokens"]):
+        spec["pooled"] = ("mean",)
+    return ExtractSpec.model_validate(spec)
 
 
 def run_extract(
-    bundle: str,
-    data: str,
-    out: str,
-    *,
-    split: str | None,
-    pooled: Sequence[str],
-    layers: Sequence[int],
-    tokens: bool,
-    norm: bool,
-    dtype: str,
-    limit: int | None,
-    image_size: tuple[int, int] | None,
-    part_pictures: int,
-    skip_invalid: bool,
+    bundle: str, data: str, out: str, spec: ExtractSpec, *, split: str | None = None
 ) -> dict[str, Any]:
     """Extract on the cluster, with progress; run again after a kill, it does what is missing.
 
     Args:
-        bundle: as `EncoderRef.parse` takes it.
-        data: the pictures, labelled or not.
-        out: folder to make or to finish; path or URI.
-        split: of the data, where there are several; None takes `train`.
-        pooled: `mean`, `cls`; mean where nothing else is asked for.
-        layers: whose feature maps are kept.
-        tokens: keep the patch tokens.
-        norm: apply the final norm to feature maps.
-        dtype: `float16` or `float32`.
-        limit: so many pictures, evenly spread.
-        image_size: (height, width) of the input, pixels; the card's by default.
-        part_pictures: most pictures in a file.
-        skip_invalid: leave out pictures that cannot be decoded, and list them.
+        bundle: an encoder's reference, as `EncoderRef.parse` takes it.
+        data: the path or URI of the pictures, labelled or not.
+        out: the path or URI of the folder to make or to finish.
+        spec: the features to keep.
+        split: the split of the data, where there are several; None takes `train`.
 
     Returns:
         What `--json` prints.
@@ -54,39 +50,30 @@ def run_extract(
     Raises:
         MimrayError: a mistake of the user's.
     """
-    from mimray.trainers.config.evaluation.extract import ExtractSpec
     from mimray.trainers.data.sources import open_source
     from mimray.trainers.evaluation.features.encoders import EncoderRef
     from mimray.trainers.evaluation.features.extraction import extract
     from mimray.trainers.storage import RunDir
 
-    spec = ExtractSpec.model_validate(
-        {
-            "pooled": pooled or (() if layers or tokens else ("mean",)),
-            "layers": layers,
-            "tokens": tokens,
-            "norm": norm,
-            "dtype": dtype,
-            "limit": limit,
-            "image_size": image_size,
-            "part_pictures": part_pictures,
-            "skip_invalid": skip_invalid,
-        }
-    )
     ref = EncoderRef.parse(bundle)
     source = open_source(data, split=split)
     began = time.monotonic()
-    with connected(), CountingProgress("extracting", "pictures", console) as progress:
-        told = partial(_without_phase, progress)
-        found = extract(ref, source, RunDir(out), spec, progress=told)
+    with connected(), Progress() as progress:
+        shown = show_count(progress, "extracting", "pictures")
+        found = extract(
+            ref,
+            source,
+            RunDir(out),
+            spec,
+            progress=lambda phase, done, total: shown(done, total),
+        )
     seconds = time.monotonic() - began
     manifest = found.manifest
     skipped = f", {len(manifest.skipped)} pictures skipped" if manifest.skipped else ""
-    console.print(
+    say(
         f"{found.out}: {manifest.num_rows} rows, {manifest.num_bytes / 2**20:.1f} MiB in "
         f"{len(manifest.parts)} parts, {found.num_written} of them new{skipped}, "
-        f"{duration(seconds)}",
-        markup=False,
+        f"{duration(seconds)}"
     )
     return {
         "out": found.out.uri,
@@ -99,7 +86,3 @@ def run_extract(
         "data_fingerprint": manifest.extraction.data_fingerprint,
         "seconds": round(seconds, 2),
     }
-
-
-def _without_phase(progress: CountingProgress, phase: str, done: int, total: int) -> None:
-    progress(done, total)

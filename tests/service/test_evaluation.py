@@ -14,7 +14,8 @@ from rich.console import Console
 from mimray.service.cli.main import cli
 from mimray.service.commands.compare import table, write_comparison
 from mimray.service.commands.tasks import TASKS
-from mimray.service.terminal.phases import PhaseProgress, Reporter
+from mimray.service.terminal.phases import PhaseLink
+from mimray.service.terminal.progress import Progress, show_phases
 from mimray.trainers.errors import ConfigError
 from mimray.trainers.evaluation import tasks
 from mimray.trainers.evaluation.tasks import checked_options, options_of, task_config
@@ -94,7 +95,8 @@ def test_comparison__one_table_and_one_chart_best_first(tmp_path: Path) -> None:
 
 
 def test_progress__a_line_a_phase_off_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    with PhaseProgress(Console(file=io.StringIO())) as shown:
+    with Progress(Console(file=io.StringIO())) as progress:
+        shown = show_phases(progress)
         shown("a", "features", 1, 10)
         shown("a", "features", 2, 10)
         shown("b", "training", 1, 4)
@@ -102,7 +104,7 @@ def test_progress__a_line_a_phase_off_a_terminal(capsys: pytest.CaptureFixture[s
     assert [line.split("  ")[0] for line in lines] == ["a: features 1/10", "b: training 1/4"]
 
 
-def test_reporter__tells_the_end_of_every_phase() -> None:
+def test_phase_link__tells_the_end_of_every_phase() -> None:
     told = []
 
     class Tell:
@@ -112,7 +114,7 @@ def test_reporter__tells_the_end_of_every_phase() -> None:
     class Handle:
         tell = Tell()
 
-    report = Reporter(Handle(), 7)
+    report = PhaseLink(Handle(), 7)
     for done in range(1, 101):
         report("features", done, 100)
     assert told[0] == (7, ("features", 1, 100))
