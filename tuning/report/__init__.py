@@ -11,7 +11,7 @@ from mimray.trainers.data.files import join
 if TYPE_CHECKING:
     from mimray.trainers.storage import RunDir
     from mimray.tuning.record import SweepRecord
-    from mimray.tuning.report.facts import Facts
+    from mimray.tuning.report.summary import SweepSummary
 
 PAGE, TEXT, DATA = "report.html", "report.md", "report.json"
 FORMAT = 1
@@ -40,15 +40,15 @@ def write_report(
         StorageError: the directory cannot be written to.
     """
     # plotly and Optuna take seconds to import; who writes no report need not wait for them.
-    from mimray.tuning.report.facts import facts_of
     from mimray.tuning.report.html import page
+    from mimray.tuning.report.summary import summarise
     from mimray.tuning.report.text import markdown
 
-    facts = facts_of(record, speed)
+    summary = summarise(record, speed)
     files = {
-        DATA: json.dumps(data_of(facts), allow_nan=False, indent=1),
-        TEXT: markdown(facts),
-        PAGE: page(facts, sweep, curves or {}),
+        DATA: json.dumps(data_of(summary), allow_nan=False, indent=1),
+        TEXT: markdown(summary),
+        PAGE: page(summary, sweep, curves or {}),
     }
     for name, text in files.items():
         # A name may hold half of a surrogate pair, which UTF-8 has no bytes for.
@@ -56,13 +56,13 @@ def write_report(
     return [join(sweep.uri, name) for name in (PAGE, TEXT, DATA)]
 
 
-def data_of(facts: Facts) -> dict[str, Any]:
+def data_of(summary: SweepSummary) -> dict[str, Any]:
     """Everything needed to draw the report again, as strict JSON can hold it.
 
     Args:
-        facts: of the sweep.
+        summary: of the sweep.
     """
-    from mimray.tuning.report.facts import rungs_of
+    from mimray.tuning.report.summary import rungs_of
     from mimray.tuning.report.values import plain
 
     ranked = [
@@ -77,24 +77,24 @@ def data_of(facts: Facts) -> dict[str, Any]:
             "device_seconds": trial.device_seconds,
             "state": trial.state,
         }
-        for rank, trial in enumerate(facts.ranked, start=1)
+        for rank, trial in enumerate(summary.ranked, start=1)
     ]
     tree: dict[str, Any] = plain(
         {
             "format": FORMAT,
-            "record": facts.record.model_dump(),
+            "record": summary.record.model_dump(),
             "ranked": ranked,
-            "rungs": facts.rungs,
-            "states": facts.states,
-            "points": [point.model_dump() for point in facts.points],
+            "rungs": summary.rungs,
+            "states": summary.states,
+            "points": [point.model_dump() for point in summary.points],
             "pareto": {
                 cost: [point.model_dump() for point in points]
-                for cost, points in facts.fronts.items()
+                for cost, points in summary.fronts.items()
             },
-            "heatmap": facts.heatmap.model_dump() if facts.heatmap is not None else None,
-            "importances": facts.importance.model_dump(),
-            "speed": [row.model_dump() for row in facts.speed],
-            "losses_survived": facts.survived,
+            "heatmap": summary.heatmap.model_dump() if summary.heatmap is not None else None,
+            "importances": summary.importance.model_dump(),
+            "speed": [row.model_dump() for row in summary.speed],
+            "losses_survived": summary.survived,
         }
     )
     return tree

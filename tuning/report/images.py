@@ -11,7 +11,7 @@ from PIL import Image
 from mimray.trainers.errors import StorageError
 from mimray.trainers.storage import RunDir
 from mimray.tuning.record import TrialRecord, trial_dir
-from mimray.tuning.report.facts import Facts
+from mimray.tuning.report.summary import SweepSummary
 
 RECONSTRUCTION = "reconstruction.png"
 MAX_WIDTH_PX = 900
@@ -34,14 +34,14 @@ class Picture(NamedTuple):
     size: tuple[int, int]
 
 
-def reconstructions(facts: Facts, sweep: RunDir) -> list[Picture]:
+def reconstructions(summary: SweepSummary, sweep: RunDir) -> list[Picture]:
     """What the best trials and the worst make of hidden patches, where they have drawn it yet.
 
     Args:
-        facts: of the sweep.
+        summary: of the sweep.
         sweep: its directory.
     """
-    chosen = list(enumerate(facts.ranked, start=1))
+    chosen = list(enumerate(summary.ranked, start=1))
     if len(chosen) > _NUM_BEST:
         chosen = [*chosen[:_NUM_BEST], chosen[-1]]
     found = []

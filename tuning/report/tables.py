@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 from mimray.trainers.data.files import join
 from mimray.tuning.record import SweepRecord, TrialRecord
-from mimray.tuning.report.facts import Cell, Facts, Heatmap, rungs_of
+from mimray.tuning.report.summary import Cell, Heatmap, SweepSummary, rungs_of
 from mimray.tuning.report.values import duration, params_text, score_text, short_names, shown
 
 MAX_ROWS = 100
+LONG_CELL_CHARS = 24
 
 
 class Table(NamedTuple):
@@ -29,14 +30,24 @@ class Table(NamedTuple):
     rows: Sequence[tuple[str, ...]]
     numeric: frozenset[int] = frozenset()
 
+    @property
+    def long(self) -> frozenset[int]:
+        """Columns with a cell so long that it is broken into lines."""
+        return frozenset(
+            column
+            for row in self.rows
+            for column, text in enumerate(row)
+            if len(text) > LONG_CELL_CHARS
+        )
 
-def leaderboard(facts: Facts) -> Table:
+
+def leaderboard(summary: SweepSummary) -> Table:
     """Trials in the order of their rank.
 
     Args:
-        facts: of the sweep.
+        summary: of the sweep.
     """
-    names = short_names(facts.record.keys)
+    names = short_names(summary.record.keys)
     head = (
         "rank",
         "trial",
@@ -53,14 +64,14 @@ def leaderboard(facts: Facts) -> Table:
             str(rank),
             str(trial.number),
             *(shown(trial.params.get(key)) for key in names),
-            f"{rungs_of(trial)}/{facts.rungs}",
+            f"{rungs_of(trial)}/{summary.rungs}",
             f"{trial.rungs[-1].samples:,}",
             score_text(trial.score),
             score_text(trial.loss),
             f"{trial.device_seconds:,.0f}",
             trial.state,
         )
-        for rank, trial in enumerate(facts.ranked[:MAX_ROWS], start=1)
+        for rank, trial in enumerate(summary.ranked[:MAX_ROWS], start=1)
     ]
     return Table("Leaderboard", head, rows, frozenset(range(len(head) - 1)))
 
@@ -95,44 +106,44 @@ def cell_text(cell: Cell | None, rungs: int, *, gap: str = " ") -> str:
     return score_text(cell.score) + part
 
 
-def front_table(facts: Facts, cost: str, title: str) -> Table:
+def front_table(summary: SweepSummary, cost: str, title: str) -> Table:
     """The trials on a front.
 
     Args:
-        facts: of the sweep.
+        summary: of the sweep.
         cost: `samples` or `device_seconds`.
         title: of the table.
     """
-    names = short_names(facts.record.keys)
+    names = short_names(summary.record.keys)
     unit = "samples" if cost == "samples" else "device-s"
     rows = [
         (
             str(point.trial),
-            params_text(facts.trial(point.trial).params, names),
-            f"{point.rung + 1}/{facts.rungs}",
+            params_text(summary.trial(point.trial).params, names),
+            f"{point.rung + 1}/{summary.rungs}",
             f"{getattr(point, cost):,.0f}",
             score_text(point.score),
         )
-        for point in facts.fronts[cost]
+        for point in summary.fronts[cost]
     ]
     return Table(title, ("trial", "tried", "rung", unit, "score"), rows, frozenset({0, 2, 3, 4}))
 
 
-def importance_table(facts: Facts) -> Table:
+def importance_table(summary: SweepSummary) -> Table:
     """Shares of the score's variance by key.
 
     Args:
-        facts: of the sweep.
+        summary: of the sweep.
     """
-    rows = [(key, f"{share:.1%}") for key, share in facts.importance.shares.items()]
+    rows = [(key, f"{share:.1%}") for key, share in summary.importance.shares.items()]
     return Table("Importance of the keys", ("key", "share"), rows, frozenset({1}))
 
 
-def speed_table(facts: Facts) -> Table:
+def speed_table(summary: SweepSummary) -> Table:
     """Times faster than the full sequence.
 
     Args:
-        facts: of the sweep.
+        summary: of the sweep.
     """
     head = ("mask ratio", "measured", "bound by tokens", "often quoted")
     rows = [
@@ -142,18 +153,18 @@ def speed_table(facts: Facts) -> Table:
             _times(row.bound),
             _times(row.quoted, digits=0),
         )
-        for row in facts.speed
+        for row in summary.speed
     ]
     return Table("Encoder, times faster than the full sequence", head, rows, frozenset({1, 2, 3}))
 
 
-def failure_table(facts: Facts) -> Table:
+def failure_table(summary: SweepSummary) -> Table:
     """Trials that failed for good, with the reasons.
 
     Args:
-        facts: of the sweep.
+        summary: of the sweep.
     """
-    names = short_names(facts.record.keys)
+    names = short_names(summary.record.keys)
     rows = [
         (
             str(trial.number),
@@ -162,7 +173,7 @@ def failure_table(facts: Facts) -> Table:
             str(trial.failures),
             trial.reason or "no reason was recorded",
         )
-        for trial in facts.failed
+        for trial in summary.failed
     ]
     head = ("trial", "tried", "samples", "losses", "reason")
     return Table("Failed trials", head, rows, frozenset({0, 2, 3}))
@@ -195,13 +206,13 @@ def commands(record: SweepRecord, best: TrialRecord | None) -> list[tuple[str, s
     ]
 
 
-def notes(facts: Facts) -> list[str]:
+def notes(summary: SweepSummary) -> list[str]:
     """What must be known before the figures are believed.
 
     Args:
-        facts: of the sweep.
+        summary: of the sweep.
     """
-    record = facts.record
+    record = summary.record
     found = []
     if record.proxy:
         found.append(
@@ -216,12 +227,12 @@ def notes(facts: Facts) -> list[str]:
     return found
 
 
-def outcome(facts: Facts) -> str:
+def outcome(summary: SweepSummary) -> str:
     """The sweep in one line: how many trials, in what states, how long it took."""
-    states = ", ".join(f"{number} {state}" for state, number in facts.states.items())
-    total = len(facts.record.trials)
+    states = ", ".join(f"{number} {state}" for state, number in summary.states.items())
+    total = len(summary.record.trials)
     trials = f"{total} {'trial' if total == 1 else 'trials'}" + (f" ({states})" if states else "")
-    return f"{trials}, {duration(facts.record.elapsed_s)}"
+    return f"{trials}, {duration(summary.record.elapsed_s)}"
 
 
 def _times(value: float | None, digits: int = 2) -> str:

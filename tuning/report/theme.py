@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import plotly.graph_objects as go
 
 from mimray.tuning.record import TrialRecord
-from mimray.tuning.report.facts import Facts
+from mimray.tuning.report.summary import SweepSummary
 from mimray.tuning.report.values import is_number, params_text, score_text, short_names, shown, tick
 
 BLUE, PURPLE, ORANGE, GREY = "#3b7dd8", "#9a6bb0", "#d9772b", "#8a94a3"
@@ -89,20 +89,20 @@ class Plot(NamedTuple):
     min_width: int = 0
 
 
-def hover(facts: Facts, trial: TrialRecord, rungs: int, score: float) -> str:
+def hover(summary: SweepSummary, trial: TrialRecord, rungs: int, score: float) -> str:
     """What is shown of a trial under the pointer.
 
     Args:
-        facts: of the sweep.
+        summary: of the sweep.
         trial: pointed at.
         rungs: how many it had reached.
         score: of the last of these.
     """
-    tried = params_text(trial.params, short_names(facts.record.keys)) or "nothing changed"
+    tried = params_text(trial.params, short_names(summary.record.keys)) or "nothing changed"
     lines = (
         f"trial {trial.number}, {trial.state}",
         tried,
-        f"{facts.record.metric} {score_text(score)} at rung {rungs} of {facts.rungs}",
+        f"{summary.record.metric} {score_text(score)} at rung {rungs} of {summary.rungs}",
     )
     return "<br>".join(map(label, lines))
 

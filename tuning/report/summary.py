@@ -67,7 +67,7 @@ class Heatmap(Config):
     rungs: int
 
 
-class Facts(Config):
+class SweepSummary(Config):
     """A sweep as its report shows it.
 
     Attributes:
@@ -109,7 +109,7 @@ class Facts(Config):
         return next(t for t in self.record.trials if t.number == number)
 
 
-def facts_of(record: SweepRecord, speed: Mapping[float, float] | None = None) -> Facts:
+def summarise(record: SweepRecord, speed: Mapping[float, float] | None = None) -> SweepSummary:
     """Work out what a report says.
 
     Args:
@@ -122,7 +122,7 @@ def facts_of(record: SweepRecord, speed: Mapping[float, float] | None = None) ->
     reached = max((rungs_of(trial) for trial in record.trials), default=0)
     rungs = len(record.rung_samples) or reached
     ratios = [v for v in values_of(record, MASK_RATIO) if is_number(v)]
-    return Facts(
+    return SweepSummary(
         record=record,
         ranked=tuple(ranked),
         rungs=rungs,
