@@ -24,7 +24,7 @@ RECONSTRUCTION = "reconstruction.png"
 
 
 @dataclass
-class DeskState:
+class RunState:
     """How a run stands, for a progress bar.
 
     Attributes:
@@ -42,7 +42,7 @@ class DeskState:
     tracking: str = ""
 
 
-class Desk:
+class RunRecorder:
     """Keeps the state, writes MLflow and the pictures; made into a Ray actor by `launch`.
 
     Args:
@@ -59,7 +59,7 @@ class Desk:
     ) -> None:
         self._run = RunDir(run_uri)
         self._plan = Plan.model_validate_json(plan)
-        self._state = DeskState()
+        self._state = RunState()
         self._tracker = Tracker.open(
             None,
             experiment="mimray",
@@ -110,9 +110,9 @@ class Desk:
         """Whether the run has ended for good."""
         return self._state.error is not None
 
-    def state(self) -> DeskState:
+    def state(self) -> RunState:
         """How it stands; notes are handed out once."""
-        state = DeskState(**vars(self._state))
+        state = RunState(**vars(self._state))
         self._state.notes = []
         return state
 
@@ -121,43 +121,43 @@ class Desk:
         self._tracker.finish(status)
 
 
-class Link:
+class RunLink:
     """A worker's end of the desk; an `engine.loop.Observer`."""
 
-    def __init__(self, desk: Any) -> None:
+    def __init__(self, recorder: Any) -> None:
         import ray
 
-        self._desk = desk
+        self._recorder = recorder
         self._get = ray.get
 
     def resumed(self, step: int) -> None:
         """Training begins at this step."""
-        self._desk.resumed.remote(step)
+        self._recorder.resumed.remote(step)
 
     def metrics(self, row: dict[str, Any]) -> None:
         """A row went into `metrics.jsonl`."""
-        self._desk.metrics.remote(row)
+        self._recorder.metrics.remote(row)
 
     def pictures(self, step: int, panels: list[Panel]) -> None:
         """What the method draws at a step."""
-        self._desk.pictures.remote(step, panels)
+        self._recorder.pictures.remote(step, panels)
 
     def flush(self) -> None:
-        """Return when the desk has taken everything sent so far."""
-        self._get(self._desk.ready.remote())
+        """Return when the recorder has taken everything sent so far."""
+        self._get(self._recorder.ready.remote())
 
     def fail(self, error: MimrayError) -> None:
         """Tell the driver why the run ends; returns when it knows."""
-        self._get(self._desk.fail.remote(error))
+        self._get(self._recorder.fail.remote(error))
 
     def failed(self) -> bool:
         """Whether the run has ended for good."""
-        return bool(self._get(self._desk.failed.remote()))
+        return bool(self._get(self._recorder.failed.remote()))
 
     @contextmanager
     def warnings(self) -> Iterator[None]:
         """Send this process's warnings to the driver's terminal for the time being."""
-        handler = _ToDesk(self._desk)
+        handler = _WarningForwarder(self._recorder)
         root = logging.getLogger("mimray.trainers")
         root.addHandler(handler)
         try:
@@ -166,12 +166,12 @@ class Link:
             root.removeHandler(handler)
 
 
-class _ToDesk(logging.Handler):
+class _WarningForwarder(logging.Handler):
     """Forwards each warning once, however often it is repeated."""
 
-    def __init__(self, desk: Any) -> None:
+    def __init__(self, recorder: Any) -> None:
         super().__init__(level=logging.WARNING)
-        self._desk = desk
+        self._recorder = recorder
         self._seen: set[str] = set()
         self._guard = threading.Lock()
 
@@ -181,4 +181,4 @@ class _ToDesk(logging.Handler):
             if message in self._seen:
                 return
             self._seen.add(message)
-        self._desk.note.remote(message)
+        self._recorder.note.remote(message)

@@ -1,4 +1,4 @@
-"""The board: one actor beside the driver that keeps what trials report.
+"""The recorder: one actor beside the driver that keeps what trials report.
 
 Trials may be on any node; `trial.json`, MLflow, TensorBoard and the table are written here. What
 MLflow and TensorBoard are told waits in a queue, so that no trial waits for them.
@@ -28,14 +28,14 @@ from mimray.tuning.record import (
     TrialRecord,
     trial_dir,
 )
-from mimray.tuning.trackers import Events
+from mimray.tuning.trackers import SweepTrackers
 
 RECONSTRUCTION = "reconstruction.png"
 
 logger = logging.getLogger(__name__)
 
 
-class Board:
+class SweepRecorder:
     """Keeps the sweep's record; made into a Ray actor by `sweep`.
 
     Args:
@@ -51,7 +51,7 @@ class Board:
         self._rows: dict[int, dict[str, Any]] = {}
         self._began, self._elapsed_before_s = time.monotonic(), self._record.elapsed_s
         self._notes: list[str] = []
-        self._queue: queue.SimpleQueue[Callable[[Events], None] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Callable[[SweepTrackers], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._tell, args=(storage,), daemon=True)
         self._tracked = tracked
         if tracked:
@@ -59,7 +59,7 @@ class Board:
         self._keep()
 
     def ready(self) -> bool:
-        """Answers once the board is there."""
+        """Answers once the recorder is there."""
         return True
 
     def begin(self, number: int, params: dict[str, Any], devices: float, plan: str) -> TrialRecord:
@@ -75,19 +75,19 @@ class Board:
         self._put(trial.model_copy(update={"state": "running", "devices": devices}))
         if plan:
             parsed = Plan.model_validate_json(plan)
-            self._push(lambda events: events.begin(number, params, parsed))
+            self._push(lambda trackers: trackers.begin(number, params, parsed))
         return self._trials[number]
 
     def metrics(self, number: int, row: dict[str, Any]) -> None:
         """Take a row of a trial's metrics."""
         self._rows[number] = row
-        self._push(lambda events: events.metrics(number, row))
+        self._push(lambda trackers: trackers.metrics(number, row))
 
     def pictures(self, number: int, step: int, panels: list[Panel]) -> None:
         """Draw a trial's reconstructions and keep the sheet."""
         sheet = png(panel_sheet(panels))
         trial_dir(self._sweep, number).write(RECONSTRUCTION, sheet)
-        self._push(lambda events: events.picture(number, step, sheet))
+        self._push(lambda trackers: trackers.picture(number, step, sheet))
 
     def rung(self, number: int, rung: Rung) -> None:
         """A trial was scored; a rung that is known already stays as it was."""
@@ -101,7 +101,7 @@ class Board:
             "loss": row.get("loss", trial.loss),
         }
         self._put(trial.model_copy(update=changes))
-        self._push(lambda events: events.score(number, rung))
+        self._push(lambda trackers: trackers.score(number, rung))
 
     def record(self, number: int) -> TrialRecord:
         """What is known of a trial."""
@@ -125,7 +125,7 @@ class Board:
         if trial.state not in ENDED:
             trial = trial.model_copy(update={"state": state, "reason": reason})
             self._put(trial)
-            self._push(lambda events: events.end(number, trial))
+            self._push(lambda trackers: trackers.end(number, trial))
         return trial
 
     def note(self, message: str) -> None:
@@ -134,7 +134,7 @@ class Board:
             self._notes.append(message)
 
     def current(self) -> SweepRecord:
-        """The record as it is; warnings stay with the board."""
+        """The record as it is; warnings stay with the recorder."""
         elapsed_s = self._elapsed_before_s + time.monotonic() - self._began
         trials = tuple(self._trials[number] for number in sorted(self._trials))
         return self._record.model_copy(update={"elapsed_s": elapsed_s, "trials": trials})
@@ -158,7 +158,7 @@ class Board:
         self._keep()
         if self._tracked:
             final = self.current()
-            self._push(lambda events: events.close(final, status))
+            self._push(lambda trackers: trackers.close(final, status))
             self._queue.put(None)
             self._thread.join()
         return self.current()
@@ -174,35 +174,35 @@ class Board:
         tree = self.current().model_copy(update={"trials": ()})
         self._sweep.write(SWEEP, tree.model_dump_json(indent=1, exclude={"trials"}).encode())
 
-    def _push(self, event: Callable[[Events], None]) -> None:
+    def _push(self, message: Callable[[SweepTrackers], None]) -> None:
         if self._tracked:
-            self._queue.put(event)
+            self._queue.put(message)
 
     def _tell(self, storage: str) -> None:
         """The thread that feeds MLflow and TensorBoard; what they refuse costs no trial."""
-        events: Events | None = None
-        while (event := self._queue.get()) is not None:
+        trackers: SweepTrackers | None = None
+        while (message := self._queue.get()) is not None:
             try:
-                events = events or Events(self._record, storage)
-                event(events)
+                trackers = trackers or SweepTrackers(self._record, storage)
+                message(trackers)
             except MimrayError as error:
                 logger.warning("%s", error)
                 self.note(str(error))
 
 
-class BoardLink:
-    """A trial's end of the board; an `engine.loop.Observer`."""
+class TrialLink:
+    """A trial's end of the recorder; an `engine.loop.Observer`."""
 
-    def __init__(self, board: Any, number: int) -> None:
-        self._board, self._number = board, number
+    def __init__(self, recorder: Any, number: int) -> None:
+        self._recorder, self._number = recorder, number
 
     def resumed(self, step: int) -> None:
         """Training begins at this step."""
 
     def metrics(self, row: dict[str, Any]) -> None:
         """A row went into `metrics.jsonl`."""
-        self._board.metrics.remote(self._number, row)
+        self._recorder.metrics.remote(self._number, row)
 
     def pictures(self, step: int, panels: list[Panel]) -> None:
         """What the method draws at a step."""
-        self._board.pictures.remote(self._number, step, panels)
+        self._recorder.pictures.remote(self._number, step, panels)

@@ -33,15 +33,15 @@ from mimray.tuning.capacity import count
 from mimray.tuning.config import Asha, Median, SweepConfig
 from mimray.tuning.plan import SweepPlan, check_continues, new_record
 from mimray.tuning.record import ENDED, SWEEP, SweepRecord, TrialRecord, read_record, trial_dir
-from mimray.tuning.recorder import Board
+from mimray.tuning.recorder import SweepRecorder
 from mimray.tuning.search import SAMPLES, SCORE, Suggestions, open_study
 from mimray.tuning.space import num_trials
-from mimray.tuning.trial import FAILED, Surroundings, Trial
+from mimray.tuning.trial import FAILED, LaunchContext, Trial
 
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.5
-Watch = Callable[[SweepRecord, dict[int, dict[str, Any]], list[str]], None]
+OnProgress = Callable[[SweepRecord, dict[int, dict[str, Any]], list[str]], None]
 
 
 @dataclass(frozen=True)
@@ -86,12 +86,12 @@ def before(launch: Launch) -> SweepRecord | None:
     return found
 
 
-def run_sweep(launch: Launch, watch: Watch | None = None) -> SweepRecord:
+def run_sweep(launch: Launch, on_progress: OnProgress | None = None) -> SweepRecord:
     """Run a sweep to its end, or as far as its budget goes; continues what is there.
 
     Args:
         launch: what was asked.
-        watch: called about twice a second with how it stands.
+        on_progress: called about twice a second with how it stands.
 
     Returns:
         The record at the end.
@@ -122,19 +122,21 @@ def run_sweep(launch: Launch, watch: Watch | None = None) -> SweepRecord:
     launch_id = uuid.uuid4().hex
     claim(directory, launch_id)
 
-    board = _open_board(record, launch)
+    recorder = _open_recorder(record, launch)
     started = time.monotonic()
 
     def may_start() -> bool:
         """Whether a budget has room for another trial."""
-        current: SweepRecord = ray.get(board.current.remote())
+        current: SweepRecord = ray.get(recorder.current.remote())
         spent = sum(trial.samples for trial in current.trials)
         return config.budget.samples is None or spent < config.budget.samples
 
     suggestions = Suggestions(config, study, record.trials, may_start, plan.trial)
-    scheduler = Verdicts(_scheduler(config, plan.rung_samples), board, plan.rung_samples[-1])
+    scheduler = RecordingScheduler(
+        _scheduler(config, plan.rung_samples), recorder, plan.rung_samples[-1]
+    )
     scheduler.replay(record.trials)
-    around = Surroundings(plan, capacity, board, launch_id, launch.cache_mib)
+    context = LaunchContext(plan, capacity, recorder, launch_id, launch.cache_mib)
     left_s = None
     if config.budget.hours is not None:
         left_s = max(1.0, config.budget.hours * 3600 - record.elapsed_s)
@@ -145,7 +147,7 @@ def run_sweep(launch: Launch, watch: Watch | None = None) -> SweepRecord:
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_SYNCER"] = "1"
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(Trial, around=around), capacity.tune),
+        tune.with_resources(tune.with_parameters(Trial, context=context), capacity.tune),
         tune_config=tune.TuneConfig(
             search_alg=suggestions,
             scheduler=scheduler,
@@ -159,21 +161,21 @@ def run_sweep(launch: Launch, watch: Watch | None = None) -> SweepRecord:
             name=launch_id,
             storage_path=(directory / ".ray").uri,
             failure_config=tune.FailureConfig(max_failures=config.resources.max_failures),
-            callbacks=[_Ends(directory, board, suggestions, scheduler)],
+            callbacks=[_EndRecorder(directory, recorder, suggestions, scheduler)],
             verbose=Verbosity.V0_MINIMAL,
         ),
     )
-    with _Watcher(board, watch):
+    with _Poller(recorder, on_progress):
         tuner.fit()
-    current: SweepRecord = ray.get(board.current.remote())
+    current: SweepRecord = ray.get(recorder.current.remote())
     spent_s = time.monotonic() - started
     done = all(trial.state in ENDED for trial in current.trials)
     in_time = left_s is None or spent_s < left_s
     ended = done and in_time and suggestions.exhausted
-    final: SweepRecord = ray.get(board.close.remote(ended, "FINISHED" if done else "KILLED"))
-    if watch is not None:
-        watch(*ray.get(board.snapshot.remote()))
-    ray.kill(board)
+    final: SweepRecord = ray.get(recorder.close.remote(ended, "FINISHED" if done else "KILLED"))
+    if on_progress is not None:
+        on_progress(*ray.get(recorder.snapshot.remote()))
+    ray.kill(recorder)
     directory.delete(".ray")
     return final
 
@@ -220,18 +222,18 @@ class _Remembered:
     trial_id: str
 
 
-class Verdicts(FIFOScheduler):  # type: ignore[misc]
+class RecordingScheduler(FIFOScheduler):  # type: ignore[misc]
     """A scheduler of Ray's, whose verdicts are written down.
 
     Args:
         inner: that judges.
-        board: told who passed.
+        recorder: told who passed.
         last: pictures seen by a whole trial.
     """
 
-    def __init__(self, inner: TrialScheduler, board: Any, last: int) -> None:
+    def __init__(self, inner: TrialScheduler, recorder: Any, last: int) -> None:
         super().__init__()
-        self._inner, self._board, self._last = inner, board, last
+        self._inner, self._recorder, self._last = inner, recorder, last
         self.stopped: set[str] = set()
 
     def replay(self, trials: Iterable[TrialRecord]) -> None:
@@ -256,7 +258,7 @@ class Verdicts(FIFOScheduler):  # type: ignore[misc]
         """Judge a rung."""
         verdict: str = self._inner.on_trial_result(tune_controller, trial, result)
         if verdict == TrialScheduler.CONTINUE:
-            self._board.passed.remote(trial.config["number"])
+            self._recorder.passed.remote(trial.config["number"])
         elif verdict == TrialScheduler.STOP:
             self.stopped.add(trial.trial_id)
         return verdict
@@ -278,13 +280,13 @@ class Verdicts(FIFOScheduler):  # type: ignore[misc]
         return str(self._inner.debug_string())
 
 
-class _Ends(tune.Callback):  # type: ignore[misc]
+class _EndRecorder(tune.Callback):  # type: ignore[misc]
     """Writes down how trials end, which only the driver knows."""
 
     def __init__(
-        self, sweep: RunDir, board: Any, suggestions: Suggestions, scheduler: Verdicts
+        self, sweep: RunDir, recorder: Any, suggestions: Suggestions, scheduler: RecordingScheduler
     ) -> None:
-        self._sweep, self._board = sweep, board
+        self._sweep, self._recorder = sweep, recorder
         self._suggestions, self._scheduler = suggestions, scheduler
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
@@ -300,7 +302,7 @@ class _Ends(tune.Callback):  # type: ignore[misc]
 
     def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """A trial lost its process and gets another."""
-        self._board.lost.remote(trial.config["number"])
+        self._recorder.lost.remote(trial.config["number"])
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """A trial is given up."""
@@ -310,42 +312,42 @@ class _Ends(tune.Callback):  # type: ignore[misc]
 
     def _end(self, trial: Any, state: str, reason: str) -> None:
         number = trial.config["number"]
-        found = ray.get(self._board.end.remote(number, state, reason))
+        found = ray.get(self._recorder.end.remote(number, state, reason))
         self._suggestions.ended(found)
         # Nothing goes on from them; the bundle has the weights.
         trial_dir(self._sweep, number).delete("checkpoints")
 
 
-class _Watcher:
-    """Polls the board while the driver waits in `fit`."""
+class _Poller:
+    """Polls the recorder while the driver waits in `fit`."""
 
-    def __init__(self, board: Any, watch: Watch | None) -> None:
-        self._board, self._watch = board, watch
+    def __init__(self, recorder: Any, on_progress: OnProgress | None) -> None:
+        self._recorder, self._on_progress = recorder, on_progress
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._poll, daemon=True)
 
     def __enter__(self) -> None:
-        if self._watch is not None:
+        if self._on_progress is not None:
             self._thread.start()
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        if self._watch is not None:
+        if self._on_progress is not None:
             self._thread.join()
 
     def _poll(self) -> None:
-        assert self._watch is not None
+        assert self._on_progress is not None
         while not self._stop.wait(POLL_S):
-            self._watch(*ray.get(self._board.snapshot.remote()))
+            self._on_progress(*ray.get(self._recorder.snapshot.remote()))
 
 
-def _open_board(record: SweepRecord, launch: Launch) -> Any:
+def _open_recorder(record: SweepRecord, launch: Launch) -> Any:
     """On the driver's node, where SQLite and TensorBoard's files are."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    board = (
-        ray.remote(Board)
+    recorder = (
+        ray.remote(SweepRecorder)
         .options(num_cpus=0, scheduling_strategy=here)
         .remote(record=record.model_dump_json(), storage=RunDir(launch.storage).uri)
     )
-    ray.get(board.ready.remote())
-    return board
+    ray.get(recorder.ready.remote())
+    return recorder

@@ -20,7 +20,7 @@ def event_folder(record_uri: str, name: str) -> Path:
     return (local or Path("runs").absolute() / name) / "tensorboard"
 
 
-class Events:
+class SweepTrackers:
     """Writes both; used by one thread.
 
     Args:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mimray.trainers.evaluation.probes.classifier import Classified
     from mimray.trainers.evaluation.score import Score, Setting
     from mimray.trainers.launch import Job, Share
-    from mimray.trainers.recorder import DeskState
+    from mimray.trainers.recorder import RunState
 
 SHEET = "finetune.png"
 
@@ -56,7 +56,7 @@ def evaluate(ref: EncoderRef, setting: Setting, config: FinetuneTask) -> Score:
     )
     plan = prepare(job)
 
-    def on_progress(state: DeskState) -> None:
+    def on_progress(state: RunState) -> None:
         setting.progress("fine-tuning", state.row.get("step", 0), plan.steps)
 
     outcome = finished(job, plan) or pretrain(job, plan, on_progress)

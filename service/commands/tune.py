@@ -95,11 +95,11 @@ def run_tune(request: TuneRequest) -> dict[str, Any]:
         _say_capacity(launch)
         with _Reports(plan) as reports:
 
-            def watch(record: SweepRecord, rows: dict[int, Any], notes: list[str]) -> None:
+            def on_progress(record: SweepRecord, rows: dict[int, Any], notes: list[str]) -> None:
                 table(record, rows, notes)
                 reports(record)
 
-            final = run_sweep(launch, watch)
+            final = run_sweep(launch, on_progress)
     if final.ended:
         say("timing the encoder at each mask ratio, for the report")
     files = write_report(

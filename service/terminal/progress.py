@@ -15,7 +15,7 @@ from rich.progress import Progress as Bars
 from mimray.service.terminal.console import console as standard_error
 
 if TYPE_CHECKING:
-    from mimray.trainers.recorder import DeskState
+    from mimray.trainers.recorder import RunState
 
 LINE_EVERY_S = 10.0
 
@@ -118,7 +118,7 @@ class Pace:
         return f"{duration((total - done) / rate)} left" if rate and done < total else ""
 
 
-def show_training(progress: Progress, steps: int) -> Callable[[DeskState], None]:
+def show_training(progress: Progress, steps: int) -> Callable[[RunState], None]:
     """Show a run's step, loss, pictures a second and time left.
 
     Args:
@@ -131,7 +131,7 @@ def show_training(progress: Progress, steps: int) -> Callable[[DeskState], None]
     pace, last_step = Pace(), -1
     progress.bar("training", 0, steps, "starting workers…")
 
-    def show(state: DeskState) -> None:
+    def show(state: RunState) -> None:
         nonlocal last_step
         for note in state.notes:
             progress.warn(note)
