@@ -42,14 +42,14 @@ FAILED = "failed"
 
 @dataclass(frozen=True)
 class LaunchContext:
-    """What is the same for all trials of a launch.
+    """The values that all trials of a launch share.
 
     Attributes:
-        plan: of the sweep.
-        capacity: what a trial holds.
-        recorder: the actor to report to.
-        launch_id: of this launch; workers of an earlier one stop at their next write.
-        cache_mib: bound of the decoded pictures that trials of one node share.
+        plan: the sweep's plan.
+        capacity: the resources of a trial.
+        recorder: the handle of the actor to report to.
+        launch_id: the launch's id; workers of an earlier launch stop at their next write.
+        cache_mib: the bound of the decoded pictures that trials of one node share.
     """
 
     plan: SweepPlan
@@ -60,9 +60,9 @@ class LaunchContext:
 
 
 class Trial(tune.Trainable):  # type: ignore[misc]
-    """What Tune runs: a step is the way to the next rung, scored.
+    """Tune's trainable: a step trains to the next rung and scores it.
 
-    Its state lies in the trial's directory, a run's directory with checkpoints; Tune keeps none.
+    The state lies in the trial's directory, a run's directory with checkpoints; Tune keeps none.
     One process serves trial after trial.
     """
 
@@ -82,7 +82,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         try:
             rung = next(self._rungs)
         except (MimrayError, torch.OutOfMemoryError) as error:
-            # Trying again cannot mend it.
+            # Ending the trial at once: another try would fail alike.
             reason = f"{type(error).__name__}: {last_line(error)}"
             ray.get(self._context.recorder.end.remote(self._number, "failed", reason))
             self.cleanup()
@@ -91,18 +91,18 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         return {SAMPLES: rung.samples, SCORE: rung.score, "rung": rung.number, "done": ended}
 
     def cleanup(self) -> None:
-        """Let go of the engine and the decode processes."""
+        """Release the engine and the decode processes."""
         self._rungs.close()
-        # An engine holds itself in cycles, and the next trial wants the memory at once.
+        # Engines hold reference cycles, and the next trial needs the memory at once.
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Nothing: the trial's directory has its checkpoints."""
+        """Save nothing: the trial's directory has its checkpoints."""
 
     def load_checkpoint(self, checkpoint: Any) -> None:
-        """Nothing, likewise."""
+        """Load nothing: the loop finds its checkpoint itself."""
 
     def _start(self, config: dict[str, Any]) -> None:
         self._number = config["number"]
@@ -126,7 +126,7 @@ def _rungs(context: LaunchContext, number: int, params: Params) -> Generator[Run
     run.write("plan.json", plan.model_dump_json(indent=2).encode())
     keep_tokenizer(plan.recipe, run)
     keep_initial(plan.recipe, run)
-    # What was scored as the driver died, before Tune could judge it, is told again.
+    # A rung that was scored as the driver died, before Tune could judge it, is reported again.
     for rung in known.rungs:
         if not rung.passed:
             yield rung
@@ -163,7 +163,7 @@ def _here(
 def _in_workers(
     context: LaunchContext, number: int, plan: Plan, run: RunDir, known: set[int]
 ) -> Iterator[Rung]:
-    """Train in a `TorchTrainer`, one start a rung; devices are free in between."""
+    """Train in a `TorchTrainer`, started anew for each rung; devices are free in between."""
     share = Share(gpus=int(context.capacity.gpus), cpus=context.capacity.cpus)
     for step, rung in context.plan.pauses(plan).items():
         if rung in known:
@@ -188,7 +188,7 @@ def _in_workers(
 
 
 def _work(config: dict[str, Any]) -> None:
-    """What each worker of a trial runs; called again after a failure, it continues."""
+    """Train on one worker of a trial; called again after a failure, it continues."""
     import ray.train.torch
 
     context, number = config["context"], config["number"]
@@ -225,7 +225,7 @@ def _scored(
     trained: Trained,
     device: torch.device,
 ) -> Rung:
-    """Write the encoder as it is now, and score it."""
+    """Write the encoder's bundle and score it."""
     sweep = context.plan
     write_bundle(
         run,
@@ -258,11 +258,11 @@ def _scored(
 
 
 def _with_resources(plan: Plan, context: LaunchContext) -> Plan:
-    """The plan with what a trial has at hand; none of it changes what is learnt."""
+    """The plan with the trial's resources, which change nothing that is learnt."""
     capacity, recipe = context.capacity, plan.recipe
     num_workers = recipe.data.num_workers
     if not capacity.gpus:
-        # On one CPU a decode process would only take turns with the training.
+        # On one CPU a decode process would take turns with the training.
         num_workers = min(num_workers, capacity.cpus - 1)
     data = {"num_workers": num_workers, "decoded_cache_mib": context.cache_mib}
     resources = {
@@ -279,7 +279,7 @@ def _with_resources(plan: Plan, context: LaunchContext) -> Plan:
 
 
 def _join_group(device: torch.device) -> None:
-    """A process group of this process alone; DeepSpeed remembers it, so it outlives trials."""
+    """Join a process group of this process alone; DeepSpeed keeps it, so it outlives trials."""
     from mimray.trainers.engine.deepspeed import prepare_process
 
     prepare_process(device)

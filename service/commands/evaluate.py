@@ -33,7 +33,7 @@ API_KEY_VARIABLE = "MIMRAY_API_KEY"
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """What the user asked for, the same for every encoder that is compared.
+    """The evaluation that the user asked for, the same for every encoder that is compared.
 
     Attributes:
         task: the task's name.
@@ -110,7 +110,7 @@ def run_evaluate(encoders: Sequence[str], request: EvaluationRequest) -> list[di
     results: dict[int, dict[str, Any]] = {}
     with connected():
         run = _run_on_devices if TASKS[request.task].dense else _run_here
-        # Each as soon as it is there: one that fails must not take others' with it.
+        # Each result is kept at once, so that a later failure does not lose it.
         for number, score, seconds in run(subjects, request, config, data, val):
             results[number] = _keep(subjects[number], score, request, config, seconds)
     return [results[number] for number in range(len(subjects))]
@@ -156,7 +156,7 @@ def _run_here(
     data: str,
     val: str | None,
 ) -> Iterator[tuple[int, Score, float]]:
-    """One after the other, from this process: these tasks spread over the cluster themselves."""
+    """Evaluate one after the other, in this process; the tasks use the cluster themselves."""
     evaluate = load(TASKS[request.task].evaluate)
     with Progress() as progress:
         shown = show_phases(progress)
@@ -177,13 +177,13 @@ def _run_on_devices(
     data: str,
     val: str | None,
 ) -> Iterator[tuple[int, Score, float]]:
-    """All at once as far as there are devices: each is a Ray task that holds one."""
+    """Evaluate at once as many as there are devices, each in a Ray task that holds one."""
     import ray
 
     held = _one_device()
     device = "cuda" if held.gpus else "cpu"
     recorder = ray.remote(PhaseRecorder).options(num_cpus=0).remote()
-    # A lost worker's task is done again, going on from what it kept where that is still there.
+    # The task of a lost worker is run again, and goes on from the state it kept, if that is there.
     work = ray.remote(_evaluate_on_device).options(
         num_cpus=held.cpus, num_gpus=held.gpus, max_retries=2
     )
@@ -310,7 +310,7 @@ def _far_encoder(url: str, model: str, api_key: str | None) -> Any:
     from mimray.trainers.evaluation.features.map_cache import CachedEncoder
 
     encoder = RemoteEncoder(url, model, api_key)
-    # Apart from what a bundle at hand gives, so that a score through HTTP is one through HTTP.
+    # A key apart from the bundle's own, so that maps from HTTP and from the bundle never mix.
     return CachedEncoder(encoder, f"http:{encoder.card.weights_sha256}")
 
 

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 def check_spec(options: Mapping[str, Any]) -> ExtractSpec:
-    """The features that a command line asks for, checked.
+    """Check the features that a command line asks for.
 
     Args:
-        options: values by key of `ExtractSpec`; without `pooled`, `layers` and `tokens` the mean
-            is taken.
+        options: values of the keys of `ExtractSpec`; without `pooled`, `layers` and `tokens` the
+            mean of the tokens is taken.
 
     Raises:
         ValidationError: a value that is not allowed.

@@ -1,4 +1,4 @@
-"""`mimray plan`: what a recipe would cost, counted before anything runs."""
+"""`mimray plan`: a forecast of a recipe's cost, counted before anything runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 IMAGENET = DatasetFacts(uri="ImageNet-1k", num_samples=1_281_167, fingerprint="assumed")
 IMAGENET_CLASSES = 1000
 
-# TFLOP/s of an A100 by what the run computes in; fp32 without TF32, as torch multiplies it.
+# Peak TFLOP/s of an A100 by precision; fp32 without TF32, which is torch's default.
 A100_PEAK = {"bf16": 312.0, "fp16": 312.0, "fp32": 19.5}
 SHARES = (0.1, 0.2, 0.4)
 
@@ -33,14 +33,14 @@ def forecast(
     overrides: Sequence[str],
     tflops: float | None,
 ) -> Forecast:
-    """Resolve a recipe and count what its run would take; runs and writes nothing.
+    """Resolve a recipe and count the cost of its run; runs and writes nothing.
 
     Args:
-        name: of a shipped recipe, or a path.
-        data: dataset to plan for; ImageNet-1k's size without one.
-        steps: length of the run.
-        overrides: dotted assignments.
-        tflops: sustained by a device; shares of an A100's peak without it.
+        name: a shipped recipe's name, or the path of one.
+        data: the path or URI of a dataset; ImageNet-1k's size without one.
+        steps: the length of the run, in updates; the recipe's by default.
+        overrides: assignments `a.b=value` to keys of the recipe.
+        tflops: TFLOP/s that a device sustains; shares of an A100's peak without it.
 
     Returns:
         What `--json` prints.
@@ -75,7 +75,7 @@ def forecast(
         "run": {
             "steps": plan.steps,
             "warmup_steps": plan.warmup_steps,
-            # Of a length in steps, an assumed dataset says nothing.
+            # An assumed dataset tells no epochs of a length in steps.
             "epochs": plan.steps / plan.steps_per_epoch if data or recipe.optim.epochs else None,
             "samples": plan.num_samples,
             "peak_lr": plan.lr,
@@ -111,7 +111,7 @@ def forecast(
 
 
 def _with_tokenizer(recipe: Recipe) -> tuple[Recipe, Recipe | None, list[str]]:
-    """The recipe held against its tokenizer, the tokenizer's own, and what is left out."""
+    """The recipe held against its tokenizer, the tokenizer's recipe, and notes."""
     if not isinstance(recipe.method, BEiTConfig):
         return recipe, None, []
     from mimray.trainers.bundles import fetch_bundle, read_card
@@ -130,7 +130,7 @@ def _with_tokenizer(recipe: Recipe) -> tuple[Recipe, Recipe | None, list[str]]:
 def _precision(recipe: Recipe, on_gpu: bool) -> str:
     wanted = recipe.engine.precision
     if wanted == "auto" and on_gpu:
-        return "bf16"  # of any GPU since 2020; this machine may have none
+        return "bf16"  # which any GPU since 2020 has; this machine may have none
     import torch
 
     from mimray.trainers.engine.deepspeed import choose_precision
@@ -163,7 +163,7 @@ def _memory(recipe: Recipe, cost: Cost) -> Iterator[dict[str, Any]]:
 def _time(
     plan: Plan, cost: Cost, precision: str, on_gpu: bool, tflops: float | None
 ) -> Iterator[dict[str, Any]]:
-    """How long the run takes at given speeds; a CPU's must be given."""
+    """The run's time at given speeds; on a CPU only where the speed is given."""
     step = cost.checkpointed if plan.recipe.engine.activation_checkpointing else cost.plain
     peak = A100_PEAK[precision]
     speeds = [(share * peak, share) for share in SHARES if on_gpu]

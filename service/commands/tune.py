@@ -1,4 +1,4 @@
-"""`mimray tune`: what is checked, shown and written around a sweep."""
+"""`mimray tune`: a sweep, checked, shown and reported."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ REPORT_EVERY_S = 15.0
 
 @dataclass(frozen=True)
 class TuneRequest:
-    """What the user asked for.
+    """The sweep that the user asked for.
 
     Attributes:
         sweep: a shipped sweep's name, or the path of one; None with `resume`.
@@ -184,7 +184,7 @@ def _say_capacity(launch: Any) -> None:
 
 
 def _cache_mib(plan: SweepPlan) -> int:
-    """Bound of the shared decoded pictures: all of them where they fit, else none."""
+    """The bound of the shared decoded pictures, MiB: their size where it fits, else 0."""
     import psutil
 
     from mimray.trainers.data.decoded import decoded_bytes
@@ -210,7 +210,7 @@ def _release(plan: SweepPlan) -> None:
 
 
 def _speed(plan: SweepPlan) -> dict[float, float] | None:
-    """How much faster the encoder is at each mask ratio that was searched, measured here."""
+    """The encoder's speed over the full sequence at each searched mask ratio, measured here."""
     from mimray.tuning.config import Choice, Grid
     from mimray.tuning.report.speed import encoder_speed
     from mimray.tuning.space import trial_recipe
@@ -224,7 +224,7 @@ def _speed(plan: SweepPlan) -> dict[float, float] | None:
 
 
 def _interrupted(record: SweepRecord, plan: SweepPlan) -> bool:
-    """Whether somebody ended it before its time."""
+    """True if the sweep was ended by hand before its budget."""
     hours = plan.config.budget.hours
     in_time = hours is None or record.elapsed_s < hours * 3600
     return in_time and any(trial.state == "cut" for trial in record.trials)
@@ -268,7 +268,7 @@ def _print_end(record: SweepRecord, took: str, files: Sequence[str], storage: st
 
 
 class _Reports:
-    """Writes the report anew, beside the sweep, whenever a score has come in."""
+    """A thread that writes the report again after each new score."""
 
     def __init__(self, plan: SweepPlan) -> None:
         self._plan = plan
@@ -288,7 +288,7 @@ class _Reports:
         self._thread.join()
 
     def __call__(self, record: SweepRecord) -> None:
-        """Take the record as it is."""
+        """Write a report of this record soon, if it has a new score."""
         version = sum(len(trial.rungs) + (trial.state == "failed") for trial in record.trials)
         if version != self._seen:
             self._seen, self._record = version, record

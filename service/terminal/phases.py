@@ -39,7 +39,7 @@ class PhaseLink:
         self._next_s = 0.0
 
     def __call__(self, phase: str, done: int, total: int) -> None:
-        """Take how far the task is."""
+        """Report the units done of a phase."""
         now = time.monotonic()
         if done == total or now >= self._next_s:
             self._recorder.tell.remote(self._number, (phase, done, total))

@@ -21,7 +21,7 @@ LINE_EVERY_S = 10.0
 
 
 class Progress:
-    """How far pieces of work are: bars or a view of one's own, redrawn in place on a terminal.
+    """The progress of pieces of work: bars or a given view, redrawn in place on a terminal.
 
     Elsewhere lines go to standard error, those of one piece of work `LINE_EVERY_S` apart.
 
@@ -95,17 +95,17 @@ class Progress:
 
 
 class Pace:
-    """The rate of work, since it was first looked at."""
+    """The rate of work since a start."""
 
     def __init__(self) -> None:
         self._began: tuple[float, float] | None = None
 
     def start(self, done: float) -> None:
-        """Count from now on."""
+        """Count from now, with so many units done."""
         self._began = time.monotonic(), done
 
     def rate(self, done: float) -> float:
-        """Units a second since the start; the first look is one, and so is a step back."""
+        """Units a second since the start; the first call and a decrease start anew."""
         if self._began is None or done < self._began[1]:
             self.start(done)
         assert self._began is not None
@@ -113,7 +113,7 @@ class Pace:
         return (done - first) / max(time.monotonic() - began_s, 1e-9)
 
     def left(self, done: float, total: float) -> str:
-        """The time left, for people; empty where nothing is left or known."""
+        """The time left, for people; empty where nothing is left or the rate is not known."""
         rate = self.rate(done)
         return f"{duration((total - done) / rate)} left" if rate and done < total else ""
 

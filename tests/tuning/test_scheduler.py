@@ -41,7 +41,7 @@ class Recorder:
 
 
 def verdicts_of(config: SweepConfig) -> RecordingScheduler:
-    return RecordingScheduler(_scheduler(config, RUNGS), Recorder(), RUNGS[-1])
+    return RecordingScheduler(_scheduler(config, RUNGS), Recorder())
 
 
 def rung_of(number: int, score: float, passed: bool = True) -> Rung:

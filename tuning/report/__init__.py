@@ -1,4 +1,8 @@
-"""What a sweep has found so far, as a page, as text and as data."""
+"""The report of a sweep at any stage, as a page, as text and as data.
+
+In order: `values` formats numbers; `importance`, `speed` and `summary` compute what is reported;
+`tables`, `theme`, `figures`, `key_figures` and `images` prepare it; `text` and `html` render it.
+"""
 
 from __future__ import annotations
 
@@ -27,19 +31,19 @@ def write_report(
     """Write the report of a sweep at any stage; called again and again while it runs.
 
     Args:
-        record: the sweep so far.
-        sweep: its directory.
+        record: the record of a sweep at any stage.
+        sweep: the sweep's directory.
         curves: rows of `metrics.jsonl` by trial, for curves of the loss.
-        speed: measured times faster than the full sequence by mask ratio, as of
-            `mimray.tuning.report.speed.encoder_speed`.
+        speed: the encoder's speed over the full sequence by mask ratio, as
+            `mimray.tuning.report.speed.encoder_speed` measures it.
 
     Returns:
-        URIs of page, text and data.
+        The URIs of page, text and data.
 
     Raises:
         StorageError: the directory cannot be written to.
     """
-    # plotly and Optuna take seconds to import; who writes no report need not wait for them.
+    # plotly and Optuna take seconds to import.
     from mimray.tuning.report.html import page
     from mimray.tuning.report.summary import summarise
     from mimray.tuning.report.text import markdown
@@ -57,10 +61,10 @@ def write_report(
 
 
 def data_of(summary: SweepSummary) -> dict[str, Any]:
-    """Everything needed to draw the report again, as strict JSON can hold it.
+    """The data of a report, complete enough to draw it again, as strict JSON holds it.
 
     Args:
-        summary: of the sweep.
+        summary: the sweep's summary.
     """
     from mimray.tuning.report.summary import rungs_of
     from mimray.tuning.report.values import plain

@@ -1,6 +1,6 @@
-"""Plots of scores: over two keys, against what was spent, along the training.
+"""Plots of scores: over two keys, against cost, along the training.
 
-Text in them is escaped, since plotly reads HTML.
+Text in plots is escaped, since plotly reads HTML.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ _LEGEND_ENTRIES = 10
 _CURVE_POINTS = 200
 _FEW = 8
 
-# Along the training of a trial: pictures seen, what is drawn, text under the pointer.
+# A trial, pictures seen, the values drawn, texts under the pointer.
 Line = tuple[TrialRecord, Sequence[float], Sequence[float], Sequence[str] | str]
 
 
 def heatmap(summary: SweepSummary) -> Plot | None:
-    """Scores over two keys; squares whose trial has not come to the end say how far it came.
+    """Heatmap of scores over two keys; squares of unfinished trials show the rung reached.
 
     Args:
-        summary: of the sweep.
+        summary: the sweep's summary.
     """
     chart = summary.heatmap
     if chart is None or not summary.ranked:
@@ -92,7 +92,7 @@ def slices(summary: SweepSummary) -> list[Plot]:
     """Score against the first keys one by one, where there is no heatmap.
 
     Args:
-        summary: of the sweep.
+        summary: the sweep's summary.
     """
     if summary.heatmap is not None or not summary.ranked:
         return []
@@ -130,12 +130,12 @@ def _slice(summary: SweepSummary, number: int) -> Plot:
 
 
 def against_compute(summary: SweepSummary, cost: str, axis: str) -> Plot | None:
-    """Every scoring against what was spent until then, and the front that no other beats.
+    """Every scoring against its cost until then, with the Pareto front.
 
     Args:
-        summary: of the sweep.
+        summary: the sweep's summary.
         cost: `samples` or `device_seconds`.
-        axis: what to call it.
+        axis: the title of the axis.
     """
     if not summary.points:
         return None
@@ -167,10 +167,10 @@ def against_compute(summary: SweepSummary, cost: str, axis: str) -> Plot | None:
 
 
 def score_curves(summary: SweepSummary) -> Plot | None:
-    """Score against pictures seen, with the rungs.
+    """Score against pictures seen, with a vertical line at each rung.
 
     Args:
-        summary: of the sweep.
+        summary: the sweep's summary.
     """
     if not summary.ranked:
         return None
@@ -191,14 +191,14 @@ def loss_curves(
     """Training loss against pictures seen.
 
     Args:
-        summary: of the sweep.
+        summary: the sweep's summary.
         curves: rows of `metrics.jsonl` by trial.
     """
     lines = []
     for trial in summary.record.trials:
         rows = [r for r in curves.get(trial.number, ()) if is_number(r.get("loss"))]
         rows = [r for r in rows if is_number(r.get("samples"))]
-        # Thinned from the end, so that the newest is always there.
+        # Thinned from the end, so that the newest is kept.
         rows = rows[:: -max(1, math.ceil(len(rows) / _CURVE_POINTS))][::-1]
         if rows:
             samples, losses = ([r[name] for r in rows] for name in ("samples", "loss"))
@@ -210,7 +210,7 @@ def loss_curves(
 
 
 def _lines(summary: SweepSummary, lines: Sequence[Line], axis: str, *, mode: str) -> go.Figure:
-    """A line a trial in the colour of the value of its first key, which the legend switches."""
+    """A line a trial, coloured by its first key's value; the legend switches values."""
     key = summary.record.keys[0] if summary.record.keys else ""
 
     def value_of(trial: TrialRecord) -> Any:

@@ -1,7 +1,7 @@
-"""The report as one page that needs nothing else: no server, no network.
+"""The report as one HTML page that needs neither server nor network.
 
-The templates in `page/` escape every text. Beyond that the page's policy lets no script run but the
-two that are named by their digests, and lets nothing be fetched.
+The templates in `page/` escape every text. Beyond that the page's Content-Security-Policy lets no
+script run but the two that it names by their digests, and lets nothing be fetched.
 """
 
 from __future__ import annotations

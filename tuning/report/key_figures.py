@@ -1,4 +1,4 @@
-"""Plots of keys: all of them side by side, how much each matters, what masking saves."""
+"""Plots of keys: parallel coordinates, importance, encoder speed by mask ratio."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def parallel(summary: SweepSummary) -> Plot | None:
     """All keys, pictures seen and score as upright axes, a line a trial.
 
     Args:
-        summary: of the sweep.
+        summary: the sweep's summary.
     """
     if not summary.ranked:
         return None
@@ -29,7 +29,7 @@ def parallel(summary: SweepSummary) -> Plot | None:
     samples = [t.rungs[-1].samples for t in summary.ranked]
     low, high = min(scores), max(scores)
     trace = go.Parcoords(
-        # A scale without extent would leave the lines without a colour.
+        # plotly draws no colour on a scale without extent.
         line={"color": scores, "colorscale": LINES, "cmin": low, "cmax": max(high, low + 1e-9)},
         dimensions=[
             *(_dimension(summary, key, label(name)) for key, name in names.items()),
@@ -46,12 +46,12 @@ def parallel(summary: SweepSummary) -> Plot | None:
 
 
 def _dimension(summary: SweepSummary, key: str, name: str) -> dict[str, Any]:
-    """An axis: numbers on a line, by order of magnitude where so drawn; others evenly spaced."""
+    """An axis: numbers on a linear or logarithmic scale, other values evenly spaced."""
     values = [frozen(t.params.get(key)) for t in summary.ranked]
     places = distinct(values)
     if not all(map(is_number, places)):
         places_of = {value: place for place, value in enumerate(places)}
-        # Unlike other text, plotly does not read these as HTML.
+        # plotly does not read these as HTML, unlike other text.
         texts = [tick(value) for value in places]
         stops = {"tickvals": list(range(len(places))), "ticktext": texts}
         return {"label": name, "values": [places_of[v] for v in values], **stops}
@@ -65,7 +65,7 @@ def _dimension(summary: SweepSummary, key: str, name: str) -> dict[str, Any]:
 
 
 def _stops(places: list[Any], form: str) -> dict[str, Any]:
-    """A tick at each of a few numbers; plotly's own choice for many."""
+    """Ticks at each of a few numbers; none for many, where plotly chooses."""
     if len(places) > _FEW:
         return {}
     return {"tickvals": places, "ticktext": [form.format(place) for place in places]}
@@ -75,7 +75,7 @@ def importances(summary: SweepSummary) -> Plot | None:
     """Shares of the score's variance, a bar a key.
 
     Args:
-        summary: of the sweep.
+        summary: the sweep's summary.
     """
     shares = summary.importance.shares
     if not shares:
@@ -108,10 +108,10 @@ def importances(summary: SweepSummary) -> Plot | None:
 
 
 def speed(summary: SweepSummary) -> Plot | None:
-    """Times faster than the full sequence by mask ratio.
+    """The encoder's speed over the full sequence by mask ratio.
 
     Args:
-        summary: of the sweep.
+        summary: the sweep's summary.
     """
     if not summary.speed:
         return None

@@ -1,4 +1,4 @@
-"""The tables of a report, as text; page and Markdown draw the same ones."""
+"""The tables of a report as text, for page and Markdown alike."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Table(NamedTuple):
     """Cells as text.
 
     Attributes:
-        title: of the table.
-        head: of the columns.
-        rows: the first cell of each names it.
-        numeric: columns whose cells are numbers.
+        title: the table's title.
+        head: the columns' headings.
+        rows: the rows' cells, of which the first names the row.
+        numeric: the columns whose cells are numbers.
     """
 
     title: str
@@ -45,7 +45,7 @@ def leaderboard(summary: SweepSummary) -> Table:
     """Trials in the order of their rank.
 
     Args:
-        summary: of the sweep.
+        summary: the sweep's summary.
     """
     names = short_names(summary.record.keys)
     head = (
@@ -77,10 +77,10 @@ def leaderboard(summary: SweepSummary) -> Table:
 
 
 def heatmap_table(heatmap: Heatmap) -> Table:
-    """The heatmap's squares.
+    """The heatmap as a table.
 
     Args:
-        heatmap: over two keys.
+        heatmap: the scores over two keys.
     """
     names = short_names(heatmap.keys)
     across, down = (names[key] for key in heatmap.keys)
@@ -93,12 +93,12 @@ def heatmap_table(heatmap: Heatmap) -> Table:
 
 
 def cell_text(cell: Cell | None, rungs: int, *, gap: str = " ") -> str:
-    """A square's score, and how far its trial came if not to the end.
+    """A square's score, and the rung that an unfinished trial reached.
 
     Args:
-        cell: or None.
-        rungs: of a whole trial.
-        gap: between the two.
+        cell: the square; None where no trial has a score.
+        rungs: rungs of a whole trial.
+        gap: the text between score and rung.
     """
     if cell is None:
         return ""
@@ -107,12 +107,12 @@ def cell_text(cell: Cell | None, rungs: int, *, gap: str = " ") -> str:
 
 
 def front_table(summary: SweepSummary, cost: str, title: str) -> Table:
-    """The trials on a front.
+    """The trials on a Pareto front.
 
     Args:
-        summary: of the sweep.
+        summary: the sweep's summary.
         cost: `samples` or `device_seconds`.
-        title: of the table.
+        title: the table's title.
     """
     names = short_names(summary.record.keys)
     unit = "samples" if cost == "samples" else "device-s"
@@ -133,17 +133,17 @@ def importance_table(summary: SweepSummary) -> Table:
     """Shares of the score's variance by key.
 
     Args:
-        summary: of the sweep.
+        summary: the sweep's summary.
     """
     rows = [(key, f"{share:.1%}") for key, share in summary.importance.shares.items()]
     return Table("Importance of the keys", ("key", "share"), rows, frozenset({1}))
 
 
 def speed_table(summary: SweepSummary) -> Table:
-    """Times faster than the full sequence.
+    """The encoder's speed over the full sequence.
 
     Args:
-        summary: of the sweep.
+        summary: the sweep's summary.
     """
     head = ("mask ratio", "measured", "bound by tokens", "often quoted")
     rows = [
@@ -162,7 +162,7 @@ def failure_table(summary: SweepSummary) -> Table:
     """Trials that failed for good, with the reasons.
 
     Args:
-        summary: of the sweep.
+        summary: the sweep's summary.
     """
     names = short_names(summary.record.keys)
     rows = [
@@ -180,11 +180,11 @@ def failure_table(summary: SweepSummary) -> Table:
 
 
 def commands(record: SweepRecord, best: TrialRecord | None) -> list[tuple[str, str]]:
-    """What to type next, each with its purpose.
+    """The commands to type next, each with its purpose.
 
     Args:
-        record: the sweep.
-        best: its best trial.
+        record: the sweep's record.
+        best: the best trial; None before the first score.
     """
     name = shlex.quote(record.name)
     logs = shlex.quote(join(record.uri, "tensorboard"))
@@ -207,10 +207,10 @@ def commands(record: SweepRecord, best: TrialRecord | None) -> list[tuple[str, s
 
 
 def notes(summary: SweepSummary) -> list[str]:
-    """What must be known before the figures are believed.
+    """Caveats of the figures.
 
     Args:
-        summary: of the sweep.
+        summary: the sweep's summary.
     """
     record = summary.record
     found = []
@@ -228,7 +228,7 @@ def notes(summary: SweepSummary) -> list[str]:
 
 
 def outcome(summary: SweepSummary) -> str:
-    """The sweep in one line: how many trials, in what states, how long it took."""
+    """The sweep in one line: trials, their states, time elapsed."""
     states = ", ".join(f"{number} {state}" for state, number in summary.states.items())
     total = len(summary.record.trials)
     trials = f"{total} {'trial' if total == 1 else 'trials'}" + (f" ({states})" if states else "")

@@ -1,4 +1,4 @@
-"""The report as Markdown: the same in short, for a terminal or a pull request."""
+"""The report as Markdown, in short, for a terminal or a pull request."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _MARKS = re.compile(r"([\\`*_{}\[\]#|~])")
 
 
 def markdown(summary: SweepSummary) -> str:
-    """The report as text.
+    """Render the report as Markdown.
 
     Args:
-        summary: of the sweep.
+        summary: the sweep's summary.
     """
     parts = [
         _head(summary),
@@ -71,7 +71,7 @@ def _commands(summary: SweepSummary) -> str:
     for purpose, command in tables.commands(summary.record, summary.best):
         lines += [f"# {purpose}", command]
     text = "\n".join(lines)
-    # A fence is closed by as many backticks as opened it, and a command may hold some.
+    # A fence must be longer than any run of backticks inside.
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}sh\n{text}\n{fence}"
@@ -92,6 +92,6 @@ def _row(cells: tuple[str, ...]) -> str:
 
 
 def _safe(text: str) -> str:
-    """Text that Markdown takes as it is, in one line."""
+    """A text in one line, with Markdown's marks escaped."""
     text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return _MARKS.sub(r"\\\1", text)
