@@ -18,7 +18,7 @@ MAX_WIDTH_PX = 900
 _NUM_BEST = 3
 
 
-class Picture(NamedTuple):
+class Reconstruction(NamedTuple):
     """A reconstruction in the page.
 
     Attributes:
@@ -34,7 +34,7 @@ class Picture(NamedTuple):
     size: tuple[int, int]
 
 
-def reconstructions(summary: SweepSummary, sweep: RunDir) -> list[Picture]:
+def reconstructions(summary: SweepSummary, sweep: RunDir) -> list[Reconstruction]:
     """The reconstructions of the best three trials and the worst, where they have drawn any.
 
     Args:
@@ -48,7 +48,7 @@ def reconstructions(summary: SweepSummary, sweep: RunDir) -> list[Picture]:
     for rank, trial in chosen:
         image = _read(trial_dir(sweep, trial.number))
         if image is not None:
-            found.append(Picture(rank, trial, _data_uri(image), image.size))
+            found.append(Reconstruction(rank, trial, _data_uri(image), image.size))
     return found
 
 
