@@ -15,7 +15,7 @@ from mimray.service.cli.options import json_option, print_result
 @click.option("--fresh", is_flag=True, help="Start over instead of reusing what is there.")
 @json_option
 def demo(out: str, steps: int, fresh: bool, as_json: bool) -> None:
-    """The whole way on photographs that come with the installation, in a few minutes.
+    """Ingest, train, score and serve photographs that come with the installation; a few minutes.
 
     Example: mimray demo --out runs/demo
     """

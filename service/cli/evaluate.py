@@ -15,7 +15,9 @@ from mimray.service.commands.tasks import TASKS, options_text, task_options
 @click.option("--task", type=click.Choice(list(TASKS)), default="knn", show_default=True)
 @click.option("--data", default=None, help="Pictures; labelled, but for rankme.")
 @click.option("--val", default=None, help="Pictures to score on; default: DATA's own split.")
-@click.option("--limit", type=click.IntRange(min=1), default=None, help="N pictures of each only.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), default=None, help="N pictures of DATA and of VAL only."
+)
 @click.option("--epochs", type=click.IntRange(min=1), default=None, help="Length of the training.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="An option of TASK.")

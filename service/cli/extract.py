@@ -20,7 +20,9 @@ def _layers(ctx: click.Context, option: click.Parameter, text: str | None) -> tu
 @click.argument("bundle")
 @click.argument("data")
 @click.argument("out")
-@click.option("--split", default=None, help="Of DATA; train by default, where there are several.")
+@click.option(
+    "--split", default=None, help="Split of DATA; train by default, where there are several."
+)
 @click.option(
     "--pooled",
     multiple=True,
@@ -33,16 +35,21 @@ def _layers(ctx: click.Context, option: click.Parameter, text: str | None) -> tu
 @click.option(
     "--dtype", type=click.Choice(["float16", "float32"]), default="float32", show_default=True
 )
-@click.option("--limit", type=click.IntRange(min=1), default=None, help="N pictures, spread out.")
 @click.option(
-    "--image-size", callback=image_size, metavar="N|HxW", help="Pixels; the bundle's own."
+    "--limit", type=click.IntRange(min=1), default=None, help="N pictures only, evenly spread."
+)
+@click.option(
+    "--image-size",
+    callback=image_size,
+    metavar="N|HxW",
+    help="Pixels; the bundle's own by default.",
 )
 @click.option(
     "--part-pictures",
     type=click.IntRange(min=1),
     default=512,
     show_default=True,
-    help="Most pictures in a file; what a kill can cost.",
+    help="Most pictures in a file; a kill loses unfinished files.",
 )
 @click.option("--skip-invalid", is_flag=True, help="Leave out broken pictures and list them.")
 @json_option

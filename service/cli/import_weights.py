@@ -13,12 +13,21 @@ from mimray.service.cli.options import command_line, image_size, json_option, pr
 @click.argument("checkpoint")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
-    "--image-size", callback=image_size, metavar="N|HxW", help="Pixels; the weights' own."
+    "--image-size",
+    callback=image_size,
+    metavar="N|HxW",
+    help="Pixels; the weights' own by default.",
 )
 @click.option(
     "--as", "architecture", default=None, metavar="ARCH", help="timm's name of the model."
 )
-@click.option("--set", "overrides", multiple=True, metavar="A.B=VALUE", help="What it leaves open.")
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="A.B=VALUE",
+    help="Set a key that the weights leave open.",
+)
 @click.option("--partial", is_flag=True, help="Keep what fits, list what does not.")
 @click.option("--name", default="", help="Name of the encoder; the checkpoint's by default.")
 @json_option

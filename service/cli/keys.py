@@ -11,7 +11,7 @@ from mimray.service.cli.options import json_option, print_result
 file_option = click.option(
     "--file",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Where keys are kept; MIMRAY_KEYS or ~/.config/mimray/keys.json by default.",
+    help="File of the keys; MIMRAY_KEYS or ~/.config/mimray/keys.json by default.",
 )
 
 
@@ -48,7 +48,7 @@ def add(name: str, pictures_per_minute: int | None, file: Path | None) -> None:
 @file_option
 @json_option
 def list_keys(file: Path | None, as_json: bool) -> None:
-    """Names, dates and limits; the keys themselves are nowhere.
+    """List names, dates and limits; the keys themselves are not kept.
 
     Example: mimray keys list
     """

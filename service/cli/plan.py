@@ -21,7 +21,9 @@ from mimray.service.cli.options import (
 @workers_option
 @set_option
 @click.option(
-    "--tflops", type=click.FloatRange(min=0, min_open=True), help="Sustained by a device, for time."
+    "--tflops",
+    type=click.FloatRange(min=0, min_open=True),
+    help="TFLOP/s that a device sustains, to tell the time.",
 )
 @json_option
 def plan(

@@ -12,7 +12,7 @@ import click
 @click.argument("pictures", nargs=-1, required=True)
 @click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--mask-ratio", type=click.FloatRange(0, 1, min_open=True, max_open=True))
-@click.option("--seed", default=0, show_default=True, help="Of the masks and of drawn samples.")
+@click.option("--seed", default=0, show_default=True, help="Seed of masks and of drawn samples.")
 @click.option(
     "--oracle", is_flag=True, help="Lend normalised targets the hidden patches' own colours."
 )
