@@ -1,1 +1,5 @@
-"""The front door: command line, settings, jobs, deployment, doctor and demo."""
+"""The `mimray` command, on top of everything else.
+
+In order: `cli` parses options, `commands` do the work, `terminal` shows it, `cluster` connects to
+Ray.
+"""

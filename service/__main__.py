@@ -1,4 +1,4 @@
-"""`python -m service` is the `mimray` command."""
+"""Run `python -m service` as the `mimray` command."""
 
 from mimray.service.cli.main import main
 

@@ -21,10 +21,10 @@ ENVIRONMENT = {
 
 
 def set_environment() -> None:
-    """Set what Ray reads while it is imported; the command line does so before anything else.
+    """Set the variables that Ray reads while it is imported; call it before anything else.
 
-    A local cluster runs code for whoever reaches its ports, so it gets token authentication.
-    A cluster that is joined has decided for itself.
+    A local cluster requires a token, since its ports run any code. A cluster that is joined keeps
+    its own authentication.
     """
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
@@ -34,13 +34,13 @@ def set_environment() -> None:
 
 @contextmanager
 def connected(address: str | None = None) -> Iterator[None]:
-    """Be connected to Ray for a while.
+    """Connect to Ray for the time of a context.
 
     With `address` or `RAY_ADDRESS` (which `ray job submit` sets) joins that cluster and leaves
     it running; otherwise starts one on this machine, for this process alone, and ends it.
 
     Args:
-        address: `auto`, `ray://…` or host:port.
+        address: the cluster's address: `auto`, `ray://…` or host:port.
 
     Raises:
         ResourceError: no cluster answers at the address.
@@ -70,7 +70,7 @@ def connected(address: str | None = None) -> Iterator[None]:
         logging.getLogger(name).setLevel(logging.ERROR)
     if not address:
         _keep_token_private()
-    # Ray prints what befalls its workers, some of it as it ends; standard output is for results.
+    # Ray prints about its workers, also while it shuts down; standard output is for results.
     with contextlib.redirect_stdout(sys.stderr):
         try:
             yield
@@ -79,7 +79,7 @@ def connected(address: str | None = None) -> Iterator[None]:
 
 
 def _keep_token_private() -> None:
-    """Ray writes its token readable by everyone on the machine."""
+    """Make Ray's token readable by its owner alone, as Ray does not."""
     token = Path.home() / ".ray" / "auth_token"
     if token.is_file() and token.stat().st_uid == os.getuid():
         token.chmod(0o600)

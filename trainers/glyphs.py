@@ -1,4 +1,4 @@
-"""Histograms of oriented gradients, drawn: a stroke along each edge.
+"""Drawings of histograms of oriented gradients: a stroke along each edge.
 
 Arrays in, arrays out; nothing here knows a tensor or a model.
 """
@@ -10,9 +10,9 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-LONG_SIDE_PX = 384  # twice what a sheet shows, so that it is reduced and never enlarged
+LONG_SIDE_PX = 384  # twice a sheet's cell, so that a drawing is reduced and never enlarged
 
-_THICKNESS = 0.12  # of a stroke, as a share of its cell
+_THICKNESS = 0.12  # a stroke's thickness as a share of its cell
 
 
 def draw_glyphs(
@@ -21,13 +21,13 @@ def draw_glyphs(
     """Draw a star of strokes in each cell, one a bin, as bright as the bin is heavy.
 
     Args:
-        histograms: [B, R, S, K], K unsigned orientations of the gradient, counted from the
+        histograms: float32 [B, R, S, K], K unsigned orientations of the gradient, counted from the
             vertical towards the falling diagonal; weights in [0, 1], others are clipped.
-        long_side_px: the longer side of a picture has at least so many pixels.
+        long_side_px: the least length of a picture's longer side, pixels.
 
     Returns:
         uint8 [B, R * g, S * g, 1]: g pixels a cell; white strokes on black, along the edges and
-        so perpendicular to the gradient. Where strokes cross the brighter one is seen.
+        so perpendicular to the gradient. Where strokes cross, the brighter one is seen.
     """
     b, rows, columns, bins = histograms.shape
     side = math.ceil(long_side_px / max(rows, columns))

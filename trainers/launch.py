@@ -19,7 +19,7 @@ from mimray.trainers.config.run import Plan, Recipe, differences, resolve
 from mimray.trainers.data.selection import open_training, with_classes
 from mimray.trainers.errors import DataError, MimrayError, ResourceError, RunConflictError
 from mimray.trainers.methods.needs import check_outside, keep_needs, with_needs
-from mimray.trainers.recorder import Desk, DeskState, Link
+from mimray.trainers.recorder import RunLink, RunRecorder, RunState
 from mimray.trainers.storage import RunDir, check_seen, claim
 
 logger = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ def prepare(job: Job) -> Plan:
 
 
 def pretrain(
-    job: Job, plan: Plan, on_progress: Callable[[DeskState], None] | None = None
+    job: Job, plan: Plan, on_progress: Callable[[RunState], None] | None = None
 ) -> Outcome:
     """Run a job on the cluster that Ray is connected to; continues what is there.
 
@@ -148,7 +148,7 @@ def pretrain(
             trainer.fit()
     except ray.train.TrainingFailedError as error:
         failure = error
-    state: DeskState = ray.get(desk.state.remote())
+    state: RunState = ray.get(desk.state.remote())
     if state.error is None and failure is not None:
         state.error = MimrayError(
             f"the run gave up after {plan.recipe.resources.max_failures} failures: "
@@ -265,7 +265,7 @@ def _open_desk(job: Job, plan: Plan) -> Any:
     """The actor that records a run; on the driver's node, where MLflow's SQLite file is."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     desk = (
-        ray.remote(Desk)
+        ray.remote(RunRecorder)
         .options(num_cpus=0, scheduling_strategy=here)
         .remote(
             run_uri=job.run.uri,
@@ -287,7 +287,7 @@ def _work(config: dict[str, Any]) -> None:
     from mimray.trainers.engine.export import write_bundle
     from mimray.trainers.engine.loop import train
 
-    link = Link(config["desk"])
+    link = RunLink(config["desk"])
     if link.failed():
         return  # a failure that trying again cannot mend; let the group end
     plan = Plan.model_validate_json(config["plan"])
@@ -330,7 +330,7 @@ def _work(config: dict[str, Any]) -> None:
 class _Watcher:
     """Polls the desk while the driver waits in `fit`."""
 
-    def __init__(self, desk: Any, on_progress: Callable[[DeskState], None] | None) -> None:
+    def __init__(self, desk: Any, on_progress: Callable[[RunState], None] | None) -> None:
         self.desk = desk
         self.on_progress = on_progress
         self._stop = threading.Event()

@@ -1,4 +1,4 @@
-"""Pictures for people: the reconstruction sheet and the loss chart of a run.
+"""The reconstruction sheet and the loss chart of a run.
 
 Arrays come in as uint8 [B, H, W, C] on the host; nothing here knows a tensor or a model.
 """
@@ -43,14 +43,14 @@ def pixel_mask(mask: Flags, size: tuple[int, int], patch_size: int) -> Flags:
 
     Args:
         mask: bool [B, N], True = hidden, row-major over the patch grid.
-        size: (H, W) of the pictures, pixels.
-        patch_size: side of a square patch, pixels.
+        size: the pictures' (H, W), pixels.
+        patch_size: the side of a square patch, pixels.
 
     Returns:
         bool [B, H, W], True = hidden.
 
     Raises:
-        DataError: when N patches of this size do not tile H x W.
+        DataError: N patches of this size do not tile H x W.
     """
     height, width = size
     rows, columns = height // patch_size, width // patch_size
@@ -65,12 +65,12 @@ def pixel_mask(mask: Flags, size: tuple[int, int], patch_size: int) -> Flags:
 
 
 def hide_patches(images: Pixels, mask: Flags, patch_size: int) -> Pixels:
-    """Paint the hidden patches mid-grey: what the encoder was not shown.
+    """Paint the hidden patches mid-grey.
 
     Args:
         images: uint8 [B, H, W, C].
         mask: bool [B, N], True = hidden.
-        patch_size: pixels.
+        patch_size: the side of a square patch, pixels.
 
     Returns:
         uint8 [B, H, W, C], a new array.
@@ -86,7 +86,7 @@ def paste_visible(reconstruction: Pixels, original: Pixels, mask: Flags, patch_s
         reconstruction: uint8 [B, H, W, C].
         original: uint8 [B, H, W, C].
         mask: bool [B, N], True = hidden.
-        patch_size: pixels.
+        patch_size: the side of a square patch, pixels.
 
     Returns:
         uint8 [B, H, W, C], a new array.
@@ -98,21 +98,21 @@ def paste_visible(reconstruction: Pixels, original: Pixels, mask: Flags, patch_s
 def panel_sheet(
     panels: Sequence[Panel], *, captions: Sequence[str] | None = None, scale: int | None = None
 ) -> Image.Image:
-    """Lay pictures out for the eye: one row a picture, one column a panel, headings on top.
+    """Lay pictures out: one row a picture, one column a panel, headings on top.
 
     Args:
-        panels: headings and uint8 [B, H, W, C]. One channel is shown as grey; of any other
-            number than three the first three channels are shown, or the first of two. Pictures
-            of a size other than the first panel's are brought to its size.
+        panels: headings and uint8 [B, H, W, C]. One channel is shown as grey; of more than three
+            the first three are shown, of two the first. Pictures of another size than the first
+            panel's are resized to it.
         captions: one line under each row.
-        scale: enlargement without smoothing, a whole number; by default the one that brings the
-            longer side closest to `CELL_PX`, and pictures far larger than that are reduced.
+        scale: the enlargement without smoothing, a whole number; by default the one that brings
+            the longer side closest to `CELL_PX`, and pictures far larger than that are reduced.
 
     Returns:
         An RGB picture.
 
     Raises:
-        DataError: when shapes or captions do not agree.
+        DataError: shapes or captions do not agree.
     """
     titles = [panel.title for panel in panels]
     columns = [panel.pixels for panel in panels]
@@ -122,7 +122,7 @@ def panel_sheet(
     cell = _cell_size((width, height), scale)
     heading_font = ImageFont.load_default(_HEADING_PX)
     caption_font = ImageFont.load_default(_CAPTION_PX)
-    # Narrow cells are spread so that no heading runs into its neighbour.
+    # A column is as wide as its heading, so that none overlap.
     column_width = max(cell[0], *(round(heading_font.getlength(title)) for title in titles))
     caption_height = _CAPTION_PX + 9 if captions else 0
     row_height = cell[1] + caption_height
@@ -163,12 +163,12 @@ def loss_chart(rows: Sequence[Mapping[str, float]], path: Path | str) -> None:
     Args:
         rows: lines of `metrics.jsonl`: `step` and `loss`, and where present `lr` and
             `images_per_s`; rows without a loss are passed over.
-        path: PNG to write.
+        path: the PNG file to write.
 
     Raises:
-        DataError: when no row holds a loss.
+        DataError: no row has a loss.
     """
-    # The object-oriented interface: pyplot keeps figures and a backend in global state.
+    # Not pyplot, which keeps figures and a backend in global state.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -211,15 +211,15 @@ def loss_chart(rows: Sequence[Mapping[str, float]], path: Path | str) -> None:
 
 
 def smoothed(values: NDArray[np.float64], *, window: int | None = None) -> NDArray[np.float64]:
-    """Moving average without lag; each end is a straight line fitted to its last window.
+    """Centred moving average; each end is a straight line fitted to its last window.
 
     Args:
-        values: [T].
-        window: how many values make one point, made odd; about a twentieth of the curve by
+        values: float64 [T].
+        window: the number of values in a point, made odd; about a twentieth of the curve by
             default.
 
     Returns:
-        [T].
+        float64 [T].
     """
     half = (window if window is not None else len(values) // 20) // 2
     half = min(half, (len(values) - 1) // 2)
@@ -243,7 +243,7 @@ def _check_sheet(columns: Sequence[Pixels], captions: Sequence[str] | None) -> N
 
 
 def _cell_size(size: tuple[int, int], scale: int | None) -> tuple[int, int]:
-    """Size a picture is shown at: a whole multiple when enlarged, so that pixels stay square."""
+    """The (width, height) shown: a whole multiple when enlarged, so that pixels stay square."""
     longest = max(size)
     factor: float = scale if scale is not None else max(1, round(CELL_PX / longest))
     if scale is None and longest > 1.5 * CELL_PX:
@@ -260,15 +260,15 @@ def _shown(pixels: Pixels, size: tuple[int, int]) -> Image.Image:
 
 
 def _chart_note(rows: Sequence[Mapping[str, float]], trend: NDArray[np.float64]) -> str:
-    """What the curve came to, in one line."""
+    """The curve's ends and the run's speed, in one line."""
     note = f"{rows[-1]['step']:,.0f} steps, loss {trend[0]:.4g} to {trend[-1]:.4g}"
     speeds = [row["images_per_s"] for row in rows if "images_per_s" in row]
-    # The first line holds start-up; the median does not mind it.
+    # The median, since the first row includes start-up.
     return f"{note}, {np.median(speeds):,.4g} images/s" if speeds else note
 
 
 def _quiet(axes: Any) -> None:
-    """Take away what does not carry data."""
+    """Remove frames and ticks that carry no data."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(_GRID)
     axes.grid(axis="y", color=_GRID, linewidth=0.8)

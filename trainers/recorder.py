@@ -1,7 +1,7 @@
-"""The desk: one actor beside the driver that records what a run's workers report.
+"""The actor beside the driver that records a run's metrics, pictures, warnings and error.
 
-Workers may be on any node; MLflow's SQLite file, the terminal and the error to show are on the
-driver's. Rank 0 sends rows and pictures here without waiting.
+Workers may be on any node; MLflow's SQLite file and the terminal are on the driver's. Rank 0 sends
+rows and pictures here without waiting.
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ RECONSTRUCTION = "reconstruction.png"
 
 
 @dataclass
-class DeskState:
-    """How a run stands, for a progress bar.
+class RunState:
+    """The state of a run, for a progress bar.
 
     Attributes:
         started_at: the step training began at; None before the workers are up.
+        attempts: the number of times that workers began to train.
         row: the newest row of metrics.
-        notes: warnings since the last look, oldest first.
-        error: what ended the run, when trying again cannot mend it.
+        notes: warnings since the last call of `RunRecorder.state`, oldest first.
+        error: the error that ended the run for good.
+        tracking: the MLflow tracking URI in use.
     """
 
     started_at: int | None = None
@@ -42,16 +44,16 @@ class DeskState:
     tracking: str = ""
 
 
-class Desk:
-    """Keeps the state, writes MLflow and the pictures; made into a Ray actor by `launch`.
+class RunRecorder:
+    """Keeps a run's state, writes MLflow and the pictures; made into a Ray actor by `launch`.
 
     Args:
-        run_uri: the run's directory.
-        storage: the directory of all runs.
+        run_uri: the URI of the run's directory.
+        storage: the directory or URI of all runs.
         name: the run's name.
         plan: the plan as JSON.
         command: the command line, for the record.
-        fresh: whether the run starts over.
+        fresh: start a new MLflow run instead of going on with an earlier one.
     """
 
     def __init__(
@@ -59,7 +61,7 @@ class Desk:
     ) -> None:
         self._run = RunDir(run_uri)
         self._plan = Plan.model_validate_json(plan)
-        self._state = DeskState()
+        self._state = RunState()
         self._tracker = Tracker.open(
             None,
             experiment="mimray",
@@ -78,41 +80,41 @@ class Desk:
         self._state.tracking = self._tracker.uri
 
     def ready(self) -> bool:
-        """Answers once the tracker is open."""
+        """True, once the tracker is open and all earlier calls are done."""
         return True
 
     def resumed(self, step: int) -> None:
-        """Workers begin at a step."""
+        """Record the step at which workers begin."""
         self._state.started_at = step
         self._state.attempts += 1
 
     def metrics(self, row: dict[str, Any]) -> None:
-        """Take a row."""
+        """Record a row of metrics."""
         self._state.row = row
         values = {k: v for k, v in row.items() if k not in ("step", "time")}
         self._tracker.log(row["step"], values)
 
     def pictures(self, step: int, panels: list[Panel]) -> None:
-        """Draw them side by side and keep the sheet."""
+        """Draw panels side by side and keep the sheet."""
         sheet = png(panel_sheet(panels))
         self._run.write(RECONSTRUCTION, sheet)
         self._tracker.picture("reconstruction", sheet, step)
 
     def note(self, message: str) -> None:
-        """Take a worker's warning."""
+        """Keep a worker's warning."""
         self._state.notes.append(message)
 
     def fail(self, error: MimrayError) -> None:
-        """Take the error that ends the run; the first one counts."""
+        """Keep the error that ends the run; the first one counts."""
         self._state.error = self._state.error or error
 
     def failed(self) -> bool:
-        """Whether the run has ended for good."""
+        """True if an error has ended the run for good."""
         return self._state.error is not None
 
-    def state(self) -> DeskState:
-        """How it stands; notes are handed out once."""
-        state = DeskState(**vars(self._state))
+    def state(self) -> RunState:
+        """The run's state; each note is handed out once."""
+        state = RunState(**vars(self._state))
         self._state.notes = []
         return state
 
@@ -121,43 +123,47 @@ class Desk:
         self._tracker.finish(status)
 
 
-class Link:
-    """A worker's end of the desk; an `engine.loop.Observer`."""
+class RunLink:
+    """A worker's handle of the run's recorder; an `engine.loop.Observer`.
 
-    def __init__(self, desk: Any) -> None:
+    Args:
+        recorder: the actor's handle.
+    """
+
+    def __init__(self, recorder: Any) -> None:
         import ray
 
-        self._desk = desk
+        self._recorder = recorder
         self._get = ray.get
 
     def resumed(self, step: int) -> None:
-        """Training begins at this step."""
-        self._desk.resumed.remote(step)
+        """Send the step at which training begins."""
+        self._recorder.resumed.remote(step)
 
     def metrics(self, row: dict[str, Any]) -> None:
-        """A row went into `metrics.jsonl`."""
-        self._desk.metrics.remote(row)
+        """Send a row of `metrics.jsonl`."""
+        self._recorder.metrics.remote(row)
 
     def pictures(self, step: int, panels: list[Panel]) -> None:
-        """What the method draws at a step."""
-        self._desk.pictures.remote(step, panels)
+        """Send the panels that the method drew at a step."""
+        self._recorder.pictures.remote(step, panels)
 
     def flush(self) -> None:
-        """Return when the desk has taken everything sent so far."""
-        self._get(self._desk.ready.remote())
+        """Return when the recorder has taken everything sent so far."""
+        self._get(self._recorder.ready.remote())
 
     def fail(self, error: MimrayError) -> None:
-        """Tell the driver why the run ends; returns when it knows."""
-        self._get(self._desk.fail.remote(error))
+        """Send the error that ends the run; returns when the recorder has it."""
+        self._get(self._recorder.fail.remote(error))
 
     def failed(self) -> bool:
-        """Whether the run has ended for good."""
-        return bool(self._get(self._desk.failed.remote()))
+        """True if an error has ended the run for good."""
+        return bool(self._get(self._recorder.failed.remote()))
 
     @contextmanager
     def warnings(self) -> Iterator[None]:
         """Send this process's warnings to the driver's terminal for the time being."""
-        handler = _ToDesk(self._desk)
+        handler = _WarningForwarder(self._recorder)
         root = logging.getLogger("mimray.trainers")
         root.addHandler(handler)
         try:
@@ -166,12 +172,12 @@ class Link:
             root.removeHandler(handler)
 
 
-class _ToDesk(logging.Handler):
+class _WarningForwarder(logging.Handler):
     """Forwards each warning once, however often it is repeated."""
 
-    def __init__(self, desk: Any) -> None:
+    def __init__(self, recorder: Any) -> None:
         super().__init__(level=logging.WARNING)
-        self._desk = desk
+        self._recorder = recorder
         self._seen: set[str] = set()
         self._guard = threading.Lock()
 
@@ -181,4 +187,4 @@ class _ToDesk(logging.Handler):
             if message in self._seen:
                 return
             self._seen.add(message)
-        self._desk.note.remote(message)
+        self._recorder.note.remote(message)

@@ -41,13 +41,13 @@ class Version:
     """One registered bundle.
 
     Attributes:
-        name: of the model.
-        number: of the version, from 1.
-        aliases: that point here.
-        run_id: MLflow run that holds its artifacts.
-        facts: method, step, plan hash, data fingerprint, digest of the weights, where it came from.
-        scores: by task, as on the bundle's card.
-        created_ms: when, since 1970.
+        name: the model's name.
+        number: the version's number, from 1.
+        aliases: the aliases that point at the version.
+        run_id: the id of the MLflow run that holds the artifacts.
+        facts: method, step, plan hash, data fingerprint, weights' digest and lineage, by name.
+        scores: the scores by task, as on the bundle's card.
+        created_ms: milliseconds since 1970 at registration.
     """
 
     name: str
@@ -60,15 +60,15 @@ class Version:
 
     @property
     def reference(self) -> str:
-        """What names exactly this one."""
+        """The reference that names exactly this version."""
         return f"{self.name}@v{self.number}"
 
 
 class Registry:
-    """Bundles by name; `Registry.open` connects.
+    """MLflow's model registry, of bundles; `Registry.open` connects.
 
     Attributes:
-        uri: of the MLflow store.
+        uri: the MLflow store's URI.
     """
 
     def __init__(self, client: MlflowClient, uri: str, storage: str) -> None:
@@ -78,7 +78,7 @@ class Registry:
 
     @classmethod
     def open(cls, storage: str = STORAGE) -> Registry:
-        """The registry that runs in a storage use: `MLFLOW_TRACKING_URI`, or SQLite there.
+        """Connect to the registry of a storage: `MLFLOW_TRACKING_URI`, or SQLite in the storage.
 
         Raises:
             StorageError: the store cannot be reached.
@@ -94,20 +94,20 @@ class Registry:
         alias: str | None = None,
         lineage: Mapping[str, str] | None = None,
     ) -> Version:
-        """Put a bundle under a name; the same weights are not registered twice.
+        """Register a bundle under a name; the same weights are not registered twice.
 
         Args:
-            bundle: path or URI of a bundle or of a run that has one.
-            name: letters, digits and `._-`.
-            alias: to point at it, taken from whichever version had it.
-            lineage: further facts about where it comes from, by name.
+            bundle: the path or URI of a bundle, or of a run that has one.
+            name: the model's name, of letters, digits and `._-`.
+            alias: an alias to point at the version, taken from the one that had it.
+            lineage: further facts about the bundle's origin, by name.
 
         Returns:
             The version, new or found.
 
         Raises:
             BundleError: there is no bundle.
-            ConfigError: a name or alias that is not allowed.
+            ConfigError: the name or the alias is not allowed.
             StorageError: MLflow refuses.
         """
         from mlflow.exceptions import MlflowException
@@ -129,7 +129,7 @@ class Registry:
         """Point an alias at a version, whatever it pointed at before.
 
         Raises:
-            ConfigError: an alias that is not allowed.
+            ConfigError: the alias is not allowed.
             BundleError: there is no such version.
         """
         _check(alias, "--alias")
@@ -149,15 +149,15 @@ class Registry:
         found = [
             _version(entry, tuple(sorted(aliases.get((entry.name, int(entry.version)), ()))))
             for entry in self._client.search_model_versions(condition)
-            if f"{_PREFIX}weights_sha256" in entry.tags  # others' models may live here too
+            if f"{_PREFIX}weights_sha256" in entry.tags  # the store may hold other models too
         ]
         return sorted(found, key=lambda v: (v.name, v.number))
 
     def find(self, reference: str) -> Version:
-        """The version that `NAME`, `NAME@vN` or `NAME@ALIAS` means.
+        """The version that `NAME`, `NAME@vN` or `NAME@ALIAS` names.
 
         Raises:
-            BundleError: there is none; the message says what there is.
+            BundleError: there is no such version; the message lists those there are.
         """
         match = _REFERENCE.fullmatch(reference)
         known = self.versions(match[1]) if match else []
@@ -179,10 +179,10 @@ class Registry:
         )
 
     def fetch(self, version: Version) -> Path:
-        """The version's bundle as a folder on this machine, copied once where it is elsewhere.
+        """The version's bundle as a folder on this machine, copied once from a remote store.
 
         Raises:
-            StorageError: its artifacts are gone or cannot be read.
+            StorageError: the artifacts are gone or cannot be read.
         """
         from mlflow.exceptions import MlflowException
 
@@ -207,7 +207,7 @@ class Registry:
         return folder
 
     def add_score(self, version: Version, task: str, score: Mapping[str, Any]) -> None:
-        """Put a task's headline beside a version, in place of an earlier one."""
+        """Write a task's score onto a version, in place of an earlier one."""
         scores = json.dumps({**version.scores, task: dict(score)})
         number = str(version.number)
         self._client.set_model_version_tag(version.name, number, f"{_PREFIX}scores", scores)
@@ -220,7 +220,7 @@ class Registry:
         card: BundleCard,
         lineage: Mapping[str, str],
     ) -> int:
-        """Upload a bundle and make a version of it; gives its number."""
+        """Upload a bundle and make a version of it; gives the version's number."""
         from mlflow.exceptions import RestException
 
         facts = {
@@ -249,7 +249,7 @@ class Registry:
         if not any(m.name == name for m in self._client.search_registered_models()):
             try:
                 self._client.create_registered_model(name)
-            except RestException as error:  # somebody else has, a moment ago
+            except RestException as error:  # made by another process meanwhile
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
         source = f"runs:/{tracker.run_id}/{ARTIFACT}"
@@ -260,13 +260,13 @@ class Registry:
 
 
 def locate(reference: str) -> str:
-    """A bundle's path or URI, from one or from a registered name; what is on disk comes first.
+    """A bundle's path or URI, from a path, a URI or a registered name, in this order.
 
     Args:
-        reference: path or URI of a bundle or a run, or `NAME[@ALIAS|@vN]`.
+        reference: the path or URI of a bundle or a run, or `NAME[@ALIAS|@vN]`.
 
     Raises:
-        BundleError: neither is there.
+        BundleError: there is neither such a path nor such a name.
     """
     if "://" in reference or Path(reference).expanduser().exists():
         return bundle_place(reference).uri
@@ -280,10 +280,10 @@ def locate(reference: str) -> str:
 
 
 def registered(reference: str) -> Version | None:
-    """The version a reference names in the default registry; None where it can be none.
+    """The version that a reference names in the default registry; None where it names no model.
 
     Raises:
-        BundleError: a model of that name is there, but not such a version.
+        BundleError: the model has no such version.
     """
     if "://" in reference or not _REFERENCE.fullmatch(reference):
         return None
@@ -292,7 +292,7 @@ def registered(reference: str) -> Version | None:
     uri = tracking_uri(None, STORAGE)
     file = uri.removeprefix("sqlite:///")
     if file != uri and not Path(file).exists():
-        return None  # asking would make an empty database
+        return None  # a query would make an empty database
     registry = Registry.open()
     name = reference.partition("@")[0]
     return registry.find(reference) if registry.versions(name) else None
@@ -302,14 +302,14 @@ def load_bundle(path_or_name: str | Path, *, verify: bool = True) -> FrozenEncod
     """Load a frozen encoder by its place or by its registered name.
 
     Args:
-        path_or_name: folder of a bundle or a run, or `NAME[@ALIAS|@vN]`.
-        verify: hold the weights against the card's digest.
+        path_or_name: the folder of a bundle or a run, or `NAME[@ALIAS|@vN]`.
+        verify: compare the weights with the card's digest.
 
     Returns:
         The encoder on the CPU, in evaluation mode, frozen.
 
     Raises:
-        BundleError: there is none, or it is damaged.
+        BundleError: there is no bundle, or it is damaged.
     """
     return load_bundle_at(fetch_bundle(locate(str(path_or_name))), verify=verify)
 

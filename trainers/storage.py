@@ -1,4 +1,4 @@
-"""A run's directory on any filesystem: local, S3, GCS. Nothing here assumes a shared disk."""
+"""A run's directory on any filesystem: local, S3, GCS; no shared disk is assumed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ class RunDir:
     """A directory named by a path or a `pyarrow.fs` URI; cheap to make again in any process.
 
     Args:
-        uri: local path, `file://`, `s3://`, `gs://`; options of the service follow a `?`.
+        uri: a local path, or a URI of `file://`, `s3://` or `gs://` with the service's options
+            behind a `?`.
     """
 
     def __init__(self, uri: str) -> None:
@@ -39,7 +40,7 @@ class RunDir:
             ) from None
 
     def __truediv__(self, name: str) -> RunDir:
-        # The same client: opening another may ask the service where the bucket is.
+        # Share the client: opening another may query the service for the bucket's region.
         below = copy(self)
         below.uri, below.root = join(self.uri, name), self.path(name)
         return below
@@ -49,20 +50,20 @@ class RunDir:
 
     @property
     def name(self) -> str:
-        """The last part of its path."""
+        """The last part of the path."""
         return str(self.root.rpartition("/")[2])
 
     @property
     def local(self) -> Path | None:
-        """The directory as a path, where it is one on this machine."""
+        """The directory as a local path; None if it is remote."""
         return Path(self.root) if self.filesystem.type_name == "local" else None
 
     def path(self, name: str) -> str:
-        """The filesystem's own path of a file below."""
+        """The path of a file below, in the filesystem's form."""
         return f"{self.root}/{name}" if name else self.root
 
     def holds(self, other: RunDir) -> bool:
-        """Whether another directory is this one or lies below it."""
+        """True if another directory is this one or lies below it."""
         if self.local is not None and other.local is not None:
             return other.local.resolve().is_relative_to(self.local.resolve())
         same_store: bool = other.filesystem.equals(self.filesystem)
@@ -74,31 +75,31 @@ class RunDir:
             self.filesystem.create_dir(self.root, recursive=True)
 
     def size(self, name: str) -> int | None:
-        """Size of a file in bytes; None when there is none."""
+        """The size of a file, bytes; None without such a file."""
         with storage_errors(self.uri):
             info = self.filesystem.get_file_info(self.path(name))
         return int(info.size) if info.type == pafs.FileType.File else None
 
     def exists(self, name: str = "") -> bool:
-        """Whether a file or directory is there."""
+        """True if a file or directory exists."""
         with storage_errors(self.uri):
             info = self.filesystem.get_file_info(self.path(name))
         return bool(info.type != pafs.FileType.NotFound)
 
     def folders(self) -> list[str]:
-        """Names of the directories directly below, sorted."""
+        """The names of the directories directly below, sorted."""
         with storage_errors(self.uri):
             selector = pafs.FileSelector(self.root, allow_not_found=True)
             found = self.filesystem.get_file_info(selector)
         return sorted(i.base_name for i in found if i.type == pafs.FileType.Directory)
 
     def read(self, name: str) -> bytes:
-        """A whole file."""
+        """Read a whole file."""
         with storage_errors(self.uri), self.filesystem.open_input_file(self.path(name)) as file:
             return bytes(file.read())
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a file so that readers see the old one or the new one, never a part."""
+        """Write a file atomically: readers see the old one or the new one, never a part."""
         with storage_errors(self.uri):
             if self.local is None:
                 # Object stores make an object visible only when it is complete.
@@ -115,10 +116,10 @@ class RunDir:
                     os.fsync(file.fileno())
                 os.replace(aside, target)
             finally:
-                aside.unlink(missing_ok=True)  # a part of a file on a full disk
+                aside.unlink(missing_ok=True)  # a full disk leaves a part of the file
 
     def append(self, name: str, data: bytes) -> None:
-        """Add to the end of a file; object stores, which cannot, get it rewritten."""
+        """Append to a file; on an object store by writing it again."""
         if self.local is None:
             before = self.read(name) if self.exists(name) else b""
             self.write(name, before + data)
@@ -147,12 +148,12 @@ class RunDir:
             )
 
     def delete(self, name: str = "") -> None:
-        """Remove a directory below (or this one) and all it holds; nothing if it is not there."""
+        """Remove a directory below (or this one) with all it holds, if it exists."""
         with storage_errors(self.uri):
             if self.local is not None:
                 shutil.rmtree(self.path(name), ignore_errors=True)
             elif self.exists(name):
-                # A store may drop an emptied folder by itself at any time; gone is gone.
+                # A store may drop an emptied folder by itself.
                 with contextlib.suppress(FileNotFoundError):
                     self.filesystem.delete_dir(self.path(name))
 
@@ -169,7 +170,7 @@ def check_seen(run: RunDir) -> None:
     """Refuse to work on a node that has another disk under the run's path than the driver.
 
     Raises:
-        StorageError: what the driver wrote there is not seen from here.
+        StorageError: the file that the driver wrote is not seen from here.
     """
     if not run.exists(OWNER):
         raise StorageError(
@@ -181,8 +182,8 @@ def check_seen(run: RunDir) -> None:
 def check_owner(run: RunDir, launch_id: str) -> None:
     """Refuse to write for a launch that no longer owns the run.
 
-    The workers of a driver that was killed live on for some seconds, and two people may start
-    the same name; without a fence both would write into one directory.
+    Workers of a killed driver run on for some seconds, and two people may start the same name; both
+    must not write into one directory.
 
     Raises:
         RunConflictError: another launch has claimed the run since.
@@ -195,7 +196,7 @@ def check_owner(run: RunDir, launch_id: str) -> None:
 
 @contextmanager
 def storage_errors(uri: str) -> Iterator[None]:
-    """Turn what an operating system or an object store refuses into an error with its cure."""
+    """Turn an OSError of a filesystem or an object store into a StorageError with a cure."""
     try:
         yield
     except OSError as error:

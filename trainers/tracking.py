@@ -1,8 +1,8 @@
 """Runs, metrics and pictures in MLflow.
 
-`metrics.jsonl` in the run's directory is the record; MLflow is the view of it. So a tracking
-server that cannot be reached when a run opens is an error, and one that goes away later is a
-warning: the points wait and follow when it is back.
+`metrics.jsonl` in the run's directory is the record, and MLflow a view of it. A tracking server
+that cannot be reached when a run opens is an error. One that stops answering later is a warning:
+points wait, and follow when it answers again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 RUN_DIR_TAG = "mimray.run_dir"
 
-# What MLflow accepts; tags by the limit of servers before 2.21.
+# MLflow's limits; that of tags is the one of servers before 2.21.
 _KEY_CHARS = 250
 _PARAM_CHARS = 6000
 _TAG_CHARS = 5000
@@ -75,11 +75,11 @@ class Tracker:
         """Open the MLflow run of a training, going on with the one it already has.
 
         Args:
-            uri: tracking URI; None takes `MLFLOW_TRACKING_URI`, and without that SQLite in
+            uri: the tracking URI; None takes `MLFLOW_TRACKING_URI`, and without that SQLite in
                 `storage` (see `tracking_uri`).
-            experiment: MLflow experiment, made when missing.
-            run_name: name of the run.
-            storage: where runs are kept, a path or a URI.
+            experiment: the MLflow experiment's name, made when missing.
+            run_name: the run's name.
+            storage: the directory or URI of all runs.
             params: nested values, flattened to `a.b.c`. On resuming, those already there stay.
             tags: further tags; `mimray.run_dir` is `<storage>/<run_name>` unless given.
             resume: go on with the run of this name and `mimray.run_dir`, if there is one. Steps
@@ -87,7 +87,7 @@ class Tracker:
                 over.
 
         Raises:
-            StorageError: when the store cannot be reached or refuses.
+            StorageError: the store cannot be reached or refuses.
         """
         from mlflow.exceptions import MlflowException
 
@@ -120,7 +120,7 @@ class Tracker:
         """Write scalars of one step.
 
         Args:
-            step: step they belong to.
+            step: the step of the values.
             metrics: values by name.
         """
         from mlflow.entities import Metric
@@ -138,7 +138,7 @@ class Tracker:
         """Write figures measured after training, each time they are measured.
 
         Args:
-            step: updates that the encoder had seen.
+            step: the updates after which the encoder was measured.
             figures: values by name.
         """
         from mlflow.entities import Metric
@@ -151,9 +151,9 @@ class Tracker:
         """Write a picture; MLflow shows those of one name as a series over steps.
 
         Args:
-            name: letters, digits and `_-./ `.
+            name: the series' name, of letters, digits and `_-./ `.
             image: a picture, or the bytes of a PNG.
-            step: step it belongs to.
+            step: the step of the picture.
         """
         from mlflow.exceptions import MlflowException
         from PIL import Image as PillowImage
@@ -169,7 +169,7 @@ class Tracker:
         """Close the run.
 
         Args:
-            status: how it ended, in MLflow's words.
+            status: the run's final status, in MLflow's terms.
         """
         from mlflow.exceptions import MlflowException
 
@@ -182,7 +182,7 @@ class Tracker:
             logger.warning("MLflow run %s could not be closed: %s", self.run_id, error)
 
     def _send(self) -> None:
-        """Send what waits; a failure leaves it waiting and holds off the next attempt."""
+        """Send the points that wait; after a failure they stay, and the next attempt is put off."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -190,7 +190,7 @@ class Tracker:
                 self._client.log_batch(self.run_id, metrics=self._waiting[:_METRICS_A_CALL])
                 del self._waiting[:_METRICS_A_CALL]
         except MlflowException as error:
-            # MLflow has tried several times by now; every step would otherwise stand still.
+            # MLflow has retried by now; without a pause every step would wait for it.
             self._next_try_s = time.monotonic() + _RETRY_AFTER_S
             logger.warning(
                 "MLflow does not answer, %d point(s) wait %.0f s: %s",
@@ -204,12 +204,12 @@ def tracking_uri(uri: str | None, storage: str) -> str:
     """Decide where runs are tracked.
 
     Args:
-        uri: what the user asked for, if anything.
-        storage: where runs are kept, a path or a URI.
+        uri: the tracking URI that the user gave, if any.
+        storage: the directory or URI of all runs.
 
     Returns:
-        `uri`, or `MLFLOW_TRACKING_URI`, or SQLite in `storage`; in `./runs` when `storage` is
-        remote, where SQLite cannot live.
+        `uri`, or `MLFLOW_TRACKING_URI`, or SQLite in `storage`; SQLite in `./runs` when `storage`
+        is remote.
     """
     chosen = uri or os.environ.get("MLFLOW_TRACKING_URI")
     if chosen:
@@ -226,20 +226,20 @@ def tracking_uri(uri: str | None, storage: str) -> str:
 
 
 def check_reachable(uri: str) -> None:
-    """Ask a server once, for MLflow's own client would retry for minutes in silence.
+    """Request a server's health once; MLflow's own client would retry for minutes in silence.
 
     Args:
-        uri: tracking URI; anything but HTTP passes.
+        uri: the tracking URI; anything but HTTP passes.
 
     Raises:
-        StorageError: when nothing answers.
+        StorageError: nothing answers.
     """
     if not uri.startswith(("http://", "https://")):
         return
     try:
         urlopen(f"{uri.rstrip('/')}/health", timeout=_REACH_TIMEOUT_S).close()
     except HTTPError:
-        return  # something answers; whether it lets us in, the client will see
+        return  # something answers; the client finds out about access
     except (URLError, OSError) as error:
         raise StorageError(
             f"no MLflow server answers at {uri}: {error}",
@@ -252,7 +252,7 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
     Args:
         nested: mappings of mappings of values; sequences become JSON.
-        prefix: put before each name.
+        prefix: a text put before each name.
     """
     flat: dict[str, str] = {}
     for name, value in nested.items():
@@ -266,8 +266,8 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def client_of(uri: str) -> MlflowClient:
-    """MLflow's client of a store, without telemetry and without its chatter."""
-    # MLflow reports its use to its makers unless told not to; what is trained here is private.
+    """MLflow's client of a store, without telemetry and with warnings alone in the log."""
+    # MLflow reports its use to its makers by default.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     from mlflow import MlflowClient
 
@@ -280,7 +280,7 @@ def client_of(uri: str) -> MlflowClient:
 
 @contextmanager
 def _creation_lock(uri: str) -> Iterator[None]:
-    """Let one process at a time make the tables of a new SQLite file: migrations race."""
+    """Let one process at a time make the tables of a new SQLite file, since migrations race."""
     path = uri.removeprefix("sqlite:///")
     if path == uri or not path:
         yield
@@ -309,7 +309,7 @@ def _sqlite_in(root: Path) -> str:
 
 
 def _artifact_root(uri: str, storage: str) -> str | None:
-    """Artifacts go beside our own SQLite file; any other store has its own place for them."""
+    """The URI of artifacts beside our own SQLite file; None for a store that has its own."""
     root = _local_root(storage) or Path("runs").absolute()
     return (root / "mlruns").as_uri() if uri == _sqlite_in(root) else None
 
@@ -323,7 +323,7 @@ def _experiment_id(client: MlflowClient, name: str, artifact_root: str | None) -
             return str(client.create_experiment(name, artifact_location=artifact_root))
         except MlflowException:
             found = client.get_experiment_by_name(name)
-            if found is None:  # not another process that was quicker
+            if found is None:  # no other process has made it meanwhile
                 raise
     return str(found.experiment_id)
 
@@ -331,7 +331,7 @@ def _experiment_id(client: MlflowClient, name: str, artifact_root: str | None) -
 def _find_run(
     client: MlflowClient, experiment_id: str, run_name: str, tags: Mapping[str, str]
 ) -> Run | None:
-    """Newest run of this name and run directory."""
+    """The newest run of this name and run directory."""
     conditions = (
         f"attributes.run_name = {_quoted(run_name)} "
         f"and tags.`{RUN_DIR_TAG}` = {_quoted(_cut(tags[RUN_DIR_TAG], _TAG_CHARS))}"
@@ -343,7 +343,7 @@ def _find_run(
 
 
 def _last_steps(client: MlflowClient, run: Run) -> dict[str, int]:
-    """Last step of every metric a run holds."""
+    """The last step of every metric of a run."""
     history = client.get_metric_history
     return {
         key: max(point.step for point in history(run.info.run_id, key)) for key in run.data.metrics
@@ -353,7 +353,7 @@ def _last_steps(client: MlflowClient, run: Run) -> dict[str, int]:
 def _describe(
     client: MlflowClient, run: Run, params: Mapping[str, str], tags: Mapping[str, str]
 ) -> None:
-    """Write tags, and the params that are not there yet: MLflow lets none be changed."""
+    """Write tags, and the params that are not there yet, since MLflow lets none be changed."""
     from mlflow.entities import Param, RunTag
 
     new = [Param(key, value) for key, value in params.items() if key not in run.data.params]

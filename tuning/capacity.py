@@ -1,8 +1,8 @@
-"""How many trials fit at once, counted before anything starts, so that nothing can wait for ever.
+"""Resources of a trial and trials at once, counted before anything starts.
 
 A trial of one worker trains in its own process and holds that worker's devices. A trial of several
 starts a `TorchTrainer`, whose workers are a placement group of their own; the trial's process then
-holds no CPU, so that all CPUs are the workers'.
+holds no CPU, so that all CPUs are the workers'. Without the count, a trial could wait for ever.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from mimray.trainers.launch import autoscaler_limits
 from mimray.tuning.config import TrialResources
 
 _NO_LIMIT = 1_000_000
-# Every cluster has it, on the head; a request for nothing at all is refused by Tune.
+# Tune refuses a request for nothing; this resource is on the head of every cluster.
 _TOKEN = {"node:__internal_head__": 0.0001}
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """What a trial holds, and how many are held at once.
+    """The resources of a trial, and the number of trials at once.
 
     Attributes:
-        num_workers: training workers a trial.
-        cpus: of each worker.
-        gpus: of each worker; a fraction is shared.
+        num_workers: training workers of a trial.
+        cpus: CPUs of each worker.
+        gpus: GPUs of each worker; a fraction is shared with other trials.
         concurrent: trials at once.
-        arithmetic: the line that is shown.
+        arithmetic: the count, as a line for people.
     """
 
     num_workers: int
@@ -40,12 +40,12 @@ class Capacity:
 
     @property
     def devices(self) -> float:
-        """Devices a trial holds: GPUs, or CPUs where there is no GPU."""
+        """Devices of a trial: GPUs, or CPUs where there is no GPU."""
         return self.num_workers * (self.gpus or self.cpus)
 
     @property
     def tune(self) -> dict[str, float]:
-        """What Tune sets aside for the trial's own process."""
+        """The resources that Tune sets aside for the trial's own process."""
         if self.num_workers > 1:
             return dict(_TOKEN)
         return {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})}
@@ -55,8 +55,8 @@ def count(wanted: TrialResources, num_trials: int | None, concurrent: int | None
     """Hold a sweep against the cluster that Ray is connected to.
 
     Args:
-        wanted: what a trial asks for.
-        num_trials: in the whole sweep, where that is known.
+        wanted: the resources that a trial asks for.
+        num_trials: trials in the whole sweep, where that is known.
         concurrent: trials at once; as many as fit by default.
 
     Raises:
@@ -81,7 +81,7 @@ def count(wanted: TrialResources, num_trials: int | None, concurrent: int | None
         for node in nodes
     )
     arithmetic = f"a trial = {workers} x {per_worker}; the cluster has {has}, which fits {fits}"
-    if limits:  # it grows; what is there now decides nothing but the start
+    if limits:  # the cluster grows: the nodes of now decide the start alone
         grown = _slots([limits], cpus, gpus) // wanted.num_workers
         fits, arithmetic = max(fits, grown), f"{arithmetic} (and {grown} once it has grown)"
     if fits < 1:

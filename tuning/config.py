@@ -1,4 +1,4 @@
-"""What a sweep is, as a user writes it: base recipe, space, searcher, scheduler, budget, score."""
+"""A sweep as a user writes it: base recipe, space, searcher, scheduler, budget, score."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mimray.trainers.config.base import Config
 
 
 def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-4 as text; people mean the number."""
+    """Read `1e-4` as a number, which YAML 1.1 takes for text."""
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
             return float(value)
@@ -31,7 +31,7 @@ Number = Annotated[float, BeforeValidator(_number)]
 
 
 class About(Config):
-    """What a sweep says of itself."""
+    """A sweep's description of itself."""
 
     summary: str
     command: str = ""
@@ -78,7 +78,7 @@ class Uniform(_Range):
 
 
 class LogUniform(_Range):
-    """The same, each order of magnitude equally likely."""
+    """Any number from the first to the second, each order of magnitude equally likely."""
 
     loguniform: tuple[Number, Number]
 
@@ -90,7 +90,7 @@ class Int(_Range):
 
 
 def _kind(value: Any) -> str:
-    """Which domain is meant: it is the only key."""
+    """The kind of a domain, which is its only key."""
     if isinstance(value, Config):
         return next(iter(type(value).model_fields))
     return next(iter(value), "") if isinstance(value, dict) and len(value) == 1 else ""
@@ -128,7 +128,7 @@ class OptunaSearch(Config):
 
     name: Literal["optuna"] = "optuna"
     num_startup_trials: PositiveInt = Field(
-        default=8, description="drawn at random before the model says anything"
+        default=8, description="trials drawn at random before the model suggests any"
     )
     multivariate: bool = Field(default=True, description="model keys jointly")
 
@@ -150,7 +150,7 @@ class Asha(Config):
 
 
 class Median(Config):
-    """Stops what is worse than the median of the others so far (Golovin et al. 2017)."""
+    """Median stopping: a trial worse than the median of the others ends (Golovin et al. 2017)."""
 
     name: Literal["median"] = "median"
     num_rungs: PositiveInt = Field(
@@ -172,7 +172,7 @@ SchedulerConfig = Annotated[Asha | Median | NoScheduler, Field(discriminator="na
 
 
 class Budget(Config):
-    """How much may be spent; whichever ends first ends the sweep."""
+    """Limits of a sweep; the first one that is reached ends it."""
 
     trials: PositiveInt | None = Field(
         default=None, description="a grid has its own number, others need one"
@@ -191,7 +191,7 @@ class Budget(Config):
 
 
 class ScoreConfig(Config):
-    """What a trial is worth: a probe of its frozen encoder on held-out pictures."""
+    """The objective: a probe of a trial's frozen encoder on held-out pictures."""
 
     task: Literal["knn", "linear", "segmentation", "rankme"] = Field(
         default="knn",
@@ -204,11 +204,11 @@ class ScoreConfig(Config):
         default=None, description="labelled pictures to score on; the data's own split by default"
     )
     limit: PositiveInt | None = Field(default=5000, description="pictures of each, evenly spread")
-    options: dict[str, Any] = Field(default_factory=dict, description="of the task")
+    options: dict[str, Any] = Field(default_factory=dict, description="options of the task")
 
 
 class TrialResources(Config):
-    """What a trial holds."""
+    """The resources of a trial."""
 
     num_workers: PositiveInt = Field(default=1, description="training workers a trial")
     cpus_per_worker: PositiveInt | None = Field(
@@ -229,7 +229,9 @@ class SweepConfig(Config):
 
     about: About | None = None
     base: BaseConfig
-    space: dict[str, Domain] = Field(min_length=1, description="recipe keys and what to try")
+    space: dict[str, Domain] = Field(
+        min_length=1, description="recipe keys, each with the values to try"
+    )
     searcher: SearcherConfig = Field(default_factory=GridSearch)
     scheduler: SchedulerConfig = Field(default_factory=NoScheduler)
     budget: Budget = Field(default_factory=Budget)
@@ -237,10 +239,10 @@ class SweepConfig(Config):
     resources: TrialResources = Field(default_factory=TrialResources)
     storage: str = Field(
         default="",
-        description="of Optuna's study: sqlite:///… or postgresql://…; SQLite by default",
+        description="Optuna's storage: sqlite:///… or postgresql://…; SQLite by default",
     )
     study: str = Field(default="", description="name of Optuna's study; the sweep's by default")
-    seed: int = Field(default=0, ge=0, description="of the search and of every trial")
+    seed: int = Field(default=0, ge=0, description="the seed of the search and of every trial")
 
     @model_validator(mode="after")
     def _check(self) -> SweepConfig:

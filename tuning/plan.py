@@ -1,4 +1,4 @@
-"""A sweep held against its data: what every trial is told, and what must not change later."""
+"""A sweep held against its data: the plan of every trial, and the keys that stay as they are."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from mimray.tuning.score import check_score, metric_of
 from mimray.tuning.search import check_storable
 from mimray.tuning.space import Params, base_tree, check_space, listed, trial_recipe
 
-# May differ when a sweep is continued: they change no trial, only how many there are and where.
+# These may differ when a sweep is continued: they change no trial, only the number and the place.
 _OPERATIONAL = ("about", "storage", "study")
 _OPERATIONAL_KEYS = {
     "budget": ("trials", "samples", "hours"),
@@ -37,14 +37,14 @@ _OPERATIONAL_KEYS = {
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """All that a trial follows from, beside its own values; travels to every trial's process.
+    """Everything that a trial depends on beside its own values; sent to every trial's process.
 
     Attributes:
-        uri: of the sweep's directory.
-        name: of the sweep.
-        config: as the user wrote it, with defaults.
-        tree: the recipe that trials begin with.
-        facts: of the pictures trained on.
+        uri: the URI of the sweep's directory.
+        name: the sweep's name.
+        config: the sweep as the user wrote it, with defaults.
+        tree: the recipe that every trial begins with.
+        facts: the dataset trained on.
         rung_samples: pictures seen at each scoring, ascending; the last is a whole trial.
         command: the command line, for the record.
     """
@@ -59,7 +59,7 @@ class SweepPlan:
 
     @property
     def directory(self) -> RunDir:
-        """The sweep's."""
+        """The sweep's directory."""
         return RunDir(self.uri)
 
     def trial(self, params: Params) -> Plan:
@@ -74,7 +74,7 @@ class SweepPlan:
         return resolve(with_needs(recipe), self.facts, self.config.resources.num_workers)
 
     def pauses(self, plan: Plan) -> dict[int, int]:
-        """Steps at which a trial is scored, and the rung that each is."""
+        """The rung at each step at which a trial is scored."""
         steps = [samples // plan.global_batch for samples in self.rung_samples[:-1]]
         return {step: rung for rung, step in enumerate([*steps, plan.steps])}
 
@@ -83,12 +83,12 @@ def load_sweep(name_or_path: str, overrides: Sequence[str] = ()) -> SweepConfig:
     """Read a shipped sweep or a file, apply `a.b=c` overrides, and check it.
 
     Args:
-        name_or_path: `mae-mask-depth`, or a path ending in .yaml or .yml.
+        name_or_path: a shipped sweep's name, or a path ending in .yaml or .yml.
         overrides: dotted assignments; values are YAML. Keys of the space, which hold dots
             themselves, are given whole: `space.method.mask_ratio={grid: [0.5, 0.75]}`.
 
     Raises:
-        ConfigError: no such sweep, a wrong key, a wrong value.
+        ConfigError: there is no such sweep, or a key or value is not allowed.
     """
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml"):
@@ -124,7 +124,7 @@ def parse_sweep(tree: dict[str, Any], origin: str) -> SweepConfig:
 
 
 def shipped_sweeps() -> dict[str, Path]:
-    """Names of the sweeps inside the package, with their files."""
+    """The files of the sweeps inside the package, by name."""
     folder = Path(str(resources.files("mimray.tuning.sweeps")))
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
@@ -136,8 +136,9 @@ def make_plan(
 
     Raises:
         ConfigError: a key or value of the space that no recipe allows, a budget smaller than one
-            rung, options that the score's task does not know.
-        DataError: the data cannot be read, or the score's has no labels or no held-out pictures.
+            rung, or options that the score's task does not know.
+        DataError: the data cannot be read, or the score's data has no labels or no held-out
+            pictures.
     """
     config = _placed(config)
     tree = base_tree(config)
@@ -202,7 +203,7 @@ def check_continues(plan: SweepPlan, before: SweepRecord) -> None:
     """Refuse to mix two sweeps in one directory.
 
     Raises:
-        RunConflictError: naming what differs.
+        RunConflictError: the directory holds another sweep; the message names the difference.
     """
     old, new = before.config, plan.config.model_dump(mode="json")
     changed = [
@@ -224,13 +225,13 @@ def remembered(directory: RunDir, before: SweepRecord) -> SweepConfig:
     """The configuration that a sweep was started with.
 
     Raises:
-        ConfigError: it was written by a version with other keys.
+        ConfigError: the configuration was written by a version with other keys.
     """
     return parse_sweep(dict(before.config), f"{directory}/{SWEEP}")
 
 
 def _placed(config: SweepConfig) -> SweepConfig:
-    """With places that mean the same in every process, whatever directory it is in."""
+    """Make places absolute: processes have working directories of their own."""
     score = config.score
     places = {"data": score.data, "val": score.val}
     found = {key: absolute(place) for key, place in places.items() if place is not None}
@@ -241,8 +242,8 @@ def rung_steps(config: SweepConfig, steps: int) -> tuple[int, ...]:
     """Updates after which a trial is scored, ascending.
 
     Args:
-        config: its scheduler says how many rungs there are, and how they are spread.
-        steps: of a whole trial.
+        config: the sweep's configuration, whose scheduler sets the number and spread of rungs.
+        steps: updates of a whole trial.
 
     Raises:
         ConfigError: a whole trial is shorter than that many rungs.
@@ -279,7 +280,7 @@ def _shown(value: Any) -> str:
 
 
 def _override(tree: dict[str, Any], assignment: str) -> dict[str, Any]:
-    """One `a.b=value`; below `space` and `base.set` the rest of the key is one key of a recipe."""
+    """Apply one `a.b=value`; below `space` and `base.set` the rest is one key of a recipe."""
     for section in ("space.", "base.set."):
         if assignment.startswith(section):
             key, equals, text = assignment.removeprefix(section).partition("=")

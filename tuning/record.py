@@ -1,7 +1,7 @@
-"""What a sweep has done so far, as plain data: read by the report, the table and a later launch.
+"""The record of a sweep as plain data: read by the report, the table and a later launch.
 
-A sweep is a directory `<storage>/<name>/`: `sweep.json` says what is searched and never changes,
-`trials/<number>/` is a run like any other with `trial.json` beside its plan.
+A sweep is a directory `<storage>/<name>/`: `sweep.json` holds the search, `trials/<number>/` is a
+run like any other, with `trial.json` beside its plan.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ SWEEP = "sweep.json"
 TRIALS = "trials"
 TRIAL = "trial.json"
 
-# `stopped`: by the scheduler, for good. `cut`: by a budget or with the driver, and may go on.
+# A `stopped` trial was ended by the scheduler for good; a `cut` one, ended by a budget or with the
+# driver, may go on.
 State = Literal["waiting", "running", "stopped", "finished", "failed", "cut"]
 ENDED: tuple[State, ...] = ("stopped", "finished", "failed")
 
@@ -29,14 +30,14 @@ class Rung(Config):
     """One scoring of a trial's encoder, part way or at its end.
 
     Attributes:
-        number: from 0; the same number is the same length of training in every trial.
+        number: the rung's number from 0, at the same length of training in every trial.
         step: updates made.
         samples: pictures seen, `step` x global batch.
-        score: by the sweep's task; larger is better.
+        score: the headline of the sweep's task; larger is better.
         metrics: every figure of the task.
         train_s: seconds of training since the rung before, on the trial's devices.
         score_s: seconds of scoring.
-        passed: whether the scheduler let the trial go on (or it was at its end).
+        passed: True if the scheduler let the trial go on.
     """
 
     number: int
@@ -50,16 +51,18 @@ class Rung(Config):
 
 
 class TrialRecord(Config):
-    """One trial: what was tried, how far it came, what it is worth.
+    """One trial: its values, its state, its scores.
 
     Attributes:
-        number: from 0, in the order of suggestion; the directory is `trials/<number:04d>`.
+        number: the trial's number from 0, in the order of suggestion.
         params: recipe keys and the values tried.
-        devices: devices it holds (GPUs, or CPUs where there is no GPU).
+        state: the trial's state.
+        devices: devices held: GPUs, or CPUs where there is no GPU.
+        rungs: scorings so far, in order.
         samples: pictures seen so far; what was trained again after a failure counts once.
         loss: the newest training loss; not comparable between mask ratios.
         failures: processes or nodes lost on the way.
-        reason: why it failed or was stopped, for people.
+        reason: the reason of a failure or a stop, for people.
     """
 
     number: int
@@ -74,12 +77,12 @@ class TrialRecord(Config):
 
     @property
     def name(self) -> str:
-        """Its directory below `trials/`."""
+        """The name of the trial's directory below `trials/`."""
         return f"{self.number:04d}"
 
     @property
     def score(self) -> float | None:
-        """Of the last rung; None before the first."""
+        """The score at the last rung; None before the first."""
         return self.rungs[-1].score if self.rungs else None
 
     @property
@@ -89,26 +92,26 @@ class TrialRecord(Config):
 
 
 class SweepRecord(Config):
-    """A sweep as far as it is.
+    """A sweep at any stage.
 
     Attributes:
-        name: of the sweep.
-        uri: of its directory.
+        name: the sweep's name.
+        uri: the URI of the sweep's directory.
         config: the sweep as the user wrote it, with every default (`config.SweepConfig`).
-        keys: recipe keys searched, in the order of the space.
-        metric: what a score is, e.g. `accuracy`, `mIoU`, `RankMe`.
-        proxy: why a score is only a stand-in, where no labels were given; else empty.
+        keys: the recipe keys searched, in the order of the space.
+        metric: the name of a score: `accuracy`, `mIoU` or `RankMe`.
+        proxy: the reason why a score is only a proxy, where no labels were given; else empty.
         rung_samples: pictures seen at each rung.
-        data: URI of the pictures trained on.
-        data_fingerprint: of them.
-        score_data: URI of the pictures scored on.
-        seed: of everything.
+        data: the URI of the pictures trained on.
+        data_fingerprint: the fingerprint of the pictures trained on.
+        score_data: the URI of the pictures scored on.
+        seed: the seed of the search and of every trial.
         command: the command line.
-        study: name and storage of Optuna's study.
+        study: the name and the storage of Optuna's study.
         planned: trials in the whole sweep, where that is known beforehand.
         elapsed_s: wall time of all launches together.
-        ended: whether nothing is left to do.
-        trials: by number.
+        ended: True if nothing is left to do.
+        trials: the trials, by number.
     """
 
     name: str
@@ -130,16 +133,16 @@ class SweepRecord(Config):
     trials: tuple[TrialRecord, ...] = ()
 
     def ranked(self) -> list[TrialRecord]:
-        """Trials with a score: those that came farthest first, among these the best first.
+        """Trials with a score, those that came farthest first, among these the best first.
 
-        Scores of unlike lengths of training are not held against each other.
+        Scores after different lengths of training are not compared.
         """
         scored = [t for t in self.trials if t.rungs and t.state != "failed"]
         return sorted(scored, key=lambda t: (-len(t.rungs), -t.rungs[-1].score, t.number))
 
     @property
     def best(self) -> TrialRecord | None:
-        """The best of those that came farthest."""
+        """The trial ranked first."""
         return next(iter(self.ranked()), None)
 
 
@@ -159,10 +162,10 @@ def read_trials(sweep: RunDir) -> list[TrialRecord]:
 
 
 def read_record(sweep: RunDir) -> SweepRecord:
-    """A sweep as its directory says it is.
+    """Read a sweep from its directory.
 
     Raises:
-        StorageError: there is no sweep there.
+        StorageError: there is no sweep.
     """
     if not sweep.exists(SWEEP):
         raise StorageError(f"{sweep} is not a sweep", hint="a directory that `mimray tune` made")
@@ -174,7 +177,7 @@ def find_sweep(name: str, storage: str) -> SweepRecord:
     """A sweep by its name in a storage, or by its directory.
 
     Raises:
-        StorageError: there is none; the message says where it was looked for.
+        StorageError: there is no such sweep; the message names the places searched.
     """
     places = [RunDir(storage) / name] if "://" not in name and not name.startswith("/") else []
     for place in (*places, RunDir(name)):
@@ -187,7 +190,7 @@ def find_sweep(name: str, storage: str) -> SweepRecord:
 
 
 def find_trial(reference: str, storage: str) -> tuple[SweepRecord, TrialRecord] | None:
-    """The trial that `SWEEP:best` or `SWEEP:7` means; None where the text is no such reference.
+    """The trial that `SWEEP:best` or `SWEEP:7` names; None where the text is no such reference.
 
     Raises:
         StorageError: the sweep has no such trial, or none with a score.
@@ -207,5 +210,5 @@ def find_trial(reference: str, storage: str) -> tuple[SweepRecord, TrialRecord] 
 
 
 def curves(sweep: RunDir, number: int) -> list[dict[str, Any]]:
-    """Rows of `metrics.jsonl` of a trial: step, samples, loss and more."""
+    """The rows of a trial's `metrics.jsonl`: step, samples, loss and more."""
     return read_metrics(trial_dir(sweep, number))

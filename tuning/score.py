@@ -1,6 +1,6 @@
-"""What a trial is worth: a probe of its frozen encoder on pictures it was not trained on.
+"""The objective of a sweep: a probe of a trial's frozen encoder on held-out pictures.
 
-Losses cannot rank trials: at another mask ratio another task is solved.
+Losses cannot rank trials: at another mask ratio the network solves another task.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _PROXY = (
 
 @dataclass(frozen=True)
 class Scored:
-    """A score and what it took.
+    """A score, and the time it took.
 
     Attributes:
-        score: the headline.
-        metrics: every figure, ready for JSON.
-        seconds: of scoring.
+        score: the headline; larger is better.
+        metrics: every figure of the task, ready for JSON.
+        seconds: seconds of scoring.
     """
 
     score: float
@@ -49,7 +49,7 @@ class Scored:
 
 
 def metric_of(task: str) -> tuple[str, str]:
-    """What a task's score is called, and why it is only a stand-in, where it is one."""
+    """The name of a task's score, and the reason why it is a proxy, empty where it is none."""
     return _METRICS[task], _PROXY if task == "rankme" else ""
 
 
@@ -57,13 +57,13 @@ def check_score(config: ScoreConfig, data: str, seed: int) -> None:
     """Refuse a score that could not be measured, before anything starts.
 
     Args:
-        config: of the score.
-        data: URI of the pictures trained on, scored on where the score names no others.
-        seed: of the sweep.
+        config: the score's configuration.
+        data: the URI of the pictures trained on, scored on where the score names no others.
+        seed: the sweep's seed.
 
     Raises:
-        ConfigError: an option that the task does not know.
-        DataError: no labels, or no held-out pictures.
+        ConfigError: the task has no such option.
+        DataError: there are no labels, or no held-out pictures.
     """
     options = checked_options(TASKS[config.task], config.options)
     setting = _setting(config, data, seed, "cpu")
@@ -100,15 +100,15 @@ def score_bundle(
     """Score the encoder of a bundle in this process; results go beside it and onto its card.
 
     Args:
-        bundle: its directory.
-        config: of the score.
-        data: URI of the pictures trained on.
-        seed: of the sweep.
-        device: as torch names it.
+        bundle: the bundle's directory.
+        config: the score's configuration.
+        data: the URI of the pictures trained on.
+        seed: the sweep's seed.
+        device: the device's name in torch.
         command: the command line, for the record.
 
     Raises:
-        DataError: labels or pictures that cannot be used.
+        DataError: labels or pictures cannot be used.
         NonFiniteLossError: the probe diverged.
     """
     began = time.perf_counter()
@@ -161,4 +161,4 @@ def _on_device(ref: EncoderRef, device: str) -> FeatureEncoder:
 
 
 def _silent(phase: str, done: int, total: int) -> None:
-    """A trial's progress is its rungs."""
+    """Show nothing: a trial's progress is its rungs."""

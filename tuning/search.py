@@ -1,7 +1,7 @@
-"""Which trial comes next: lists in order, or Optuna; every sweep is a study that Optuna can open.
+"""The searcher: lists in order, or Optuna. Every sweep is a study that Optuna can open.
 
-What was begun and not finished comes first. A study holds values and scores only; what a trial has
-trained lies in its own directory.
+Trials that were begun and not finished come first. A study holds values and scores only;
+checkpoints and bundles lie in the trials' directories.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ logger = logging.getLogger(__name__)
 
 
 class Suggestions(Searcher):  # type: ignore[misc]
-    """Hands out trials to Tune as `{"number": …, "params": …}`.
+    """A searcher of Tune's that suggests trials as `{"number": …, "params": …}`.
 
     Args:
-        config: of the sweep.
-        study: of `open_study`.
-        before: trials of earlier launches.
-        may_start: asked before each new trial; False once a budget is spent.
-        check: of a trial's values; raises what is wrong with them.
+        config: the sweep's configuration.
+        study: Optuna's study, from `open_study`.
+        before: the trials of earlier launches.
+        may_start: called before each new trial; False once a budget is spent.
+        check: called with a trial's values; raises a MimrayError where they cannot run.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Suggestions(Searcher):  # type: ignore[misc]
         _catch_up(study, config, before)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
-        """The next trial; `FINISHED` when there is none."""
+        """The next trial, or `FINISHED`."""
         if self._unfinished:
             trial = self._unfinished.pop(0)
             number, params = trial.number, dict(trial.params)
@@ -87,7 +87,7 @@ class Suggestions(Searcher):  # type: ignore[misc]
         return {"number": number, "params": params}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """A rung: an intermediate value of Optuna's trial."""
+        """Report a rung as an intermediate value of Optuna's trial."""
         if SCORE in result:
             found = _of_number(self._study, self._live[trial_id])
             assert found is not None
@@ -100,7 +100,7 @@ class Suggestions(Searcher):  # type: ignore[misc]
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """The end of a trial; `ended` tells the study, since only the driver knows how."""
+        """Forget a trial; `ended` tells the study how it ended, which only the driver knows."""
         self._live.pop(trial_id, None)
 
     def ended(self, trial: TrialRecord) -> None:
@@ -108,19 +108,19 @@ class Suggestions(Searcher):  # type: ignore[misc]
         _tell(self._study, trial)
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the sweep's directory and the study are what is kept."""
+        """Save nothing: the state lies in the sweep's directory and the study."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing, likewise."""
+        """Restore nothing."""
 
     @property
     def _next(self) -> int:
-        """The lowest number that is free: trials at once need not be recorded in their order."""
+        """The lowest free number; trials that run at once may be recorded out of order."""
         return next(number for number in count() if number not in self._given)
 
     @property
     def exhausted(self) -> bool:
-        """Whether every trial there is to be has been handed out."""
+        """True if every trial of the sweep has been handed out."""
         if self._unfinished:
             return False
         most = self._config.budget.trials if self._list is None else len(self._list)
@@ -129,7 +129,7 @@ class Suggestions(Searcher):  # type: ignore[misc]
     def _new(self, number: int) -> Params:
         known = _of_number(self._study, number)
         if known is not None and not known.state.is_finished():
-            # A driver that was killed before the trial began had asked for it.
+            # Asked for by a driver that was killed before the trial began.
             params = _internal(self._config, known.params)
         else:
             params = self._asked(number)
@@ -144,8 +144,8 @@ class Suggestions(Searcher):  # type: ignore[misc]
         if self._list is not None:
             self._study.enqueue_trial(_external(self._config, self._list[number]))
         else:
-            # Suggestions follow from the seed and what is known, not from how often it was
-            # started; an unlucky combination is passed over.
+            # The seed follows from the number, so that a suggestion does not depend on how often
+            # the sweep was started.
             self._study.sampler = _sampler(self._config, number)
         trial = self._study.ask(domains)
         trial.set_user_attr(NUMBER, number)
@@ -158,10 +158,10 @@ def open_study(
     """Open a sweep's study, or make it.
 
     Args:
-        config: of the sweep.
-        name: of the study, unique in its storage.
-        storage: URL of a database.
-        fresh: delete what is there under that name.
+        config: the sweep's configuration.
+        name: the study's name, unique in its storage.
+        storage: the URL of a database.
+        fresh: delete an earlier study of that name.
 
     Raises:
         RunConflictError: a study of that name searches another space.
@@ -218,7 +218,7 @@ def _sampler(config: SweepConfig, number: int) -> optuna.samplers.BaseSampler:
         seed=config.seed * 100_003 + number,
         n_startup_trials=config.searcher.num_startup_trials,
         multivariate=config.searcher.multivariate,
-        constant_liar=True,  # what runs at the same time keeps apart
+        constant_liar=True,  # keeps trials that run at once apart
     )
 
 
@@ -246,7 +246,7 @@ def _distribution(domain: Domain) -> optuna.distributions.BaseDistribution:
 
 
 def _word(value: Any) -> Any:
-    """A value as Optuna keeps it: lists only as text."""
+    """A value as Optuna keeps it, which holds lists as text only."""
     return json.dumps(value) if isinstance(value, tuple | list) else value
 
 
@@ -255,7 +255,7 @@ def _external(config: SweepConfig, params: Params) -> Params:
 
 
 def _internal(config: SweepConfig, params: Params) -> Params:
-    """Values as the sweep writes them, from what Optuna gives back."""
+    """Values as the sweep writes them, from Optuna's."""
     found = {}
     for key, domain in config.space.items():
         if isinstance(domain, Grid | Choice):
@@ -273,7 +273,7 @@ def _of_number(study: optuna.Study, number: int) -> optuna.trial.FrozenTrial | N
 
 
 def _catch_up(study: optuna.Study, config: SweepConfig, before: Iterable[TrialRecord]) -> None:
-    """Bring a study to what the sweep's directory knows, which was written first."""
+    """Add to a study what the sweep's directory has, which was written first."""
     import optuna
 
     known = {t.user_attrs.get(NUMBER) for t in study.get_trials(deepcopy=False)}
@@ -317,7 +317,7 @@ def check_storable(config: SweepConfig) -> None:
     """Refuse values that Optuna cannot keep apart.
 
     Raises:
-        ConfigError: a value is there twice.
+        ConfigError: a value is listed twice.
     """
     for key, domain in config.space.items():
         if isinstance(domain, Grid | Choice):

@@ -1,7 +1,7 @@
-"""From a search space to the trials: which values, in which order, each checked before it starts.
+"""The trials of a search space, in order, each checked before it starts.
 
-What a trial tries is counted, not drawn: random values are a pure function of the seed and the
-trial's number, so that a sweep that is started again tries the same.
+Random values are a pure function of the seed and the trial's number, so that a sweep that is
+started again tries the same.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mimray.tuning.config import Choice, Domain, Grid, Int, LogUniform, SweepCon
 
 Params = dict[str, Any]
 
-# What must be alike in all trials, or is no part of what is learnt.
+# Keys that must be alike in all trials, or change nothing that is learnt.
 _FIXED = {
     "optim.steps": "trials of unlike length cannot be ranked; budget.steps sets it for all",
     "optim.epochs": "trials of unlike length cannot be ranked; budget.steps sets it for all",
@@ -41,7 +41,7 @@ def base_tree(config: SweepConfig) -> dict[str, Any]:
     """The recipe that every trial begins with, as a tree.
 
     Raises:
-        ConfigError: no such recipe, or a key that is not one.
+        ConfigError: there is no such recipe, or no such key.
     """
     tree = recipe_tree(config.base.recipe, config.budget.steps)
     tree = _assigned(tree, config.base.set)
@@ -54,12 +54,12 @@ def trial_recipe(tree: Mapping[str, Any], params: Params, origin: str = "trial")
     """The checked recipe of one trial.
 
     Args:
-        tree: of `base_tree`.
-        params: recipe keys and values.
-        origin: what to call it in errors.
+        tree: the base recipe, from `base_tree`.
+        params: recipe keys and the trial's values.
+        origin: the recipe's name in errors.
 
     Raises:
-        ConfigError: a key or a value that a recipe does not allow, or not together with others.
+        ConfigError: a key or a value that a recipe does not allow, alone or with the others.
     """
     return parse_recipe(_assigned(dict(tree), params), origin)
 
@@ -67,10 +67,10 @@ def trial_recipe(tree: Mapping[str, Any], params: Params, origin: str = "trial")
 def check_space(config: SweepConfig, tree: Mapping[str, Any]) -> None:
     """Hold every value of the space against the recipe's schema.
 
-    Each is tried alone, and the whole of a grid in every combination.
+    Each value is tried alone, and a grid in every combination too.
 
     Raises:
-        ConfigError: naming the key and what is wrong with its value.
+        ConfigError: a value is not allowed; the message names the key.
     """
     for key, domain in config.space.items():
         reason = _FIXED.get(key) or _FIXED_SECTIONS.get(key.partition(".")[0])
@@ -94,8 +94,8 @@ def drawn(config: SweepConfig, number: int) -> Params:
     """The values of a random trial.
 
     Args:
-        config: its space and seed.
-        number: of the trial.
+        config: the sweep's configuration.
+        number: the trial's number.
     """
     rng = generator(config.seed, Stream.SEARCH, number)
     return {key: _draw(domain, rng) for key, domain in config.space.items()}
@@ -119,7 +119,7 @@ def num_trials(config: SweepConfig) -> int | None:
 
 
 def space_digest(config: SweepConfig) -> str:
-    """Tells one space from another, whatever searches it."""
+    """A digest of the space, which does not depend on the searcher."""
     tree = {key: domain.model_dump(mode="json") for key, domain in config.space.items()}
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -132,7 +132,7 @@ def _assigned(tree: dict[str, Any], params: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _ends(domain: Domain) -> tuple[Any, ...]:
-    """The values to check: all of a list, both ends of a range."""
+    """The values of a domain to check: all of a list, both ends of a range."""
     [values] = (getattr(domain, name) for name in type(domain).model_fields)
     return tuple(values)
 

@@ -1,7 +1,7 @@
-"""A sweep on the cluster that Ray is connected to: Tuner, scheduler, budgets, going on later.
+"""A sweep on the cluster that Ray is connected to: Tuner, scheduler, budgets, continuing.
 
-Each launch is a fresh experiment of Tune's. What was done lies in the sweep's own directory: the
-search continues after what is there, and the scheduler is told its scores again.
+Each launch is a fresh experiment of Tune's. The record lies in the sweep's own directory: the
+search continues after the trials there, and the scheduler is told their scores again.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from mimray.tuning.capacity import count
 from mimray.tuning.config import Asha, Median, SweepConfig
 from mimray.tuning.plan import SweepPlan, check_continues, new_record
 from mimray.tuning.record import ENDED, SWEEP, SweepRecord, TrialRecord, read_record, trial_dir
-from mimray.tuning.recorder import Board
+from mimray.tuning.recorder import SweepRecorder
 from mimray.tuning.search import SAMPLES, SCORE, Suggestions, open_study
 from mimray.tuning.space import num_trials
-from mimray.tuning.trial import FAILED, Surroundings, Trial
+from mimray.tuning.trial import FAILED, LaunchContext, Trial
 
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.5
-Watch = Callable[[SweepRecord, dict[int, dict[str, Any]], list[str]], None]
+OnProgress = Callable[[SweepRecord, dict[int, dict[str, Any]], list[str]], None]
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,11 @@ class Launch:
     """One start of a sweep.
 
     Attributes:
-        plan: of `make_plan`.
-        storage: the directory of all runs and sweeps.
+        plan: the sweep's plan, from `make_plan`.
+        storage: the directory or URI of all runs and sweeps.
         concurrent: trials at once; as many as fit by default.
         fresh: delete what an earlier sweep of this name left.
-        cache_mib: bound of the decoded pictures that trials of a node share; 0 for none.
+        cache_mib: the bound of the decoded pictures that trials of a node share; 0 for none.
     """
 
     plan: SweepPlan
@@ -64,9 +64,9 @@ class Launch:
 
 
 def before(launch: Launch) -> SweepRecord | None:
-    """What an earlier launch of the same sweep left; None where there is none or it is not wanted.
+    """Read what an earlier launch of the same sweep left; None without one, and with `fresh`.
 
-    Needs no cluster. Writes nothing.
+    Needs no cluster and writes nothing.
 
     Raises:
         RunConflictError: the directory holds another sweep, or something else.
@@ -86,18 +86,19 @@ def before(launch: Launch) -> SweepRecord | None:
     return found
 
 
-def run_sweep(launch: Launch, watch: Watch | None = None) -> SweepRecord:
+def run_sweep(launch: Launch, on_progress: OnProgress | None = None) -> SweepRecord:
     """Run a sweep to its end, or as far as its budget goes; continues what is there.
 
     Args:
-        launch: what was asked.
-        watch: called about twice a second with how it stands.
+        launch: the launch that was asked for.
+        on_progress: called about twice a second with the record, the newest row of metrics of each
+            trial, and new warnings.
 
     Returns:
         The record at the end.
 
     Raises:
-        ResourceError: the cluster can never run a trial, or not as many at once.
+        ResourceError: the cluster can never run a trial, or not as many at once as asked for.
         RunConflictError: the directory or the study belongs to another sweep.
         StorageError: Optuna's database or the storage does not answer.
     """
@@ -122,30 +123,30 @@ def run_sweep(launch: Launch, watch: Watch | None = None) -> SweepRecord:
     launch_id = uuid.uuid4().hex
     claim(directory, launch_id)
 
-    board = _open_board(record, launch)
+    recorder = _open_recorder(record, launch)
     started = time.monotonic()
 
     def may_start() -> bool:
-        """Whether a budget has room for another trial."""
-        current: SweepRecord = ray.get(board.current.remote())
+        """True if the budget of pictures allows another trial."""
+        current: SweepRecord = ray.get(recorder.current.remote())
         spent = sum(trial.samples for trial in current.trials)
         return config.budget.samples is None or spent < config.budget.samples
 
     suggestions = Suggestions(config, study, record.trials, may_start, plan.trial)
-    scheduler = Verdicts(_scheduler(config, plan.rung_samples), board, plan.rung_samples[-1])
+    scheduler = RecordingScheduler(_scheduler(config, plan.rung_samples), recorder)
     scheduler.replay(record.trials)
-    around = Surroundings(plan, capacity, board, launch_id, launch.cache_mib)
+    context = LaunchContext(plan, capacity, recorder, launch_id, launch.cache_mib)
     left_s = None
     if config.budget.hours is not None:
         left_s = max(1.0, config.budget.hours * 3600 - record.elapsed_s)
-    # A trial that failed for good has no score to show.
+    # A trial that failed has no score to report.
     os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
-    # Ray's own callbacks would write every trial a second time, in other words.
+    # Ray's own callbacks would write every trial a second time.
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_SYNCER"] = "1"
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(Trial, around=around), capacity.tune),
+        tune.with_resources(tune.with_parameters(Trial, context=context), capacity.tune),
         tune_config=tune.TuneConfig(
             search_alg=suggestions,
             scheduler=scheduler,
@@ -154,32 +155,32 @@ def run_sweep(launch: Launch, watch: Watch | None = None) -> SweepRecord:
             reuse_actors=True,
             time_budget_s=left_s,
         ),
-        # Ray resumes by its own records; ours are other, so each launch has a name of its own.
+        # A name of its own for each launch keeps Ray from resuming by its own records.
         run_config=tune.RunConfig(
             name=launch_id,
             storage_path=(directory / ".ray").uri,
             failure_config=tune.FailureConfig(max_failures=config.resources.max_failures),
-            callbacks=[_Ends(directory, board, suggestions, scheduler)],
+            callbacks=[_EndRecorder(directory, recorder, suggestions, scheduler)],
             verbose=Verbosity.V0_MINIMAL,
         ),
     )
-    with _Watcher(board, watch):
+    with _Poller(recorder, on_progress):
         tuner.fit()
-    current: SweepRecord = ray.get(board.current.remote())
+    current: SweepRecord = ray.get(recorder.current.remote())
     spent_s = time.monotonic() - started
     done = all(trial.state in ENDED for trial in current.trials)
     in_time = left_s is None or spent_s < left_s
     ended = done and in_time and suggestions.exhausted
-    final: SweepRecord = ray.get(board.close.remote(ended, "FINISHED" if done else "KILLED"))
-    if watch is not None:
-        watch(*ray.get(board.snapshot.remote()))
-    ray.kill(board)
+    final: SweepRecord = ray.get(recorder.close.remote(ended, "FINISHED" if done else "KILLED"))
+    if on_progress is not None:
+        on_progress(*ray.get(recorder.snapshot.remote()))
+    ray.kill(recorder)
     directory.delete(".ray")
     return final
 
 
 def study_place(plan: SweepPlan) -> tuple[str, str]:
-    """Name and storage of a sweep's study: SQLite in its directory unless it says otherwise."""
+    """The name and storage of a sweep's study; by default SQLite in the sweep's directory."""
     from pathlib import Path
 
     name = plan.config.study or plan.name
@@ -208,36 +209,35 @@ def _scheduler(config: SweepConfig, rung_samples: tuple[int, ...]) -> TrialSched
             mode="max",
             grace_period=rung_samples[0],
             min_samples_required=scheduler.min_trials,
-            min_time_slice=float("inf"),  # it would swap trials in and out to be fair
+            min_time_slice=float("inf"),  # never pause a trial in favour of another
         )
     return FIFOScheduler()
 
 
 @dataclass(frozen=True)
 class _Remembered:
-    """Stands in for a trial of an earlier launch, of which a scheduler asks the id alone."""
+    """A stand-in for a trial of an earlier launch; a scheduler reads the id alone."""
 
     trial_id: str
 
 
-class Verdicts(FIFOScheduler):  # type: ignore[misc]
-    """A scheduler of Ray's, whose verdicts are written down.
+class RecordingScheduler(FIFOScheduler):  # type: ignore[misc]
+    """A scheduler of Ray's whose verdicts are recorded.
 
     Args:
-        inner: that judges.
-        board: told who passed.
-        last: pictures seen by a whole trial.
+        inner: the scheduler that judges.
+        recorder: the recorder's handle, told of each trial that goes on.
     """
 
-    def __init__(self, inner: TrialScheduler, board: Any, last: int) -> None:
+    def __init__(self, inner: TrialScheduler, recorder: Any) -> None:
         super().__init__()
-        self._inner, self._board, self._last = inner, board, last
+        self._inner, self._recorder = inner, recorder
         self.stopped: set[str] = set()
 
     def replay(self, trials: Iterable[TrialRecord]) -> None:
-        """Tell the scheduler what earlier launches measured.
+        """Tell the scheduler the scores of earlier launches.
 
-        Rungs that no verdict was given on are left out: their trials will report them again.
+        Rungs without a verdict are left out: their trials will report them again.
         """
         for trial in trials:
             stand_in = _Remembered(f"earlier-{trial.number}")
@@ -249,46 +249,46 @@ class Verdicts(FIFOScheduler):  # type: ignore[misc]
                     self._inner.on_trial_complete(None, stand_in, result)
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """Pass it on."""
+        """Forward the event to the wrapped scheduler."""
         self._inner.on_trial_add(tune_controller, trial)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Judge a rung."""
+        """Judge a rung, and record the verdict."""
         verdict: str = self._inner.on_trial_result(tune_controller, trial, result)
         if verdict == TrialScheduler.CONTINUE:
-            self._board.passed.remote(trial.config["number"])
+            self._recorder.passed.remote(trial.config["number"])
         elif verdict == TrialScheduler.STOP:
             self.stopped.add(trial.trial_id)
         return verdict
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """Pass it on."""
+        """Forward the event to the wrapped scheduler."""
         self._inner.on_trial_complete(tune_controller, trial, result)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        """Pass it on."""
+        """Forward the event to the wrapped scheduler."""
         self._inner.on_trial_error(tune_controller, trial)
 
     def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
-        """Pass it on."""
+        """Forward the event to the wrapped scheduler."""
         self._inner.on_trial_remove(tune_controller, trial)
 
     def debug_string(self) -> str:
-        """Its own."""
+        """The wrapped scheduler's own text."""
         return str(self._inner.debug_string())
 
 
-class _Ends(tune.Callback):  # type: ignore[misc]
-    """Writes down how trials end, which only the driver knows."""
+class _EndRecorder(tune.Callback):  # type: ignore[misc]
+    """Records the end of each trial, which only the driver knows."""
 
     def __init__(
-        self, sweep: RunDir, board: Any, suggestions: Suggestions, scheduler: Verdicts
+        self, sweep: RunDir, recorder: Any, suggestions: Suggestions, scheduler: RecordingScheduler
     ) -> None:
-        self._sweep, self._board = sweep, board
+        self._sweep, self._recorder = sweep, recorder
         self._suggestions, self._scheduler = suggestions, scheduler
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        """A trial was stopped, or is at its end."""
+        """Record a trial that was stopped, failed or finished."""
         result = trial.last_result or {}
         if trial.trial_id in self._scheduler.stopped:
             rung = result.get("rung", 0) + 1
@@ -299,53 +299,53 @@ class _Ends(tune.Callback):  # type: ignore[misc]
             self._end(trial, "failed", "")
 
     def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        """A trial lost its process and gets another."""
-        self._board.lost.remote(trial.config["number"])
+        """Record that a trial lost its process and gets another."""
+        self._recorder.lost.remote(trial.config["number"])
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        """A trial is given up."""
+        """Record that Tune gave a trial up."""
         error = trial.get_error()
         reason = last_line(error) if error is not None else "its process was lost"
         self._end(trial, "failed", f"given up after {trial.num_failures} losses: {reason}")
 
     def _end(self, trial: Any, state: str, reason: str) -> None:
         number = trial.config["number"]
-        found = ray.get(self._board.end.remote(number, state, reason))
+        found = ray.get(self._recorder.end.remote(number, state, reason))
         self._suggestions.ended(found)
-        # Nothing goes on from them; the bundle has the weights.
+        # No training goes on from them, and the bundle has the weights.
         trial_dir(self._sweep, number).delete("checkpoints")
 
 
-class _Watcher:
-    """Polls the board while the driver waits in `fit`."""
+class _Poller:
+    """A thread that polls the recorder while the driver waits in `fit`."""
 
-    def __init__(self, board: Any, watch: Watch | None) -> None:
-        self._board, self._watch = board, watch
+    def __init__(self, recorder: Any, on_progress: OnProgress | None) -> None:
+        self._recorder, self._on_progress = recorder, on_progress
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._poll, daemon=True)
 
     def __enter__(self) -> None:
-        if self._watch is not None:
+        if self._on_progress is not None:
             self._thread.start()
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        if self._watch is not None:
+        if self._on_progress is not None:
             self._thread.join()
 
     def _poll(self) -> None:
-        assert self._watch is not None
+        assert self._on_progress is not None
         while not self._stop.wait(POLL_S):
-            self._watch(*ray.get(self._board.snapshot.remote()))
+            self._on_progress(*ray.get(self._recorder.snapshot.remote()))
 
 
-def _open_board(record: SweepRecord, launch: Launch) -> Any:
-    """On the driver's node, where SQLite and TensorBoard's files are."""
+def _open_recorder(record: SweepRecord, launch: Launch) -> Any:
+    """Start the recorder on the driver's node, where SQLite and TensorBoard's files are."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    board = (
-        ray.remote(Board)
+    recorder = (
+        ray.remote(SweepRecorder)
         .options(num_cpus=0, scheduling_strategy=here)
         .remote(record=record.model_dump_json(), storage=RunDir(launch.storage).uri)
     )
-    ray.get(board.ready.remote())
-    return board
+    ray.get(recorder.ready.remote())
+    return recorder

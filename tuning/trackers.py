@@ -1,4 +1,4 @@
-"""A sweep in MLflow and TensorBoard: a parent run with a child a trial; curves and HParams."""
+"""A sweep in MLflow (a parent run with a child a trial) and TensorBoard (curves and HParams)."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ PARENT_TAG = "mlflow.parentRunId"
 
 
 def event_folder(record_uri: str, name: str) -> Path:
-    """Where TensorBoard looks: in the sweep, or in `./runs` where that is remote."""
+    """The folder of TensorBoard's event files: in the sweep, or in `./runs` if that is remote."""
     local = RunDir(record_uri).local
     return (local or Path("runs").absolute() / name) / "tensorboard"
 
 
-class Events:
-    """Writes both; used by one thread.
+class SweepTrackers:
+    """Writes a sweep to MLflow and TensorBoard; for use by one thread.
 
     Args:
-        record: the sweep.
-        storage: the directory of all runs and sweeps.
+        record: the sweep's record.
+        storage: the directory or URI of all runs and sweeps.
 
     Raises:
         StorageError: MLflow cannot be reached or refuses.
@@ -52,12 +52,12 @@ class Events:
         )
 
     def begin(self, number: int, params: dict[str, Any], plan: Plan) -> None:
-        """A trial begins or goes on."""
+        """Open a trial's MLflow run and event file, or go on with them."""
         self._tracker(number, params, plan)
         self._writer(number)
 
     def metrics(self, number: int, row: dict[str, Any]) -> None:
-        """A row of its metrics."""
+        """Write a row of a trial's metrics."""
         values = {k: v for k, v in row.items() if k not in ("step", "time")}
         if number in self._trackers:
             self._trackers[number].log(row["step"], values)
@@ -66,7 +66,7 @@ class Events:
             writer.add_scalar(f"training/{key}", value, row["samples"], walltime=row["time"])
 
     def picture(self, number: int, step: int, sheet: bytes) -> None:
-        """A sheet of reconstructions, PNG."""
+        """Write a sheet of reconstructions, a PNG."""
         import io
 
         import numpy as np
@@ -78,7 +78,7 @@ class Events:
         self._writer(number).add_image("reconstruction", pixels, step, dataformats="HWC")
 
     def score(self, number: int, rung: Rung) -> None:
-        """A rung."""
+        """Write the score at a rung."""
         name = f"score/{self._record.metric}"
         if number in self._trackers:
             self._trackers[number].log(
@@ -87,7 +87,7 @@ class Events:
         self._writer(number).add_scalar(name, rung.score, rung.samples)
 
     def end(self, number: int, trial: TrialRecord) -> None:
-        """A trial ends; HParams get its last score."""
+        """Close a trial, with its last score as HParams."""
         from tensorboardX.summary import hparams
 
         if trial.score is not None:
@@ -108,7 +108,7 @@ class Events:
             tracker.finish(ends.get(trial.state, "FINISHED"))
 
     def close(self, record: SweepRecord, status: Literal["FINISHED", "KILLED"]) -> None:
-        """The sweep, or this launch of it, ends: the best score goes to the parent."""
+        """Close the parent run of this launch, with the best score."""
         best = record.best
         if best is not None and best.score is not None:
             figures = {f"best/{record.metric}": best.score, "best/trial": float(best.number)}

@@ -29,7 +29,7 @@ from mimray.trainers.storage import RunDir, check_seen, claim
 from mimray.tuning.capacity import Capacity
 from mimray.tuning.plan import SweepPlan
 from mimray.tuning.record import Rung, TrialRecord, trial_dir
-from mimray.tuning.recorder import BoardLink
+from mimray.tuning.recorder import TrialLink
 from mimray.tuning.score import score_bundle
 from mimray.tuning.search import SAMPLES, SCORE
 from mimray.tuning.space import Params
@@ -40,34 +40,34 @@ FAILED = "failed"
 
 
 @dataclass(frozen=True)
-class Surroundings:
-    """What is the same for all trials of a launch.
+class LaunchContext:
+    """The values that all trials of a launch share.
 
     Attributes:
-        plan: of the sweep.
-        capacity: what a trial holds.
-        board: the actor to report to.
-        launch_id: of this launch; workers of an earlier one stop at their next write.
-        cache_mib: bound of the decoded pictures that trials of one node share.
+        plan: the sweep's plan.
+        capacity: the resources of a trial.
+        recorder: the handle of the actor to report to.
+        launch_id: the launch's id; workers of an earlier launch stop at their next write.
+        cache_mib: the bound of the decoded pictures that trials of one node share.
     """
 
     plan: SweepPlan
     capacity: Capacity
-    board: Any
+    recorder: Any
     launch_id: str
     cache_mib: int
 
 
 class Trial(tune.Trainable):  # type: ignore[misc]
-    """What Tune runs: a step is the way to the next rung, scored.
+    """Tune's trainable: a step trains to the next rung and scores it.
 
-    Its state lies in the trial's directory, a run's directory with checkpoints; Tune keeps none.
+    The state lies in the trial's directory, a run's directory with checkpoints; Tune keeps none.
     One process serves trial after trial.
     """
 
-    def setup(self, config: dict[str, Any], around: Surroundings) -> None:
+    def setup(self, config: dict[str, Any], context: LaunchContext) -> None:
         """Begin with the first trial of this process."""
-        self._around = around
+        self._context = context
         self._start(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -81,39 +81,39 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         try:
             rung = next(self._rungs)
         except (MimrayError, torch.OutOfMemoryError) as error:
-            # Trying again cannot mend it.
+            # Ending the trial at once: another try would fail alike.
             reason = f"{type(error).__name__}: {last_line(error)}"
-            ray.get(self._around.board.end.remote(self._number, "failed", reason))
+            ray.get(self._context.recorder.end.remote(self._number, "failed", reason))
             self.cleanup()
             return {FAILED: True, "done": True}
-        ended = rung.samples >= self._around.plan.rung_samples[-1]
+        ended = rung.samples >= self._context.plan.rung_samples[-1]
         return {SAMPLES: rung.samples, SCORE: rung.score, "rung": rung.number, "done": ended}
 
     def cleanup(self) -> None:
-        """Let go of the engine and the decode processes."""
+        """Release the engine and the decode processes."""
         self._rungs.close()
-        # An engine holds itself in cycles, and the next trial wants the memory at once.
+        # Engines hold reference cycles, and the next trial needs the memory at once.
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Nothing: the trial's directory has its checkpoints."""
+        """Save nothing: the trial's directory has its checkpoints."""
 
     def load_checkpoint(self, checkpoint: Any) -> None:
-        """Nothing, likewise."""
+        """Load nothing: the loop finds its checkpoint itself."""
 
     def _start(self, config: dict[str, Any]) -> None:
         self._number = config["number"]
-        self._rungs = _rungs(self._around, self._number, config["params"])
+        self._rungs = _rungs(self._context, self._number, config["params"])
 
 
-def _rungs(around: Surroundings, number: int, params: Params) -> Generator[Rung, None, None]:
+def _rungs(context: LaunchContext, number: int, params: Params) -> Generator[Rung, None, None]:
     """The rungs of a trial that Tune has not judged yet, as they are reached."""
-    board, sweep = around.board, around.plan
-    begin = partial(board.begin.remote, number, params, around.capacity.devices)
+    recorder, sweep = context.recorder, context.plan
+    begin = partial(recorder.begin.remote, number, params, context.capacity.devices)
     try:
-        plan = _with_resources(sweep.trial(params), around)
+        plan = _with_resources(sweep.trial(params), context)
     except MimrayError:
         ray.get(begin(""))
         raise
@@ -121,53 +121,53 @@ def _rungs(around: Surroundings, number: int, params: Params) -> Generator[Rung,
     check_seen(sweep.directory)
     run = trial_dir(sweep.directory, number)
     run.create()
-    claim(run, around.launch_id)
+    claim(run, context.launch_id)
     run.write("plan.json", plan.model_dump_json(indent=2).encode())
     keep_needs(plan.recipe, run)
-    # What was scored as the driver died, before Tune could judge it, is told again.
+    # A rung that was scored as the driver died, before Tune could judge it, is reported again.
     for rung in known.rungs:
         if not rung.passed:
             yield rung
-    train = _here if around.capacity.num_workers == 1 else _in_workers
-    for rung in train(around, number, plan, run, {rung.number for rung in known.rungs}):
-        ray.get(board.rung.remote(number, rung))
+    train = _here if context.capacity.num_workers == 1 else _in_workers
+    for rung in train(context, number, plan, run, {rung.number for rung in known.rungs}):
+        ray.get(recorder.rung.remote(number, rung))
         yield rung
 
 
 def _here(
-    around: Surroundings, number: int, plan: Plan, run: RunDir, known: set[int]
+    context: LaunchContext, number: int, plan: Plan, run: RunDir, known: set[int]
 ) -> Iterator[Rung]:
     """Train in this process; the engine stays warm from rung to rung."""
-    device = torch.device("cuda", 0) if around.capacity.gpus else torch.device("cpu")
+    device = torch.device("cuda", 0) if context.capacity.gpus else torch.device("cpu")
     _join_group(device)
-    torch.set_num_threads(around.capacity.cpus)  # Ray sets OMP_NUM_THREADS to 1
-    pauses = around.plan.pauses(plan)
+    torch.set_num_threads(context.capacity.cpus)  # Ray sets OMP_NUM_THREADS to 1
+    pauses = context.plan.pauses(plan)
     source = open_training(plan.data.uri, plan.recipe)
     training = stages(
         plan,
         run,
         source,
         device=device,
-        observer=BoardLink(around.board, number),
-        launch_id=around.launch_id,
+        observer=TrialLink(context.recorder, number),
+        launch_id=context.launch_id,
         pauses=pauses.keys(),
     )
     with contextlib.closing(training):  # type: ignore[type-var]
         for trained in training:
             if pauses[trained.step] not in known:
-                yield _scored(around, number, plan, run, trained, device)
+                yield _scored(context, number, plan, run, trained, device)
 
 
 def _in_workers(
-    around: Surroundings, number: int, plan: Plan, run: RunDir, known: set[int]
+    context: LaunchContext, number: int, plan: Plan, run: RunDir, known: set[int]
 ) -> Iterator[Rung]:
-    """Train in a `TorchTrainer`, one start a rung; devices are free in between."""
-    share = Share(gpus=int(around.capacity.gpus), cpus=around.capacity.cpus)
-    for step, rung in around.plan.pauses(plan).items():
+    """Train in a `TorchTrainer`, started anew for each rung; devices are free in between."""
+    share = Share(gpus=int(context.capacity.gpus), cpus=context.capacity.cpus)
+    for step, rung in context.plan.pauses(plan).items():
         if rung in known:
             continue
         config = {
-            "around": around,
+            "context": context,
             "number": number,
             "plan": plan.model_dump_json(),
             "run": run.uri,
@@ -179,17 +179,17 @@ def _in_workers(
             raise ResourceError(
                 f"gave up after {plan.recipe.resources.max_failures} losses: {last_line(error)}"
             ) from error
-        record: TrialRecord = ray.get(around.board.record.remote(number))
+        record: TrialRecord = ray.get(context.recorder.record.remote(number))
         if record.state == "failed":
             raise MimrayError(record.reason)
         yield record.rungs[-1]
 
 
 def _work(config: dict[str, Any]) -> None:
-    """What each worker of a trial runs; called again after a failure, it continues."""
+    """Train on one worker of a trial; called again after a failure, it continues."""
     import ray.train.torch
 
-    around, number = config["around"], config["number"]
+    context, number = config["context"], config["number"]
     plan, run = Plan.model_validate_json(config["plan"]), RunDir(config["run"])
     rank = ray.train.get_context().get_world_rank()
     device = ray.train.torch.get_device()
@@ -200,31 +200,31 @@ def _work(config: dict[str, Any]) -> None:
             run,
             open_training(plan.data.uri, plan.recipe),
             device=device,
-            observer=BoardLink(around.board, number),
-            launch_id=around.launch_id,
+            observer=TrialLink(context.recorder, number),
+            launch_id=context.launch_id,
             pauses=(config["until"],),
         )
         trained = next(t for t in training if t.step == config["until"])
         if rank == 0:
-            rung = _scored(around, number, plan, run, trained, device)
-            ray.get(around.board.rung.remote(number, rung))
+            rung = _scored(context, number, plan, run, trained, device)
+            ray.get(context.recorder.rung.remote(number, rung))
         dist.barrier()
     except MimrayError as error:
-        ray.get(around.board.end.remote(number, "failed", f"{type(error).__name__}: {error}"))
+        ray.get(context.recorder.end.remote(number, "failed", f"{type(error).__name__}: {error}"))
         if not error.on_every_rank:
             raise  # others may be waiting for this rank; Ray Train ends the group
 
 
 def _scored(
-    around: Surroundings,
+    context: LaunchContext,
     number: int,
     plan: Plan,
     run: RunDir,
     trained: Trained,
     device: torch.device,
 ) -> Rung:
-    """Write the encoder as it is now, and score it."""
-    sweep = around.plan
+    """Write the encoder's bundle and score it."""
+    sweep = context.plan
     write_bundle(
         run,
         plan,
@@ -255,19 +255,19 @@ def _scored(
     )
 
 
-def _with_resources(plan: Plan, around: Surroundings) -> Plan:
-    """The plan with what a trial has at hand; none of it changes what is learnt."""
-    capacity, recipe = around.capacity, plan.recipe
+def _with_resources(plan: Plan, context: LaunchContext) -> Plan:
+    """The plan with the trial's resources, which change nothing that is learnt."""
+    capacity, recipe = context.capacity, plan.recipe
     num_workers = recipe.data.num_workers
     if not capacity.gpus:
-        # On one CPU a decode process would only take turns with the training.
+        # On one CPU a decode process would take turns with the training.
         num_workers = min(num_workers, capacity.cpus - 1)
-    data = {"num_workers": num_workers, "decoded_cache_mib": around.cache_mib}
+    data = {"num_workers": num_workers, "decoded_cache_mib": context.cache_mib}
     resources = {
         "num_workers": capacity.num_workers,
         "cpus_per_worker": capacity.cpus,
         "device": "gpu" if capacity.gpus else "cpu",
-        "max_failures": around.plan.config.resources.max_failures,
+        "max_failures": context.plan.config.resources.max_failures,
     }
     changes = {
         "data": recipe.data.model_copy(update=data),
@@ -277,7 +277,7 @@ def _with_resources(plan: Plan, around: Surroundings) -> Plan:
 
 
 def _join_group(device: torch.device) -> None:
-    """A process group of this process alone; DeepSpeed remembers it, so it outlives trials."""
+    """Join a process group of this process alone; DeepSpeed keeps it, so it outlives trials."""
     from mimray.trainers.engine.deepspeed import prepare_process
 
     prepare_process(device)

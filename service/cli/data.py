@@ -1,13 +1,13 @@
-"""`mimray data`: what is done to datasets; thin, as the rest of the command line."""
+"""`mimray data`: the group of commands on datasets."""
 
 from __future__ import annotations
 
-import json
+from functools import partial
 from pathlib import Path
 
 import click
 
-from mimray.service.cli.options import json_option, parse_size
+from mimray.service.cli.options import image_size, json_option, print_result
 
 
 @click.group()
@@ -38,7 +38,7 @@ def data_ingest(
 
     Example: mimray data ingest pictures dataset --short-side 256
     """
-    from mimray.service.commands.pretrain import run_ingest
+    from mimray.service.commands.data import run_ingest
 
     result = run_ingest(
         src,
@@ -48,8 +48,7 @@ def data_ingest(
         max_rejected=max_rejected,
         overwrite=overwrite,
     )
-    if as_json:
-        click.echo(json.dumps(result))
+    print_result(result, as_json)
 
 
 @data.command("inspect")
@@ -61,9 +60,9 @@ def data_inspect(uri: str, sheet: Path | None, as_json: bool) -> None:
 
     Example: mimray data inspect dataset --sheet sheet.png
     """
-    from mimray.service.commands.pretrain import run_inspect
+    from mimray.service.commands.data import inspection_text, run_inspect
 
-    click.echo(run_inspect(uri, sheet, as_json=as_json))
+    print_result(run_inspect(uri, sheet), as_json, partial(inspection_text, sheet=sheet))
 
 
 @data.command("sample")
@@ -84,7 +83,14 @@ def data_sample(out: Path, size: int) -> None:
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--num-train", default=64, show_default=True, type=click.IntRange(min=1))
 @click.option("--num-val", default=32, show_default=True, type=click.IntRange(min=1))
-@click.option("--image-size", default="96", show_default=True, metavar="N|HxW", help="Pixels.")
+@click.option(
+    "--image-size",
+    default="96",
+    show_default=True,
+    callback=image_size,
+    metavar="N|HxW",
+    help="Pixels.",
+)
 @click.option("--classes", default=5, show_default=True, help="Shapes that occur.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))
 @click.option("--overwrite", is_flag=True, help="Replace an earlier set at OUT.")
@@ -93,7 +99,7 @@ def data_synth(
     out: Path,
     num_train: int,
     num_val: int,
-    image_size: str,
+    image_size: tuple[int, int],
     classes: int,
     seed: int,
     overwrite: bool,
@@ -111,9 +117,10 @@ def data_synth(
         out,
         num_train=num_train,
         num_val=num_val,
-        image_size=parse_size(image_size),
+        image_size=image_size,
         num_classes=classes,
         seed=seed,
         overwrite=overwrite,
     )
-    click.echo(json.dumps({"train": str(train), "val": str(val)}) if as_json else f"{train}\n{val}")
+    splits = {"train": str(train), "val": str(val)}
+    print_result(splits, as_json, lambda found: "\n".join(found.values()))

@@ -1,18 +1,17 @@
-"""`mimray keys`: who may ask an endpoint."""
+"""`mimray keys`: the group of commands on an endpoint's API keys."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
-from mimray.service.cli.options import json_option
+from mimray.service.cli.options import json_option, print_result
 
 file_option = click.option(
     "--file",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Where keys are kept; MIMRAY_KEYS or ~/.config/mimray/keys.json by default.",
+    help="File of the keys; MIMRAY_KEYS or ~/.config/mimray/keys.json by default.",
 )
 
 
@@ -39,9 +38,9 @@ def add(name: str, pictures_per_minute: int | None, file: Path | None) -> None:
     """
     from mimray.serving.api.keys import add_key, default_file
 
-    place = file or default_file()
-    key = add_key(place, name, pictures_per_minute=pictures_per_minute)
-    click.echo(f"key {name!r}, kept as a hash in {place}; it is not shown again:", err=True)
+    file = file or default_file()
+    key = add_key(file, name, pictures_per_minute=pictures_per_minute)
+    click.echo(f"key {name!r}, kept as a hash in {file}; it is not shown again:", err=True)
     click.echo(key)
 
 
@@ -49,22 +48,17 @@ def add(name: str, pictures_per_minute: int | None, file: Path | None) -> None:
 @file_option
 @json_option
 def list_keys(file: Path | None, as_json: bool) -> None:
-    """Names, dates and limits; the keys themselves are nowhere.
+    """List names, dates and limits; the keys themselves are not kept.
 
     Example: mimray keys list
     """
-    from mimray.serving.api.keys import default_file, read_keys
+    from mimray.service.commands.keys import keys_table, known_keys
 
-    found = read_keys(file or default_file())
-    if as_json:
-        click.echo(json.dumps([key.model_dump(exclude={"sha256"}) for key in found]))
-        return
-    for key in found:
-        rate = key.pictures_per_minute
-        limit = f"{rate} pictures a minute" if rate else "no limit"
-        click.echo(f"{key.name:24} {key.created:28} {limit}")
-    if not found:
+    found = known_keys(file)
+    if not found and not as_json:
         click.echo("no keys", err=True)
+        return
+    print_result(found, as_json, keys_table)
 
 
 @keys.command()
@@ -77,6 +71,6 @@ def revoke(name: str, file: Path | None) -> None:
     """
     from mimray.serving.api.keys import default_file, revoke_key
 
-    place = file or default_file()
-    revoke_key(place, name)
-    click.echo(f"key {name!r} is gone from {place}", err=True)
+    file = file or default_file()
+    revoke_key(file, name)
+    click.echo(f"key {name!r} is gone from {file}", err=True)

@@ -1,18 +1,10 @@
-"""The commands of the registry: names, versions and aliases of bundles."""
+"""`mimray models`: the group of commands on the registry of bundles."""
 
 from __future__ import annotations
 
-import json
-import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
 import click
 
-from mimray.service.cli.options import json_option
-
-if TYPE_CHECKING:
-    from mimray.trainers.registry import Version
+from mimray.service.cli.options import json_option, print_result
 
 storage_option = click.option(
     "--storage", default="runs", show_default=True, help="Where runs are tracked."
@@ -37,24 +29,9 @@ def register(bundle: str, name: str, alias: str | None, storage: str, as_json: b
 
     Example: mimray models register mae-mask-depth:best --name photos --alias champion
     """
-    from mimray.trainers.registry import Registry
-    from mimray.trainers.storage import RunDir
-    from mimray.tuning.record import find_trial, trial_dir
+    from mimray.service.commands.models import register_model, version_text
 
-    lineage: dict[str, str] = {}
-    if not Path(bundle).exists() and "://" not in bundle.rpartition(":")[2]:
-        found = find_trial(bundle, storage)
-        if found is not None:
-            sweep, trial = found
-            bundle = trial_dir(RunDir(sweep.uri), trial.number).uri
-            lineage = {
-                "sweep": sweep.uri,
-                "trial": trial.name,
-                "params": json.dumps(trial.params),
-                "sweep_score": f"{sweep.metric} {trial.score}",
-            }
-    version = Registry.open(storage).register(bundle, name, alias, lineage)
-    _print(version, as_json)
+    print_result(register_model(bundle, name, alias, storage), as_json, version_text)
 
 
 @models.command("list")
@@ -66,18 +43,13 @@ def list_(name: str | None, storage: str, as_json: bool) -> None:
 
     Example: mimray models list
     """
-    from mimray.trainers.registry import Registry
+    from mimray.service.commands.models import list_models, versions_text
 
-    versions = Registry.open(storage).versions(name)
-    if as_json:
-        click.echo(json.dumps([_row(version) for version in versions]))
-        return
-    if not versions:
+    found = list_models(name, storage)
+    if not found and not as_json:
         click.echo("no model yet: `mimray models register RUN --name NAME`", err=True)
-    for version in versions:
-        scores = "  ".join(f"{t} {s['headline']:.4f}" for t, s in version.scores.items())
-        aliases = "".join(f" @{alias}" for alias in version.aliases)
-        click.echo(f"{version.reference}{aliases}  {version.facts['method']}  {scores}".rstrip())
+        return
+    print_result(found, as_json, versions_text)
 
 
 @models.command("show")
@@ -89,9 +61,9 @@ def show(reference: str, storage: str, as_json: bool) -> None:
 
     Example: mimray models show photos@champion
     """
-    from mimray.trainers.registry import Registry
+    from mimray.service.commands.models import show_model, version_text
 
-    _print(Registry.open(storage).find(reference), as_json)
+    print_result(show_model(reference, storage), as_json, version_text)
 
 
 @models.command("alias")
@@ -104,32 +76,6 @@ def alias(reference: str, alias: str, storage: str, as_json: bool) -> None:
 
     Example: mimray models alias photos@v2 champion
     """
-    from mimray.trainers.registry import Registry
+    from mimray.service.commands.models import set_alias, version_text
 
-    _print(Registry.open(storage).alias(reference, alias), as_json)
-
-
-def _print(version: Version, as_json: bool) -> None:
-    row = _row(version)
-    if as_json:
-        click.echo(json.dumps(row))
-        return
-    for key, value in row.items():
-        if key == "scores":
-            for task, score in value.items():
-                click.echo(f"{task:16} {score['metric']} {score['headline']:.4f}")
-        elif value:
-            click.echo(f"{key:16} {' '.join(value) if isinstance(value, list) else value}")
-
-
-def _row(version: Version) -> dict[str, Any]:
-    return {
-        "model": version.reference,
-        "name": version.name,
-        "version": version.number,
-        "aliases": list(version.aliases),
-        "registered": time.strftime("%Y-%m-%d %H:%M", time.localtime(version.created_ms / 1000)),
-        **version.facts,
-        "scores": version.scores,
-        "mlflow_run": version.run_id,
-    }
+    print_result(set_alias(reference, alias, storage), as_json, version_text)

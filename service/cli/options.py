@@ -1,26 +1,60 @@
-"""Options that several commands share."""
+"""Options and output that several commands share."""
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import sys
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import click
 
 from mimray.trainers.errors import ConfigError
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+workers_option = click.option(
+    "--workers", type=click.IntRange(min=1), default=None, help="Training workers."
+)
+steps_option = click.option(
+    "--steps", type=click.IntRange(min=1), default=None, help="Length, in updates."
+)
+set_option = click.option(
+    "--set", "overrides", multiple=True, metavar="A.B=VALUE", help="Override a key."
+)
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """(height, width) in pixels from `224` or `192x256`."""
+def image_size(ctx: click.Context, option: click.Parameter, text: str | None) -> Any:
+    """Callback of `--image-size`: (height, width) in pixels from `224` or `192x256`."""
+    if not text:
+        return None
     match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
     if match is None:
         raise ConfigError(f"--image-size {text!r} is neither a side nor HEIGHTxWIDTH in pixels")
     return int(match[1]), int(match[2] or match[1])
 
 
+def with_workers(overrides: Iterable[str], workers: int | None) -> tuple[str, ...]:
+    """The overrides of a recipe with `--workers`, which has the last word."""
+    last = () if workers is None else (f"resources.num_workers={workers}",)
+    return (*overrides, *last)
+
+
 def command_line() -> str:
-    """How this process was called, for the record."""
+    """The command line of this process, for the record."""
     return shlex.join(["mimray", *sys.argv[1:]])
+
+
+def print_result(result: Any, as_json: bool, text: Callable[[Any], str] | None = None) -> None:
+    """Print a result on standard output.
+
+    Args:
+        result: a value that JSON can hold.
+        as_json: print it as JSON, on one line.
+        text: renders the result for people; without it nothing is printed for them.
+    """
+    if as_json:
+        click.echo(json.dumps(result))
+    elif text is not None:
+        click.echo(text(result))

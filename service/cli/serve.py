@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -14,7 +15,11 @@ import click
 )
 @click.option("--host", help="127.0.0.1 by default; a public one needs keys.")
 @click.option("--port", type=click.IntRange(1, 65535), help="8000 by default.")
-@click.option("--keys", type=click.Path(path_type=Path), help="File of `mimray keys`.")
+@click.option(
+    "--keys",
+    type=click.Path(path_type=str, resolve_path=True),
+    help="File of `mimray keys`.",
+)
 @click.option("--replicas", type=click.IntRange(min=1), help="Processes a model; 1 by default.")
 @click.option(
     "--max-batch-size", type=click.IntRange(min=1), help="Pictures a pass; 16 by default."
@@ -30,15 +35,10 @@ import click
 def serve(
     bundles: tuple[str, ...],
     config: Path | None,
-    host: str | None,
-    port: int | None,
-    keys: Path | None,
-    replicas: int | None,
-    max_batch_size: int | None,
-    device: str | None,
     canary: str | None,
     build: bool,
     out: Path | None,
+    **options: Any,
 ) -> None:
     """Serve frozen encoders over HTTP until Ctrl-C: a page, features, OIP v2, embeddings.
 
@@ -49,14 +49,6 @@ def serve(
     """
     from mimray.service.commands.serve import run_serve, serve_config, write_build
 
-    options = {
-        "host": host,
-        "port": port,
-        "keys": None if keys is None else str(keys.resolve()),
-        "replicas": replicas,
-        "max_batch_size": max_batch_size,
-        "device": device,
-    }
     wanted = serve_config(bundles, config, canary, options)
     if not build:
         run_serve(wanted)

@@ -1,11 +1,13 @@
-"""Encoders beside each other: one table, one bar chart."""
+"""`mimray evaluate --compare`: encoders side by side, in one table and one bar chart."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from mimray.service.commands.evaluate import EvaluationRequest, run_evaluate
 from mimray.trainers.storage import RunDir
 
 SHOWN_FIGURES = 6
@@ -15,11 +17,11 @@ def write_comparison(results: Sequence[Mapping[str, Any]], out: str) -> dict[str
     """Write `compare-<task>.{json,md,png}`.
 
     Args:
-        results: of one task and the same data, one an encoder.
-        out: directory, made where it is missing.
+        results: one result an encoder, of one task and the same data.
+        out: the directory, made where it is missing.
 
     Returns:
-        Where each file is, by kind.
+        The URI of each file, by kind.
     """
     from mimray.trainers.evaluation.charts import score_chart
 
@@ -36,6 +38,27 @@ def write_comparison(results: Sequence[Mapping[str, Any]], out: str) -> dict[str
     for suffix, content in contents.items():
         folder.write(f"{name}.{suffix}", content)
     return {suffix: (folder / f"{name}.{suffix}").uri for suffix in contents}
+
+
+def run_comparison(encoders: Sequence[str], request: EvaluationRequest) -> dict[str, Any]:
+    """Score encoders by one task and lay the results side by side.
+
+    Args:
+        encoders: the encoders, as `run_evaluate` takes them.
+        request: the evaluation; its `out` is the directory of the comparison, `runs/evaluation`
+            by default. Each encoder's own results stay beside its bundle.
+
+    Returns:
+        What `--json` prints: the results, and the URI of each file by kind.
+    """
+    results = run_evaluate(encoders, replace(request, out=None))
+    files = write_comparison(results, request.out or "runs/evaluation")
+    return {"results": results, "files": files}
+
+
+def comparison_text(found: Mapping[str, Any]) -> str:
+    """A comparison for people: the table and the place of the chart."""
+    return f"{table(found['results'])}\n{found['files']['png']}"
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:

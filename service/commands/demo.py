@@ -1,4 +1,4 @@
-"""The whole way on real photographs that come with the installation."""
+"""`mimray demo`: ingest, pre-train, score, serve and call, on photographs that are installed."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from mimray.service.cluster import connected
-from mimray.service.commands.evaluate import Request, run_evaluate
-from mimray.service.commands.pretrain import console, run_ingest, run_pretrain
+from mimray.service.commands.data import run_ingest
+from mimray.service.commands.evaluate import EvaluationRequest, run_evaluate
+from mimray.service.commands.pretrain import run_pretrain
+from mimray.service.terminal.console import say
 from mimray.service.terminal.progress import duration
 from mimray.trainers.errors import RunConflictError
 
@@ -19,15 +21,15 @@ RECIPE = "mae-tiny"
 
 
 def run_demo(out: Path, *, steps: int, fresh: bool) -> dict[str, Any]:
-    """Ingest, pre-train, score, serve, call; reuses whatever an earlier demo finished.
+    """Ingest, pre-train, score, serve, call; reuse whatever an earlier demo finished.
 
     Args:
-        out: directory of everything made; also the run's own.
-        steps: length of the pre-training.
-        fresh: start over.
+        out: the directory of everything made, which is also the run's.
+        steps: the length of the pre-training, in updates.
+        fresh: delete what an earlier demo made.
 
     Returns:
-        Scores, shapes and seconds.
+        What `--json` prints: scores, shapes and seconds.
     """
     began = time.monotonic()
     out = out.absolute()
@@ -35,9 +37,9 @@ def run_demo(out: Path, *, steps: int, fresh: bool) -> dict[str, Any]:
         _start_over(out)
     data = out / "data"
     with connected():
-        _step("1/5 photographs from scikit-image and scikit-learn, cut into tiles")
+        say("1/5 photographs from scikit-image and scikit-learn, cut into tiles", "bold")
         _make_datasets(data)
-        _step(f"2/5 pre-training {RECIPE} with Ray Train and DeepSpeed")
+        say(f"2/5 pre-training {RECIPE} with Ray Train and DeepSpeed", "bold")
         trained = run_pretrain(
             RECIPE,
             data=str(data / "train"),
@@ -48,11 +50,11 @@ def run_demo(out: Path, *, steps: int, fresh: bool) -> dict[str, Any]:
             fresh=False,
             command=f"mimray demo --out {out.name} --steps {steps}",
         )
-        _step("3/5 what the encoder is worth: kNN on held-out tiles")
+        say("3/5 what the encoder is worth: kNN on held-out tiles", "bold")
         scores = {
             who: run_evaluate(
                 [bundle],
-                Request(
+                EvaluationRequest(
                     task="knn",
                     data=str(data / "train"),
                     val=str(data / "val"),
@@ -61,30 +63,26 @@ def run_demo(out: Path, *, steps: int, fresh: bool) -> dict[str, Any]:
             )[0]["headline"]
             for who, bundle in (("trained", str(out)), ("untrained", f"untrained:{out}"))
         }
-        console.print(
-            f"kNN accuracy {scores['trained']:.3f}, untrained {scores['untrained']:.3f}",
-            markup=False,
-        )
-        _step("4/5 serving it with Ray Serve, and calling it over HTTP")
+        say(f"kNN accuracy {scores['trained']:.3f}, untrained {scores['untrained']:.3f}")
+        say("4/5 serving it with Ray Serve, and calling it over HTTP", "bold")
         answer = _serve_and_call(out)
-    _step("5/5 done")
+    say("5/5 done", "bold")
     total_s = time.monotonic() - began
     name, mimray = _shown(out), _own_command()
-    console.print(
+    say(
         f"{duration(total_s)} in all. Look at:\n"
         f"  {name}/reconstruction.png   original | masked | reconstruction\n"
         f"  {name}/loss.png             how the loss fell\n"
         "Next:\n"
         f"  {mimray} data ingest YOUR_PICTURES dataset\n"
         f"  {mimray} pretrain mae-tiny --data dataset --steps 1000\n"
-        f"  {mimray} serve {name}",
-        markup=False,
+        f"  {mimray} serve {name}"
     )
     return {"knn": scores, "loss": trained["loss"], "seconds": round(total_s, 1), **answer}
 
 
 def _start_over(out: Path) -> None:
-    """Remove what an earlier demo made; anything else is left alone."""
+    """Remove what an earlier demo made, and refuse to remove anything else."""
     if not (out / "plan.json").is_file() and {p.name for p in out.iterdir()} - {"data"}:
         raise RunConflictError(
             f"{out} exists and is not a demo's, so --fresh will not delete it",
@@ -97,7 +95,7 @@ def _make_datasets(data: Path) -> None:
     from mimray.trainers.data.sample_photos import write_photo_tiles
 
     if all((data / split / "dataset.json").is_file() for split in ("train", "val")):
-        console.print(f"{data} is there already", markup=False)
+        say(f"{data} is there already")
         return
     photos = data / "photos"
     shutil.rmtree(photos, ignore_errors=True)
@@ -119,17 +117,16 @@ def _serve_and_call(out: Path) -> dict[str, Any]:
         with FeatureClient(endpoint.url) as client:
             vectors = client.embed(pictures, model="demo")
             dense = client.features(pictures[0], model="demo")
-        console.print(
+        say(
             f"POST {endpoint.url}/v2/models/demo/infer with 8 pictures: "
             f"pooled {vectors.shape} {vectors.dtype}; one picture's tokens {dense.tokens.shape} "
-            f"on a {dense.grid[0]}x{dense.grid[1]} grid",
-            markup=False,
+            f"on a {dense.grid[0]}x{dense.grid[1]} grid"
         )
     return {"pooled_shape": list(vectors.shape), "tokens_shape": list(dense.tokens.shape)}
 
 
 def _own_command() -> str:
-    """How to call mimray the way this process was called."""
+    """The command that calls mimray the way this process was called."""
     program = Path(sys.argv[0])
     if program.name == "__main__.py":
         return "python -m service"
@@ -146,7 +143,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def _step(text: str) -> None:
-    console.print(text, style="bold", markup=False)

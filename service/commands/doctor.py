@@ -1,4 +1,4 @@
-"""`mimray doctor`: what this machine has, what is missing, and what to do about it."""
+"""`mimray doctor`: checks of this machine, with cures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mimray.service.commands.doctor_checks import Status, Verdict
 
 @dataclass(frozen=True)
 class Finding:
-    """A named verdict."""
+    """A verdict with the name of its check."""
 
     name: str
     status: Status
@@ -29,15 +29,15 @@ def diagnose(
     ports: Sequence[int] = (8000, 8265),
     memory_gib: float = 4.0,
 ) -> list[Finding]:
-    """Look at everything that training and serving stand on.
+    """Check everything that training and serving need.
 
     Args:
-        storage: where runs would be kept, a path or a `pyarrow.fs` URI.
-        ports: TCP ports that serving and Ray's dashboard would take.
-        memory_gib: memory that must be available.
+        storage: the directory or `pyarrow.fs` URI of runs.
+        ports: the TCP ports of serving and of Ray's dashboard.
+        memory_gib: memory that must be available, GiB.
 
     Returns:
-        One finding a check, in the order in which to mend things.
+        One finding a check, in the order in which to mend them.
     """
     questions: dict[str, Callable[[], Verdict]] = {
         "python": checks.check_python,
@@ -55,7 +55,7 @@ def diagnose(
         "mlflow": partial(checks.check_mlflow, storage),
         "haproxy": checks.check_haproxy,
     }
-    # Most of the time goes into importing torch and DeepSpeed, in different processes.
+    # Most of the time goes into imports of torch and DeepSpeed, in different processes.
     with ThreadPoolExecutor(len(questions)) as pool:
         return list(pool.map(_finding, questions.keys(), questions.values()))
 
@@ -75,7 +75,7 @@ def render(findings: Sequence[Finding]) -> str:
 
 
 def as_json(findings: Sequence[Finding]) -> str:
-    """Findings for machines: a JSON list of objects."""
+    """Findings as a JSON list of objects."""
     return json.dumps([asdict(finding) for finding in findings], indent=2)
 
 
@@ -83,7 +83,7 @@ def _finding(name: str, check: Callable[[], Verdict]) -> Finding:
     try:
         verdict = check()
     except Exception as error:
-        # A doctor reports what it cannot make out, and goes on to the next question.
+        # A check that raises is reported as a failure.
         text = str(error) or "no message"
         verdict = Verdict(
             "fail",

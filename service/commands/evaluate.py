@@ -1,4 +1,4 @@
-"""`mimray evaluate`: what an encoder is worth, by one task, for one encoder or several."""
+"""`mimray evaluate`: scores of one encoder or several by one task."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rich.console import Console
-
 from mimray.service.cluster import connected
 from mimray.service.commands.tasks import TASKS
-from mimray.service.terminal.progress import duration
+from mimray.service.terminal.console import say
+from mimray.service.terminal.phases import PhaseLink, PhaseRecorder
+from mimray.service.terminal.progress import Progress, duration, show_phases
 from mimray.trainers.errors import ConfigError
 from mimray.trainers.evaluation.tasks import load, task_config
 
@@ -27,24 +27,27 @@ if TYPE_CHECKING:
     from mimray.trainers.evaluation.score import Score, Setting
     from mimray.trainers.storage import RunDir
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 API_KEY_VARIABLE = "MIMRAY_API_KEY"
 
 
 @dataclass(frozen=True)
-class Request:
-    """What the user asked for, the same for every encoder that is compared.
+class EvaluationRequest:
+    """The evaluation that the user asked for, the same for every encoder that is compared.
 
     Attributes:
-        data: labelled pictures to learn from.
-        val: labelled pictures to score on; None takes the dataset's own split.
-        limit: pictures of each, evenly spread.
-        epochs: length of what is trained; the task's own by default.
-        overrides: `key=value` options of the task.
-        image_size: (height, width) of an untrained encoder that is named by its architecture.
-        through: URL of an endpoint; encoders are then names of its models.
-        out: where results go; beside each bundle by default.
+        task: the task's name.
+        data: the path or URI of the pictures to learn from.
+        val: the path or URI of the pictures to score on; None takes the dataset's own split.
+        limit: the number of pictures taken of each, evenly spread.
+        epochs: the length of what is trained; the task's own by default.
+        seed: the seed of everything drawn.
+        overrides: assignments `key=value` to the task's options.
+        image_size: (height, width) in pixels of an untrained encoder named by its architecture.
+        finetune: train the encoder with the head, in dense tasks.
+        through: an endpoint's URL; encoders are then names of its models.
+        skip_invalid: leave out wrong labels and list them.
+        out: the directory of results; beside each bundle by default.
         command: the command line, for the record.
     """
 
@@ -56,6 +59,7 @@ class Request:
     seed: int = 0
     overrides: tuple[str, ...] = ()
     image_size: tuple[int, int] | None = None
+    finetune: bool = False
     through: str | None = None
     skip_invalid: bool = False
     out: str | None = None
@@ -67,10 +71,10 @@ class Subject:
     """One encoder to score.
 
     Attributes:
-        text: as the user wrote it.
-        ref: which it is, where it is at hand.
-        folder: where its results go.
-        identity: tells it from others, in what is kept between runs.
+        text: the reference as the user wrote it.
+        ref: the encoder, where it is at hand.
+        folder: the directory of its results.
+        identity: a text that tells it from others in what is kept between runs.
     """
 
     text: str
@@ -79,22 +83,23 @@ class Subject:
     identity: str
 
 
-def run_evaluate(encoders: Sequence[str], request: Request) -> list[dict[str, Any]]:
+def run_evaluate(encoders: Sequence[str], request: EvaluationRequest) -> list[dict[str, Any]]:
     """Score encoders by a task; results go beside their bundles, onto cards and into MLflow.
 
     Args:
         encoders: bundles, runs, `untrained:…`, or names of an endpoint's models.
-        request: what is asked of each.
+        request: the evaluation asked for, the same for each.
 
     Returns:
-        What each `<task>.json` holds, with the places of its pictures.
+        The content of each `<task>.json`, with the places of its pictures.
 
     Raises:
         MimrayError: a mistake of the user's, before anything heavy starts where possible.
     """
     from mimray.trainers.data.files import absolute
 
-    config = task_config(TASKS[request.task], request.overrides, request.epochs)
+    overrides = (*request.overrides, *(("finetune=true",) if request.finetune else ()))
+    config = task_config(TASKS[request.task], overrides, request.epochs)
     _check_through(request, config)
     subjects = [_subject(text, request) for text in encoders]
     if request.image_size and not any(s.ref is not None and s.ref.shape for s in subjects):
@@ -105,13 +110,13 @@ def run_evaluate(encoders: Sequence[str], request: Request) -> list[dict[str, An
     results: dict[int, dict[str, Any]] = {}
     with connected():
         run = _run_on_devices if TASKS[request.task].dense else _run_here
-        # Each as soon as it is there: one that fails must not take others' with it.
+        # Each result is kept at once, so that a later failure does not lose it.
         for number, score, seconds in run(subjects, request, config, data, val):
             results[number] = _keep(subjects[number], score, request, config, seconds)
     return [results[number] for number in range(len(subjects))]
 
 
-def _check_through(request: Request, config: Config) -> None:
+def _check_through(request: EvaluationRequest, config: Config) -> None:
     if request.through is None:
         return
     if not TASKS[request.task].dense:
@@ -123,7 +128,7 @@ def _check_through(request: Request, config: Config) -> None:
         raise ConfigError("--through: an endpoint's encoder is frozen", hint="leave out finetune")
 
 
-def _subject(text: str, request: Request) -> Subject:
+def _subject(text: str, request: EvaluationRequest) -> Subject:
     from mimray.trainers.evaluation.features.encoders import EncoderRef
     from mimray.trainers.evaluation.results import results_folder
     from mimray.trainers.storage import RunDir
@@ -145,17 +150,20 @@ def _subject(text: str, request: Request) -> Subject:
 
 
 def _run_here(
-    subjects: Sequence[Subject], request: Request, config: Config, data: str, val: str | None
+    subjects: Sequence[Subject],
+    request: EvaluationRequest,
+    config: Config,
+    data: str,
+    val: str | None,
 ) -> Iterator[tuple[int, Score, float]]:
-    """One after the other, from this process: these tasks spread over the cluster themselves."""
-    from mimray.service.terminal.phases import PhaseProgress
-
+    """Evaluate one after the other, in this process; the tasks use the cluster themselves."""
     evaluate = load(TASKS[request.task].evaluate)
-    with PhaseProgress(console) as shown:
+    with Progress() as progress:
+        shown = show_phases(progress)
         for number, subject in enumerate(subjects):
             assert subject.ref is not None
             setting = _setting(request, subject, config, data, val, "auto")
-            setting = _with_progress(setting, partial(shown, subject.text))
+            setting = replace(setting, progress=partial(shown, subject.text))
             began = time.monotonic()
             score = evaluate(subject.ref, setting, config)
             shutil.rmtree(setting.folder, ignore_errors=True)
@@ -163,32 +171,36 @@ def _run_here(
 
 
 def _run_on_devices(
-    subjects: Sequence[Subject], request: Request, config: Config, data: str, val: str | None
+    subjects: Sequence[Subject],
+    request: EvaluationRequest,
+    config: Config,
+    data: str,
+    val: str | None,
 ) -> Iterator[tuple[int, Score, float]]:
-    """All at once as far as there are devices: each is a Ray task that holds one."""
+    """Evaluate at once as many as there are devices, each in a Ray task that holds one."""
     import ray
 
-    from mimray.service.terminal.phases import PhaseProgress, Watch
-
-    share = _device_share()
-    device = "cuda" if share.gpus else "cpu"
-    watch = ray.remote(Watch).options(num_cpus=0).remote()
-    # A lost worker's task is done again, going on from what it kept where that is still there.
+    held = _one_device()
+    device = "cuda" if held.gpus else "cpu"
+    recorder = ray.remote(PhaseRecorder).options(num_cpus=0).remote()
+    # The task of a lost worker is run again, and goes on from the state it kept, if that is there.
     work = ray.remote(_evaluate_on_device).options(
-        num_cpus=share.cpus, num_gpus=share.gpus, max_retries=2
+        num_cpus=held.cpus, num_gpus=held.gpus, max_retries=2
     )
     waiting = {}
     for number, subject in enumerate(subjects):
         setting = _setting(request, subject, config, data, val, device)
+        setting = replace(setting, progress=PhaseLink(recorder, number))
         encoder = _encoder_maker(subject, request, config, device)
-        task = work.remote(request.task, encoder, setting, config, watch, number, share.num_threads)
+        task = work.remote(request.task, encoder, setting, config, held.num_threads)
         waiting[task] = number
-    with PhaseProgress(console) as shown:
+    with Progress() as progress:
+        shown = show_phases(progress)
         try:
             while waiting:
                 done, _ = ray.wait(list(waiting), num_returns=1, timeout=0.5)
-                for number, state in ray.get(watch.states.remote()).items():
-                    shown(subjects[number].text, *state)
+                for number, phase in ray.get(recorder.phases.remote()).items():
+                    shown(subjects[number].text, *phase)
                 for task in done:
                     yield waiting.pop(task), *ray.get(task)
         except ray.exceptions.RayTaskError as error:
@@ -199,38 +211,35 @@ def _run_on_devices(
 
 
 def _evaluate_on_device(
-    task: str,
-    make_encoder: MakeEncoder,
-    setting: Setting,
-    config: Config,
-    watch: Any,
-    number: int,
-    num_threads: int,
+    task: str, make_encoder: MakeEncoder, setting: Setting, config: Config, num_threads: int
 ) -> tuple[Score, float]:
-    """Runs in a Ray worker that holds one device; gives the seconds it took, too."""
+    """Run a task in a Ray worker that holds one device; gives the score and its seconds."""
     import torch
-
-    from mimray.service.terminal.phases import Reporter
 
     torch.set_num_threads(num_threads)  # Ray sets OMP_NUM_THREADS to 1
     evaluate = load(TASKS[task].evaluate)
-    setting = _with_progress(setting, Reporter(watch, number))
     began = time.monotonic()
     score: Score = evaluate(make_encoder, setting, config)
     shutil.rmtree(setting.folder, ignore_errors=True)
     return score, time.monotonic() - began
 
 
-class _Share(NamedTuple):
-    """What a task holds of the cluster, and how many threads it computes with."""
+class _Device(NamedTuple):
+    """The resources of a task that computes on one device.
+
+    Attributes:
+        cpus: CPUs held.
+        gpus: GPUs held.
+        num_threads: threads that the task computes with.
+    """
 
     cpus: float
     gpus: float
     num_threads: int
 
 
-def _device_share() -> _Share:
-    """A GPU and its share of a node; without GPUs, all that the largest node has free."""
+def _one_device() -> _Device:
+    """A GPU and its share of a node's CPUs; without GPUs, all CPUs free on the largest node."""
     import ray
     from ray._private.state import available_resources_per_node
 
@@ -238,19 +247,24 @@ def _device_share() -> _Share:
     with_gpu = [node for node in nodes if node.get("GPU", 0) >= 1]
     if with_gpu:
         cpus = min(max(1.0, node.get("CPU", 1) // node["GPU"]) for node in with_gpu)
-        return _Share(cpus, 1.0, int(cpus))
+        return _Device(cpus, 1.0, int(cpus))
     free = max(node.get("CPU", 0) for node in available_resources_per_node().values())
     if free < 1:
-        # Nothing waits in silence; whoever holds the CPUs may give them back.
-        console.print("no CPU is free in the cluster: waiting for one", style="yellow")
+        # Say so: the wait may be long.
+        say("no CPU is free in the cluster: waiting for one", "yellow")
     # Figures depend in their last digits on the number of threads, so it must not depend on what
     # else happens to be running.
     num_threads = max(1, int(max(node.get("CPU", 0) for node in nodes)))
-    return _Share(max(1.0, free // 1), 0.0, num_threads)
+    return _Device(max(1.0, free // 1), 0.0, num_threads)
 
 
 def _setting(
-    request: Request, subject: Subject, config: Config, data: str, val: str | None, device: str
+    request: EvaluationRequest,
+    subject: Subject,
+    config: Config,
+    data: str,
+    val: str | None,
+    device: str,
 ) -> Setting:
     from mimray.trainers.data.cache import default_cache_dir
     from mimray.trainers.evaluation.score import Setting
@@ -270,17 +284,13 @@ def _setting(
     )
 
 
-def _with_progress(setting: Setting, progress: Any) -> Setting:
-    from dataclasses import replace
-
-    return replace(setting, progress=progress)
-
-
 def _silent(phase: str, done: int, total: int) -> None:
-    """Before anyone looks on."""
+    """Progress that is shown nowhere; replaced where a task begins."""
 
 
-def _encoder_maker(subject: Subject, request: Request, config: Config, device: str) -> MakeEncoder:
+def _encoder_maker(
+    subject: Subject, request: EvaluationRequest, config: Config, device: str
+) -> MakeEncoder:
     if request.through is not None:
         key = os.environ.get(API_KEY_VARIABLE) or None
         return partial(_far_encoder, request.through, subject.text, key)
@@ -300,14 +310,14 @@ def _far_encoder(url: str, model: str, api_key: str | None) -> Any:
     from mimray.trainers.evaluation.features.map_cache import CachedEncoder
 
     encoder = RemoteEncoder(url, model, api_key)
-    # Apart from what a bundle at hand gives, so that a score through HTTP is one through HTTP.
+    # A key apart from the bundle's own, so that maps from HTTP and from the bundle never mix.
     return CachedEncoder(encoder, f"http:{encoder.card.weights_sha256}")
 
 
 def _keep(
-    subject: Subject, score: Score, request: Request, config: Config, seconds: float
+    subject: Subject, score: Score, request: EvaluationRequest, config: Config, seconds: float
 ) -> dict[str, Any]:
-    """Write one result wherever it belongs."""
+    """Write a result beside its bundle, onto the card, into MLflow and the registry."""
     from mimray.trainers.evaluation.results import (
         add_to_card,
         card_score,
@@ -344,9 +354,16 @@ def _keep(
     return {**result, "folder": subject.folder.uri, "pictures": pictures}
 
 
-def summary(result: Mapping[str, Any]) -> str:
-    """One line for people."""
-    return (
+def result_text(result: Mapping[str, Any]) -> str:
+    """A result for people: the headline, every figure, the places of files."""
+    figures = [
+        f"  {name:24} {value:.4f}"
+        for name, value in result["metrics"].items()
+        if isinstance(value, float)
+    ]
+    headline = (
         f"{result['encoder']}: {result['task']} {result['metric']} {result['headline']:.4f} "
         f"on {result['num_val']} pictures, {duration(result['seconds'])}"
     )
+    file = f"{result['folder']}/{result['task']}.json"
+    return "\n".join([headline, *figures, file, *result["pictures"]])

@@ -3,31 +3,46 @@
 from __future__ import annotations
 
 import time
-from functools import partial
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from mimray.service.cluster import connected
-from mimray.service.terminal.progress import CountingProgress, duration
+from mimray.service.terminal.console import say
+from mimray.service.terminal.progress import Progress, duration, show_count
 
 if TYPE_CHECKING:
     from mimray.trainers.config.evaluation.extract import ExtractSpec
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+def check_spec(options: Mapping[str, Any]) -> ExtractSpec:
+    """Check the features that a command line asks for.
+
+    Args:
+        options: values of the keys of `ExtractSpec`; without `pooled`, `layers` and `tokens` the
+            mean of the tokens is taken.
+
+    Raises:
+        ValidationError: a value that is not allowed.
+    """
+    from mimray.trainers.config.evaluation.extract import ExtractSpec
+
+    spec = dict(options)
+    if not (spec["pooled"] or spec["layers"] or spec["tokens"]):
+        spec["pooled"] = ("mean",)
+    return ExtractSpec.model_validate(spec)
 
 
 def run_extract(
-    bundle: str, data: str, out: str, spec: ExtractSpec, *, split: str | None
+    bundle: str, data: str, out: str, spec: ExtractSpec, *, split: str | None = None
 ) -> dict[str, Any]:
     """Extract on the cluster, with progress; run again after a kill, it does what is missing.
 
     Args:
-        bundle: a reference as `EncoderRef.parse` takes it.
-        data: URI of the pictures, labelled or not.
-        out: path or URI of the folder to make or to finish.
-        spec: features to keep, and how they are stored.
-        split: split of the data, where there are several; None takes `train`.
+        bundle: an encoder's reference, as `EncoderRef.parse` takes it.
+        data: the path or URI of the pictures, labelled or not.
+        out: the path or URI of the folder to make or to finish.
+        spec: the features to keep.
+        split: the split of the data, where there are several; None takes `train`.
 
     Returns:
         The result that `--json` prints.
@@ -43,17 +58,22 @@ def run_extract(
     ref = EncoderRef.parse(bundle)
     source = open_source(data, split=split)
     began = time.monotonic()
-    with connected(), CountingProgress("extracting", "pictures", console) as progress:
-        told = partial(_without_phase, progress)
-        found = extract(ref, source, RunDir(out), spec, progress=told)
+    with connected(), Progress() as progress:
+        shown = show_count(progress, "extracting", "pictures")
+        found = extract(
+            ref,
+            source,
+            RunDir(out),
+            spec,
+            progress=lambda phase, done, total: shown(done, total),
+        )
     seconds = time.monotonic() - began
     manifest = found.manifest
     skipped = f", {len(manifest.skipped)} pictures skipped" if manifest.skipped else ""
-    console.print(
+    say(
         f"{found.out}: {manifest.num_rows} rows, {manifest.num_bytes / 2**20:.1f} MiB in "
         f"{len(manifest.parts)} parts, {found.num_written} of them new{skipped}, "
-        f"{duration(seconds)}",
-        markup=False,
+        f"{duration(seconds)}"
     )
     return {
         "out": found.out.uri,
@@ -66,7 +86,3 @@ def run_extract(
         "data_fingerprint": manifest.extraction.data_fingerprint,
         "seconds": round(seconds, 2),
     }
-
-
-def _without_phase(progress: CountingProgress, phase: str, done: int, total: int) -> None:
-    progress(done, total)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mimray.trainers.evaluation.probes.classifier import Classified
     from mimray.trainers.evaluation.score import Score, Setting
     from mimray.trainers.launch import Job, Share
-    from mimray.trainers.recorder import DeskState
+    from mimray.trainers.recorder import RunState
 
 SHEET = "finetune.png"
 
@@ -29,8 +29,8 @@ def evaluate(ref: EncoderRef, setting: Setting, config: FinetuneTask) -> Score:
 
     Args:
         ref: the encoder to begin with, or an untrained one.
-        setting: the data and how it is used.
-        config: the recipe and what of it is set otherwise.
+        setting: the data, seed and limits.
+        config: the recipe's name and overrides.
 
     Returns:
         Top-1 accuracy as the headline; top-5, loss, accuracy by class and confusion beside it.
@@ -56,7 +56,7 @@ def evaluate(ref: EncoderRef, setting: Setting, config: FinetuneTask) -> Score:
     )
     plan = prepare(job)
 
-    def on_progress(state: DeskState) -> None:
+    def on_progress(state: RunState) -> None:
         setting.progress("fine-tuning", state.row.get("step", 0), plan.steps)
 
     outcome = finished(job, plan) or pretrain(job, plan, on_progress)
@@ -81,15 +81,15 @@ def evaluate(ref: EncoderRef, setting: Setting, config: FinetuneTask) -> Score:
 
 
 def recipe_for(ref: EncoderRef, setting: Setting, config: FinetuneTask, num_classes: int) -> Recipe:
-    """The recipe that fine-tunes an encoder: its architecture and normalisation, the rest as named.
+    """Build the recipe that fine-tunes an encoder: its own architecture and normalisation.
 
     An untrained encoder keeps its own kind of positions; a trained one's are trained on.
 
     Args:
-        ref: the encoder.
-        setting: seed, limit, what becomes of bad pictures.
+        ref: the encoder to begin with.
+        setting: the seed, the limit, and the rule for bad pictures.
         config: the recipe's name and overrides, which have the last word.
-        num_classes: of the data.
+        num_classes: the number of classes in the data.
 
     Raises:
         ConfigError: the recipe is of another method, or a key is wrong.
@@ -134,7 +134,7 @@ def recipe_for(ref: EncoderRef, setting: Setting, config: FinetuneTask, num_clas
 
 
 def _with_epochs(optim: dict[str, Any], epochs: float) -> dict[str, Any]:
-    """Another length; the warm-up keeps its proportion."""
+    """Change the length; the warm-up keeps its share of it."""
     share = sum(
         (optim[f"warmup_{unit}"] or 0) / optim[unit] for unit in ("epochs", "steps") if optim[unit]
     )
@@ -143,7 +143,7 @@ def _with_epochs(optim: dict[str, Any], epochs: float) -> dict[str, Any]:
 
 
 def _name(ref: EncoderRef, setting: Setting, recipe: Recipe) -> str:
-    """Of the run: two that are asked for different things never share one."""
+    """The run's name, with a digest of everything asked, so that no two runs share one."""
     from mimray.trainers.config.run import essential
 
     asked = [ref.identity, setting.data, essential(recipe)]
@@ -156,9 +156,9 @@ def _classified(job: Job, setting: Setting, config: FinetuneTask, share: Share) 
     """Score the run's bundle on a device like those it was trained on."""
     import ray
 
-    from mimray.service.terminal.phases import Reporter, Watch
+    from mimray.service.terminal.phases import PhaseLink, PhaseRecorder
 
-    watch = ray.remote(Watch).options(num_cpus=0).remote()
+    recorder = ray.remote(PhaseRecorder).options(num_cpus=0).remote()
     work = (
         ray.remote(_classify)
         .options(num_cpus=share.cpus, num_gpus=share.gpus)
@@ -167,7 +167,7 @@ def _classified(job: Job, setting: Setting, config: FinetuneTask, share: Share) 
             replace(
                 setting,
                 device="cuda" if share.gpus else "cpu",
-                progress=Reporter(watch, 0),
+                progress=PhaseLink(recorder, 0),
             ),
             config.batch_size,
             int(share.cpus),
@@ -176,7 +176,7 @@ def _classified(job: Job, setting: Setting, config: FinetuneTask, share: Share) 
     ready: list[Any] = []
     while not ready:
         ready, _ = ray.wait([work], timeout=0.5)
-        for phase, done, total in ray.get(watch.states.remote()).values():
+        for phase, done, total in ray.get(recorder.phases.remote()).values():
             setting.progress(phase, done, total)
     try:
         found: Classified = ray.get(work)
@@ -186,7 +186,7 @@ def _classified(job: Job, setting: Setting, config: FinetuneTask, share: Share) 
 
 
 def _classify(run: str, setting: Setting, batch_size: int, num_threads: int) -> Classified:
-    """Runs in a Ray worker that holds one device."""
+    """Classify in a Ray worker that holds one device."""
     import torch
 
     from mimray.trainers.bundles import fetch_bundle

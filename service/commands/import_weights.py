@@ -1,4 +1,4 @@
-"""The command that takes in other people's weights."""
+"""`mimray import`: public weights, made into a bundle."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from mimray.service.terminal.console import say
 
-from mimray.service.cli.options import parse_size
-
-console = Console(stderr=True, highlight=False, soft_wrap=True)
 _NUM_SHOWN = 8
 
 
@@ -19,20 +16,37 @@ def run_import(
     out: Path,
     *,
     architecture: str | None,
-    image_size: str | None,
+    image_size: tuple[int, int] | None,
     overrides: Sequence[str],
     partial: bool,
     name: str,
     command: str,
 ) -> dict[str, Any]:
-    """Import a checkpoint, and say what became of it."""
+    """Import a checkpoint, and say what became of it.
+
+    Args:
+        checkpoint: a file of weights, a folder of timm or transformers, or `timm:NAME`.
+        out: the folder of the bundle to write.
+        architecture: timm's name of the model, where the file does not say.
+        image_size: the input's (height, width), pixels; the weights' own by default.
+        overrides: assignments `a.b=value` to what the weights leave open.
+        partial: keep the weights that fit, and list the others.
+        name: the encoder's name; the checkpoint's by default.
+        command: the command line, for the record.
+
+    Returns:
+        What `--json` prints.
+
+    Raises:
+        MimrayError: a mistake of the user's.
+    """
     from mimray.trainers.convert import import_weights
 
     imported = import_weights(
         checkpoint,
         out,
         architecture=architecture,
-        image_size=parse_size(image_size) if image_size else None,
+        image_size=image_size,
         overrides=overrides,
         partial=partial,
         name=name,
@@ -41,22 +55,21 @@ def run_import(
     card = imported.card
     height, width = card.image_size
     whole = "with its head" if imported.complete else "the encoder alone"
-    console.print(
+    say(
         f"{out}: {card.encoder.name}, {card.encoder.num_layers} layers, width "
         f"{card.encoder.out_width}, at {height}x{width}, method {card.method or 'not known'}, "
-        f"{whole}",
-        markup=False,
+        f"{whole}"
     )
-    console.print(f"pictures normalised by mean {card.mean}, std {card.std}", markup=False)
+    say(f"pictures normalised by mean {card.mean}, std {card.std}")
     for what, keys in (
         ("left out", imported.left_out),
         ("initialised afresh", imported.initialised),
     ):
         if keys:
             more = f" and {len(keys) - _NUM_SHOWN} more" if len(keys) > _NUM_SHOWN else ""
-            console.print(f"{what}: {', '.join(keys[:_NUM_SHOWN])}{more}", markup=False)
+            say(f"{what}: {', '.join(keys[:_NUM_SHOWN])}{more}")
     for note in imported.notes:
-        console.print(f"note: {note}", markup=False)
+        say(f"note: {note}")
     return {
         "bundle": str(out),
         "encoder": card.encoder.model_dump(mode="json"),

@@ -1,4 +1,4 @@
-"""An endpoint as an encoder: what trains on a bundle at hand trains on features over HTTP."""
+"""A served encoder with a bundle's interface, so that heads train on features over HTTP."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from mimray.trainers.types import Features
 class RemoteEncoder:
     """A served encoder with the interface of a bundle's.
 
-    Pictures travel as uint8 pixels, so a normalised input must come from such; features come back
-    as float32. The client batches requests and tries refused ones again.
+    Pictures are sent as uint8 pixels, so that a normalised input must come from such; features come
+    back as float32. The client batches requests and retries refused ones.
 
     Args:
-        url: where the endpoint answers.
-        model: name of the model.
+        url: the endpoint's URL.
+        model: the model's name.
         api_key: the endpoint's key; `MIMRAY_API_KEY` by default.
 
     Attributes:
-        card: what the endpoint says of the model.
-        depth: layers it has.
+        card: the model's description, from the endpoint's metadata.
+        depth: the number of layers.
         stride: pixels between neighbouring output tokens.
         strides: stride of each layer's map, pixels.
         widths: channels of each layer's map.

@@ -1,4 +1,4 @@
-"""Putting encoders behind HTTP from the command line."""
+"""`mimray serve`: frozen encoders behind HTTP."""
 
 from __future__ import annotations
 
@@ -8,25 +8,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from rich.console import Console
 
+from mimray.service.terminal.console import say
 from mimray.trainers.errors import ServingError
 
 if TYPE_CHECKING:
     from mimray.serving.deploy.config import ServeConfig
     from mimray.serving.deploy.serve_schema import Version
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 CANARY_ALIAS = "canary"
 _MODEL_KEYS = ("replicas", "max_batch_size", "device")
 
 
 def resolve(reference: str) -> Version:
-    """What a reference means now: a bundle on this machine, and the number of its version.
+    """Fetch the bundle that a reference names now, with the number of its version.
 
     Raises:
-        BundleError: there is none.
+        BundleError: there is no such bundle.
     """
     from mimray.serving.deploy.serve_schema import Version
     from mimray.trainers.bundles import fetch_bundle
@@ -40,13 +39,13 @@ def resolve(reference: str) -> Version:
 def serve_config(
     bundles: Sequence[str], file: Path | None, canary: str | None, options: Mapping[str, Any]
 ) -> ServeConfig:
-    """The endpoint that a command line means.
+    """The endpoint that a command line asks for, checked.
 
     Args:
-        bundles: `NAME=BUNDLE` or `BUNDLE`, named after its card or as it is registered.
-        file: a `serve.yaml` that they are added to.
-        canary: share of requests for the version with the alias `canary` of every model here.
-        options: of the endpoint and of every model in `bundles`; None for what was not said.
+        bundles: models as `NAME=BUNDLE`, or as `BUNDLE`, named after its card or registration.
+        file: a `serve.yaml` that the models are added to.
+        canary: the share of requests for the version with the alias `canary` of every model here.
+        options: keys of the endpoint and of every model in `bundles`; None leaves one unset.
 
     Raises:
         ServingError: two models of one name, or a canary without a registered model.
@@ -86,20 +85,20 @@ def run_serve(config: ServeConfig) -> None:
     from mimray.serving.deploy.endpoint import start
 
     logging.getLogger("ray").setLevel(logging.ERROR)
-    console.print("starting…", markup=False)
+    say("starting…")
     with start(config, resolve) as endpoint:
         for name, version in endpoint.versions.items():
-            console.print(f"serving {name}, version {version}", markup=False)
-        console.print(f"  page     {endpoint.url}/", markup=False)
-        console.print(f"  features POST {endpoint.url}/v1/features", markup=False)
-        console.print(f"  OIP v2   POST {endpoint.url}/v2/models/NAME/infer", markup=False)
-        console.print("Ctrl-C ends it", markup=False)
-        endpoint.wait(lambda line: console.print(line, markup=False))
-    console.print("stopped", markup=False)
+            say(f"serving {name}, version {version}")
+        say(f"  page     {endpoint.url}/")
+        say(f"  features POST {endpoint.url}/v1/features")
+        say(f"  OIP v2   POST {endpoint.url}/v2/models/NAME/infer")
+        say("Ctrl-C ends it")
+        endpoint.wait(say)
+    say("stopped")
 
 
 def write_build(config: ServeConfig, out: Path | None) -> str:
-    """The configuration that `serve deploy` takes; written to `out` where there is one."""
+    """The YAML that `serve deploy` takes, written to `out` too where that is given."""
     from mimray.serving.deploy.endpoint import is_loopback
     from mimray.serving.deploy.serve_schema import Served, Share, serve_schema
     from mimray.trainers.errors import MimrayError
@@ -111,7 +110,7 @@ def write_build(config: ServeConfig, out: Path | None) -> str:
             try:
                 canary = resolve(model.canary.bundle)
             except MimrayError as error:
-                console.print(f"no canary of {name}: {error}", markup=False)
+                say(f"no canary of {name}: {error}")
         models.append(Served(name, model, stable, canary))
         cpus = model.num_cpus or 1.0
         shares[name] = Share(cpus, model.num_gpus or 0.0, max(1, int(cpus)))
@@ -125,7 +124,7 @@ def write_build(config: ServeConfig, out: Path | None) -> str:
 
 
 def _named(item: str) -> tuple[str, str]:
-    """The name in the URL and the reference of one argument."""
+    """Split one argument into the name in the URL and the reference of the bundle."""
     from mimray.trainers.bundles import fetch_bundle, read_card
     from mimray.trainers.registry import locate, registered
 

@@ -1,18 +1,18 @@
-"""`mimray tune`: what is checked, shown and written around a sweep."""
+"""`mimray tune`: a sweep, checked, shown and reported."""
 
 from __future__ import annotations
 
 import shlex
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from mimray.service.cluster import connected
-from mimray.service.terminal.progress import duration
+from mimray.service.terminal.console import say, warn
+from mimray.service.terminal.progress import Progress, duration
 from mimray.service.terminal.sweep_table import SweepTable
 from mimray.trainers.errors import ConfigError, MimrayError
 
@@ -20,23 +20,56 @@ if TYPE_CHECKING:
     from mimray.tuning.plan import SweepPlan
     from mimray.tuning.record import SweepRecord, TrialRecord
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 REPORT_EVERY_S = 15.0
 
 
-def run_tune(
-    sweep: str | None,
-    *,
-    data: str | None,
-    name: str | None,
-    storage: str,
-    overrides: Sequence[str],
-    concurrent: int | None,
-    resume: str | None,
-    fresh: bool,
-    command: str,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class TuneRequest:
+    """The sweep that the user asked for.
+
+    Attributes:
+        sweep: a shipped sweep's name, or the path of one; None with `resume`.
+        data: the path or URI of the pictures to train on; None with `resume`.
+        name: the sweep's name; the file's by default.
+        storage: the directory or URI of all runs and sweeps.
+        overrides: assignments `a.b=value` to keys of the sweep.
+        concurrent: trials at once; as many as fit by default.
+        resume: the name of the sweep to go on with as it was begun.
+        fresh: delete what an earlier sweep of this name left.
+        command: the command line, for the record.
+    """
+
+    sweep: str | None
+    data: str | None
+    name: str | None
+    storage: str
+    overrides: tuple[str, ...]
+    concurrent: int | None
+    resume: str | None
+    fresh: bool
+    command: str
+
+
+def shipped() -> dict[str, dict[str, Any] | None]:
+    """The `about` of each shipped sweep, by name; None where it has none."""
+    from mimray.tuning.plan import load_sweep, shipped_sweeps
+
+    abouts = {name: load_sweep(name).about for name in shipped_sweeps()}
+    return {name: about.model_dump() if about else None for name, about in abouts.items()}
+
+
+def listing(abouts: Mapping[str, Mapping[str, Any] | None]) -> str:
+    """Two lines a sweep: its name and summary, its command."""
+    lines = []
+    for name, about in abouts.items():
+        lines.append(f"{name}  {about['summary'] if about else ''}")
+        if about:
+            lines.append(f"{'':{len(name)}}  {about['command']}")
+    return "\n".join(lines)
+
+
+def run_tune(request: TuneRequest) -> dict[str, Any]:
     """Check everything that can be checked, then search; continues what is there.
 
     Returns:
@@ -45,27 +78,30 @@ def run_tune(
     Raises:
         MimrayError: a mistake of the user's, before a worker starts.
     """
-    plan = _plan(sweep, data, name, storage, overrides, resume, command)
+    plan = _plan(request)
 
     from mimray.tuning.record import curves
     from mimray.tuning.report import write_report
     from mimray.tuning.sweep import Launch, before, run_sweep
 
-    launch = Launch(plan, storage, concurrent, fresh, cache_mib=_cache_mib(plan))
+    launch = Launch(
+        plan, request.storage, request.concurrent, request.fresh, cache_mib=_cache_mib(plan)
+    )
     earlier = before(launch)
     _announce(plan, earlier)
     began = time.monotonic()
-    with connected(), SweepTable(plan, console) as table:
+    with connected(), Progress() as progress:
+        table = SweepTable(progress, plan)
         _say_capacity(launch)
         with _Reports(plan) as reports:
 
-            def watch(record: SweepRecord, rows: dict[int, Any], notes: list[str]) -> None:
+            def on_progress(record: SweepRecord, rows: dict[int, Any], notes: list[str]) -> None:
                 table(record, rows, notes)
                 reports(record)
 
-            final = run_sweep(launch, watch)
+            final = run_sweep(launch, on_progress)
     if final.ended:
-        console.print("timing the encoder at each mask ratio, for the report", markup=False)
+        say("timing the encoder at each mask ratio, for the report")
     files = write_report(
         final,
         plan.directory,
@@ -74,7 +110,7 @@ def run_tune(
     )
     _release(plan)
     took = duration(time.monotonic() - began)
-    _print_end(final, took, files, storage)
+    _print_end(final, took, files, request.storage)
     best = final.best
     return {
         "sweep": final.uri,
@@ -90,39 +126,33 @@ def run_tune(
     }
 
 
-def _plan(
-    sweep: str | None,
-    data: str | None,
-    name: str | None,
-    storage: str,
-    overrides: Sequence[str],
-    resume: str | None,
-    command: str,
-) -> SweepPlan:
+def _plan(request: TuneRequest) -> SweepPlan:
+    from mimray.trainers.storage import RunDir
     from mimray.tuning.plan import load_sweep, make_plan, remembered
     from mimray.tuning.record import read_record
 
-    if resume is None:
-        if sweep is None or data is None:
+    if request.resume is None:
+        if request.sweep is None or request.data is None:
             raise ConfigError("a sweep and --data are needed", hint="or --resume NAME")
-        config = load_sweep(sweep, overrides)
         return make_plan(
-            config, data=data, name=name or Path(sweep).stem, storage=storage, command=command
+            load_sweep(request.sweep, request.overrides),
+            data=request.data,
+            name=request.name or Path(request.sweep).stem,
+            storage=request.storage,
+            command=request.command,
         )
-    if sweep is not None or overrides or data is not None:
+    if request.sweep is not None or request.overrides or request.data is not None:
         raise ConfigError(
             "--resume goes on with a sweep as it was started",
             hint="to give it a larger budget, repeat the whole command with another --set budget.…",
         )
-    from mimray.trainers.storage import RunDir
-
-    directory = RunDir(storage) / resume if name is None else RunDir(storage) / name
+    directory = RunDir(request.storage) / (request.name or request.resume)
     record = read_record(directory)
     return make_plan(
         remembered(directory, record),
         data=record.data,
         name=record.name,
-        storage=storage,
+        storage=request.storage,
         command=record.command,
     )
 
@@ -134,18 +164,14 @@ def _announce(plan: SweepPlan, earlier: SweepRecord | None) -> None:
     config = plan.config
     count = num_trials(config)
     rungs = ", ".join(f"{samples:,}" for samples in plan.rung_samples)
-    console.print(
+    say(
         f"{plan.uri}: {count} trials of {config.base.recipe} on {plan.facts.num_samples} pictures, "
         f"scored by {config.score.task} after {rungs} pictures; searcher {config.searcher.name}, "
-        f"scheduler {config.scheduler.name}",
-        markup=False,
+        f"scheduler {config.scheduler.name}"
     )
     if earlier is not None:
         done = sum(trial.state in ENDED for trial in earlier.trials)
-        console.print(
-            f"goes on: {done} trials are done, {len(earlier.trials) - done} were under way",
-            markup=False,
-        )
+        say(f"goes on: {done} trials are done, {len(earlier.trials) - done} were under way")
 
 
 def _say_capacity(launch: Any) -> None:
@@ -154,11 +180,11 @@ def _say_capacity(launch: Any) -> None:
 
     config = launch.plan.config
     capacity = count(config.resources, num_trials(config), launch.concurrent)
-    console.print(capacity.arithmetic, markup=False)
+    say(capacity.arithmetic)
 
 
 def _cache_mib(plan: SweepPlan) -> int:
-    """Bound of the shared decoded pictures: all of them where they fit, else none."""
+    """The bound of the shared decoded pictures, MiB: their size where it fits, else 0."""
     import psutil
 
     from mimray.trainers.data.decoded import decoded_bytes
@@ -169,10 +195,9 @@ def _cache_mib(plan: SweepPlan) -> int:
     room = psutil.virtual_memory().available // 4
     mib = -(-needed // 2**20) + 1
     if needed > room:
-        console.print(
+        say(
             f"decoded, the pictures take {mib} MiB, more than a quarter of the free memory: "
-            "each trial decodes its own",
-            markup=False,
+            "each trial decodes its own"
         )
         return 0
     return mib
@@ -185,7 +210,7 @@ def _release(plan: SweepPlan) -> None:
 
 
 def _speed(plan: SweepPlan) -> dict[float, float] | None:
-    """How much faster the encoder is at each mask ratio that was searched, measured here."""
+    """The encoder's speed over the full sequence at each searched mask ratio, measured here."""
     from mimray.tuning.config import Choice, Grid
     from mimray.tuning.report.speed import encoder_speed
     from mimray.tuning.space import trial_recipe
@@ -199,7 +224,7 @@ def _speed(plan: SweepPlan) -> dict[float, float] | None:
 
 
 def _interrupted(record: SweepRecord, plan: SweepPlan) -> bool:
-    """Whether somebody ended it before its time."""
+    """True if the sweep was ended by hand before its budget."""
     hours = plan.config.budget.hours
     in_time = hours is None or record.elapsed_s < hours * 3600
     return in_time and any(trial.state == "cut" for trial in record.trials)
@@ -224,31 +249,26 @@ def _print_end(record: SweepRecord, took: str, files: Sequence[str], storage: st
     for trial in record.trials:
         states[trial.state] = states.get(trial.state, 0) + 1
     counted = ", ".join(f"{count} {state}" for state, count in states.items())
-    console.print(f"{record.name}: {counted}; {took}", markup=False)
+    say(f"{record.name}: {counted}; {took}")
     if record.proxy:
-        console.print(f"note: {record.proxy}", style="yellow", markup=False)
+        say(f"note: {record.proxy}", style="yellow")
     best = record.best
     if best is not None:
         shown = ", ".join(f"{key}={value}" for key, value in best.params.items())
-        console.print(
-            f"best: trial {best.name}, {shown}: {record.metric} {best.score:.4f}", markup=False
-        )
-    console.print("\n".join(files), markup=False)
+        say(f"best: trial {best.name}, {shown}: {record.metric} {best.score:.4f}")
+    say("\n".join(files))
     name = shlex.quote(record.name)
     where = "" if storage == "runs" else f" --storage {shlex.quote(storage)}"
     if not record.ended:
-        console.print(
-            f"not at its end: mimray tune --resume {name}{where}", style="yellow", markup=False
-        )
-    console.print(
+        say(f"not at its end: mimray tune --resume {name}{where}", style="yellow")
+    say(
         f"promote: mimray models register {name}:best --name MODEL --alias champion{where}\n"
-        f"look:    mimray ui --sweep {name}{where}",
-        markup=False,
+        f"look:    mimray ui --sweep {name}{where}"
     )
 
 
 class _Reports:
-    """Writes the report anew, beside the sweep, whenever a score has come in."""
+    """A thread that writes the report again after each new score."""
 
     def __init__(self, plan: SweepPlan) -> None:
         self._plan = plan
@@ -268,7 +288,7 @@ class _Reports:
         self._thread.join()
 
     def __call__(self, record: SweepRecord) -> None:
-        """Take the record as it is."""
+        """Write a report of this record soon, if it has a new score."""
         version = sum(len(trial.rungs) + (trial.state == "failed") for trial in record.trials)
         if version != self._seen:
             self._seen, self._record = version, record
@@ -284,5 +304,5 @@ class _Reports:
                 try:
                     write_report(self._record, self._plan.directory)
                 except MimrayError as error:
-                    console.print(f"warning: no report: {error}", style="yellow", markup=False)
+                    warn(f"no report: {error}")
                 self._over.wait(REPORT_EVERY_S)

@@ -1,4 +1,4 @@
-"""`mimray ui`: the pages that others have made, for this project's runs and sweeps."""
+"""`mimray ui`: MLflow and optuna-dashboard for this project's runs and sweeps."""
 
 from __future__ import annotations
 
@@ -14,11 +14,8 @@ from types import FrameType
 from urllib.error import URLError
 from urllib.request import urlopen
 
-from rich.console import Console
-
+from mimray.service.terminal.console import say
 from mimray.trainers.errors import ConfigError, ResourceError
-
-console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 HOST = "127.0.0.1"
 START_TIMEOUT_S = 90.0
@@ -28,9 +25,9 @@ def run_ui(storage: str, sweep: str | None, port: int) -> None:
     """Serve MLflow and perhaps a sweep's study until Ctrl-C or SIGTERM.
 
     Args:
-        storage: where runs are tracked.
-        sweep: name or directory of a sweep.
-        port: of MLflow; the study gets the next one.
+        storage: the directory or URI where runs are tracked.
+        sweep: a sweep's name or directory.
+        port: the TCP port of MLflow; the study gets the next one.
 
     Raises:
         ResourceError: a port is taken, or a page does not start.
@@ -42,7 +39,7 @@ def run_ui(storage: str, sweep: str | None, port: int) -> None:
     uri = tracking_uri(None, storage)
     pages: dict[str, tuple[int, list[str]]] = {}
     if uri.startswith(("http://", "https://")):
-        console.print(f"MLflow  {uri}", markup=False)
+        say(f"MLflow  {uri}")
     else:
         file = uri.removeprefix("sqlite:///")
         if file != uri and not Path(file).is_file():
@@ -58,10 +55,8 @@ def run_ui(storage: str, sweep: str | None, port: int) -> None:
         folder = event_folder(record.uri, record.name)
         command = [_program("optuna-dashboard"), record.study[1], "--host", HOST]
         pages["study"] = port + 1, [*command, "--port", str(port + 1)]
-        console.print(f"report  {record.uri}/report.html", markup=False)
-        console.print(
-            f"TensorBoard: tensorboard --logdir {folder}   (pip install tensorboard)", markup=False
-        )
+        say(f"report  {record.uri}/report.html")
+        say(f"TensorBoard: tensorboard --logdir {folder}   (pip install tensorboard)")
     _serve(pages)
 
 
@@ -83,8 +78,8 @@ def _serve(pages: dict[str, tuple[int, list[str]]]) -> None:
         for name, process in processes.items():
             url = f"http://{HOST}:{pages[name][0]}"
             _wait_for(name, url, process)
-            console.print(f"{name:7} {url}", markup=False)
-        console.print("Ctrl-C ends it", markup=False)
+            say(f"{name:7} {url}")
+        say("Ctrl-C ends it")
         while all(process.poll() is None for process in processes.values()):
             time.sleep(0.5)
     except KeyboardInterrupt:
@@ -96,7 +91,7 @@ def _serve(pages: dict[str, tuple[int, list[str]]]) -> None:
 
 
 def _program(name: str) -> str:
-    """A program that was installed with this one."""
+    """The path of a program that is installed beside this one, or on PATH."""
     beside = Path(sys.executable).with_name(name)
     found = str(beside) if beside.is_file() else shutil.which(name)
     if found is None:
@@ -130,7 +125,7 @@ def _wait_for(name: str, url: str, process: subprocess.Popen[bytes]) -> None:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a server and the workers it has started: they are a session of their own."""
+    """End a server and its workers, which are a session of their own."""
     for signum in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, signum)

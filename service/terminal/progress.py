@@ -1,85 +1,205 @@
-"""Progress of long work: a live bar on a terminal, a line now and then elsewhere."""
+"""Progress of long work: a live view on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+
+from mimray.service.terminal.console import console as standard_error
 
 if TYPE_CHECKING:
-    from mimray.trainers.recorder import DeskState
+    from mimray.trainers.recorder import RunState
 
 LINE_EVERY_S = 10.0
 
 
-class TrainingProgress:
-    """Shows a run's step, loss, pictures a second and time left.
+class Progress:
+    """The progress of pieces of work: bars or a given view, redrawn in place on a terminal.
+
+    Elsewhere lines go to standard error, those of one piece of work `LINE_EVERY_S` apart.
 
     Args:
-        steps: length of the run.
-        console: where to; standard error by default, so that results stay alone on stdout.
+        console: the console to draw on.
+        elapsed: end each bar with the time since it began.
     """
 
-    def __init__(self, steps: int, console: Console | None = None) -> None:
-        self.steps = steps
-        self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
-        self._began = time.monotonic()
-        self._next_line = 0.0
-        self._last_step = -1
-        self._first: tuple[float, int] | None = None
-        self._progress = Progress(
-            TextColumn("training"),
+    def __init__(self, console: Console = standard_error, *, elapsed: bool = False) -> None:
+        self._console = console
+        self._bars = Bars(
+            TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-            console=self.console,
-            disable=not self.console.is_terminal,
+            *([TimeElapsedColumn()] if elapsed else []),
+            auto_refresh=False,
         )
-        self._task = self._progress.add_task("train", total=steps, note="starting workers…")
+        self._live = Live(self._bars, console=console, refresh_per_second=10)
+        self._bar_of: dict[str, TaskID] = {}
+        self._next_line_s: dict[str, float] = {}
 
-    def __enter__(self) -> TrainingProgress:
-        self._progress.start()
+    def __enter__(self) -> Progress:
+        if self.live:
+            self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        if self.live:
+            self._live.stop()
 
-    def __call__(self, state: DeskState) -> None:
-        """Take how the run stands."""
-        for note in state.notes:
-            self.console.print(f"warning: {note}", style="yellow", markup=False)
-        row = state.row
-        if not row or row["step"] == self._last_step:
-            if not row and not self.console.is_terminal:
-                self._line("starting workers")
-            return
-        self._last_step = row["step"]
-        if self._first is None:
-            self._first = time.monotonic(), row["step"]
-        note = (
-            f"loss {row['loss']:.4f}  {row['images_per_s']:.0f} images/s  {self._left(row['step'])}"
+    @property
+    def live(self) -> bool:
+        """True on a terminal, where bars and views are drawn and lines are not."""
+        return self._console.is_terminal
+
+    def bar(
+        self, work: str, done: int, total: int | None, note: str = "", title: str | None = None
+    ) -> None:
+        """Draw the bar of a piece of work.
+
+        Args:
+            work: the name of the piece of work, which has one bar.
+            done: units done.
+            total: units in all; None while they are not known.
+            note: a text behind the bar.
+            title: a text before the bar; `work` by default.
+        """
+        title = title or work
+        if work not in self._bar_of:
+            self._bar_of[work] = self._bars.add_task(title, total=total, note=note)
+        self._bars.update(
+            self._bar_of[work], description=title, completed=done, total=total, note=note
         )
-        self._progress.update(self._task, completed=row["step"], note=note)
-        if not self.console.is_terminal:
-            self._line(f"step {row['step']}/{self.steps}  {note}", last=row["step"] == self.steps)
 
-    def _left(self, step: int) -> str:
-        assert self._first is not None
-        began, first = self._first
-        if step <= first or step >= self.steps:
-            return ""
-        seconds = (time.monotonic() - began) / (step - first) * (self.steps - step)
-        return f"{duration(seconds)} left"
+    def view(self, renderable: RenderableType) -> None:
+        """Draw this in place of the bars."""
+        self._live.update(renderable)
 
-    def _line(self, text: str, last: bool = False) -> None:
+    def line(self, text: str, work: str = "", *, at_once: bool = False) -> None:
+        """Print a line, unless on a terminal or soon after another one of the same work."""
         now = time.monotonic()
-        if last or now >= self._next_line:
-            print(text, file=sys.stderr, flush=True)
-            self._next_line = now + LINE_EVERY_S
+        if self.live or not (at_once or now >= self._next_line_s.get(work, 0.0)):
+            return
+        print(text, file=sys.stderr, flush=True)
+        self._next_line_s[work] = now + LINE_EVERY_S
+
+    def warn(self, text: str) -> None:
+        """Print a warning above the view, or among the lines."""
+        self._console.print(f"warning: {text}", style="yellow", markup=False)
+
+
+class Pace:
+    """The rate of work since a start."""
+
+    def __init__(self) -> None:
+        self._began: tuple[float, float] | None = None
+
+    def start(self, done: float) -> None:
+        """Count from now, with so many units done."""
+        self._began = time.monotonic(), done
+
+    def rate(self, done: float) -> float:
+        """Units a second since the start; the first call and a decrease start anew."""
+        if self._began is None or done < self._began[1]:
+            self.start(done)
+        assert self._began is not None
+        began_s, first = self._began
+        return (done - first) / max(time.monotonic() - began_s, 1e-9)
+
+    def left(self, done: float, total: float) -> str:
+        """The time left, for people; empty where nothing is left or the rate is not known."""
+        rate = self.rate(done)
+        return f"{duration((total - done) / rate)} left" if rate and done < total else ""
+
+
+def show_training(progress: Progress, steps: int) -> Callable[[RunState], None]:
+    """Show a run's step, loss, pictures a second and time left.
+
+    Args:
+        progress: the display.
+        steps: the length of the run.
+
+    Returns:
+        A function to call with the run's state, again and again.
+    """
+    pace, last_step = Pace(), -1
+    progress.bar("training", 0, steps, "starting workers…")
+
+    def show(state: RunState) -> None:
+        nonlocal last_step
+        for note in state.notes:
+            progress.warn(note)
+        row = state.row
+        if not row:
+            progress.line("starting workers")
+            return
+        step = row["step"]
+        if step == last_step:
+            return
+        last_step = step
+        note = (
+            f"loss {row['loss']:.4f}  {row['images_per_s']:.0f} images/s  {pace.left(step, steps)}"
+        )
+        progress.bar("training", step, steps, note)
+        progress.line(f"step {step}/{steps}  {note}", at_once=step == steps)
+
+    return show
+
+
+def show_count(progress: Progress, title: str, unit: str) -> Callable[..., None]:
+    """Show done of total, a rate and the time left.
+
+    Args:
+        progress: the display.
+        title: the name of the work.
+        unit: the plural of what is counted.
+
+    Returns:
+        A function to call with (done, total[, rejected]), again and again.
+    """
+    pace = Pace()
+    pace.start(0)
+    progress.bar(title, 0, None)
+
+    def show(done: int, total: int, rejected: int = 0) -> None:
+        if done == 0:
+            pace.start(0)
+        left = pace.left(done, total)
+        note = f"{pace.rate(done):.0f} {unit}/s"
+        note += f"  {left}" if left else ""
+        note += f"  {rejected} rejected" if rejected else ""
+        progress.bar(title, done, total, note)
+        if done:
+            progress.line(f"{title} {done}/{total}  {note}")
+
+    return show
+
+
+def show_phases(progress: Progress) -> Callable[[str, str, int, int], None]:
+    """Show pieces of work side by side, each with its present phase and the time left of it.
+
+    Args:
+        progress: the display.
+
+    Returns:
+        A function to call with (work, phase, done, total), again and again.
+    """
+    paces: dict[str, tuple[str, Pace]] = {}
+
+    def show(work: str, phase: str, done: int, total: int) -> None:
+        if work not in paces or paces[work][0] != phase:
+            paces[work] = phase, Pace()
+        title, note = f"{work}: {phase}", paces[work][1].left(done, total)
+        progress.bar(work, done, total, note, title)
+        progress.line(f"{title} {done}/{total}  {note}", work)
+
+    return show
 
 
 def duration(seconds: float) -> str:
@@ -90,45 +210,3 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-class CountingProgress:
-    """Shows done of total, a rate and the time left; takes (done, total[, rejected])."""
-
-    def __init__(self, title: str, unit: str, console: Console) -> None:
-        self.title, self.unit, self.console = title, unit, console
-        self._began = time.monotonic()
-        self._next_line = 0.0
-        self._progress = Progress(
-            TextColumn(title),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task = self._progress.add_task(title, total=None, note="")
-
-    def __enter__(self) -> CountingProgress:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def __call__(self, done: int, total: int, rejected: int = 0) -> None:
-        """Take how far it is."""
-        if done == 0:
-            self._began = time.monotonic()
-        elapsed = max(time.monotonic() - self._began, 1e-9)
-        rate = done / elapsed
-        note = f"{rate:.0f} {self.unit}/s"
-        if rate and done < total:
-            note += f"  {duration((total - done) / rate)} left"
-        if rejected:
-            note += f"  {rejected} rejected"
-        self._progress.update(self._task, completed=done, total=total, note=note)
-        now = time.monotonic()
-        if not self.console.is_terminal and now >= self._next_line and done:
-            print(f"{self.title} {done}/{total}  {note}", file=sys.stderr, flush=True)
-            self._next_line = now + LINE_EVERY_S

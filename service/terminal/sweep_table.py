@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, Group
-from rich.live import Live
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from mimray.service.terminal.progress import LINE_EVERY_S, duration
+from mimray.service.terminal.progress import Pace, Progress, duration
 
 if TYPE_CHECKING:
     from mimray.tuning.plan import SweepPlan
@@ -25,52 +22,46 @@ class SweepTable:
     """A live table of trials on a terminal; elsewhere a line for each score, and now and then.
 
     Args:
-        plan: of the sweep.
-        console: where to.
+        progress: the display.
+        plan: the sweep's plan.
     """
 
-    def __init__(self, plan: SweepPlan, console: Console) -> None:
+    def __init__(self, progress: Progress, plan: SweepPlan) -> None:
         from mimray.tuning.space import num_trials
 
-        self._plan, self._console = plan, console
+        self._progress, self._plan = progress, plan
         self._total = num_trials(plan.config)
-        self._live = Live(console=console, refresh_per_second=2, transient=False)
-        self._next_line = 0.0
         self._told: set[tuple[int, int]] = set()
-        self._began: tuple[float, float] | None = None
-
-    def __enter__(self) -> SweepTable:
-        if self._console.is_terminal:
-            self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._console.is_terminal:
-            self._live.stop()
+        self._pace = Pace()
 
     def __call__(
         self, record: SweepRecord, rows: dict[int, dict[str, Any]], notes: list[str]
     ) -> None:
-        """Show how it stands."""
+        """Show the sweep as it stands.
+
+        Args:
+            record: the sweep's record.
+            rows: the newest row of metrics of each trial, by number.
+            notes: warnings since the last call.
+        """
         for note in notes:
-            self._console.print(f"warning: {note}", style="yellow", markup=False)
-        left = self._left(record, rows)
-        if self._console.is_terminal:
-            self._live.update(Group(self._table(record, rows), Text(self._summary(record, left))))
+            self._progress.warn(note)
+        summary = self._summary(record, self._left(record, rows))
+        if self._progress.live:
+            self._progress.view(Group(self._table(record, rows), Text(summary)))
             return
         for trial in record.trials:
             for rung in trial.rungs:
                 if (trial.number, rung.number) not in self._told:
                     self._told.add((trial.number, rung.number))
                     shown = " ".join(f"{k.split('.')[-1]}={v}" for k, v in trial.params.items())
-                    _line(
+                    self._progress.line(
                         f"trial {trial.name} {shown}: {record.metric} {rung.score:.4f} after "
-                        f"{rung.samples:,} pictures"
+                        f"{rung.samples:,} pictures",
+                        trial.name,
+                        at_once=True,
                     )
-        now = time.monotonic()
-        if now >= self._next_line:
-            _line(self._summary(record, left))
-            self._next_line = now + LINE_EVERY_S
+        self._progress.line(summary)
 
     def _summary(self, record: SweepRecord, left: str) -> str:
         done = sum(t.state in ("finished", "stopped", "failed") for t in record.trials)
@@ -93,10 +84,7 @@ class SweepTable:
             open_ += int(waiting * each / ended)
         else:
             open_ += waiting * whole
-        total = float(sum(seen.values()))
-        if self._began is None or total < self._began[1]:
-            self._began = time.monotonic(), total
-        rate = (total - self._began[1]) / max(time.monotonic() - self._began[0], 1e-9)
+        rate = self._pace.rate(sum(seen.values()))
         return f"about {duration(open_ / rate)} left" if rate > 0 and open_ else ""
 
     def _table(self, record: SweepRecord, rows: dict[int, dict[str, Any]]) -> Table:
@@ -128,11 +116,6 @@ class SweepTable:
                 style=_COLOURS.get(trial.state, ""),
             )  # fmt: skip
         return table
-
-
-def _line(text: str) -> None:
-    """A line on standard error, at once."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def _short(value: Any) -> str:

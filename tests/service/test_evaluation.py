@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from PIL import Image
-from rich.console import Console
 
 from mimray.service.cli.main import cli
 from mimray.service.commands.compare import table, write_comparison
 from mimray.service.commands.tasks import TASKS
-from mimray.service.terminal.phases import PhaseProgress, Reporter
 from mimray.trainers.errors import ConfigError
 from mimray.trainers.evaluation import tasks
 from mimray.trainers.evaluation.tasks import checked_options, options_of, task_config
@@ -91,33 +88,6 @@ def test_comparison__one_table_and_one_chart_best_first(tmp_path: Path) -> None:
         "a              0.7500  0.3750        3",
         "untrained:a    0.2500  0.1250        3",
     ]
-
-
-def test_progress__a_line_a_phase_off_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    with PhaseProgress(Console(file=io.StringIO())) as shown:
-        shown("a", "features", 1, 10)
-        shown("a", "features", 2, 10)
-        shown("b", "training", 1, 4)
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.split("  ")[0] for line in lines] == ["a: features 1/10", "b: training 1/4"]
-
-
-def test_reporter__tells_the_end_of_every_phase() -> None:
-    told = []
-
-    class Tell:
-        def remote(self, number: int, state: tuple[str, int, int]) -> None:
-            told.append((number, state))
-
-    class Handle:
-        tell = Tell()
-
-    report = Reporter(Handle(), 7)
-    for done in range(1, 101):
-        report("features", done, 100)
-    assert told[0] == (7, ("features", 1, 100))
-    assert told[-1] == (7, ("features", 100, 100))
-    assert len(told) < 100
 
 
 def test_checked_options__a_tree_is_as_good_as_a_command_line() -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from mimray.service.terminal import sweep_table
+from mimray.service.terminal import progress
+from mimray.service.terminal.progress import Progress
 from mimray.service.terminal.sweep_table import SweepTable
 from mimray.tuning.plan import load_sweep
 from mimray.tuning.record import Rung, SweepRecord, TrialRecord
@@ -48,10 +49,10 @@ def test_terminal__a_table_with_rung_score_cost_and_time_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock = [0.0]
-    monkeypatch.setattr(sweep_table.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=True, width=140, color_system=None)
-    table = SweepTable(PLAN, console)
+    table = SweepTable(Progress(console), PLAN)
     table(RECORD, {3: {"samples": 110, "loss": 0.5}}, [])
     clock[0] = 10.0
     rows = {3: {"samples": 160, "loss": 0.4567}}
@@ -72,7 +73,7 @@ def test_terminal__a_table_with_rung_score_cost_and_time_left(
 
 
 def test_elsewhere__a_line_for_each_score_once(capsys: pytest.CaptureFixture[str]) -> None:
-    table = SweepTable(PLAN, Console(file=io.StringIO()))
+    table = SweepTable(Progress(Console(file=io.StringIO())), PLAN)
     for _ in range(3):
         table(RECORD, {}, ["slow disk"])
     lines = capsys.readouterr().err.splitlines()

@@ -14,7 +14,7 @@ from ray.tune.schedulers import TrialScheduler
 from mimray.tuning.config import SweepConfig
 from mimray.tuning.record import Rung, TrialRecord
 from mimray.tuning.search import SAMPLES, SCORE
-from mimray.tuning.sweep import Verdicts, _scheduler
+from mimray.tuning.sweep import RecordingScheduler, _scheduler
 
 RUNGS = (100, 200, 400)
 Configured = Callable[..., SweepConfig]
@@ -32,7 +32,7 @@ class Trial:
         return {"number": self.number}
 
 
-class Board:
+class Recorder:
     """Notes who passed."""
 
     def __init__(self) -> None:
@@ -40,8 +40,8 @@ class Board:
         self.passed = SimpleNamespace(remote=self.passes.append)
 
 
-def verdicts_of(config: SweepConfig) -> Verdicts:
-    return Verdicts(_scheduler(config, RUNGS), Board(), RUNGS[-1])
+def verdicts_of(config: SweepConfig) -> RecordingScheduler:
+    return RecordingScheduler(_scheduler(config, RUNGS), Recorder())
 
 
 def rung_of(number: int, score: float, passed: bool = True) -> Rung:
@@ -51,7 +51,9 @@ def rung_of(number: int, score: float, passed: bool = True) -> Rung:
     )  # fmt: skip
 
 
-def play(scheduler: Verdicts, curves: list[tuple[float, ...]], first: int = 0) -> list[int]:
+def play(
+    scheduler: RecordingScheduler, curves: list[tuple[float, ...]], first: int = 0
+) -> list[int]:
     """Run trials one after the other, each as far as it is let; gives the rungs they reached."""
     reached = []
     for number, curve in enumerate(curves, start=first):
@@ -140,5 +142,5 @@ def test_replay__a_rung_that_was_not_judged_is_left_to_its_trial(configured: Con
 def test_verdicts__are_written_down(configured: Configured) -> None:
     scheduler = verdicts_of(configured())
     play(scheduler, [(0.9, 0.9, 0.9), (0.1, 0.1, 0.1)])
-    assert scheduler._board.passes == [0, 0]
+    assert scheduler._recorder.passes == [0, 0]
     assert scheduler.stopped == {"t1"}

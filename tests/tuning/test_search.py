@@ -134,7 +134,7 @@ def test_later_launch__gives_every_number_once_whichever_was_recorded(
     config = configured(*TPE) if kind == "optuna" else configured()
     first = suggestions(config, f"sqlite:///{tmp_path}/first.db")
     asked = [first.suggest(f"a{number}") for number in range(4)]
-    # Of four trials at once, the driver was killed before two of them were on the board.
+    # Of four trials at once, the driver was killed before two of them were recorded.
     before = tuple(
         TrialRecord(number=number, params=found["params"], state="cut")
         for number, found in enumerate(asked)

@@ -12,7 +12,7 @@ from mimray.tuning import sweep
 from mimray.tuning.capacity import Capacity
 from mimray.tuning.plan import SweepPlan
 from mimray.tuning.record import SWEEP, Rung, SweepRecord, read_record
-from mimray.tuning.recorder import Board
+from mimray.tuning.recorder import SweepRecorder
 from mimray.tuning.sweep import Launch, run_sweep
 
 Small = Callable[..., SweepPlan]
@@ -52,12 +52,12 @@ class Tuner:
         self.played.append(self)
 
     def fit(self) -> None:
-        search, board = self.tune_config.search_alg, self.tune_config.scheduler._board
+        search, recorder = self.tune_config.search_alg, self.tune_config.scheduler._recorder
         while isinstance(found := search.suggest("tune's id"), dict):
-            board.begin.remote(found["number"], found["params"], 1.0, "")
-            board.rung.remote(found["number"], RUNG)
+            recorder.begin.remote(found["number"], found["params"], 1.0, "")
+            recorder.rung.remote(found["number"], RUNG)
             if self.note:
-                board.note.remote(f"{self.note} {found['number']}")
+                recorder.note.remote(f"{self.note} {found['number']}")
             self.clock.now_s += self.trial_s
             trial = SimpleNamespace(trial_id="tune's id", config=found, last_result={"done": True})
             self.callback.on_trial_complete(0, [], trial)
@@ -65,21 +65,21 @@ class Tuner:
 
 @pytest.fixture
 def tuner(monkeypatch: pytest.MonkeyPatch) -> type[Tuner]:
-    """Stands in for Tune's own; nobody looks at the board meanwhile."""
+    """Stands in for Tune's own; nobody looks at the recorder meanwhile."""
 
     class Played(Tuner):
         played: list[Tuner] = []
         clock = Clock()
 
-    def open_board(record: SweepRecord, launch: Launch) -> Actor:
+    def open_recorder(record: SweepRecord, launch: Launch) -> Actor:
         written = record.model_dump_json()
-        return Actor(Board(record=written, storage=launch.storage, tracked=False))
+        return Actor(SweepRecorder(record=written, storage=launch.storage, tracked=False))
 
     monkeypatch.setattr(sweep.tune, "Tuner", Played)
     monkeypatch.setattr(sweep.tune, "with_parameters", lambda trainable, **_: trainable)
     monkeypatch.setattr(sweep, "time", Played.clock)
     monkeypatch.setattr(sweep, "POLL_S", 3600)
-    monkeypatch.setattr(sweep, "_open_board", open_board)
+    monkeypatch.setattr(sweep, "_open_recorder", open_recorder)
     monkeypatch.setattr(sweep, "ray", SimpleNamespace(get=lambda x: x, kill=lambda actor: None))
     monkeypatch.setattr(sweep, "count", lambda *_: Capacity(1, 1, 0.0, 2, "two at once"))
     return Played

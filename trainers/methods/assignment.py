@@ -29,7 +29,8 @@ def grouped(values: Float[Tensor, B * D], pictures: int) -> Float[Tensor, "G P *
         parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, values.contiguous())
         whole = torch.cat(parts)
-    return whole.unflatten(0, (-1, pictures if len(whole) % pictures == 0 else len(whole)))
+    size = pictures if len(whole) % pictures == 0 else len(whole)
+    return whole.reshape(-1, size, *whole.shape[1:])
 
 
 def own_rows(groups: Float[Tensor, "G P *D"], batch: int) -> Float[Tensor, B * D]:

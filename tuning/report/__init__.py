@@ -1,4 +1,8 @@
-"""What a sweep has found so far, as a page, as text and as data."""
+"""The report of a sweep at any stage, as a page, as text and as data.
+
+In order: `values` formats numbers; `importance`, `speed` and `summary` compute what is reported;
+`tables`, `theme`, `figures`, `key_figures` and `images` prepare it; `text` and `html` render it.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from mimray.trainers.data.files import join
 if TYPE_CHECKING:
     from mimray.trainers.storage import RunDir
     from mimray.tuning.record import SweepRecord
-    from mimray.tuning.report.facts import Facts
+    from mimray.tuning.report.summary import SweepSummary
 
 PAGE, TEXT, DATA = "report.html", "report.md", "report.json"
 FORMAT = 1
@@ -27,28 +31,28 @@ def write_report(
     """Write the report of a sweep at any stage; called again and again while it runs.
 
     Args:
-        record: the sweep so far.
-        sweep: its directory.
+        record: the record of a sweep at any stage.
+        sweep: the sweep's directory.
         curves: rows of `metrics.jsonl` by trial, for curves of the loss.
-        speed: measured times faster than the full sequence by mask ratio, as of
-            `mimray.tuning.report.speed.encoder_speed`.
+        speed: the encoder's speed over the full sequence by mask ratio, as
+            `mimray.tuning.report.speed.encoder_speed` measures it.
 
     Returns:
-        URIs of page, text and data.
+        The URIs of page, text and data.
 
     Raises:
         StorageError: the directory cannot be written to.
     """
-    # plotly and Optuna take seconds to import; who writes no report need not wait for them.
-    from mimray.tuning.report.facts import facts_of
+    # plotly and Optuna take seconds to import.
     from mimray.tuning.report.html import page
+    from mimray.tuning.report.summary import summarise
     from mimray.tuning.report.text import markdown
 
-    facts = facts_of(record, speed)
+    summary = summarise(record, speed)
     files = {
-        DATA: json.dumps(data_of(facts), allow_nan=False, indent=1),
-        TEXT: markdown(facts),
-        PAGE: page(facts, sweep, curves or {}),
+        DATA: json.dumps(data_of(summary), allow_nan=False, indent=1),
+        TEXT: markdown(summary),
+        PAGE: page(summary, sweep, curves or {}),
     }
     for name, text in files.items():
         # A name may hold half of a surrogate pair, which UTF-8 has no bytes for.
@@ -56,13 +60,13 @@ def write_report(
     return [join(sweep.uri, name) for name in (PAGE, TEXT, DATA)]
 
 
-def data_of(facts: Facts) -> dict[str, Any]:
-    """Everything needed to draw the report again, as strict JSON can hold it.
+def data_of(summary: SweepSummary) -> dict[str, Any]:
+    """The data of a report, complete enough to draw it again, as strict JSON holds it.
 
     Args:
-        facts: of the sweep.
+        summary: the sweep's summary.
     """
-    from mimray.tuning.report.facts import rungs_of
+    from mimray.tuning.report.summary import rungs_of
     from mimray.tuning.report.values import plain
 
     ranked = [
@@ -77,24 +81,24 @@ def data_of(facts: Facts) -> dict[str, Any]:
             "device_seconds": trial.device_seconds,
             "state": trial.state,
         }
-        for rank, trial in enumerate(facts.ranked, start=1)
+        for rank, trial in enumerate(summary.ranked, start=1)
     ]
     tree: dict[str, Any] = plain(
         {
             "format": FORMAT,
-            "record": facts.record.model_dump(),
+            "record": summary.record.model_dump(),
             "ranked": ranked,
-            "rungs": facts.rungs,
-            "states": facts.states,
-            "points": [point.model_dump() for point in facts.points],
+            "rungs": summary.rungs,
+            "states": summary.states,
+            "points": [point.model_dump() for point in summary.points],
             "pareto": {
                 cost: [point.model_dump() for point in points]
-                for cost, points in facts.fronts.items()
+                for cost, points in summary.fronts.items()
             },
-            "heatmap": facts.heatmap.model_dump() if facts.heatmap is not None else None,
-            "importances": facts.importance.model_dump(),
-            "speed": [row.model_dump() for row in facts.speed],
-            "losses_survived": facts.survived,
+            "heatmap": summary.heatmap.model_dump() if summary.heatmap is not None else None,
+            "importances": summary.importance.model_dump(),
+            "speed": [row.model_dump() for row in summary.speed],
+            "losses_survived": summary.survived,
         }
     )
     return tree

@@ -1,6 +1,6 @@
-"""Plots of scores: over two keys, against what was spent, along the training.
+"""Plots of scores: over two keys, against cost, along the training.
 
-Text in them is escaped, since plotly reads HTML.
+Text in plots is escaped, since plotly reads HTML.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from mimray.tuning.record import TrialRecord
-from mimray.tuning.report.facts import Facts, Point, is_logarithmic, values_of
+from mimray.tuning.report.summary import Point, SweepSummary, is_logarithmic, values_of
 from mimray.tuning.report.tables import cell_text
 from mimray.tuning.report.theme import (
     BLUE,
@@ -33,18 +33,18 @@ _LEGEND_ENTRIES = 10
 _CURVE_POINTS = 200
 _FEW = 8
 
-# Along the training of a trial: pictures seen, what is drawn, text under the pointer.
+# A trial, pictures seen, the values drawn, texts under the pointer.
 Line = tuple[TrialRecord, Sequence[float], Sequence[float], Sequence[str] | str]
 
 
-def heatmap(facts: Facts) -> Plot | None:
-    """Scores over two keys; squares whose trial has not come to the end say how far it came.
+def heatmap(summary: SweepSummary) -> Plot | None:
+    """Heatmap of scores over two keys; squares of unfinished trials show the rung reached.
 
     Args:
-        facts: of the sweep.
+        summary: the sweep's summary.
     """
-    chart = facts.heatmap
-    if chart is None or not facts.ranked:
+    chart = summary.heatmap
+    if chart is None or not summary.ranked:
         return None
     names = short_names(chart.keys)
     across, down = (names[key] for key in chart.keys)
@@ -56,7 +56,7 @@ def heatmap(facts: Facts) -> Plot | None:
         texttemplate="%{text}",
         textfont={"size": 13 if len(chart.columns) <= _FEW else 10},
         hovertext=[
-            [hover(facts, facts.trial(c.trial), c.rungs, c.score) if c else "" for c in row]
+            [hover(summary, summary.trial(c.trial), c.rungs, c.score) if c else "" for c in row]
             for row in chart.cells
         ],
         hoverinfo="text",
@@ -65,7 +65,7 @@ def heatmap(facts: Facts) -> Plot | None:
         ygap=3,
         colorscale=LIGHT,
         colorbar={
-            "title": {"text": label(facts.record.metric)},
+            "title": {"text": label(summary.record.metric)},
             "thickness": 12,
             "outlinewidth": 0,
         },
@@ -77,73 +77,74 @@ def heatmap(facts: Facts) -> Plot | None:
         xaxis=ticks(chart.columns, label(across)),
         yaxis=ticks(chart.rows, label(down)),
     )
-    best = facts.ranked[0].number
+    best = summary.ranked[0].number
     for y, row in enumerate(chart.cells):
         for x, cell in enumerate(row):
             if cell is not None and cell.trial == best:
                 box = {"x0": x - 0.47, "x1": x + 0.47, "y0": y - 0.45, "y1": y + 0.45}
                 made.add_shape(type="rect", line={"color": ORANGE, "width": 3}, **box)
-    alt = (
-        f"Heatmap of {facts.record.metric} by {across} and {down}; the table below has the figures."
-    )
+    metric = summary.record.metric
+    alt = f"Heatmap of {metric} by {across} and {down}; the table below has the figures."
     return Plot("heatmap", made, alt, 84 + 42 * len(chart.columns))
 
 
-def slices(facts: Facts) -> list[Plot]:
+def slices(summary: SweepSummary) -> list[Plot]:
     """Score against the first keys one by one, where there is no heatmap.
 
     Args:
-        facts: of the sweep.
+        summary: the sweep's summary.
     """
-    if facts.heatmap is not None or not facts.ranked:
+    if summary.heatmap is not None or not summary.ranked:
         return []
-    return [_slice(facts, number) for number in range(min(2, len(facts.record.keys)))]
+    return [_slice(summary, number) for number in range(min(2, len(summary.record.keys)))]
 
 
-def _slice(facts: Facts, number: int) -> Plot:
-    key = facts.record.keys[number]
-    name = short_names(facts.record.keys)[key]
-    values = values_of(facts.record, key)
-    tried = [frozen(t.params.get(key)) for t in facts.ranked]
+def _slice(summary: SweepSummary, number: int) -> Plot:
+    key = summary.record.keys[number]
+    name = short_names(summary.record.keys)[key]
+    values = values_of(summary.record, key)
+    tried = [frozen(t.params.get(key)) for t in summary.ranked]
     numeric = all(map(is_number, tried))
     places = distinct([*values, *tried])
-    whole = [len(t.rungs) >= len(facts.ranked[0].rungs) for t in facts.ranked]
+    whole = [len(t.rungs) >= len(summary.ranked[0].rungs) for t in summary.ranked]
     trace = go.Scatter(
         x=tried if numeric else [places.index(value) for value in tried],
-        y=[t.score for t in facts.ranked],
+        y=[t.score for t in summary.ranked],
         mode="markers",
         marker={
             "size": 10,
             "color": [BLUE if far else GREY for far in whole],
             "symbol": ["circle" if far else "circle-open" for far in whole],
         },
-        hovertext=[hover(facts, t, len(t.rungs), t.rungs[-1].score) for t in facts.ranked],
+        hovertext=[hover(summary, t, len(t.rungs), t.rungs[-1].score) for t in summary.ranked],
         hoverinfo="text",
     )
     axis = ticks(places, label(name))
     if numeric:
-        kind = "log" if is_logarithmic(facts.record, key, tried) else "linear"
+        kind = "log" if is_logarithmic(summary.record, key, tried) else "linear"
         axis = {"title": {"text": label(name)}, "type": kind}
-    made = figure(trace, xaxis=axis, yaxis={"title": {"text": label(facts.record.metric)}})
-    return Plot(f"slice-{number}", made, f"{facts.record.metric} against {name}, a point a trial.")
+    made = figure(trace, xaxis=axis, yaxis={"title": {"text": label(summary.record.metric)}})
+    return Plot(
+        f"slice-{number}", made, f"{summary.record.metric} against {name}, a point a trial."
+    )
 
 
-def against_compute(facts: Facts, cost: str, axis: str) -> Plot | None:
-    """Every scoring against what was spent until then, and the front that no other beats.
+def against_compute(summary: SweepSummary, cost: str, axis: str) -> Plot | None:
+    """Every scoring against its cost until then, with the Pareto front.
 
     Args:
-        facts: of the sweep.
+        summary: the sweep's summary.
         cost: `samples` or `device_seconds`.
-        axis: what to call it.
+        axis: the title of the axis.
     """
-    if not facts.points:
+    if not summary.points:
         return None
 
     def trace(points: Sequence[Point], **looks: Any) -> go.Scatter:
         return go.Scatter(
             x=[getattr(p, cost) for p in points],
             y=[p.score for p in points],
-            hovertext=[hover(facts, facts.trial(p.trial), p.rung + 1, p.score) for p in points],
+            hovertext=[hover(summary, summary.trial(p.trial), p.rung + 1, p.score) for p in points],
             hoverinfo="text",
             **looks,
         )
@@ -152,61 +153,65 @@ def against_compute(facts: Facts, cost: str, axis: str) -> Plot | None:
     best = {"color": ORANGE, "size": 9}
     line = {"color": ORANGE, "width": 2, "shape": "hv"}
     made = figure(
-        trace(facts.points, mode="markers", marker=every, name="a trial at a rung"),
+        trace(summary.points, mode="markers", marker=every, name="a trial at a rung"),
         trace(
-            facts.fronts[cost], mode="lines+markers", line=line, marker=best, name="Pareto front"
+            summary.fronts[cost], mode="lines+markers", line=line, marker=best, name="Pareto front"
         ),
         xaxis={"title": {"text": axis}, "rangemode": "tozero"},
-        yaxis={"title": {"text": label(facts.record.metric)}},
+        yaxis={"title": {"text": label(summary.record.metric)}},
     )
-    alt = f"{facts.record.metric} against {axis}; {len(facts.fronts[cost])} points on the front."
+    alt = (
+        f"{summary.record.metric} against {axis}; {len(summary.fronts[cost])} points on the front."
+    )
     return Plot(f"compute-{cost.replace('_', '-')}", made, alt)
 
 
-def score_curves(facts: Facts) -> Plot | None:
-    """Score against pictures seen, with the rungs.
+def score_curves(summary: SweepSummary) -> Plot | None:
+    """Score against pictures seen, with a vertical line at each rung.
 
     Args:
-        facts: of the sweep.
+        summary: the sweep's summary.
     """
-    if not facts.ranked:
+    if not summary.ranked:
         return None
     lines = []
-    for trial in facts.ranked:
+    for trial in summary.ranked:
         rungs = [r for r in trial.rungs if math.isfinite(r.score)]
-        texts = [hover(facts, trial, r.number + 1, r.score) for r in rungs]
+        texts = [hover(summary, trial, r.number + 1, r.score) for r in rungs]
         lines.append((trial, [r.samples for r in rungs], [r.score for r in rungs], texts))
-    made = _lines(facts, lines, facts.record.metric, mode="lines+markers")
-    for samples in facts.record.rung_samples:
+    made = _lines(summary, lines, summary.record.metric, mode="lines+markers")
+    for samples in summary.record.rung_samples:
         made.add_vline(x=samples, line={"color": GREY, "width": 1, "dash": "dot"})
-    return Plot("scores", made, f"{facts.record.metric} against pictures seen, a line a trial.")
+    return Plot("scores", made, f"{summary.record.metric} against pictures seen, a line a trial.")
 
 
-def loss_curves(facts: Facts, curves: Mapping[int, Sequence[Mapping[str, Any]]]) -> Plot | None:
+def loss_curves(
+    summary: SweepSummary, curves: Mapping[int, Sequence[Mapping[str, Any]]]
+) -> Plot | None:
     """Training loss against pictures seen.
 
     Args:
-        facts: of the sweep.
+        summary: the sweep's summary.
         curves: rows of `metrics.jsonl` by trial.
     """
     lines = []
-    for trial in facts.record.trials:
+    for trial in summary.record.trials:
         rows = [r for r in curves.get(trial.number, ()) if is_number(r.get("loss"))]
         rows = [r for r in rows if is_number(r.get("samples"))]
-        # Thinned from the end, so that the newest is always there.
+        # Thinned from the end, so that the newest is kept.
         rows = rows[:: -max(1, math.ceil(len(rows) / _CURVE_POINTS))][::-1]
         if rows:
             samples, losses = ([r[name] for r in rows] for name in ("samples", "loss"))
             lines.append((trial, samples, losses, f"trial {trial.number}"))
     if not lines:
         return None
-    made = _lines(facts, lines, "training loss", mode="lines")
+    made = _lines(summary, lines, "training loss", mode="lines")
     return Plot("losses", made, "Training loss against pictures seen, a line a trial.")
 
 
-def _lines(facts: Facts, lines: Sequence[Line], axis: str, *, mode: str) -> go.Figure:
-    """A line a trial in the colour of the value of its first key, which the legend switches."""
-    key = facts.record.keys[0] if facts.record.keys else ""
+def _lines(summary: SweepSummary, lines: Sequence[Line], axis: str, *, mode: str) -> go.Figure:
+    """A line a trial, coloured by its first key's value; the legend switches values."""
+    key = summary.record.keys[0] if summary.record.keys else ""
 
     def value_of(trial: TrialRecord) -> Any:
         return frozen(trial.params.get(key))
@@ -234,7 +239,7 @@ def _lines(facts: Facts, lines: Sequence[Line], axis: str, *, mode: str) -> go.F
             )
         )
         told.add(value)
-    name = short_names(facts.record.keys).get(key, "")
+    name = short_names(summary.record.keys).get(key, "")
     return figure(
         *traces,
         xaxis={"title": {"text": "pictures seen"}, "rangemode": "tozero"},

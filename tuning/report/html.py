@@ -1,7 +1,7 @@
-"""The report as one page that needs nothing else: no server, no network.
+"""The report as one HTML page that needs neither server nor network.
 
-Everything that a person typed is escaped. Beyond that the page's policy lets no script run but
-the two that are named by their digests, and lets nothing be fetched.
+The templates in `page/` escape every text. Beyond that the page's Content-Security-Policy lets no
+script run but the two that it names by their digests, and lets nothing be fetched.
 """
 
 from __future__ import annotations
@@ -10,95 +10,95 @@ import base64
 import functools
 import hashlib
 from collections.abc import Mapping, Sequence
-from html import escape
 from importlib import resources
 from typing import Any
 
+from jinja2 import Environment, FunctionLoader, StrictUndefined
+from markupsafe import Markup
+
 from mimray.trainers.storage import RunDir
-from mimray.tuning.report import figures, key_figures
-from mimray.tuning.report.facts import Facts
+from mimray.tuning.report import figures, key_figures, tables
 from mimray.tuning.report.images import reconstructions
-from mimray.tuning.report.sections import SECTIONS, Material, head
+from mimray.tuning.report.summary import SweepSummary
 from mimray.tuning.report.theme import Plot
+from mimray.tuning.report.values import duration, params_text, score_text, short_names
 
 REFRESH_S = 20
 
 Curves = Mapping[int, Sequence[Mapping[str, Any]]]
 
 
-def page(facts: Facts, sweep: RunDir, curves: Curves) -> str:
-    """The whole page.
+def page(summary: SweepSummary, sweep: RunDir, curves: Curves) -> str:
+    """Render the whole page.
 
     Args:
-        facts: of the sweep.
-        sweep: its directory, where the pictures are.
+        summary: the sweep's summary.
+        sweep: the sweep's directory, where the pictures are.
         curves: rows of `metrics.jsonl` by trial.
     """
-    material = Material(facts, _plots(facts, curves), reconstructions(facts, sweep))
-    bodies = [(name, title, make(material)) for name, title, make in SECTIONS]
-    shown = [(name, title, body) for name, title, body in bodies if body]
-    links = "".join(f'<li><a href="#{name}">{title}</a></li>' for name, title, _ in shown)
-    sections = "".join(
-        f'<section id="{name}" aria-labelledby="{name}-title">'
-        f'<h2 id="{name}-title">{title}</h2>{body}</section>'
-        for name, title, body in shown
-    )
+    record = summary.record
+    base = record.config.get("base")
+    plots = _plots(summary, curves)
+    scripts = (_plotly(), _asset("page.js"))
     return (
-        f'<!doctype html><html lang="en"><head>{_meta(facts)}</head><body><div class="page">'
-        f'<header>{head(material)}<nav aria-label="Sections"><ul>{links}</ul></nav></header>'
-        f"<main>{sections}</main><footer>{_footer(facts)}</footer></div>{_scripts(material)}"
-        "</body></html>\n"
+        _environment()
+        .get_template("page.html")
+        .render(
+            summary=summary,
+            record=record,
+            recipe=str(base.get("recipe", "")) if isinstance(base, dict) else "",
+            names=short_names(record.keys),
+            tables=tables,
+            plots=plots,
+            pictures=reconstructions(summary, sweep),
+            figures=_json(plots),
+            refresh_s=REFRESH_S,
+            style=Markup(_asset("page.css")),
+            scripts=[Markup(script) for script in scripts],
+            script_digests=Markup(" ".join(f"'sha256-{_digest(script)}'" for script in scripts)),
+        )
     )
 
 
-def _plots(facts: Facts, curves: Curves) -> dict[str, Plot]:
+def _plots(summary: SweepSummary, curves: Curves) -> dict[str, Plot]:
     made = [
-        figures.heatmap(facts),
-        *figures.slices(facts),
-        figures.against_compute(facts, "samples", "pictures seen"),
-        figures.against_compute(facts, "device_seconds", "device-seconds"),
-        figures.score_curves(facts),
-        figures.loss_curves(facts, curves),
-        key_figures.parallel(facts),
-        key_figures.importances(facts),
-        key_figures.speed(facts),
+        figures.heatmap(summary),
+        *figures.slices(summary),
+        figures.against_compute(summary, "samples", "pictures seen"),
+        figures.against_compute(summary, "device_seconds", "device-seconds"),
+        figures.score_curves(summary),
+        figures.loss_curves(summary, curves),
+        key_figures.parallel(summary),
+        key_figures.importances(summary),
+        key_figures.speed(summary),
     ]
     return {plot.name: plot for plot in made if plot is not None}
 
 
-def _meta(facts: Facts) -> str:
-    scripts = " ".join(f"'sha256-{_digest(code)}'" for code in (_plotly(), _asset("page.js")))
-    # plotly compiles its parallel coordinates for the GPU at run time, which takes unsafe-eval;
-    # only a script that is named here can make use of it.
-    policy = (
-        f"default-src 'none'; script-src {scripts} 'unsafe-eval'; style-src 'unsafe-inline'; "
-        "img-src data: blob:; base-uri 'none'; form-action 'none'"
-    )
-    refresh = "" if facts.record.ended else f'<meta http-equiv="refresh" content="{REFRESH_S}">'
-    return (
-        f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta name="color-scheme" content="light dark">{refresh}'
-        f"<title>{escape(facts.record.name)}: sweep</title><style>{_asset('page.css')}</style>"
-    )
-
-
-def _scripts(material: Material) -> str:
+def _json(plots: Mapping[str, Plot]) -> Markup:
+    """The figures by name, as JSON inside a script."""
     # Not even inside a string may the data hold what ends or opens a script.
-    trees = ",".join(f'"{p.name}":{p.figure.to_json()}' for p in material.plots.values())
+    trees = ",".join(f'"{name}":{plot.figure.to_json()}' for name, plot in plots.items())
     safe = trees.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-    return (
-        f'<script type="application/json" id="figures">{{{safe}}}</script>'
-        f"<script>{_plotly()}</script><script>{_asset('page.js')}</script>"
-    )
+    return Markup(f"{{{safe}}}")
 
 
-def _footer(facts: Facts) -> str:
-    again = "" if facts.record.ended else f" It reloads every {REFRESH_S} seconds while trials run."
-    return (
-        "<p>Figures: <code>report.json</code>. As text: <code>report.md</code>. "
-        f"This page needs no network.{again}</p>"
+@functools.cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FunctionLoader(_asset),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
     )
+    environment.filters |= {
+        "score": score_text,
+        "params": params_text,
+        "duration": duration,
+        "thousands": "{:,}".format,
+    }
+    return environment
 
 
 @functools.cache
@@ -110,7 +110,7 @@ def _plotly() -> str:
 
 @functools.cache
 def _asset(name: str) -> str:
-    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+    return resources.files(__package__).joinpath("page", name).read_text(encoding="utf-8")
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""The reconstructions of the best trials and the worst, small enough to live in the page."""
+"""Reconstructions of the best trials and the worst, as data URIs in the page."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import NamedTuple
 from PIL import Image
 
 from mimray.trainers.errors import StorageError
+from mimray.trainers.recorder import RECONSTRUCTION
 from mimray.trainers.storage import RunDir
 from mimray.tuning.record import TrialRecord, trial_dir
-from mimray.tuning.report.facts import Facts
+from mimray.tuning.report.summary import SweepSummary
 
-RECONSTRUCTION = "reconstruction.png"
 MAX_WIDTH_PX = 900
 _NUM_BEST = 3
 
 
-class Picture(NamedTuple):
+class Reconstruction(NamedTuple):
     """A reconstruction in the page.
 
     Attributes:
-        rank: of its trial, from 1.
-        trial: that made it.
-        uri: `data:`, with all of it.
-        size: width and height in pixels.
+        rank: the trial's rank, from 1.
+        trial: the trial that drew it.
+        uri: the picture as a data URI.
+        size: (width, height), pixels.
     """
 
     rank: int
@@ -34,32 +34,32 @@ class Picture(NamedTuple):
     size: tuple[int, int]
 
 
-def reconstructions(facts: Facts, sweep: RunDir) -> list[Picture]:
-    """What the best trials and the worst make of hidden patches, where they have drawn it yet.
+def reconstructions(summary: SweepSummary, sweep: RunDir) -> list[Reconstruction]:
+    """The reconstructions of the best three trials and the worst, where they have drawn any.
 
     Args:
-        facts: of the sweep.
-        sweep: its directory.
+        summary: the sweep's summary.
+        sweep: the sweep's directory.
     """
-    chosen = list(enumerate(facts.ranked, start=1))
+    chosen = list(enumerate(summary.ranked, start=1))
     if len(chosen) > _NUM_BEST:
         chosen = [*chosen[:_NUM_BEST], chosen[-1]]
     found = []
     for rank, trial in chosen:
         image = _read(trial_dir(sweep, trial.number))
         if image is not None:
-            found.append(Picture(rank, trial, _data_uri(image), image.size))
+            found.append(Reconstruction(rank, trial, _data_uri(image), image.size))
     return found
 
 
 def _read(place: RunDir) -> Image.Image | None:
-    """The picture, narrow enough; None where there is none that can be read."""
+    """A trial's picture, at most `MAX_WIDTH_PX` wide; None where none can be read."""
     try:
         if not place.exists(RECONSTRUCTION):
             return None
         image: Image.Image = Image.open(io.BytesIO(place.read(RECONSTRUCTION)))
         image = image.convert("RGB")
-    # What Pillow raises for a damaged file is no one class, and a report can do without it.
+    # Pillow raises one of several classes for a damaged file; the report leaves it out.
     except (StorageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
     if image.width <= MAX_WIDTH_PX:

@@ -1,4 +1,7 @@
-"""Which keys a score hangs on, by functional analysis of variance."""
+"""Hyperparameter importance, by functional analysis of variance (fANOVA).
+
+Source: Hutter et al. 2014, as Optuna implements it.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +23,10 @@ class Importance(Config):
     """Shares of the variance of scores that each key explains by itself.
 
     Attributes:
-        rung: whose scores were taken, from 0; None where there are none.
-        trials: how many had a score there.
-        shares: by key, the largest first; they add up to 1.
-        reason: why there are none.
+        rung: the number, from 0, of the rung whose scores were taken; None without one.
+        trials: trials with a score at that rung.
+        shares: the share of each key, the largest first; they add up to 1.
+        reason: the reason why there are no shares.
     """
 
     rung: int | None = None
@@ -33,10 +36,10 @@ class Importance(Config):
 
 
 def importance_of(record: SweepRecord) -> Importance:
-    """Importances from the last rung that enough trials have reached.
+    """Importances at the last rung that at least `MIN_TRIALS` trials have reached.
 
     Args:
-        record: a sweep at any stage.
+        record: the record of a sweep at any stage.
 
     Returns:
         Shares by key, or the reason why there are none.
@@ -62,7 +65,7 @@ def importance_of(record: SweepRecord) -> Importance:
 
 
 def _last_common_rung(record: SweepRecord) -> tuple[int | None, list[tuple[TrialRecord, float]]]:
-    """The last rung with enough scores, and these; else the most that any rung has."""
+    """The last rung with enough scores, and these; else None, and the most that any rung has."""
     at: dict[int, list[tuple[TrialRecord, float]]] = {}
     for trial in record.trials:
         for rung in trial.rungs:
@@ -74,7 +77,7 @@ def _last_common_rung(record: SweepRecord) -> tuple[int | None, list[tuple[Trial
     return None, max(at.values(), key=len, default=[])
 
 
-# The report is written every few seconds, and a new score is rarer than that.
+# The report is written more often than a score comes in.
 @functools.lru_cache(maxsize=4)
 def _analysed(
     rung: int,
@@ -106,7 +109,7 @@ def _analysed(
             warnings.simplefilter("ignore")
             found = get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=seed))
     except (RuntimeError, ValueError) as error:
-        # fANOVA gives up where its forest sees no variance at all.
+        # fANOVA fails where its forest sees no variance.
         return Importance(rung=rung, trials=len(rows), reason=f"fANOVA: {error}")
     finally:
         optuna.logging.set_verbosity(verbosity)

@@ -1,4 +1,4 @@
-"""Plots of keys: all of them side by side, how much each matters, what masking saves."""
+"""Plots of keys: parallel coordinates, importance, encoder speed by mask ratio."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from mimray.tuning.report.facts import Facts, is_logarithmic
 from mimray.tuning.report.speed import token_bound
+from mimray.tuning.report.summary import SweepSummary, is_logarithmic
 from mimray.tuning.report.theme import BLUE, GREY, LINES, ORANGE, Plot, figure, label
 from mimray.tuning.report.values import distinct, frozen, is_number, short_names, tick
 
@@ -16,25 +16,25 @@ _FEW = 8
 _BOUND_POINTS = 60
 
 
-def parallel(facts: Facts) -> Plot | None:
+def parallel(summary: SweepSummary) -> Plot | None:
     """All keys, pictures seen and score as upright axes, a line a trial.
 
     Args:
-        facts: of the sweep.
+        summary: the sweep's summary.
     """
-    if not facts.ranked:
+    if not summary.ranked:
         return None
-    names = short_names(facts.record.keys)
-    scores = [t.rungs[-1].score for t in facts.ranked]
-    samples = [t.rungs[-1].samples for t in facts.ranked]
+    names = short_names(summary.record.keys)
+    scores = [t.rungs[-1].score for t in summary.ranked]
+    samples = [t.rungs[-1].samples for t in summary.ranked]
     low, high = min(scores), max(scores)
     trace = go.Parcoords(
-        # A scale without extent would leave the lines without a colour.
+        # plotly draws no colour on a scale without extent.
         line={"color": scores, "colorscale": LINES, "cmin": low, "cmax": max(high, low + 1e-9)},
         dimensions=[
-            *(_dimension(facts, key, label(name)) for key, name in names.items()),
+            *(_dimension(summary, key, label(name)) for key, name in names.items()),
             {"label": "samples", "values": samples, **_stops(distinct(samples), "{:,}")},
-            {"label": label(facts.record.metric), "values": scores},
+            {"label": label(summary.record.metric), "values": scores},
         ],
         labelfont={"size": 13},
         tickfont={"size": 12},
@@ -45,17 +45,17 @@ def parallel(facts: Facts) -> Plot | None:
     return Plot("parallel", made, alt, 130 * (len(names) + 2))
 
 
-def _dimension(facts: Facts, key: str, name: str) -> dict[str, Any]:
-    """An axis: numbers on a line, by order of magnitude where so drawn; others evenly spaced."""
-    values = [frozen(t.params.get(key)) for t in facts.ranked]
+def _dimension(summary: SweepSummary, key: str, name: str) -> dict[str, Any]:
+    """An axis: numbers on a linear or logarithmic scale, other values evenly spaced."""
+    values = [frozen(t.params.get(key)) for t in summary.ranked]
     places = distinct(values)
     if not all(map(is_number, places)):
         places_of = {value: place for place, value in enumerate(places)}
-        # Unlike other text, plotly does not read these as HTML.
+        # plotly does not read these as HTML, unlike other text.
         texts = [tick(value) for value in places]
         stops = {"tickvals": list(range(len(places))), "ticktext": texts}
         return {"label": name, "values": [places_of[v] for v in values], **stops}
-    if is_logarithmic(facts.record, key, places):
+    if is_logarithmic(summary.record, key, places):
         magnitudes = [math.log10(value) for value in values]
         low, high = math.floor(min(magnitudes)), math.ceil(max(magnitudes))
         powers = list(range(low, high + 1))
@@ -65,22 +65,22 @@ def _dimension(facts: Facts, key: str, name: str) -> dict[str, Any]:
 
 
 def _stops(places: list[Any], form: str) -> dict[str, Any]:
-    """A tick at each of a few numbers; plotly's own choice for many."""
+    """Ticks at each of a few numbers; none for many, where plotly chooses."""
     if len(places) > _FEW:
         return {}
     return {"tickvals": places, "ticktext": [form.format(place) for place in places]}
 
 
-def importances(facts: Facts) -> Plot | None:
+def importances(summary: SweepSummary) -> Plot | None:
     """Shares of the score's variance, a bar a key.
 
     Args:
-        facts: of the sweep.
+        summary: the sweep's summary.
     """
-    shares = facts.importance.shares
+    shares = summary.importance.shares
     if not shares:
         return None
-    names = short_names(facts.record.keys)
+    names = short_names(summary.record.keys)
     rows = [(label(names[key]), share) for key, share in reversed(shares.items())]
     trace = go.Bar(
         x=[share for _, share in rows],
@@ -107,13 +107,13 @@ def importances(facts: Facts) -> Plot | None:
     return Plot("importance", made, alt)
 
 
-def speed(facts: Facts) -> Plot | None:
-    """Times faster than the full sequence by mask ratio.
+def speed(summary: SweepSummary) -> Plot | None:
+    """The encoder's speed over the full sequence by mask ratio.
 
     Args:
-        facts: of the sweep.
+        summary: the sweep's summary.
     """
-    if not facts.speed:
+    if not summary.speed:
         return None
     looks = {
         "quoted": (
@@ -122,7 +122,7 @@ def speed(facts: Facts) -> Plot | None:
         ),
         "measured": ("measured", {"mode": "lines+markers", "line": {"color": BLUE}}),
     }
-    ends = [row.mask_ratio for row in facts.speed if row.bound is not None]
+    ends = [row.mask_ratio for row in summary.speed if row.bound is not None]
     steps = [max(ends, default=0.9) * i / _BOUND_POINTS for i in range(_BOUND_POINTS + 1)]
     bound = go.Scatter(
         x=steps,
@@ -133,7 +133,7 @@ def speed(facts: Facts) -> Plot | None:
     )
     traces = [bound]
     for field, (name, look) in looks.items():
-        pairs = [(row.mask_ratio, getattr(row, field)) for row in facts.speed]
+        pairs = [(row.mask_ratio, getattr(row, field)) for row in summary.speed]
         pairs = [(ratio, times) for ratio, times in pairs if times is not None]
         if pairs:
             xs, ys = zip(*pairs, strict=True)

@@ -1,4 +1,4 @@
-"""How much faster an encoder is that sees only what is not masked."""
+"""Speed of an encoder that computes visible tokens only, over the full sequence."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from mimray.trainers.config.base import Config
 if TYPE_CHECKING:
     from mimray.trainers.config.run import Recipe
 
-# Times faster, as it is often put.
+# Speeds that are often quoted, by mask ratio.
 QUOTED = {0.15: 1.0, 0.5: 2.0, 0.75: 4.0, 0.9: 10.0}
 _MOST_ROWS = 12
 
 
 class SpeedRow(Config):
-    """Times faster than the full sequence at a mask ratio.
+    """Speeds over the full sequence at a mask ratio.
 
     Attributes:
-        mask_ratio: share hidden.
-        bound: by the number of tokens; None where nothing is left to see.
-        measured: forward and backward of the encoder; None where it was not measured.
-        quoted: in the table that is often quoted; None where it has no such row.
-        searched: whether a trial tried it.
+        mask_ratio: the share of patches hidden.
+        bound: the bound by the number of tokens; None where all are hidden.
+        measured: the measured speed of forward and backward; None where it was not measured.
+        quoted: the speed that is often quoted; None where none is.
+        searched: True if a trial tried this mask ratio.
     """
 
     mask_ratio: float
@@ -37,14 +37,15 @@ class SpeedRow(Config):
 
 
 def token_bound(mask_ratio: float, num_patches: int | None = None) -> float:
-    """The ratio of sequence lengths, full over visible: no encoder gains more from its blocks.
+    """The ratio of sequence lengths, full over visible, which bounds the gain of linear layers.
 
     Args:
-        mask_ratio: share hidden.
-        num_patches: of a picture, counted with the class token; without it the limit for many.
+        mask_ratio: the share of patches hidden.
+        num_patches: patches of a picture, beside which the class token counts; without it the
+            limit for many patches is given.
 
     Returns:
-        Times faster; infinite where nothing is left to see.
+        The speed over the full sequence; infinite where all patches are hidden.
     """
     if num_patches is None:
         return 1 / (1 - mask_ratio) if mask_ratio < 1 else math.inf
@@ -52,11 +53,11 @@ def token_bound(mask_ratio: float, num_patches: int | None = None) -> float:
 
 
 def speed_rows(searched: Sequence[float], measured: Mapping[float, float]) -> list[SpeedRow]:
-    """The table of speeds: what was quoted, measured, and searched if that is not too much.
+    """The table of speeds: quoted and measured mask ratios, and the searched ones if they are few.
 
     Args:
         searched: mask ratios of trials.
-        measured: times faster by mask ratio.
+        measured: the speed over the full sequence by mask ratio.
     """
     listed = set(searched) if len(set(searched)) <= _MOST_ROWS else set()
     rows = []
@@ -80,14 +81,14 @@ def encoder_speed(
     """Measure forward and backward of a recipe's encoder on visible tokens, on this machine.
 
     Args:
-        recipe: whose encoder and image size are taken.
-        mask_ratios: to measure.
+        recipe: the recipe whose encoder and image size are taken.
+        mask_ratios: the mask ratios to measure.
         batch: pictures at once.
-        rounds: of which the median is taken.
+        rounds: timings, of which the median is taken.
 
     Returns:
-        Times faster than the full sequence, by mask ratio; empty where the method's encoder sees
-        mask tokens in place of what is hidden, which saves it nothing.
+        The speed over the full sequence by mask ratio; empty where the encoder computes mask
+        tokens too and so gains nothing.
     """
     if not recipe.method.drops_hidden:
         return {}
@@ -103,20 +104,20 @@ def encoder_speed(
 def encoder_seconds(
     recipe: Recipe, mask_ratios: Sequence[float], *, batch: int, rounds: int
 ) -> dict[float, list[float]]:
-    """Time the encoder at each mask ratio, taking turns so that all see the same machine.
+    """Time the encoder at each mask ratio, taking turns so that load falls on all alike.
 
     Args:
-        recipe: whose encoder and image size are taken.
-        mask_ratios: to measure; 0, the full sequence, is measured in any case.
+        recipe: the recipe whose encoder and image size are taken.
+        mask_ratios: the mask ratios to measure, beside 0, the full sequence.
         batch: pictures at once.
-        rounds: how many times each is timed, after one that warms up.
+        rounds: timings of each mask ratio, after one that warms up.
 
     Returns:
         Seconds of each round by mask ratio; 0 is the full sequence.
     """
     import torch
 
-    # Training goes on in the same process; its random numbers are not to notice.
+    # Leave the random numbers of this process as they are.
     with torch.random.fork_rng():
         torch.manual_seed(0)
         steps = _encoder_steps(recipe, mask_ratios, batch)

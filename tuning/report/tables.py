@@ -1,4 +1,4 @@
-"""The tables of a report, as text; page and Markdown draw the same ones."""
+"""The tables of a report as text, for page and Markdown alike."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from typing import NamedTuple
 
 from mimray.trainers.data.files import join
 from mimray.tuning.record import SweepRecord, TrialRecord
-from mimray.tuning.report.facts import Cell, Facts, Heatmap, rungs_of
+from mimray.tuning.report.summary import Cell, Heatmap, SweepSummary, rungs_of
 from mimray.tuning.report.values import duration, params_text, score_text, short_names, shown
 
 MAX_ROWS = 100
+LONG_CELL_CHARS = 24
 
 
 class Table(NamedTuple):
     """Cells as text.
 
     Attributes:
-        title: of the table.
-        head: of the columns.
-        rows: the first cell of each names it.
-        numeric: columns whose cells are numbers.
+        title: the table's title.
+        head: the columns' headings.
+        rows: the rows' cells, of which the first names the row.
+        numeric: the columns whose cells are numbers.
     """
 
     title: str
@@ -29,14 +30,24 @@ class Table(NamedTuple):
     rows: Sequence[tuple[str, ...]]
     numeric: frozenset[int] = frozenset()
 
+    @property
+    def long(self) -> frozenset[int]:
+        """Columns with a cell so long that it is broken into lines."""
+        return frozenset(
+            column
+            for row in self.rows
+            for column, text in enumerate(row)
+            if len(text) > LONG_CELL_CHARS
+        )
 
-def leaderboard(facts: Facts) -> Table:
+
+def leaderboard(summary: SweepSummary) -> Table:
     """Trials in the order of their rank.
 
     Args:
-        facts: of the sweep.
+        summary: the sweep's summary.
     """
-    names = short_names(facts.record.keys)
+    names = short_names(summary.record.keys)
     head = (
         "rank",
         "trial",
@@ -53,23 +64,23 @@ def leaderboard(facts: Facts) -> Table:
             str(rank),
             str(trial.number),
             *(shown(trial.params.get(key)) for key in names),
-            f"{rungs_of(trial)}/{facts.rungs}",
+            f"{rungs_of(trial)}/{summary.rungs}",
             f"{trial.rungs[-1].samples:,}",
             score_text(trial.score),
             score_text(trial.loss),
             f"{trial.device_seconds:,.0f}",
             trial.state,
         )
-        for rank, trial in enumerate(facts.ranked[:MAX_ROWS], start=1)
+        for rank, trial in enumerate(summary.ranked[:MAX_ROWS], start=1)
     ]
     return Table("Leaderboard", head, rows, frozenset(range(len(head) - 1)))
 
 
 def heatmap_table(heatmap: Heatmap) -> Table:
-    """The heatmap's squares.
+    """The heatmap as a table.
 
     Args:
-        heatmap: over two keys.
+        heatmap: the scores over two keys.
     """
     names = short_names(heatmap.keys)
     across, down = (names[key] for key in heatmap.keys)
@@ -82,12 +93,12 @@ def heatmap_table(heatmap: Heatmap) -> Table:
 
 
 def cell_text(cell: Cell | None, rungs: int, *, gap: str = " ") -> str:
-    """A square's score, and how far its trial came if not to the end.
+    """A square's score, and the rung that an unfinished trial reached.
 
     Args:
-        cell: or None.
-        rungs: of a whole trial.
-        gap: between the two.
+        cell: the square; None where no trial has a score.
+        rungs: rungs of a whole trial.
+        gap: the text between score and rung.
     """
     if cell is None:
         return ""
@@ -95,44 +106,44 @@ def cell_text(cell: Cell | None, rungs: int, *, gap: str = " ") -> str:
     return score_text(cell.score) + part
 
 
-def front_table(facts: Facts, cost: str, title: str) -> Table:
-    """The trials on a front.
+def front_table(summary: SweepSummary, cost: str, title: str) -> Table:
+    """The trials on a Pareto front.
 
     Args:
-        facts: of the sweep.
+        summary: the sweep's summary.
         cost: `samples` or `device_seconds`.
-        title: of the table.
+        title: the table's title.
     """
-    names = short_names(facts.record.keys)
+    names = short_names(summary.record.keys)
     unit = "samples" if cost == "samples" else "device-s"
     rows = [
         (
             str(point.trial),
-            params_text(facts.trial(point.trial).params, names),
-            f"{point.rung + 1}/{facts.rungs}",
+            params_text(summary.trial(point.trial).params, names),
+            f"{point.rung + 1}/{summary.rungs}",
             f"{getattr(point, cost):,.0f}",
             score_text(point.score),
         )
-        for point in facts.fronts[cost]
+        for point in summary.fronts[cost]
     ]
     return Table(title, ("trial", "tried", "rung", unit, "score"), rows, frozenset({0, 2, 3, 4}))
 
 
-def importance_table(facts: Facts) -> Table:
+def importance_table(summary: SweepSummary) -> Table:
     """Shares of the score's variance by key.
 
     Args:
-        facts: of the sweep.
+        summary: the sweep's summary.
     """
-    rows = [(key, f"{share:.1%}") for key, share in facts.importance.shares.items()]
+    rows = [(key, f"{share:.1%}") for key, share in summary.importance.shares.items()]
     return Table("Importance of the keys", ("key", "share"), rows, frozenset({1}))
 
 
-def speed_table(facts: Facts) -> Table:
-    """Times faster than the full sequence.
+def speed_table(summary: SweepSummary) -> Table:
+    """The encoder's speed over the full sequence.
 
     Args:
-        facts: of the sweep.
+        summary: the sweep's summary.
     """
     head = ("mask ratio", "measured", "bound by tokens", "often quoted")
     rows = [
@@ -142,18 +153,18 @@ def speed_table(facts: Facts) -> Table:
             _times(row.bound),
             _times(row.quoted, digits=0),
         )
-        for row in facts.speed
+        for row in summary.speed
     ]
     return Table("Encoder, times faster than the full sequence", head, rows, frozenset({1, 2, 3}))
 
 
-def failure_table(facts: Facts) -> Table:
+def failure_table(summary: SweepSummary) -> Table:
     """Trials that failed for good, with the reasons.
 
     Args:
-        facts: of the sweep.
+        summary: the sweep's summary.
     """
-    names = short_names(facts.record.keys)
+    names = short_names(summary.record.keys)
     rows = [
         (
             str(trial.number),
@@ -162,18 +173,18 @@ def failure_table(facts: Facts) -> Table:
             str(trial.failures),
             trial.reason or "no reason was recorded",
         )
-        for trial in facts.failed
+        for trial in summary.failed
     ]
     head = ("trial", "tried", "samples", "losses", "reason")
     return Table("Failed trials", head, rows, frozenset({0, 2, 3}))
 
 
 def commands(record: SweepRecord, best: TrialRecord | None) -> list[tuple[str, str]]:
-    """What to type next, each with its purpose.
+    """The commands to type next, each with its purpose.
 
     Args:
-        record: the sweep.
-        best: its best trial.
+        record: the sweep's record.
+        best: the best trial; None before the first score.
     """
     name = shlex.quote(record.name)
     logs = shlex.quote(join(record.uri, "tensorboard"))
@@ -195,13 +206,13 @@ def commands(record: SweepRecord, best: TrialRecord | None) -> list[tuple[str, s
     ]
 
 
-def notes(facts: Facts) -> list[str]:
-    """What must be known before the figures are believed.
+def notes(summary: SweepSummary) -> list[str]:
+    """Caveats of the figures.
 
     Args:
-        facts: of the sweep.
+        summary: the sweep's summary.
     """
-    record = facts.record
+    record = summary.record
     found = []
     if record.proxy:
         found.append(
@@ -216,12 +227,12 @@ def notes(facts: Facts) -> list[str]:
     return found
 
 
-def outcome(facts: Facts) -> str:
-    """The sweep in one line: how many trials, in what states, how long it took."""
-    states = ", ".join(f"{number} {state}" for state, number in facts.states.items())
-    total = len(facts.record.trials)
+def outcome(summary: SweepSummary) -> str:
+    """The sweep in one line: trials, their states, time elapsed."""
+    states = ", ".join(f"{number} {state}" for state, number in summary.states.items())
+    total = len(summary.record.trials)
     trials = f"{total} {'trial' if total == 1 else 'trials'}" + (f" ({states})" if states else "")
-    return f"{trials}, {duration(facts.record.elapsed_s)}"
+    return f"{trials}, {duration(summary.record.elapsed_s)}"
 
 
 def _times(value: float | None, digits: int = 2) -> str:

@@ -1,75 +1,77 @@
-"""The report as Markdown: the same in short, for a terminal or a pull request."""
+"""The report as Markdown, in short, for a terminal or a pull request."""
 
 from __future__ import annotations
 
 import re
 
 from mimray.tuning.report import tables
-from mimray.tuning.report.facts import Facts
+from mimray.tuning.report.summary import SweepSummary
 from mimray.tuning.report.tables import Table
 from mimray.tuning.report.values import params_text, score_text, short_names
 
 _MARKS = re.compile(r"([\\`*_{}\[\]#|~])")
 
 
-def markdown(facts: Facts) -> str:
-    """The report as text.
+def markdown(summary: SweepSummary) -> str:
+    """Render the report as Markdown.
 
     Args:
-        facts: of the sweep.
+        summary: the sweep's summary.
     """
     parts = [
-        _head(facts),
-        _section("Leaderboard", _table(tables.leaderboard(facts)) if facts.ranked else ""),
-        _heatmap(facts),
-        _importance(facts),
-        _section("Encoder speed", _table(tables.speed_table(facts)) if facts.speed else ""),
-        _section("Failures", _failures(facts)),
-        _section("Commands", _commands(facts)),
+        _head(summary),
+        _section("Leaderboard", _table(tables.leaderboard(summary)) if summary.ranked else ""),
+        _heatmap(summary),
+        _importance(summary),
+        _section("Encoder speed", _table(tables.speed_table(summary)) if summary.speed else ""),
+        _section("Failures", _failures(summary)),
+        _section("Commands", _commands(summary)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _head(facts: Facts) -> str:
-    record, best = facts.record, facts.best
+def _head(summary: SweepSummary) -> str:
+    record, best = summary.record, summary.best
     state = "ended" if record.ended else "running"
     found = "No trial has a score yet."
     if best is not None:
         tried = params_text(best.params, short_names(record.keys))
         found = f"Best {record.metric} {score_text(best.score)}: trial {best.number}, {tried}."
-    lines = [f"{state}: {tables.outcome(facts)}.", found, *tables.notes(facts)]
+    lines = [f"{state}: {tables.outcome(summary)}.", found, *tables.notes(summary)]
     title = f"# {_safe(record.name)}"
     return "\n\n".join([title, *map(_safe, lines)])
 
 
-def _heatmap(facts: Facts) -> str:
-    if facts.heatmap is None or not facts.ranked:
+def _heatmap(summary: SweepSummary) -> str:
+    if summary.heatmap is None or not summary.ranked:
         return ""
-    table = tables.heatmap_table(facts.heatmap)
+    table = tables.heatmap_table(summary.heatmap)
     note = "▸ marks squares whose best trial did not reach the last rung."
     return _section(table.title, f"{_table(table)}\n\n{note}")
 
 
-def _importance(facts: Facts) -> str:
-    found = facts.importance
+def _importance(summary: SweepSummary) -> str:
+    found = summary.importance
     if not found.shares:
         return _section("Importance of the keys", f"None yet: {_safe(found.reason)}.")
     assert found.rung is not None
-    note = f"By fANOVA, from {found.trials} trials at rung {found.rung + 1} of {facts.rungs}."
-    return _section("Importance of the keys", f"{_table(tables.importance_table(facts))}\n\n{note}")
+    note = f"By fANOVA, from {found.trials} trials at rung {found.rung + 1} of {summary.rungs}."
+    return _section(
+        "Importance of the keys", f"{_table(tables.importance_table(summary))}\n\n{note}"
+    )
 
 
-def _failures(facts: Facts) -> str:
-    table = f"{_table(tables.failure_table(facts))}\n\n" if facts.failed else ""
-    return f"{table}Losses of processes or nodes that trials survived: {facts.survived}."
+def _failures(summary: SweepSummary) -> str:
+    table = f"{_table(tables.failure_table(summary))}\n\n" if summary.failed else ""
+    return f"{table}Losses of processes or nodes that trials survived: {summary.survived}."
 
 
-def _commands(facts: Facts) -> str:
+def _commands(summary: SweepSummary) -> str:
     lines = []
-    for purpose, command in tables.commands(facts.record, facts.best):
+    for purpose, command in tables.commands(summary.record, summary.best):
         lines += [f"# {purpose}", command]
     text = "\n".join(lines)
-    # A fence is closed by as many backticks as opened it, and a command may hold some.
+    # A fence must be longer than any run of backticks inside.
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}sh\n{text}\n{fence}"
@@ -90,6 +92,6 @@ def _row(cells: tuple[str, ...]) -> str:
 
 
 def _safe(text: str) -> str:
-    """Text that Markdown takes as it is, in one line."""
+    """A text in one line, with Markdown's marks escaped."""
     text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return _MARKS.sub(r"\\\1", text)

@@ -1,4 +1,4 @@
-"""Colours and layout that suit a light and a dark page alike; the page's CSS colours the text."""
+"""Colours and layout of plots, on a light and a dark page alike."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from typing import Any, NamedTuple
 import plotly.graph_objects as go
 
 from mimray.tuning.record import TrialRecord
-from mimray.tuning.report.facts import Facts
+from mimray.tuning.report.summary import SweepSummary
 from mimray.tuning.report.values import is_number, params_text, score_text, short_names, shown, tick
 
 BLUE, PURPLE, ORANGE, GREY = "#3b7dd8", "#9a6bb0", "#d9772b", "#8a94a3"
 INK = "#22272e"
-# Of one brightness, so that every line is seen on both pages.
+# Of one brightness, so that every line shows on a light and a dark page.
 _ENDS = (BLUE, PURPLE, ORANGE)
 LINES = [[0, BLUE], [0.5, PURPLE], [1, ORANGE]]
 PAIRS = [BLUE, ORANGE, "#3a9d6e", PURPLE, "#c9526b", "#2f9fb3", "#a8842c", GREY]
-# The lowest score is close to the page; the highest still lets the page's text be read on it.
+# The lowest score is close to the page's colour; the highest leaves the text on it readable.
 LIGHT = [[0, "#eef3fa"], [1, "#5c98e6"]]
 DARK = [[0, "#222c38"], [1, "#2a74cf"]]
 
 
 def label(value: Any) -> str:
-    """Text for a plot, which reads some HTML in it."""
+    """A text for a plot, escaped, since plotly reads some HTML."""
     return html.escape(value if isinstance(value, str) else shown(value), quote=False)
 
 
 def figure(*traces: Any, height: int = 360, **layout: Any) -> go.Figure:
-    """A figure of the report's looks.
+    """A figure in the report's style.
 
     Args:
-        traces: of plotly.
-        height: pixels.
-        **layout: over the defaults.
+        traces: plotly's traces.
+        height: the height in pixels.
+        **layout: plotly's layout, over the defaults.
     """
     quiet = {"gridcolor": "rgba(138,148,163,0.25)", "zeroline": False, "automargin": True}
     axes = {name: {**quiet, **layout.pop(name, {})} for name in ("xaxis", "yaxis")}
@@ -54,10 +54,10 @@ def figure(*traces: Any, height: int = 360, **layout: Any) -> go.Figure:
 
 
 def colours(values: Sequence[Any]) -> list[str]:
-    """A colour for each of some distinct values: along a scale for numbers, unlike for others.
+    """A colour for each value: along a scale for numbers, categorical for others.
 
     Args:
-        values: distinct, in order.
+        values: the distinct values, in order.
     """
     if not all(map(is_number, values)) or len(values) < 2:
         return [PAIRS[i % len(PAIRS)] for i in range(len(values))]
@@ -65,7 +65,7 @@ def colours(values: Sequence[Any]) -> list[str]:
 
 
 def _between(share: float) -> str:
-    """A colour along the scale of lines."""
+    """The colour at a share of the scale of lines."""
     first, second = _ENDS[:2] if share <= 0.5 else _ENDS[1:]
     part = 2 * share - (share > 0.5)
     ends = [[int(end[i : i + 2], 16) for i in (1, 3, 5)] for end in (first, second)]
@@ -74,13 +74,13 @@ def _between(share: float) -> str:
 
 
 class Plot(NamedTuple):
-    """A figure and what it shows, for those who cannot see it.
+    """A figure and its alternative text.
 
     Attributes:
-        name: of the plot; `plot-<name>` is its id in the page.
-        figure: of plotly.
-        alt: one sentence.
-        min_width: pixels below which it is scrolled instead of squeezed.
+        name: the plot's name; `plot-<name>` is its id in the page.
+        figure: plotly's figure.
+        alt: the alternative text, one sentence.
+        min_width: the width in pixels below which the plot scrolls.
     """
 
     name: str
@@ -89,30 +89,30 @@ class Plot(NamedTuple):
     min_width: int = 0
 
 
-def hover(facts: Facts, trial: TrialRecord, rungs: int, score: float) -> str:
-    """What is shown of a trial under the pointer.
+def hover(summary: SweepSummary, trial: TrialRecord, rungs: int, score: float) -> str:
+    """The text under the pointer at a trial.
 
     Args:
-        facts: of the sweep.
-        trial: pointed at.
-        rungs: how many it had reached.
-        score: of the last of these.
+        summary: the sweep's summary.
+        trial: the trial.
+        rungs: rungs that the trial had reached.
+        score: the score at the last of these.
     """
-    tried = params_text(trial.params, short_names(facts.record.keys)) or "nothing changed"
+    tried = params_text(trial.params, short_names(summary.record.keys)) or "nothing changed"
     lines = (
         f"trial {trial.number}, {trial.state}",
         tried,
-        f"{facts.record.metric} {score_text(score)} at rung {rungs} of {facts.rungs}",
+        f"{summary.record.metric} {score_text(score)} at rung {rungs} of {summary.rungs}",
     )
     return "<br>".join(map(label, lines))
 
 
 def ticks(values: Sequence[Any], title: str) -> dict[str, Any]:
-    """An axis with a tick for each value, evenly spaced, whatever kind they are.
+    """An axis with a tick for each value, evenly spaced.
 
     Args:
-        values: distinct, in order.
-        title: of the axis, escaped.
+        values: the distinct values, in order.
+        title: the axis's title, escaped.
     """
     return {
         "title": {"text": title},

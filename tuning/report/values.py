@@ -1,4 +1,4 @@
-"""Searched values, scores and times as people read them."""
+"""Searched values, scores and times as text."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _PASSWORD = re.compile(r"(://[^/\s:@]*):[^/\s@]+@")
 
 
 def frozen(value: Any) -> Any:
-    """A value that can be a key of a dictionary; JSON gives lists back for tuples.
+    """A hashable value; JSON gives lists back for tuples.
 
     Args:
-        value: of a searched key.
+        value: a searched key's value.
 
     Returns:
-        The same, lists as tuples; what no recipe key takes, as text.
+        The value with lists as tuples; as text, if it is of a type that no recipe key takes.
     """
     if isinstance(value, list | tuple):
         return tuple(frozen(item) for item in value)
@@ -28,10 +28,10 @@ def frozen(value: Any) -> Any:
 
 
 def shown(value: Any) -> str:
-    """A searched value in a few characters.
+    """A searched value in at most 40 characters.
 
     Args:
-        value: of a searched key.
+        value: a searched key's value.
     """
     match value:
         case None:
@@ -46,16 +46,16 @@ def shown(value: Any) -> str:
 
 
 def tick(value: Any) -> str:
-    """A searched value so short that it fits beside an axis.
+    """A searched value in at most 16 characters, to fit beside an axis.
 
     Args:
-        value: of a searched key.
+        value: a searched key's value.
     """
     return _cut(shown(value), _TICK)
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value lies on a line: a finite number, and no boolean."""
+    """True if a value is a finite number, and no boolean."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -63,7 +63,7 @@ def distinct(values: Sequence[Any]) -> list[Any]:
     """Each value once: numbers first, ascending, then the rest in the order of their text.
 
     Args:
-        values: hashable, of any kinds.
+        values: hashable values of any types.
     """
     return sorted(
         dict.fromkeys(values),
@@ -72,7 +72,7 @@ def distinct(values: Sequence[Any]) -> list[Any]:
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """The last part of each key, where it says enough and no other key ends alike.
+    """The last part of each key; the whole key where another ends alike or it is `name`.
 
     Args:
         keys: dotted recipe keys.
@@ -85,17 +85,17 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
 
 
 def params_text(params: Mapping[str, Any], names: Mapping[str, str]) -> str:
-    """What a trial tried, in one line.
+    """A trial's values in one line.
 
     Args:
-        params: values by key.
-        names: of `short_names`.
+        params: the trial's values by key.
+        names: the shown name of each key, from `short_names`.
     """
     return ", ".join(f"{name} {shown(params.get(key))}" for key, name in names.items())
 
 
 def score_text(score: float | None) -> str:
-    """A score with as many digits as tell trials apart; a dash for none."""
+    """A score with four digits, or two from 10 on; a dash for none."""
     if score is None or not math.isfinite(score):
         return "–"
     return f"{score:.4f}" if abs(score) < 10 else f"{score:.2f}"
@@ -114,10 +114,10 @@ def duration(seconds: float) -> str:
 
 
 def without_passwords(tree: Any) -> Any:
-    """A tree without the passwords of addresses: reports are sent around.
+    """Mask the passwords in a tree's addresses.
 
     Args:
-        tree: of dictionaries, sequences and scalars.
+        tree: dictionaries, sequences and scalars.
     """
     if isinstance(tree, Mapping):
         return {key: without_passwords(value) for key, value in tree.items()}
@@ -130,10 +130,10 @@ def plain(tree: Any) -> Any:
     """A tree that strict JSON can hold.
 
     Args:
-        tree: of dictionaries, sequences and scalars.
+        tree: dictionaries, sequences and scalars.
 
     Returns:
-        The same with lists for sequences and None for numbers that are not finite.
+        The tree with lists for sequences and None for numbers that are not finite.
     """
     if isinstance(tree, Mapping):
         return {str(key): plain(value) for key, value in tree.items()}

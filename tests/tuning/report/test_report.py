@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from mimray.trainers.storage import RunDir
 from mimray.tuning.record import SweepRecord
 from mimray.tuning.report import write_report
-from mimray.tuning.report.facts import facts_of
+from mimray.tuning.report.summary import summarise
 from mimray.tuning.report.tables import commands
 
 RATIO = "method.mask_ratio"
@@ -76,10 +76,10 @@ def test_json__has_all_that_was_drawn(grid: SweepRecord, tmp_path: Path):
     write_report(grid, RunDir(str(tmp_path)), speed={0.75: 3.8})
 
     tree = data_in(tmp_path)
-    facts = facts_of(grid)
+    summary = summarise(grid)
     assert [row["trial"] for row in tree["ranked"]] == [t.number for t in grid.ranked()]
     assert [p["trial"] for p in tree["pareto"]["samples"]] == [
-        p.trial for p in facts.fronts["samples"]
+        p.trial for p in summary.fronts["samples"]
     ]
     assert tree["heatmap"]["cells"][0][0]["trial"] == 0
     assert {row["mask_ratio"]: row["measured"] for row in tree["speed"]}[0.75] == 3.8

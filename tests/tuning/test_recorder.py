@@ -1,4 +1,4 @@
-"""What the board keeps, and what of it is read again."""
+"""What the recorder keeps, and what of it is read again."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mimray.trainers.errors import StorageError
 from mimray.trainers.storage import RunDir
 from mimray.tuning.plan import SweepPlan, check_continues, new_record, remembered
 from mimray.tuning.record import Rung, find_sweep, find_trial, read_record
-from mimray.tuning.recorder import Board
+from mimray.tuning.recorder import SweepRecorder
 
 Small = Callable[..., SweepPlan]
 
@@ -28,24 +28,26 @@ def plan(small: Small) -> SweepPlan:
 
 
 @pytest.fixture
-def board(plan: SweepPlan, tmp_path: Path) -> Board:
+def recorder(plan: SweepPlan, tmp_path: Path) -> SweepRecorder:
     record = new_record(plan, ("sweep", "sqlite://"))
-    return Board(record=record.model_dump_json(), storage=str(tmp_path), tracked=False)
+    return SweepRecorder(record=record.model_dump_json(), storage=str(tmp_path), tracked=False)
 
 
-def test_board__what_it_knows_is_on_disk_at_once(board: Board, plan: SweepPlan) -> None:
-    board.begin(0, {"method.mask_ratio": 0.5}, 2.0, "")
-    board.begin(1, {"method.mask_ratio": 0.75}, 2.0, "")
-    board.metrics(0, {"step": 2, "loss": 0.25})
-    board.rung(0, rung_of(0, 0.4))
-    board.rung(0, rung_of(0, 0.9))  # told again after a kill; the first counts
-    board.passed(0)
-    board.lost(1)
-    board.end(1, "failed", "NaN")
-    board.end(1, "finished")  # the first end counts
+def test_recorder__what_it_knows_is_on_disk_at_once(
+    recorder: SweepRecorder, plan: SweepPlan
+) -> None:
+    recorder.begin(0, {"method.mask_ratio": 0.5}, 2.0, "")
+    recorder.begin(1, {"method.mask_ratio": 0.75}, 2.0, "")
+    recorder.metrics(0, {"step": 2, "loss": 0.25})
+    recorder.rung(0, rung_of(0, 0.4))
+    recorder.rung(0, rung_of(0, 0.9))  # told again after a kill; the first counts
+    recorder.passed(0)
+    recorder.lost(1)
+    recorder.end(1, "failed", "NaN")
+    recorder.end(1, "finished")  # the first end counts
 
     record = read_record(plan.directory)
-    assert record == board.snapshot()[0].model_copy(update={"elapsed_s": record.elapsed_s})
+    assert record == recorder.snapshot()[0].model_copy(update={"elapsed_s": record.elapsed_s})
     first, second = record.trials
     assert (first.state, first.score, first.loss, first.samples) == ("running", 0.4, 0.25, 16)
     assert first.rungs[0].passed
@@ -53,41 +55,43 @@ def test_board__what_it_knows_is_on_disk_at_once(board: Board, plan: SweepPlan) 
     assert (second.state, second.reason, second.failures) == ("failed", "NaN", 1)
 
 
-def test_close__cuts_what_runs_and_a_later_board_goes_on(board: Board, plan: SweepPlan) -> None:
-    board.begin(0, {}, 1.0, "")
-    board.rung(0, rung_of(0, 0.4))
-    assert not board.close(False, "KILLED").ended
+def test_close__cuts_what_runs_and_a_later_one_goes_on(
+    recorder: SweepRecorder, plan: SweepPlan
+) -> None:
+    recorder.begin(0, {}, 1.0, "")
+    recorder.rung(0, rung_of(0, 0.4))
+    assert not recorder.close(False, "KILLED").ended
     record = read_record(plan.directory)
     assert record.trials[0].state == "cut"
     assert record.elapsed_s > 0
 
-    later = Board(record=record.model_dump_json(), storage="", tracked=False)
+    later = SweepRecorder(record=record.model_dump_json(), storage="", tracked=False)
     known = later.begin(0, {}, 1.0, "")
     assert (known.state, known.score) == ("running", 0.4)
     check_continues(plan, record)
     assert remembered(plan.directory, record) == plan.config
 
 
-def test_notes__are_handed_out_once(board: Board) -> None:
-    board.note("slow disk")
-    board.note("slow disk")
-    board.current()  # which shows nothing to anybody
-    assert board.snapshot()[2] == ["slow disk"]
-    assert board.snapshot()[2] == []
+def test_notes__are_handed_out_once(recorder: SweepRecorder) -> None:
+    recorder.note("slow disk")
+    recorder.note("slow disk")
+    recorder.current()  # which shows nothing to anybody
+    assert recorder.snapshot()[2] == ["slow disk"]
+    assert recorder.snapshot()[2] == []
 
 
-def test_ranked__the_farthest_first_then_the_best(board: Board, plan: SweepPlan) -> None:
+def test_ranked__the_farthest_first_then_the_best(recorder: SweepRecorder, plan: SweepPlan) -> None:
     for number, scores in enumerate([(0.9,), (0.3, 0.5), (0.3, 0.6), ()]):
-        board.begin(number, {}, 1.0, "")
+        recorder.begin(number, {}, 1.0, "")
         for place, score in enumerate(scores):
-            board.rung(number, rung_of(place, score))
+            recorder.rung(number, rung_of(place, score))
     record = read_record(plan.directory)
     assert [trial.number for trial in record.ranked()] == [2, 1, 0]
     assert record.best is not None
     assert record.best.number == 2
 
 
-def test_find__by_name_by_directory_and_by_trial(board: Board, plan: SweepPlan) -> None:
+def test_find__by_name_by_directory_and_by_trial(recorder: SweepRecorder, plan: SweepPlan) -> None:
     storage = str(Path(plan.uri).parent)
     assert find_sweep("sweep", storage).uri == plan.uri
     assert find_sweep(plan.uri, "elsewhere").uri == plan.uri
@@ -95,8 +99,8 @@ def test_find__by_name_by_directory_and_by_trial(board: Board, plan: SweepPlan) 
         find_sweep("other", storage)
     with pytest.raises(StorageError, match="no trial of sweep has a score"):
         find_trial("sweep:best", storage)
-    board.begin(0, {}, 1.0, "")
-    board.rung(0, rung_of(0, 0.4))
+    recorder.begin(0, {}, 1.0, "")
+    recorder.rung(0, rung_of(0, 0.4))
     for reference in ("sweep:best", "sweep:0", f"{plan.uri}:best", f"{plan.uri}:0000"):
         found = find_trial(reference, storage)
         assert found is not None

@@ -1,4 +1,4 @@
-"""Everything that a report says, worked out once; page, text and JSON only lay it out."""
+"""The content of a report, computed once; page, text and JSON lay it out."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ STATES = ("finished", "stopped", "running", "waiting", "cut", "failed")
 
 
 class Point(Config):
-    """A score and what it took.
+    """A score and its cost.
 
     Attributes:
-        trial: its number.
-        rung: from 0.
+        trial: the trial's number.
+        rung: the rung's number, from 0.
         samples: pictures seen by then.
-        device_seconds: of training and scoring by then.
-        score: larger is better.
+        device_seconds: device-seconds of training and scoring by then.
+        score: the score; larger is better.
     """
 
     trial: int
@@ -39,9 +39,9 @@ class Cell(Config):
     """A square of the heatmap.
 
     Attributes:
-        trial: the best of those that came farthest here.
-        score: of its last rung.
-        rungs: how many it reached.
+        trial: the number of the best of the trials that came farthest here.
+        score: the score at the trial's last rung.
+        rungs: rungs that the trial reached.
     """
 
     trial: int
@@ -53,11 +53,11 @@ class Heatmap(Config):
     """Scores over two keys.
 
     Attributes:
-        keys: across and down.
-        columns: values of the first.
-        rows: values of the second.
-        cells: by row and column; None where nothing has a score yet.
-        rungs: of a whole trial.
+        keys: the keys across and down.
+        columns: values of the first key.
+        rows: values of the second key.
+        cells: squares by row and column; None where no trial has a score.
+        rungs: rungs of a whole trial.
     """
 
     keys: tuple[str, str]
@@ -67,20 +67,20 @@ class Heatmap(Config):
     rungs: int
 
 
-class Facts(Config):
-    """A sweep as its report shows it.
+class SweepSummary(Config):
+    """The content of a sweep's report.
 
     Attributes:
-        record: what was reported on, without passwords.
-        ranked: trials with a usable score, the best first.
-        rungs: of a whole trial.
-        states: number of trials by state.
-        points: one for each rung of each ranked trial.
-        fronts: by what is spent, the points that no other beats with less.
-        heatmap: None where no two keys are fit for one.
-        importance: of the keys.
-        speed: of the encoder by mask ratio; empty where that is not searched.
-        survived: losses of processes or nodes that trials went on after.
+        record: the sweep's record, without passwords.
+        ranked: trials with a finite score, the best first.
+        rungs: rungs of a whole trial.
+        states: the number of trials in each state.
+        points: one point for each rung of each ranked trial.
+        fronts: the Pareto front of score and cost, by the name of the cost.
+        heatmap: scores over two keys; None where no two keys have few enough values.
+        importance: the importance of the keys.
+        speed: the encoder's speed by mask ratio; empty where that is not searched.
+        survived: losses of processes or nodes after which a trial went on.
     """
 
     record: SweepRecord
@@ -96,7 +96,7 @@ class Facts(Config):
 
     @property
     def best(self) -> TrialRecord | None:
-        """The best of those that came farthest."""
+        """The trial ranked first."""
         return next(iter(self.ranked), None)
 
     @property
@@ -105,16 +105,16 @@ class Facts(Config):
         return tuple(t for t in self.record.trials if t.state == "failed")
 
     def trial(self, number: int) -> TrialRecord:
-        """The trial of a number, which must be there."""
+        """The trial with a number, which must exist."""
         return next(t for t in self.record.trials if t.number == number)
 
 
-def facts_of(record: SweepRecord, speed: Mapping[float, float] | None = None) -> Facts:
-    """Work out what a report says.
+def summarise(record: SweepRecord, speed: Mapping[float, float] | None = None) -> SweepSummary:
+    """Compute the content of a report.
 
     Args:
-        record: a sweep at any stage.
-        speed: measured times faster by mask ratio.
+        record: the record of a sweep at any stage.
+        speed: the measured speed over the full sequence by mask ratio.
     """
     record = SweepRecord.model_validate(without_passwords(record.model_dump()))
     ranked = rank(record)
@@ -122,7 +122,7 @@ def facts_of(record: SweepRecord, speed: Mapping[float, float] | None = None) ->
     reached = max((rungs_of(trial) for trial in record.trials), default=0)
     rungs = len(record.rung_samples) or reached
     ratios = [v for v in values_of(record, MASK_RATIO) if is_number(v)]
-    return Facts(
+    return SweepSummary(
         record=record,
         ranked=tuple(ranked),
         rungs=rungs,
@@ -137,18 +137,18 @@ def facts_of(record: SweepRecord, speed: Mapping[float, float] | None = None) ->
 
 
 def rank(record: SweepRecord) -> list[TrialRecord]:
-    """As the record ranks, without scores that are no number: these have no place in an order."""
+    """Rank as the record does, without scores that are not finite, which have no order."""
     usable = [t for t in record.trials if t.rungs and math.isfinite(t.rungs[-1].score)]
     return record.model_copy(update={"trials": tuple(usable)}).ranked()
 
 
 def rungs_of(trial: TrialRecord) -> int:
-    """How many rungs a trial has reached."""
+    """The number of rungs that a trial has reached."""
     return trial.rungs[-1].number + 1 if trial.rungs else 0
 
 
 def points_of(ranked: Sequence[TrialRecord]) -> list[Point]:
-    """Each rung of each trial with what was spent until then.
+    """Each rung of each trial with its cost until then.
 
     Args:
         ranked: trials with scores.
@@ -172,10 +172,10 @@ def points_of(ranked: Sequence[TrialRecord]) -> list[Point]:
 
 
 def front(points: Sequence[Point], cost: str) -> list[Point]:
-    """Points that no other beats: none has at least the score for at most the cost, and is better.
+    """The Pareto front of score and cost: the points that no other dominates.
 
     Args:
-        points: in any order.
+        points: scores and costs, in any order.
         cost: `samples` or `device_seconds`.
 
     Returns:
@@ -193,11 +193,11 @@ def front(points: Sequence[Point], cost: str) -> list[Point]:
 
 
 def domain_of(record: SweepRecord, key: str) -> Mapping[str, Any]:
-    """What the space says of a key, e.g. `{"grid": […]}`; empty where it says nothing.
+    """The domain of a key, such as `{"grid": […]}`; empty where the space has none.
 
     Args:
-        record: a sweep at any stage.
-        key: searched.
+        record: the record of a sweep at any stage.
+        key: a searched recipe key.
     """
     space = record.config.get("space")
     domain = space.get(key) if isinstance(space, Mapping) else None
@@ -205,22 +205,22 @@ def domain_of(record: SweepRecord, key: str) -> Mapping[str, Any]:
 
 
 def is_logarithmic(record: SweepRecord, key: str, values: Sequence[Any]) -> bool:
-    """Whether numbers are better told apart by their order of magnitude.
+    """True if a key's numbers are spread over orders of magnitude.
 
     Args:
-        record: a sweep at any stage.
-        key: searched.
-        values: numbers that were tried.
+        record: the record of a sweep at any stage.
+        key: a searched recipe key.
+        values: the numbers that were tried.
     """
     return "loguniform" in domain_of(record, key) and min(values, default=0) > 0
 
 
 def values_of(record: SweepRecord, key: str) -> list[Any]:
-    """Distinct values of a key: those of the space where it lists them, and those tried.
+    """The distinct values of a key: those that the space lists, and those tried.
 
     Args:
-        record: a sweep at any stage.
-        key: searched.
+        record: the record of a sweep at any stage.
+        key: a searched recipe key.
     """
     domain = domain_of(record, key)
     listed = domain.get("grid") or domain.get("choice") or ()
@@ -229,7 +229,7 @@ def values_of(record: SweepRecord, key: str) -> list[Any]:
 
 
 def heatmap_keys(record: SweepRecord) -> tuple[str, str] | None:
-    """Mask ratio and decoder depth, or the first two keys that do not have too many values."""
+    """Mask ratio and decoder depth, or the first two keys with at most `MAX_SIDE` values."""
     few = [key for key in record.keys if 0 < len(values_of(record, key)) <= MAX_SIDE]
     if MASK_RATIO in few and DECODER_DEPTH in few:
         return MASK_RATIO, DECODER_DEPTH
@@ -237,12 +237,12 @@ def heatmap_keys(record: SweepRecord) -> tuple[str, str] | None:
 
 
 def heatmap_of(record: SweepRecord, ranked: Sequence[TrialRecord], rungs: int) -> Heatmap | None:
-    """Scores over two keys; where trials share a square, the first of them in the ranking.
+    """Scores over two keys; trials that share a square are shown by the one ranked first.
 
     Args:
-        record: a sweep at any stage.
-        ranked: its trials with scores.
-        rungs: of a whole trial.
+        record: the record of a sweep at any stage.
+        ranked: the sweep's trials with scores, the best first.
+        rungs: rungs of a whole trial.
     """
     keys = heatmap_keys(record)
     if keys is None:

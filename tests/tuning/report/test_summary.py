@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mimray.tuning.record import SweepRecord, TrialRecord
-from mimray.tuning.report.facts import Facts, Point, facts_of, front, heatmap_keys
 from mimray.tuning.report.speed import QUOTED
+from mimray.tuning.report.summary import Point, SweepSummary, front, heatmap_keys, summarise
 from mimray.tuning.report.values import (
     distinct,
     duration,
@@ -69,19 +69,19 @@ def test_heatmap__holds_the_best_of_those_that_came_farthest(record: Make, trial
             if best is None or (len(scores), scores[-1]) > best[:2]:
                 expected[x, y] = (len(scores), scores[-1], number)
 
-    facts = facts_of(sweep)
+    summary = summarise(sweep)
 
     found = {
         (x, y): (cell.rungs, cell.score, cell.trial)
-        for y, cells in zip(facts.heatmap.rows, facts.heatmap.cells, strict=True)
-        for x, cell in zip(facts.heatmap.columns, cells, strict=True)
+        for y, cells in zip(summary.heatmap.rows, summary.heatmap.cells, strict=True)
+        for x, cell in zip(summary.heatmap.columns, cells, strict=True)
         if cell is not None
-    } if facts.heatmap is not None else {}  # fmt: skip
+    } if summary.heatmap is not None else {}  # fmt: skip
     assert found == expected
 
 
 def test_heatmap__shows_the_whole_grid_before_it_is_tried(grid: SweepRecord):
-    heatmap = facts_of(grid.model_copy(update={"trials": ()})).heatmap
+    heatmap = summarise(grid.model_copy(update={"trials": ()})).heatmap
 
     assert heatmap.columns == (0.15, 0.4, 0.5, 0.6, 0.75, 0.9)
     assert heatmap.rows == (1, 2, 4, 8)
@@ -102,34 +102,34 @@ def test_heatmap_keys__a_key_of_many_values_is_passed_over(record: Make, trial: 
 
 
 def test_points__device_seconds_add_up_over_rungs_and_devices(record: Make, trial: Make):
-    facts = facts_of(record([trial(0, {"a": 1}, [0.1, 0.2], devices=4.0)]))
+    summary = summarise(record([trial(0, {"a": 1}, [0.1, 0.2], devices=4.0)]))
 
-    assert [p.device_seconds for p in facts.points] == [50.0, 100.0]
-    assert [p.samples for p in facts.points] == [100, 200]
+    assert [p.device_seconds for p in summary.points] == [50.0, 100.0]
+    assert [p.samples for p in summary.points] == [100, 200]
 
 
 def test_facts__failed_trials_are_counted_and_not_ranked(grid: SweepRecord):
-    facts = facts_of(grid)
+    summary = summarise(grid)
 
-    assert 13 not in [t.number for t in facts.ranked]
-    assert 13 not in [p.trial for p in facts.points]
-    assert [t.number for t in facts.failed] == [13]
-    assert sum(facts.states.values()) == 24
-    assert facts.survived == 1
+    assert 13 not in [t.number for t in summary.ranked]
+    assert 13 not in [p.trial for p in summary.points]
+    assert [t.number for t in summary.failed] == [13]
+    assert sum(summary.states.values()) == 24
+    assert summary.survived == 1
 
 
 def test_facts__a_score_that_is_no_number_does_not_disturb_the_order(record: Make, trial: Make):
     scores = [0.1, math.nan, 0.3, math.nan, 0.2]
     made: list[TrialRecord] = [trial(i, {"a": i}, [s]) for i, s in enumerate(scores)]
 
-    facts: Facts = facts_of(record(made))
+    summary: SweepSummary = summarise(record(made))
 
-    assert [t.number for t in facts.ranked] == [2, 4, 0]
+    assert [t.number for t in summary.ranked] == [2, 4, 0]
 
 
 def test_speed__is_said_only_where_the_mask_ratio_is_searched(record: Make, trial: Make):
-    searched = facts_of(record([trial(0, {RATIO: 0.4}, [])]), {0.4: 1.6})
-    other = facts_of(record([trial(0, {DEPTH: 1}, [])]), {0.4: 1.6})
+    searched = summarise(record([trial(0, {RATIO: 0.4}, [])]), {0.4: 1.6})
+    other = summarise(record([trial(0, {DEPTH: 1}, [])]), {0.4: 1.6})
 
     assert [row.mask_ratio for row in searched.speed] == sorted({*QUOTED, 0.4})
     (row,) = [row for row in searched.speed if row.searched]

@@ -1,0 +1,104 @@
+"""`mimray data`: datasets made and described."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mimray.service.cluster import connected
+from mimray.service.terminal.console import say
+from mimray.service.terminal.progress import Progress, duration, show_count
+
+
+def run_ingest(src: str, out: str, **options: Any) -> dict[str, Any]:
+    """Ingest on the cluster, with progress.
+
+    Args:
+        src: a folder of pictures, Parquet, or a text file of URIs.
+        out: the path or URI of the folder to make.
+        **options: those of `mimray.trainers.data.ingest.ingest`.
+
+    Returns:
+        What `--json` prints.
+
+    Raises:
+        MimrayError: a mistake of the user's.
+    """
+    from mimray.trainers.data.ingest import ingest
+
+    began = time.monotonic()
+    with connected(), Progress() as progress:
+        shown = show_count(progress, "ingesting", "pictures")
+        report = ingest(src, out, progress=shown, **options)
+    manifest = report.manifest
+    say(
+        f"{report.out}: {manifest.num_samples} pictures"
+        + (f" of {len(manifest.class_names)} classes" if manifest.class_names else "")
+        + f" in {len(manifest.shards)} shards, {manifest.image_bytes / 2**20:.1f} MiB, "
+        f"{manifest.num_reencoded} re-encoded, {report.num_rejected} rejected, "
+        f"{duration(time.monotonic() - began)}"
+    )
+    if report.num_rejected:
+        counts = ", ".join(f"{n} {reason}" for reason, n in manifest.rejected.items())
+        say(f"rejected: {counts}; listed in {report.out}/rejected.jsonl")
+    return {
+        "out": report.out,
+        "num_samples": manifest.num_samples,
+        "class_names": list(manifest.class_names),
+        "fingerprint": manifest.fingerprint,
+        "num_rejected": report.num_rejected,
+        "rejected": manifest.rejected,
+    }
+
+
+def run_inspect(uri: str, sheet: Path | None) -> dict[str, Any]:
+    """Count a dataset's pictures, sizes and labels.
+
+    Args:
+        uri: the dataset's path or URI.
+        sheet: the file of a contact sheet to draw.
+
+    Returns:
+        What `--json` prints.
+
+    Raises:
+        DataError: there is no dataset, or it cannot be read.
+    """
+    from mimray.trainers.data.inspect import inspect
+
+    return asdict(inspect(uri, contact_sheet=sheet))
+
+
+def inspection_text(found: Mapping[str, Any], sheet: Path | None = None) -> str:
+    """An inspection for people, a line a fact.
+
+    Args:
+        found: the result of `run_inspect`.
+        sheet: the file of its contact sheet.
+    """
+    facts = found["facts"]
+    lines = [
+        f"{facts['uri']}: {facts['num_samples']} pictures ({facts['kind']}), "
+        f"{found['num_bytes'] / 2**20:.1f} MiB, fingerprint {facts['fingerprint'][:16]}"
+    ]
+    for side in ("width", "height"):
+        if (span := found[side]) is not None:
+            lines.append(
+                f"{side:8} {span['smallest']} to {span['largest']} px, median {span['median']} "
+                f"({found['num_measured']} measured)"
+            )
+    if found["num_broken"]:
+        lines.append(f"broken   {found['num_broken']} of the pictures looked at")
+    if len(found["splits"]) > 1:
+        lines.append(f"splits   {', '.join(found['splits'])}")
+    if found["label_counts"] is None:
+        lines.append("labels   none")
+    else:
+        lines.append(f"labels   {len(found['label_counts'])} classes")
+        lines += [f"  {n:7} {name}" for name, n in found["label_counts"].items()]
+    if sheet is not None:
+        lines.append(f"sheet    {sheet}")
+    return "\n".join(lines)

@@ -1,0 +1,74 @@
+"""`mimray export`: the frozen encoder of a run, as a bundle or for other libraries."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from mimray.trainers.errors import BundleError
+
+if TYPE_CHECKING:
+    from mimray.trainers.storage import RunDir
+
+
+def export_run(run: str, out: Path | None, kind: str) -> str:
+    """Export an encoder; makes the run's own bundle first where training was cut short.
+
+    Args:
+        run: a run's or a bundle's path or URI.
+        out: the folder to write; None leaves a bundle in the run's directory.
+        kind: `bundle`, `timm` or `transformers`.
+
+    Returns:
+        A line that says what is where.
+
+    Raises:
+        BundleError: there is nothing to export, or no place to write to.
+    """
+    from mimray.trainers.bundles import CARD, bundle_place, fetch_bundle
+    from mimray.trainers.convert import export_timm, export_transformers
+    from mimray.trainers.storage import RunDir
+
+    run_dir = RunDir(run)
+    if run_dir.exists("plan.json") and not run_dir.exists(f"bundle/{CARD}"):
+        _bundle_from_checkpoint(run_dir)
+    if kind == "bundle":
+        if out is None:
+            return f"{bundle_place(run)}: bundle"
+        return _copy_bundle(fetch_bundle(run), out)
+    if out is None:
+        raise BundleError(f"--format {kind} needs a place to write to", hint="export RUN OUT")
+    exporters: dict[str, Callable[[Path, Path], str]] = {
+        "timm": export_timm,
+        "transformers": export_transformers,
+    }
+    return f"{out}: {kind}, {exporters[kind](fetch_bundle(run), out)}"
+
+
+def _bundle_from_checkpoint(run: RunDir) -> None:
+    from mimray.trainers.config.run import Plan
+    from mimray.trainers.engine.checkpoints import newest_whole
+    from mimray.trainers.engine.export import read_checkpoint, write_bundle
+
+    checkpoint = newest_whole(run)
+    if checkpoint is None:
+        raise BundleError(
+            f"{run} has no checkpoint yet", hint="let it reach checkpoint.every_steps"
+        )
+    plan = Plan.model_validate_json(run.read("plan.json"))
+    with TemporaryDirectory(prefix="mimray-") as scratch:
+        (run / f"checkpoints/{checkpoint.name}").download(Path(scratch))
+        state = read_checkpoint(Path(scratch), checkpoint, plan)
+    command = f"mimray export {run}"
+    write_bundle(run, plan, state, step=checkpoint.step, name=run.name, command=command)
+
+
+def _copy_bundle(folder: Path, out: Path) -> str:
+    if out.exists():
+        raise BundleError(f"{out} exists", hint="choose another place")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(folder, out)
+    return f"{out}: bundle"

@@ -1,0 +1,93 @@
+"""`mimray models`: names, versions and aliases of bundles in the registry."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mimray.trainers.registry import Registry, Version
+
+
+def register_model(bundle: str, name: str, alias: str | None, storage: str) -> dict[str, Any]:
+    """Register the encoder of a run, a bundle or a sweep's trial.
+
+    Args:
+        bundle: a bundle's or a run's path or URI, or `SWEEP:best` or `SWEEP:N` for a trial.
+        name: the model's name.
+        alias: an alias to point at the new version.
+        storage: the directory or URI where runs are tracked.
+
+    Returns:
+        The version, as `--json` prints it.
+
+    Raises:
+        MimrayError: no such bundle or trial, or a name that is not allowed.
+    """
+    from mimray.trainers.storage import RunDir
+    from mimray.tuning.record import find_trial, trial_dir
+
+    lineage: dict[str, str] = {}
+    if not Path(bundle).exists() and "://" not in bundle.rpartition(":")[2]:
+        found = find_trial(bundle, storage)
+        if found is not None:
+            sweep, trial = found
+            bundle = trial_dir(RunDir(sweep.uri), trial.number).uri
+            lineage = {
+                "sweep": sweep.uri,
+                "trial": trial.name,
+                "params": json.dumps(trial.params),
+                "sweep_score": f"{sweep.metric} {trial.score}",
+            }
+    return _row(Registry.open(storage).register(bundle, name, alias, lineage))
+
+
+def list_models(name: str | None, storage: str) -> list[dict[str, Any]]:
+    """All versions in the registry, or those of one model."""
+    return [_row(version) for version in Registry.open(storage).versions(name)]
+
+
+def show_model(reference: str, storage: str) -> dict[str, Any]:
+    """The version that `NAME`, `NAME@ALIAS` or `NAME@vN` names."""
+    return _row(Registry.open(storage).find(reference))
+
+
+def set_alias(reference: str, alias: str, storage: str) -> dict[str, Any]:
+    """Point an alias at a version, and give that version."""
+    return _row(Registry.open(storage).alias(reference, alias))
+
+
+def version_text(row: Mapping[str, Any]) -> str:
+    """One version for people: a line a fact, then a line a score."""
+    lines = []
+    for key, value in row.items():
+        if key == "scores":
+            lines += [f"{task:16} {s['metric']} {s['headline']:.4f}" for task, s in value.items()]
+        elif value:
+            lines.append(f"{key:16} {' '.join(value) if isinstance(value, list) else value}")
+    return "\n".join(lines)
+
+
+def versions_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A line a version: reference, aliases, method, headlines."""
+    lines = []
+    for row in rows:
+        scores = "  ".join(f"{t} {s['headline']:.4f}" for t, s in row["scores"].items())
+        aliases = "".join(f" @{alias}" for alias in row["aliases"])
+        lines.append(f"{row['model']}{aliases}  {row['method']}  {scores}".rstrip())
+    return "\n".join(lines)
+
+
+def _row(version: Version) -> dict[str, Any]:
+    return {
+        "model": version.reference,
+        "name": version.name,
+        "version": version.number,
+        "aliases": list(version.aliases),
+        "registered": time.strftime("%Y-%m-%d %H:%M", time.localtime(version.created_ms / 1000)),
+        **version.facts,
+        "scores": version.scores,
+        "mlflow_run": version.run_id,
+    }

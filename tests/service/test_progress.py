@@ -1,0 +1,107 @@
+"""Progress off a terminal, a line now and then; on one, a view redrawn in place."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from mimray.service.terminal import progress as module
+from mimray.service.terminal.phases import PhaseLink
+from mimray.service.terminal.progress import Progress, show_count, show_phases, show_training
+from mimray.trainers.recorder import RunState
+
+
+class Clock:
+    now_s = 100.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(module, "time", made)
+    return made
+
+
+def row(step: int) -> dict[str, float]:
+    return {"step": step, "loss": 1 / step, "images_per_s": 64.0}
+
+
+def test_training__a_line_every_ten_seconds_and_the_last(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    warnings = io.StringIO()
+    with Progress(Console(file=warnings)) as progress:
+        show = show_training(progress, 8)
+        show(RunState(notes=["slow disk"]))
+        for step in (1, 2, 4, 4, 8):
+            clock.now_s += 6
+            show(RunState(row=row(step)))
+    assert capsys.readouterr().err.splitlines() == [
+        "starting workers",
+        "step 2/8  loss 0.5000  64 images/s  36 s left",
+        "step 8/8  loss 0.1250  64 images/s  ",
+    ]
+    assert warnings.getvalue() == "warning: slow disk\n"
+
+
+def test_count__a_rate_from_the_start_and_what_was_rejected(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Progress(Console(file=io.StringIO())) as progress:
+        show = show_count(progress, "ingesting", "pictures")
+        clock.now_s += 5
+        show(0, 100)
+        for done in (40, 50, 100):
+            clock.now_s += 10
+            show(done, 100, done // 50)
+    assert capsys.readouterr().err.splitlines() == [
+        "ingesting 40/100  4 pictures/s  15 s left",
+        "ingesting 50/100  2 pictures/s  20 s left  1 rejected",
+        "ingesting 100/100  3 pictures/s  2 rejected",
+    ]
+
+
+def test_terminal__bars_and_no_lines(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    stream = io.StringIO()
+    with Progress(Console(file=stream, force_terminal=True, width=100)) as progress:
+        show = show_phases(progress)
+        show("a", "features", 10, 10)
+        show("b", "training", 4, 4)
+    assert capsys.readouterr().err == ""
+    drawn = stream.getvalue()
+    assert "a: features" in drawn
+    assert "10/10" in drawn
+    assert "b: training" in drawn
+
+
+def test_progress__a_line_a_phase_off_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(Console(file=io.StringIO())) as progress:
+        shown = show_phases(progress)
+        shown("a", "features", 1, 10)
+        shown("a", "features", 2, 10)
+        shown("b", "training", 1, 4)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["a: features 1/10", "b: training 1/4"]
+
+
+def test_phase_link__tells_the_end_of_every_phase() -> None:
+    told = []
+
+    class Tell:
+        def remote(self, number: int, state: tuple[str, int, int]) -> None:
+            told.append((number, state))
+
+    class Handle:
+        tell = Tell()
+
+    report = PhaseLink(Handle(), 7)
+    for done in range(1, 101):
+        report("features", done, 100)
+    assert told[0] == (7, ("features", 1, 100))
+    assert told[-1] == (7, ("features", 100, 100))
+    assert len(told) < 100
