@@ -1,4 +1,4 @@
-"""What stands before every route: keys, limits, request ids, and a line in the log for each."""
+"""The gateway before every route: keys, limits, request ids, the access log, spans."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mimray.serving.api.access_log import AccessLog
 from mimray.serving.api.keys import KeyRing, Quota
+from mimray.serving.config import MIB, Limits
 from mimray.serving.operations.calls import Reply, problem_reply
 from mimray.serving.telemetry.metrics import Metrics
 from mimray.serving.telemetry.tracing import Span, Tracer
@@ -39,35 +40,44 @@ _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 @dataclass(frozen=True)
-class EdgeLimits:
-    """How much of a request is read.
+class GatewayParts:
+    """The parts of a gateway that its replica configures.
 
     Attributes:
-        max_body_bytes: most bytes of a body, before and after inflating.
-        max_bodies_bytes: most bytes of all bodies being read or answered.
-        body_timeout_s: longest time a body may take to come.
+        limits: the endpoint's limits, as in `serve.yaml`.
+        keys: the known keys; None admits everybody.
+        access_log: the log that gets a line for each request.
+        tracer: exports a span for each request.
+        metrics: counts the refusals that no model counts.
     """
 
-    max_body_bytes: int = 64 * 2**20
-    max_bodies_bytes: int = 512 * 2**20
-    body_timeout_s: float = 60.0
+    limits: Limits
+    keys: KeyRing | None
+    access_log: AccessLog
+    tracer: Tracer
+    metrics: Metrics
+
+    def close(self) -> None:
+        """Write and send what is left."""
+        self.access_log.close()
+        self.tracer.close()
 
 
 class Bodies:
-    """Reads bodies within limits.
+    """Reads request bodies within limits.
 
     Args:
-        limits: see `EdgeLimits`.
+        limits: the endpoint's limits, as in `serve.yaml`.
     """
 
-    def __init__(self, limits: EdgeLimits) -> None:
+    def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._held = 0
 
     async def read(self, request: Request) -> bytes:
         """The body, inflated; counted while it comes, since a stated length may be a lie.
 
-        It counts as held until the scope's `release` is called, which `Edge` does.
+        It counts as held until the scope's `release` is called, which `Gateway` does.
 
         Raises:
             TooLargeError: it is too large.
@@ -75,7 +85,7 @@ class Bodies:
             OverloadedError: there is no room for it now.
             InvalidRequestError: it is shorter than stated, or its length is no number.
         """
-        most = self._limits.max_body_bytes
+        most = self._limits.body_mib * MIB
         refusal = TooLargeError(f"the body has more than {most} bytes")
         stated = request.headers.get("content-length", "0")
         if not (stated.isascii() and stated.isdigit()):
@@ -103,7 +113,7 @@ class Bodies:
         return inflate(body, encoding, max_bytes=most)
 
     def _hold(self, request: Request, size: int) -> None:
-        if self._held + size > self._limits.max_bodies_bytes:
+        if self._held + size > self._limits.bodies_mib * MIB:
             raise OverloadedError("too many requests with large bodies at once")
         self._held += size
         request.scope["mimray.held"] = request.scope.get("mimray.held", 0) + size
@@ -113,41 +123,28 @@ class Bodies:
         self._held -= scope.pop("mimray.held", 0)
 
 
-class Edge:
-    """Admits requests, and accounts for them.
+class Gateway:
+    """Middleware that admits requests and accounts for them.
 
-    Hands on the full path whatever prefix Ray mounted us under.
+    The application gets the full path, whatever prefix Ray mounted it under.
 
     Args:
-        app: what is guarded.
-        bodies: where bodies are read.
-        keys: who may come; None for everybody.
-        quota: how much each may ask for.
-        access_log: where requests are noted.
-        tracer: where spans go.
-        metrics: where refusals of no model are counted.
-        open_paths: answered without a key: whole paths, or prefixes that end in `/`.
+        app: the guarded application.
+        bodies: the reader of bodies, which the application uses, too.
+        parts: keys, access log, tracer and metrics.
+        open_paths: paths answered without a key; those that end in `/` are prefixes.
     """
 
     def __init__(
-        self,
-        app: ASGIApp,
-        *,
-        bodies: Bodies,
-        keys: KeyRing | None,
-        quota: Quota,
-        access_log: AccessLog,
-        tracer: Tracer,
-        metrics: Metrics,
-        open_paths: Iterable[str],
+        self, app: ASGIApp, *, bodies: Bodies, parts: GatewayParts, open_paths: Iterable[str]
     ) -> None:
         self._app = app
         self._bodies = bodies
-        self._keys = keys
-        self._quota = quota
-        self._log = access_log
-        self._tracer = tracer
-        self._metrics = metrics
+        self._keys = parts.keys
+        self._quota = Quota()
+        self._log = parts.access_log
+        self._tracer = parts.tracer
+        self._metrics = parts.metrics
         self._open = frozenset(open_paths)
         self._open_folders = tuple(
             path for path in self._open if path.endswith("/") and path != "/"

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from mimray.serving.deploy.config import API_KEY_VARIABLE, ServeConfig, check_config
+from mimray.serving.config import API_KEY_VARIABLE, ServeConfig, check_config
 from mimray.serving.deploy.haproxy import HAProxyState, haproxy_available, port_is_free
 from mimray.trainers.errors import ServingError
 

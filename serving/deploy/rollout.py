@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from mimray.serving.deploy.config import ServeConfig
-from mimray.serving.deploy.serve_schema import Served, Share, Version, serve_schema
+from mimray.serving.config import ServeConfig
+from mimray.serving.deploy.serve_schema import ReplicaResources, Served, Version, serve_schema
 from mimray.trainers.errors import MimrayError, ResourceError, ServingError
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class Rollout:
         self._key_sha256 = key_sha256
         self._needs_key = needs_key
         self._start_timeout_s = start_timeout_s
-        self._shares: dict[str, Share] = {}
+        self._resources: dict[str, ReplicaResources] = {}
         # Bundles that were refused, so that each is complained of once.
         self._refused: set[Version] = set()
 
@@ -73,7 +73,7 @@ class Rollout:
             ResourceError: the cluster cannot hold the replicas.
             ServingError: Ray Serve did not start it.
         """
-        self._shares = shares(self._config)
+        self._resources = replica_resources(self._config)
         self._deploy(self.models)
 
     def follow(self) -> list[str]:
@@ -136,7 +136,7 @@ class Rollout:
         tree = serve_schema(
             self._config,
             list(models.values()),
-            self._shares,
+            self._resources,
             key_sha256=self._key_sha256,
             needs_key=self._needs_key,
         )
@@ -201,8 +201,8 @@ def check_bundle(version: Version) -> None:
     load_bundle(version.bundle)
 
 
-def shares(config: ServeConfig) -> dict[str, Share]:
-    """What a replica of each model gets, held against what the cluster has.
+def replica_resources(config: ServeConfig) -> dict[str, ReplicaResources]:
+    """Resources of a replica of each model, checked against those of the cluster.
 
     Room is left for one more replica of one model, which a rollout starts before it ends an old
     one: by default a replica claims less of the cluster than it has threads.
@@ -233,7 +233,7 @@ def shares(config: ServeConfig) -> dict[str, Share]:
         # With room for one more of the largest.
         claimed = each * cpus / (cpus + each)
         num_gpus = _gpus(name, model.device, model.num_gpus, total, gpus)
-        found[name] = Share(
+        found[name] = ReplicaResources(
             num_cpus=math.floor(claimed * 1000) / 1000,
             num_gpus=num_gpus,
             num_threads=max(1, int(each)),

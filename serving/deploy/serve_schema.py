@@ -15,18 +15,12 @@ from typing import Any
 from ray import serve
 from ray.serve import Application
 
-from mimray.serving.deploy.config import ModelConfig, ServeConfig
-from mimray.serving.deploy.replicas import (
-    ROOT_APPLICATION,
-    EdgeSettings,
-    ModelReplica,
-    ModelSettings,
-    RootReplica,
-    Routing,
-    require_keys,
-)
+from mimray.serving.config import ModelConfig, ReplicaConfig, ServeConfig
+from mimray.serving.deploy.replicas import ROOT_APPLICATION, ModelReplica, RootReplica
+from mimray.serving.deploy.settings import GatewaySettings, ModelSettings, Routing
+from mimray.serving.operations.operation import MODEL_PATH
 
-# Admission is ours (`PredictorLimits`), because what Serve itself refuses is plain text; this
+# Admission is ours (`Predictor.admit`), because what Serve itself refuses is plain text; this
 # only has to be out of the way.
 MAX_ONGOING_REQUESTS = 1000
 # A new replica is there before an old one goes, however few there are.
@@ -89,13 +83,13 @@ class Served:
 
 
 @dataclass(frozen=True)
-class Share:
-    """What a replica gets of the cluster.
+class ReplicaResources:
+    """Resources of a replica.
 
     Attributes:
-        num_cpus: as Ray counts them.
-        num_gpus: likewise.
-        num_threads: of a model on a CPU.
+        num_cpus: CPUs that Ray reserves.
+        num_gpus: GPUs that Ray reserves.
+        num_threads: CPU threads of the model.
     """
 
     num_cpus: float
@@ -111,7 +105,7 @@ def application_of(name: str, canary: Version) -> str:
 def serve_schema(
     config: ServeConfig,
     models: Sequence[Served],
-    shares: Mapping[str, Share],
+    resources: Mapping[str, ReplicaResources],
     *,
     key_sha256: str | None,
     needs_key: bool,
@@ -121,13 +115,13 @@ def serve_schema(
     Args:
         config: of the endpoint.
         models: what is served now.
-        shares: what a replica of each model gets.
+        resources: the resources of a replica of each model.
         key_sha256: digest of a key from the environment.
-        needs_key: see `EdgeSettings`.
+        needs_key: see `GatewaySettings`.
 
     Source: Ray's `ServeDeploySchema`.
     """
-    edge = EdgeSettings(
+    gateway = GatewaySettings(
         keys=config.keys,
         key_sha256=key_sha256,
         needs_key=needs_key,
@@ -136,17 +130,17 @@ def serve_schema(
     )
     applications = []
     for served in models:
-        share = shares[served.name]
-        applications.append(_application(config, served, served.stable, edge, share))
+        given = resources[served.name]
+        applications.append(_application(config, served, served.stable, gateway, given))
         if served.canary is not None and served.config.canary is not None:
-            applications.append(_application(config, served, served.canary, edge, share))
+            applications.append(_application(config, served, served.canary, gateway, given))
     routings = {served.name: served.routing.model_dump(mode="json") for served in models}
     applications.append(
         {
             "name": ROOT_APPLICATION,
             "route_prefix": "/",
             "import_path": "mimray.serving.deploy.serve_schema:root",
-            "args": edge.model_dump(mode="json", exclude_defaults=True),
+            "args": gateway.model_dump(mode="json", exclude_defaults=True),
             "deployments": [{"name": "root", "user_config": routings}],
         }
     )
@@ -159,30 +153,27 @@ def serve_schema(
 
 
 def _application(
-    config: ServeConfig, served: Served, version: Version, edge: EdgeSettings, share: Share
+    config: ServeConfig,
+    served: Served,
+    version: Version,
+    gateway: GatewaySettings,
+    resources: ReplicaResources,
 ) -> dict[str, Any]:
     model = served.config
     is_canary = version is not served.stable
-    prefix = f"/v2/models/{served.name}"
+    prefix = MODEL_PATH.format(name=served.name)
     settings = ModelSettings(
         name=served.name,
         bundle=version.bundle,
         version=version.number,
-        device=model.device,
-        num_threads=share.num_threads,
-        max_batch_size=model.max_batch_size,
-        batch_wait_ms=model.batch_wait_ms,
-        max_queue_size=model.max_queue_size,
-        max_wait_s=model.max_wait_s,
-        cache_mib=model.cache_mib,
-        compile=model.compile,
-        jpeg_draft=model.jpeg_draft,
+        num_threads=resources.num_threads,
         urls=config.urls,
-        edge=edge,
+        gateway=gateway,
+        **model.model_dump(include=set(ReplicaConfig.model_fields)),
     )
     deployment: dict[str, Any] = {
         "name": "model",
-        "ray_actor_options": {"num_cpus": share.num_cpus, "num_gpus": share.num_gpus},
+        "ray_actor_options": {"num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus},
         "user_config": served.routing.model_dump(mode="json"),
     }
     if model.autoscaling is None:
@@ -214,35 +205,35 @@ def _application(
 def model(args: Mapping[str, Any]) -> Application:
     """One version of a model as an application; `args` as in `ModelSettings`."""
     settings = ModelSettings.model_validate(args)
-    require_keys(settings.edge)
+    settings.gateway.require_keys()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     deployment = serve.deployment(
         serve.ingress()(ModelReplica),
         name="model",
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
-        **_lifecycle(settings.edge),
+        **_lifecycle(settings.gateway),
     )
     return deployment.bind(settings)
 
 
 def root(args: Mapping[str, Any]) -> Application:
-    """Everything that is not a model as an application; `args` as in `EdgeSettings`."""
-    edge = EdgeSettings.model_validate(args)
-    require_keys(edge)
+    """Everything that is not a model as an application; `args` as in `GatewaySettings`."""
+    settings = GatewaySettings.model_validate(args)
+    settings.require_keys()
     deployment = serve.deployment(
         serve.ingress()(RootReplica),
         name="root",
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
-        **_lifecycle(edge),
+        **_lifecycle(settings),
         ray_actor_options={"num_cpus": 0},
     )
-    return deployment.bind(edge)
+    return deployment.bind(settings)
 
 
-def _lifecycle(edge: EdgeSettings) -> dict[str, float]:
+def _lifecycle(settings: GatewaySettings) -> dict[str, float]:
     """How replicas come and go."""
     return {
         "max_surge_percent": _SURGE_PERCENT,
-        "graceful_shutdown_timeout_s": edge.limits.request_timeout_s + _LAST_ANSWERS_S,
+        "graceful_shutdown_timeout_s": settings.limits.request_timeout_s + _LAST_ANSWERS_S,
         "graceful_shutdown_wait_loop_s": _SHUTDOWN_POLL_S,
     }

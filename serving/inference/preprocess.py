@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from mimray.serving.config import Limits
 from mimray.serving.inference.placement import Placement, Size, Sizing, place
 from mimray.serving.wire.errors import InvalidRequestError, UnusablePictureError
 from mimray.trainers.errors import ImageError
@@ -20,21 +20,6 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 Picture = bytes | Array
 """An encoded picture; pixels uint8 [H, W, C]; or a normalised input float32 [C, H, W]."""
-
-
-@dataclass(frozen=True)
-class PictureLimits:
-    """What is taken in.
-
-    Attributes:
-        max_pixels: most pixels of one picture, checked from its header.
-        max_frames: most frames of one file; only the first is looked at, but counting is work.
-        max_input_pixels: most pixels of the model's input.
-    """
-
-    max_pixels: int = 50_000_000
-    max_frames: int = 100
-    max_input_pixels: int = 1536 * 1536
 
 
 class Prepared(NamedTuple):
@@ -53,15 +38,15 @@ class Preparer:
     """Brings pictures to one encoder's input.
 
     Args:
-        card: the bundle's.
-        stride: the encoder's, pixels.
-        limits: what is taken in.
-        draft: decode a JPEG at 1/2, 1/4 or 1/8 where that is still larger than the input; faster,
-            and the pixels differ a little.
+        card: the bundle's description, bundle.json.
+        stride: pixels between neighbouring tokens of the encoder.
+        limits: the bounds of pictures and of the model's input.
+        draft: decode a JPEG at 1/2, 1/4 or 1/8 where that is still larger than the input, which is
+            faster and changes pixels a little.
     """
 
     def __init__(
-        self, card: BundleCard, stride: int, limits: PictureLimits, *, draft: bool = False
+        self, card: BundleCard, stride: int, limits: Limits, *, draft: bool = False
     ) -> None:
         self._card = card
         self._stride = stride
@@ -81,7 +66,7 @@ class Preparer:
             return self._fit(*self._decoded(picture, sizing), sizing)
         if picture.dtype == np.float32:
             return self._as_it_is(picture)
-        _check_pixels(picture, self._card.channels, self._limits.max_pixels)
+        _check_pixels(picture, self._card.channels, self._limits.picture_pixels)
         source = picture.shape[0], picture.shape[1]
         placement = self._placed(source, sizing)
         if placement.input_size == source:
@@ -104,7 +89,10 @@ class Preparer:
             rows, columns = self._placed((height, width), sizing).shown_size
             enough = columns, rows
         image, header = decode(
-            data, max_pixels=limits.max_pixels, max_frames=limits.max_frames, draft_size=enough
+            data,
+            max_pixels=limits.picture_pixels,
+            max_frames=limits.picture_frames,
+            draft_size=enough,
         )
         if card.channels == 1:
             image = image.convert("L")
@@ -116,7 +104,7 @@ class Preparer:
             sizing,
             trained=self._card.image_size,
             stride=self._stride,
-            max_pixels=self._limits.max_input_pixels,
+            max_pixels=self._limits.input_pixels,
         )
 
     def _fit(self, image: Image.Image, source: Size, sizing: Sizing) -> Prepared:

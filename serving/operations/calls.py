@@ -20,7 +20,6 @@ class Call:
         headers: those that operations look at, by lower-case name.
         body: all of it.
         version: of the model, where the request says one.
-        request_id: for logs.
         traceparent: W3C trace context to continue; empty for none.
     """
 
@@ -29,7 +28,6 @@ class Call:
     headers: Headers = field(default_factory=dict)
     body: bytes = b""
     version: str | None = None
-    request_id: str = ""
     traceparent: str = ""
 
 

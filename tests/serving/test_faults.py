@@ -24,7 +24,8 @@ import numpy as np
 import psutil
 import pytest
 
-from mimray.serving.deploy.config import check_config
+from mimray.serving.config import check_config
+from mimray.serving.deploy import haproxy
 from mimray.serving.deploy.endpoint import Endpoint, start
 from mimray.serving.deploy.haproxy import HAProxyState, haproxy_available
 from mimray.serving.deploy.serve_schema import Version
@@ -88,15 +89,16 @@ def expected(bundles: dict[str, Path], picture: Callable[..., bytes]) -> dict[st
     """Pooled vectors of the picture by either version."""
     import torch
 
+    from mimray.serving.config import Limits
     from mimray.serving.inference.placement import Sizing
-    from mimray.serving.inference.preprocess import PictureLimits, Preparer
+    from mimray.serving.inference.preprocess import Preparer
     from mimray.trainers.bundles import load_bundle
     from mimray.trainers.models.normalise import normalise
 
     found = {}
     for version, name in (("1", "alpha"), ("2", "beta")):
         encoder = load_bundle(bundles[name])
-        prepared = Preparer(encoder.card, 16, PictureLimits()).prepare(picture(1), Sizing())
+        prepared = Preparer(encoder.card, 16, Limits()).prepare(picture(1), Sizing())
         images = normalise(
             torch.from_numpy(prepared.pixels)[None], encoder.card.mean, encoder.card.std
         )
@@ -320,7 +322,7 @@ def test_launcher__refuses_what_it_does_not_know(tmp_path: Path) -> None:
     """Better no endpoint than one that clients can command."""
     config = tmp_path / "haproxy.cfg"
     config.write_text("global\ndefaults\n    mode http\n    timeout client 60s\n")
-    launcher = Path(serving.haproxy.__file__).with_name("haproxy.sh")
+    launcher = Path(haproxy.__file__).with_name("haproxy.sh")
     done = subprocess.run(
         [str(launcher), "-db", "-f", str(config)],
         env={**os.environ, "MIMRAY_PYTHON": sys.executable},

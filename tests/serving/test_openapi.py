@@ -62,7 +62,7 @@ def test_document__knows_every_option_and_format() -> None:
 @pytest.fixture(scope="module")
 def url(application: Callable[..., Any], serve_application: Callable[..., Any]) -> Iterator[str]:
     limits = {"body_mib": 1, "pictures": 8, "input_pixels": 448 * 448}
-    with serve_application(application(edge={"limits": limits})) as url:
+    with serve_application(application(gateway={"limits": limits})) as url:
         yield url
 
 

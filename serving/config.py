@@ -11,6 +11,7 @@ keys: keys.json
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,6 +33,8 @@ from mimray.trainers.errors import ServingError
 API_KEY_VARIABLE = "MIMRAY_API_KEY"
 """Of the environment: one key, for where a file of keys would be too much."""
 
+MIB = 2**20
+HTTPS_PORT = 443
 _HINT = "see docs/serving.md for the keys"
 
 
@@ -90,34 +93,24 @@ class Canary(Config):
     share: Share
 
 
-class ModelConfig(Config):
-    """One model of the endpoint.
+class ReplicaConfig(Config):
+    """The part of a model's configuration that its replicas read.
 
     Attributes:
-        bundle: folder or URI of a bundle or a run, or `NAME[@ALIAS|@vN]` of the registry. An alias
-            is followed: where it moves to another version, that one is rolled in.
-        replicas: processes; not with `autoscaling`.
-        autoscaling: see there.
-        device: `cpu`, `cuda`, or `auto` for a GPU where the cluster has one.
-        num_cpus: cores a replica, and its threads on a CPU; an equal share by default.
-        num_gpus: GPUs a replica, fractions allowed; an equal share by default.
-        max_batch_size: most pictures in one pass.
-        batch_wait_ms: longest a picture waits for company while the model is free.
+        device: `cpu`, `cuda`, or `auto` for a GPU where there is one.
+        max_batch_size: most pictures in one pass through the model.
+        batch_wait_ms: longest wait of a picture for others to fill its batch, while the model is
+            free.
         max_queue_size: most pictures a replica admits before they are answered.
-        max_wait_s: requests are refused when those before them would take longer.
+        max_wait_s: longest estimated wait; a request that would wait longer is refused.
         cache_mib: memory a replica keeps answers in, by the content of requests; 0 for none.
-        compile: have torch compile the model; `auto` does on GPUs, and on CPUs has oneDNN compute
-            its linear layers, which is faster and has their weights in memory twice.
-        jpeg_draft: decode large JPEGs at a fraction of their size; faster, pixels differ a little.
-        canary: see there.
+        compile: have torch compile the model. `auto` does on GPUs; on CPUs it has oneDNN compute
+            the linear layers, which is faster and holds their weights in memory twice.
+        jpeg_draft: decode large JPEGs at a fraction of their size, which is faster and changes
+            pixels a little.
     """
 
-    bundle: str
-    replicas: PositiveInt = 1
-    autoscaling: Autoscaling | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    num_cpus: PositiveFloat | None = None
-    num_gpus: NonNegativeFloat | None = None
     max_batch_size: PositiveInt = 16
     batch_wait_ms: NonNegativeFloat = 5.0
     max_queue_size: PositiveInt = 256
@@ -125,6 +118,26 @@ class ModelConfig(Config):
     cache_mib: NonNegativeInt = 64
     compile: Literal["auto", True, False] = "auto"
     jpeg_draft: bool = False
+
+
+class ModelConfig(ReplicaConfig):
+    """One model of the endpoint.
+
+    Attributes:
+        bundle: folder or URI of a bundle or a run, or `NAME[@ALIAS|@vN]` of the registry. An alias
+            is followed: when it moves to another version, that version is rolled in.
+        replicas: number of replicas; excludes `autoscaling`.
+        autoscaling: bounds and pace of a number of replicas that follows the load.
+        num_cpus: cores of a replica, and its threads on a CPU; an equal share by default.
+        num_gpus: GPUs of a replica, fractions allowed; an equal share by default.
+        canary: another version that gets a share of the requests.
+    """
+
+    bundle: str
+    replicas: PositiveInt = 1
+    autoscaling: Autoscaling | None = None
+    num_cpus: PositiveFloat | None = None
+    num_gpus: NonNegativeFloat | None = None
     canary: Canary | None = None
 
     @model_validator(mode="after")
@@ -135,23 +148,23 @@ class ModelConfig(Config):
 
     @property
     def most_replicas(self) -> int:
-        """How many there may be at once."""
+        """The most replicas there may be at once, but for a rollout."""
         return self.autoscaling.max_replicas if self.autoscaling else self.replicas
 
 
 class Limits(Config):
-    """What is taken in and given out.
+    """Bounds of requests and answers.
 
     Attributes:
         body_mib: most of a request's body, before and after inflating.
         bodies_mib: most of all bodies a replica holds at once.
-        body_timeout_s: longest a body may take to come.
-        request_timeout_s: longest an answer may take.
-        pictures: most in one request.
+        body_timeout_s: longest time a body may take to arrive.
+        request_timeout_s: longest time an answer may take.
+        pictures: most pictures of one request.
         picture_pixels: most pixels of one picture, checked before decoding.
-        picture_frames: most frames of one file.
+        picture_frames: most frames of one file; only the first is used, but counting is work.
         input_pixels: most pixels of the model's input.
-        answer_mib: most features in one answer.
+        answer_mib: most features of one answer.
     """
 
     body_mib: PositiveInt = 64
@@ -166,12 +179,13 @@ class Limits(Config):
 
 
 class Urls(Config):
-    """Pictures by URL; taken from nowhere unless hosts are named.
+    """Rules for pictures by URL; without allowed hosts none is fetched.
 
     Attributes:
-        allowed_hosts: exact names, or `*.example.org`; `:port` for another than 443.
+        allowed_hosts: exact names, or `*.example.org` for those below one; `:port` for a port other
+            than 443; IPv6 in brackets.
         max_mib: most of one picture.
-        timeout_s: longest one may take to come.
+        timeout_s: longest time one may take to arrive, redirects included.
     """
 
     allowed_hosts: tuple[str, ...] = ()
@@ -180,13 +194,38 @@ class Urls(Config):
 
     @model_validator(mode="after")
     def _check_hosts(self) -> Urls:
-        from mimray.serving.operations.fetching import UrlPolicy
-
-        try:
-            UrlPolicy(self.allowed_hosts)
-        except ServingError as error:
-            raise ValueError(str(error)) from None
+        _ = self._patterns
         return self
+
+    def allow(self, host: str, port: int) -> bool:
+        """True if a host is allowed; its name as on the wire, in lower-case ASCII."""
+        return any(
+            port == wanted and (host.endswith(f".{name}") if below else host == name)
+            for below, name, wanted in self._patterns
+        )
+
+    @cached_property
+    def _patterns(self) -> tuple[tuple[bool, str, int], ...]:
+        return tuple(map(_host_pattern, self.allowed_hosts))
+
+
+def _host_pattern(text: str) -> tuple[bool, str, int]:
+    """An entry of `allowed_hosts`: True for the names below it, the name, the port."""
+    import httpx2
+
+    below = text.startswith("*.")
+    try:
+        url = httpx2.URL(f"https://{text.removeprefix('*.')}")
+    except (httpx2.InvalidURL, ValueError):
+        url = httpx2.URL("")
+    name = url.raw_host.decode()
+    rest = (url.userinfo, url.raw_path, url.fragment)
+    if not name or "*" in name or rest != (b"", b"/", ""):
+        raise ValueError(
+            f"{text!r} in `urls.allowed_hosts` is no host (write example.org, *.example.org or "
+            "example.org:8443)"
+        )
+    return below, name, url.port or HTTPS_PORT
 
 
 class ServeConfig(Config):
