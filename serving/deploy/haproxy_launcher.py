@@ -41,14 +41,16 @@ _KEEP_ALIVE_S = 10
 # Buffers a thread keeps for itself: with 16 MiB of them, of 1 MiB each, a request costs 0.4 ms of
 # CPU, and 1.5 ms where each has to be asked of the system.
 _HOT_BYTES = 16 * 2**20
-# What a status means, as `mimray.serving.wire.errors` has it.
-_MEANINGS = {
-    400: ("Invalid request", "invalid_request", "the request is not HTTP"),
-    404: ("Not found", "unknown_model", "there is nothing at this path"),
-    408: ("Timed out", "timeout", "the request came too slowly"),
-    413: ("Too large", "too_large", "the request is too large"),
-    500: ("Model failure", "model_failure", "the endpoint failed"),
-    503: ("Overloaded", "overloaded", "nothing can answer this now"),
+# Codes and titles, as the application has them.
+_REFUSALS = json.loads((Path(__file__).parents[1] / "wire" / "refusals.json").read_text())
+# The statuses that HAProxy or Ray's own layer answers by itself.
+_DETAILS = {
+    400: "the request is not HTTP",
+    404: "there is nothing at this path",
+    408: "the request came too slowly",
+    413: "the request is too large",
+    500: "the endpoint failed",
+    503: "nothing can answer this now",
 }
 # Whoever lost a replica has to come again, whatever HAProxy calls it.
 _SENT_AS = {502: 503, 504: 503}
@@ -67,12 +69,12 @@ def haproxy_binary() -> str:
 
 def problem_body(status: int) -> str:
     """Problem JSON (RFC 9457) for a status, with the `error` member of the inference protocol."""
-    title, code, detail = _MEANINGS[status]
+    refusal, detail = _REFUSALS[str(status)], _DETAILS[status]
     members = {
         "type": "about:blank",
-        "title": title,
+        "title": refusal["title"],
         "status": status,
-        "code": code,
+        "code": refusal["code"],
         "detail": detail,
         "error": detail,
     }
@@ -109,7 +111,7 @@ def completed(config: str, folder: str) -> str:
         return config
     files = [
         f"    errorfile {status} {folder}/problem-{_SENT_AS.get(status, status)}.http"
-        for status in (*_MEANINGS, *_SENT_AS)
+        for status in (*_DETAILS, *_SENT_AS)
     ]
     config = re.sub(r"^ *errorfile \d+ .*\n", "", config, flags=re.M)
     config = re.sub(r"^ *timeout http-(request|keep-alive) .*\n", "", config, flags=re.M)
@@ -202,7 +204,7 @@ def _complete(path: str) -> None:
     folder = os.path.dirname(path)
     with open(path, encoding="utf-8") as file:
         config = completed(file.read(), folder)
-    for status in _MEANINGS:
+    for status in _DETAILS:
         with open(f"{folder}/problem-{status}.http", "w", newline="") as file:
             file.write(error_file(status))
     aside = f"{path}.{os.getpid()}"

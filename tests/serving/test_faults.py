@@ -309,6 +309,7 @@ def test_haproxy__runs_as_we_completed_it(endpoint: Endpoint) -> None:
     routes = httpx2.get(endpoint.url + "/-/routes")
     assert routes.status_code == 404
     assert routes.json()["error"] == "there is nothing at this path"
+    assert routes.json()["code"] == "not_found"
     assert routes.headers["content-type"] == "application/problem+json"
     # A client cannot switch its own timeout off, or on.
     found = httpx2.get(endpoint.url + "/v1/models", headers={STRIPPED[0]: "1e-6"})
