@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from opentelemetry.trace import Span, format_trace_id
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -20,7 +21,7 @@ from mimray.serving.api.keys import KeyRing, Quota
 from mimray.serving.config import MIB, Limits
 from mimray.serving.operations.calls import Reply, problem_reply
 from mimray.serving.telemetry.metrics import Metrics
-from mimray.serving.telemetry.tracing import Span, Tracer
+from mimray.serving.telemetry.tracing import Tracer, trace_headers
 from mimray.serving.wire.errors import (
     EndpointError,
     InvalidRequestError,
@@ -159,10 +160,10 @@ class Gateway:
         scope = {**scope, "root_path": "", "mimray.notes": notes}
         headers = Headers(scope=scope)
         started = time.perf_counter()
-        span = self._tracer.start(headers.get("traceparent", ""))
+        span = self._tracer.start(headers)
         notes["request_id"] = _request_id(headers)
-        scope["mimray.traceparent"] = span.traceparent
-        sent = _Sent(send, {"traceparent": span.traceparent})
+        trace = scope["mimray.trace"] = trace_headers(span)
+        sent = _Sent(send, {name: trace[name] for name in trace if name == "traceparent"})
         try:
             self._admit(scope, headers)
             await self._app(scope, receive, sent)
@@ -213,11 +214,11 @@ class Gateway:
             "url.path": scope["path"],
             **{f"mimray.{name}": notes[name] for name in ("pictures", "version") if name in notes},
         }
-        self._tracer.finish(span, name, started, attributes)
+        self._tracer.finish(span, name, attributes)
         self._log.write(
             {
                 "request_id": notes.pop("request_id"),
-                "trace_id": span.trace_id,
+                "trace_id": format_trace_id(span.get_span_context().trace_id),
                 "client": client[0] if client else "",
                 "method": scope["method"],
                 "path": scope["path"],

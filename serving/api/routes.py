@@ -251,7 +251,7 @@ def _call(operation: Operation, request: Request, query: dict[str, str], body: b
         headers={name: request.headers[name] for name in _KEPT_HEADERS if name in request.headers},
         body=body,
         version=version,
-        traceparent=request.scope["mimray.traceparent"],
+        trace=request.scope["mimray.trace"],
     )
 
 

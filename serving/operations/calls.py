@@ -20,7 +20,7 @@ class Call:
         headers: those that operations look at, by lower-case name.
         body: all of it.
         version: of the model, where the request says one.
-        traceparent: W3C trace context to continue; empty for none.
+        trace: the W3C headers of the trace it belongs to.
     """
 
     operation: str
@@ -28,7 +28,7 @@ class Call:
     headers: Headers = field(default_factory=dict)
     body: bytes = b""
     version: str | None = None
-    traceparent: str = ""
+    trace: Headers = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ class ModelService:
             timeline.add("encode", max(end for _, _, end in timeline.spans), time.perf_counter())
             phases["encode"] = timeline.seconds("encode")
         pictures = int(reply.notes.get("pictures", 0))
-        self._tracer.record(call.traceparent, timeline.spans, {"mimray.model": self.model.name})
+        self._tracer.record(call.trace, timeline.spans, {"mimray.model": self.model.name})
         self.model.pictures += pictures
         self.model.busy_s += phases["model"]
         self._metrics.request(call.operation, reply.status, seconds, pictures)
