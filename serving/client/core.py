@@ -19,12 +19,12 @@ from mimray.serving.client.results import (
     read_outputs,
     read_reconstruction,
 )
+from mimray.serving.wire.bodies import Parameters
 from mimray.serving.wire.codecs import Array
 from mimray.serving.wire.errors import EndpointError, ModelFailureError
 from mimray.serving.wire.oip_messages import (
     HEADER_LENGTH,
     InferResponse,
-    Parameters,
     build_request,
     parse_response,
 )

@@ -26,12 +26,12 @@ from mimray.serving.operations.calls import Call, Reply
 from mimray.serving.operations.metadata import answer_metadata, public
 from mimray.serving.operations.operation import MODEL_PATH, Computation, Description, Model
 from mimray.serving.operations.response_formats import dumps, stacked
+from mimray.serving.wire.bodies import Parameters
 from mimray.serving.wire.errors import InvalidRequestError, ModelFailureError, TooLargeError
 from mimray.serving.wire.oip_messages import (
     HEADER_LENGTH,
     InferRequest,
     NamedTensor,
-    Parameters,
     RequestedOutput,
     build_response,
     parse_request,

@@ -15,8 +15,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
+from mimray.serving.wire import bodies
+from mimray.serving.wire.bodies import Parameters
 from mimray.serving.wire.codecs import (
     Tensor,
     datatype_of,
@@ -32,44 +34,7 @@ MAX_JSON_BYTES = 64 * 2**20
 # JSON may end in spaces, and arrays are read in place only where they lie at whole words.
 _ALIGNMENT = 8
 
-Parameters = dict[str, str | int | float | bool | None]
-
-
-class _Message(BaseModel):
-    """Unknown members are ignored: the protocol allows a peer to send more than we know."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
-
-
-class _TensorJson(_Message):
-    name: str
-    datatype: str
-    shape: list[int] = Field(max_length=8)
-    parameters: Parameters = {}
-    data: Any = None
-
-
-class _OutputJson(_Message):
-    name: str
-    parameters: Parameters = {}
-
-
-class _RequestJson(_Message):
-    id: str | None = None
-    parameters: Parameters = {}
-    inputs: list[_TensorJson] = Field(min_length=1)
-    outputs: list[_OutputJson] = []
-
-
-class _ResponseJson(_Message):
-    model_name: str
-    model_version: str = ""
-    id: str | None = None
-    parameters: Parameters = {}
-    outputs: list[_TensorJson]
-
-
-_Json = TypeVar("_Json", bound=_Message)
+_Json = TypeVar("_Json", bound=bodies.OipBody)
 
 
 @dataclass(frozen=True)
@@ -141,7 +106,7 @@ def parse_request(body: bytes, header_length: str | None) -> InferRequest:
         picture = NamedTensor("image", "BYTES", (1,), [body])
         return InferRequest((picture,), binary_output=True)
     text, tail = _split(body, header_length)
-    message = _parse(text, _RequestJson)
+    message = _parse(text, bodies.InferRequest)
     binary_output = _flag(message.parameters, "binary_data_output", default=False)
     return InferRequest(
         inputs=_tensors(message.inputs, tail),
@@ -202,7 +167,7 @@ def parse_response(body: bytes | bytearray, header_length: str | None) -> InferR
         InvalidRequestError: anything that is not the protocol.
     """
     text, tail = _split(body, header_length)
-    message = _parse(text, _ResponseJson)
+    message = _parse(text, bodies.InferResponse)
     return InferResponse(
         model_name=message.model_name,
         model_version=message.model_version,
@@ -277,7 +242,7 @@ def _flag(parameters: Parameters, name: str, *, default: bool) -> bool:
     return value
 
 
-def _tensors(described: Sequence[_TensorJson], tail: memoryview) -> tuple[NamedTensor, ...]:
+def _tensors(described: Sequence[bodies.Tensor], tail: memoryview) -> tuple[NamedTensor, ...]:
     """The tensors of a message; raw ones lie in `tail` one after the other and fill it."""
     tensors = []
     position = 0
