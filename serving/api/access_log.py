@@ -49,16 +49,16 @@ class AccessLog:
             self._listener.start()
             atexit.register(self.close)
 
-    def write(self, facts: Mapping[str, Any]) -> None:
+    def write(self, fields: Mapping[str, Any]) -> None:
         """Note a request; never waits and never raises.
 
         Args:
-            facts: what JSON can say; the time and the level are added.
+            fields: the line's members, values as JSON has them; the time and the level are added.
         """
         if self._listener is None:
             return
         if self._queue.qsize() < MAX_WAITING:
-            self._queue.put(logging.makeLogRecord({"msg": facts}))
+            self._queue.put(logging.makeLogRecord({"msg": fields}))
             return
         if not self.lost:
             logger.warning("the access log cannot keep up; requests go unnoted")
@@ -107,15 +107,15 @@ def open_access_log(target: str | None) -> AccessLog:
 
 
 class _Lines(logging.Formatter):
-    """Facts as JSON, which escapes line breaks, so that no client forges a line."""
+    """The fields as JSON, which escapes line breaks, so that no client forges a line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        facts: Any = record.msg
+        fields: Any = record.msg
         now = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        status = int(facts.get("status", 0))
+        status = int(fields.get("status", 0))
         level = "error" if status >= 500 and status != 503 else "info"
         line = {"ts": now.replace("+00:00", "Z"), "level": level}
-        line |= {name: _shortened(value) for name, value in facts.items()}
+        line |= {name: _shortened(value) for name, value in fields.items()}
         return json.dumps(line, separators=(",", ":"), default=str)
 
 

@@ -182,7 +182,7 @@ class Gateway:
             await send_reply(reply, scope, sent)
         finally:
             self._bodies.release(scope)
-            self._account(scope, headers, sent, span, started)
+            self._account(scope, sent, span, started)
 
     def _admit(self, scope: Scope, headers: Headers) -> None:
         if scope["path"] in self._open or scope["path"].startswith(self._open_folders):
@@ -196,9 +196,7 @@ class Gateway:
         self._quota.admit(key)
         scope["mimray.key"] = key
 
-    def _account(
-        self, scope: Scope, headers: Headers, sent: _Sent, span: Span, started: float
-    ) -> None:
+    def _account(self, scope: Scope, sent: _Sent, span: Span, started: float) -> None:
         notes = scope["mimray.notes"]
         if "mimray.key" in scope and notes.get("pictures"):
             self._quota.charge(scope["mimray.key"], int(notes["pictures"]))

@@ -8,7 +8,8 @@ from typing import Any, Literal
 import httpx2
 
 from mimray.serving.client.core import Core, request_headers
-from mimray.serving.client.flows import Send, Sending
+from mimray.serving.client.retries import Sender
+from mimray.serving.client.steps import Send
 from mimray.trainers.errors import ServingError
 
 Pooling = Literal["mean", "cls", "gem"]
@@ -38,7 +39,7 @@ class Client:
         transport: Any = None,
     ) -> None:
         _check_url(base_url)
-        self._core = Core(Sending(base_url, timeout_s, deadline_s, max_retries), batch_size)
+        self._core = Core(Sender(base_url, timeout_s, deadline_s, max_retries), batch_size)
         self._headers = headers or {}
         self._http = self._http_class(
             base_url=base_url,

@@ -14,9 +14,9 @@ import httpx2
 
 from mimray.serving.client.base import LIVE, READY, Client, Dtype, Pooling
 from mimray.serving.client.core import Size, feature_parameters
-from mimray.serving.client.flows import All, Answer, Failure, Flow, Load, Pause, Send
 from mimray.serving.client.images import Image
 from mimray.serving.client.results import Features, Reconstruction
+from mimray.serving.client.steps import All, Answer, Failure, Load, Pause, Send, Steps
 from mimray.serving.wire.codecs import Array
 from mimray.trainers.errors import ServingError
 
@@ -193,11 +193,11 @@ class FeatureClient(Client):
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def _run(self, flow: Flow[T], stop: threading.Event | None = None) -> T:
+    def _run(self, steps: Steps[T], stop: threading.Event | None = None) -> T:
         outcome: Any = None
         while True:
             try:
-                step = flow.send(outcome)
+                step = steps.send(outcome)
             except StopIteration as end:
                 result: T = end.value
                 return result
@@ -221,9 +221,9 @@ class FeatureClient(Client):
         waiting: deque[Future[T]] = deque()
         with ThreadPoolExecutor(batch.concurrency, "mimray-client") as pool:
             try:
-                for flow in batch.flows:
+                for branch in batch.branches:
                     # The caller's context holds the trace that `headers` may ask for.
-                    waiting.append(pool.submit(copy_context().run, self._run, flow, stop))
+                    waiting.append(pool.submit(copy_context().run, self._run, branch, stop))
                     if len(waiting) == 2 * batch.concurrency:
                         yield waiting.popleft().result()
                 while waiting:

@@ -11,9 +11,9 @@ import httpx2
 
 from mimray.serving.client.base import LIVE, READY, Client, Dtype, Pooling
 from mimray.serving.client.core import Size, feature_parameters
-from mimray.serving.client.flows import All, Answer, Failure, Flow, Load, Pause, Send
 from mimray.serving.client.images import Image
 from mimray.serving.client.results import Features, Reconstruction
+from mimray.serving.client.steps import All, Answer, Failure, Load, Pause, Send, Steps
 from mimray.serving.wire.codecs import Array
 
 T = TypeVar("T")
@@ -126,11 +126,11 @@ class AsyncFeatureClient(Client):
     async def __aexit__(self, *exc_info: object) -> None:
         await self.close()
 
-    async def _run(self, flow: Flow[T]) -> T:
+    async def _run(self, steps: Steps[T]) -> T:
         outcome: Any = None
         while True:
             try:
-                step = flow.send(outcome)
+                step = steps.send(outcome)
             except StopIteration as end:
                 result: T = end.value
                 return result
@@ -148,14 +148,14 @@ class AsyncFeatureClient(Client):
     async def _each(self, batch: All[T]) -> AsyncIterator[T]:
         turns = asyncio.Semaphore(batch.concurrency)
 
-        async def run(flow: Flow[T]) -> T:
+        async def run(branch: Steps[T]) -> T:
             async with turns:
-                return await self._run(flow)
+                return await self._run(branch)
 
         waiting: deque[asyncio.Task[T]] = deque()
         try:
-            for flow in batch.flows:
-                waiting.append(asyncio.create_task(run(flow)))
+            for branch in batch.branches:
+                waiting.append(asyncio.create_task(run(branch)))
                 if len(waiting) == 2 * batch.concurrency:
                     yield await waiting.popleft()
             while waiting:

@@ -9,10 +9,8 @@ from __future__ import annotations
 import asyncio
 import re
 import sys
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 FAMILIES = ("ray_mimray_", "ray_serve_")
 """What `/metrics` gives out of all that Ray counts."""

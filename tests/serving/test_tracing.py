@@ -80,7 +80,7 @@ def collector(plain: pytest.MonkeyPatch) -> Iterator[list[Any]]:
                 body = gzip.decompress(body)
             message = ExportTraceServiceRequest.FromString(body)
             for resource in message.resource_spans:
-                about = _facts(resource.resource.attributes)
+                about = _attributes(resource.resource.attributes)
                 for scope in resource.scope_spans:
                     spans.extend((span, about) for span in scope.spans)
             self.send_response(200 if self.path == "/v1/traces" else 404)
@@ -99,7 +99,7 @@ def collector(plain: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     thread.join()
 
 
-def _facts(attributes: Any) -> dict[str, Any]:
+def _attributes(attributes: Any) -> dict[str, Any]:
     return {a.key: getattr(a.value, a.value.WhichOneof("value")) for a in attributes}
 
 
@@ -124,8 +124,8 @@ def test_tracer__exports_what_was_on_the_wire(collector: list[Any]) -> None:
     assert decode.end_time_unix_nano - decode.start_time_unix_nano == pytest.approx(3e8, rel=1e-3)
     assert abs(server.end_time_unix_nano - time.time_ns()) < 60e9
     assert (server.kind, server.status.code) == (server.SPAN_KIND_SERVER, 0)
-    assert _facts(server.attributes) == {"http.response.status_code": 200}
-    assert _facts(decode.attributes) == {"mimray.model": "m"}
+    assert _attributes(server.attributes) == {"http.response.status_code": 200}
+    assert _attributes(decode.attributes) == {"mimray.model": "m"}
     assert {about["service.name"] for _, about in collector} == {"mimray"}
 
 
@@ -136,7 +136,7 @@ def test_tracer__a_failure_is_one(collector: list[Any], plain: pytest.MonkeyPatc
     tracer.close()
     ((span, about),) = collector
     assert span.status.code == span.status.STATUS_CODE_ERROR
-    assert _facts(span.attributes)["error.type"] == "500"
+    assert _attributes(span.attributes)["error.type"] == "500"
     assert (span.parent_span_id, about["service.name"]) == (b"", "features")
 
 
