@@ -1,4 +1,4 @@
-"""What an endpoint is, as a user writes it in `serve.yaml`; every key has a default but `models`.
+"""The configuration of an endpoint, `serve.yaml`; every key but `models` has a default.
 
 models:
   photos: {bundle: photos@champion, replicas: 2}
@@ -31,7 +31,7 @@ from mimray.trainers.config.base import Config, explain
 from mimray.trainers.errors import ServingError
 
 API_KEY_VARIABLE = "MIMRAY_API_KEY"
-"""Of the environment: one key, for where a file of keys would be too much."""
+"""The environment variable that holds one key, where no file of keys is needed."""
 
 MIB = 2**20
 HTTPS_PORT = 443
@@ -39,7 +39,11 @@ _HINT = "see docs/serving.md for the keys"
 
 
 def parse_share(value: Any) -> Any:
-    """A share of requests: `10%` or 0.1."""
+    """Read a share of requests, `10%` or 0.1.
+
+    Raises:
+        ValueError: it is not between 0 and 1.
+    """
     text = str(value).strip()
     try:
         share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
@@ -54,15 +58,16 @@ Share = Annotated[float, BeforeValidator(parse_share)]
 
 
 class Autoscaling(Config):
-    """Replicas that come and go with the load.
+    """A number of replicas that follows the load.
 
     Attributes:
-        min_replicas: 0 lets a model that nobody asks go; the next request waits for it to load.
-        max_replicas: most of them.
-        target_requests: requests being answered or waiting, a replica, that scaling aims for.
-        upscale_delay_s: how long more load must last.
-        downscale_delay_s: how long less load must last.
-        idle_s: how long a model must be idle before its last replica goes.
+        min_replicas: fewest replicas. With 0 an idle model is unloaded, and the next request waits
+            until it is loaded again.
+        max_replicas: most replicas.
+        target_requests: requests a replica has, answered now or waiting, that scaling aims for.
+        upscale_delay_s: seconds that a higher load must last before a replica is added.
+        downscale_delay_s: seconds that a lower load must last before a replica is removed.
+        idle_s: seconds without a request before the last replica is removed.
     """
 
     min_replicas: NonNegativeInt = 1
@@ -85,8 +90,8 @@ class Canary(Config):
     """Another version that gets a share of the requests which name no version.
 
     Attributes:
-        bundle: as of `ModelConfig`.
-        share: of the requests, `10%` or 0.1.
+        bundle: the other version, as in `ModelConfig`.
+        share: share of the requests, `10%` or 0.1.
     """
 
     bundle: str
@@ -232,14 +237,14 @@ class ServeConfig(Config):
     """An endpoint.
 
     Attributes:
-        host: address to listen on; anything but loopback needs keys.
+        host: address to listen on; any but loopback requires keys.
         port: port to listen on.
-        keys: file of `mimray keys`; on a cluster a path that every node can read.
-        models: by the name they get in the URL.
-        limits: see there.
-        urls: see there.
+        keys: the file of `mimray keys`; on a cluster a path that every node can read.
+        models: the models by their names in the URL.
+        limits: bounds of requests and answers.
+        urls: rules for pictures by URL.
         access_log: `-` for standard output, a path, or none; by default among Ray's logs.
-        follow_s: how often aliases are looked up.
+        follow_s: seconds between two looks at the aliases.
     """
 
     host: str = "127.0.0.1"
@@ -253,7 +258,7 @@ class ServeConfig(Config):
 
 
 def load_config(path: Path) -> dict[str, Any]:
-    """The tree of a `serve.yaml`, to be changed and then checked by `check_config`.
+    """Read the tree of a `serve.yaml`, which `check_config` checks.
 
     Raises:
         ServingError: it cannot be read.
@@ -270,7 +275,11 @@ def load_config(path: Path) -> dict[str, Any]:
 
 
 def check_config(tree: dict[str, Any], origin: str) -> ServeConfig:
-    """A configuration out of a tree.
+    """Check the tree of a `serve.yaml`.
+
+    Args:
+        tree: the keys and their values.
+        origin: the tree's origin, for messages.
 
     Raises:
         ConfigError: keys or values that are not allowed.

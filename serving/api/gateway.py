@@ -34,7 +34,7 @@ from mimray.serving.wire.oip_messages import inflate
 
 logger = logging.getLogger(__name__)
 
-# Requests whose inflating would hold up the others do it in a thread.
+# Larger bodies are inflated in a thread, so that they hold nothing up.
 _INFLATE_ASIDE_BYTES = 1 << 20
 CLIENT_CLOSED_REQUEST = 499
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
@@ -76,9 +76,9 @@ class Bodies:
         self._held = 0
 
     async def read(self, request: Request) -> bytes:
-        """The body, inflated; counted while it comes, since a stated length may be a lie.
+        """Read a request's body and inflate it; a stated length is not trusted.
 
-        It counts as held until the scope's `release` is called, which `Gateway` does.
+        Its bytes count as held until `release`, which `Gateway` calls.
 
         Raises:
             TooLargeError: it is too large.
@@ -120,7 +120,7 @@ class Bodies:
         request.scope["mimray.held"] = request.scope.get("mimray.held", 0) + size
 
     def release(self, scope: Scope) -> None:
-        """What a request held is free again."""
+        """Stop counting the bytes that a request held."""
         self._held -= scope.pop("mimray.held", 0)
 
 
@@ -152,7 +152,7 @@ class Gateway:
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuse, or hand on; note either."""
+        """Admit or refuse a request, and account for it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -204,7 +204,7 @@ class Gateway:
         client = scope.get("client")
         if "error" in notes and "version" not in notes:  # no model has counted it
             self._metrics.rejected(str(notes["error"]))
-        # Paths are without number, and a name of a span is not.
+        # A span's name has to be one of few; paths are without number.
         name = " ".join([scope["method"], *([notes["operation"]] if "operation" in notes else [])])
         attributes = {
             "http.request.method": scope["method"],
@@ -229,7 +229,7 @@ class Gateway:
 
 
 class _Sent:
-    """Passes messages on, and remembers the status and the size of what went out."""
+    """Passes messages on; keeps the answer's status and size."""
 
     def __init__(self, send: Send, headers: dict[str, str]) -> None:
         self._send = send
@@ -249,7 +249,7 @@ class _Sent:
 
 
 async def send_reply(reply: Reply, scope: Scope, send: Send) -> None:
-    """A reply as the answer to a request."""
+    """Send a reply as the answer to a request."""
     headers = [
         (name.lower().encode(), value.encode("latin-1")) for name, value in reply.headers.items()
     ]

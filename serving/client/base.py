@@ -1,4 +1,4 @@
-"""What the two clients share."""
+"""The base of the two clients."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _KEEPALIVE_S = 30.0
 
 
 class Client:
-    """What both clients share: all but sending and waiting."""
+    """The base of both clients: all but sending and waiting."""
 
     _http_class: type[Any]
 

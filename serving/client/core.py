@@ -1,4 +1,4 @@
-"""The operations of a client: what is asked, and how the answers read. No network here."""
+"""The operations of a client as steps: requests and readings of answers; no network here."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class Core:
     def reconstruct(
         self, image: Image, model: str, mask_ratio: float | None, seed: int
     ) -> Steps[Reconstruction]:
-        """What the model makes of a part of the picture."""
+        """The model's prediction of a picture's hidden part."""
         query = {"model": model, "seed": seed} | (
             {} if mask_ratio is None else {"mask_ratio": mask_ratio}
         )
@@ -122,7 +122,7 @@ class Core:
         raise ModelFailureError("the answer is no index of models")
 
     def model(self, name: str) -> Steps[dict[str, Any]]:
-        """What the endpoint says of a model."""
+        """The endpoint's description of a model."""
         return self._object(f"/v1/models/{_segment(name)}")
 
     def metadata(self, name: str) -> Steps[dict[str, Any]]:
@@ -130,7 +130,7 @@ class Core:
         return self._object(f"/v2/models/{_segment(name)}")
 
     def healthy(self, path: str) -> Steps[bool]:
-        """Whether one look at `path` finds it well."""
+        """True if one request to `path` is answered with 200."""
         outcome = yield self._sender.attempt("GET", path, None, {}, self._sender.deadline_s)
         return isinstance(outcome, Answer) and outcome.status == 200
 

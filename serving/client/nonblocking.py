@@ -23,14 +23,14 @@ class AsyncFeatureClient(Client):
     """`FeatureClient` for asyncio; its methods are described there.
 
     Args:
-        base_url: where the endpoint answers, e.g. `http://127.0.0.1:8000`.
+        base_url: the endpoint's address, e.g. `http://127.0.0.1:8000`.
         api_key: the endpoint's key; `MIMRAY_API_KEY` by default.
         timeout_s: longest wait for a connection and between bytes.
         max_retries: further attempts after the first.
         batch_size: most pictures in one request.
         deadline_s: longest time for a request, its retries and pauses included.
         headers: sent with every request, or a function that makes them, e.g. for `traceparent`.
-        transport: of httpx2, for other ways than TCP.
+        transport: a transport of httpx2, for other ways than TCP.
     """
 
     _http_class = httpx2.AsyncClient
@@ -43,7 +43,7 @@ class AsyncFeatureClient(Client):
         size: Size | None = None,
         concurrency: int = 4,
     ) -> Array:
-        """Pooled features of pictures, float32 [B, D]."""
+        """Compute pooled features of pictures, float32 [B, D]."""
         return await self._run(self._core.embed(images, model, pooling, size, concurrency))
 
     async def outputs(
@@ -56,7 +56,7 @@ class AsyncFeatureClient(Client):
         size: Size | None = None,
         concurrency: int = 4,
     ) -> dict[str, Array]:
-        """Any outputs of many pictures, arrays [B, …] by name."""
+        """Compute any outputs of many pictures, arrays [B, …] by name."""
         return await self._run(self._core.outputs(images, model, names, norm, size, concurrency))
 
     async def features(
@@ -70,7 +70,7 @@ class AsyncFeatureClient(Client):
         size: Size | None = None,
         dtype: Dtype = "float32",
     ) -> Features:
-        """Dense features of one picture."""
+        """Compute dense features of one picture."""
         parameters = feature_parameters(layers, pooling, norm, pyramid, size, dtype)
         return await self._run(self._core.features(image, model, parameters))
 
@@ -86,22 +86,22 @@ class AsyncFeatureClient(Client):
         dtype: Dtype = "float32",
         concurrency: int = 4,
     ) -> AsyncIterator[Features]:
-        """Dense features of many pictures, in order."""
+        """Compute dense features of many pictures, in order."""
         parameters = feature_parameters(layers, pooling, norm, pyramid, size, dtype)
         return self._each(self._core.features_many(images, model, parameters, concurrency))
 
     async def reconstruct(
         self, image: Image, model: str, mask_ratio: float | None = None, seed: int = 0
     ) -> Reconstruction:
-        """Hide a part of a picture and see what the model predicts there."""
+        """Hide a part of a picture and have the model predict it."""
         return await self._run(self._core.reconstruct(image, model, mask_ratio, seed))
 
     async def models(self) -> list[str]:
-        """Names of the models the endpoint serves."""
+        """The names of the models that the endpoint serves."""
         return await self._run(self._core.models())
 
     async def model(self, name: str) -> dict[str, Any]:
-        """What the endpoint says of a model."""
+        """The endpoint's description of a model."""
         return await self._run(self._core.model(name))
 
     async def metadata(self, model: str) -> dict[str, Any]:
@@ -109,11 +109,11 @@ class AsyncFeatureClient(Client):
         return await self._run(self._core.metadata(model))
 
     async def ready(self) -> bool:
-        """Whether the endpoint and all its models can answer now."""
+        """True if the endpoint and all its models can answer now."""
         return await self._run(self._core.healthy(READY))
 
     async def live(self) -> bool:
-        """Whether the endpoint runs."""
+        """True if the endpoint runs."""
         return await self._run(self._core.healthy(LIVE))
 
     async def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Answers of an endpoint as values: arrays, and what the endpoint says of them."""
+"""Answers of an endpoint as values: arrays, and their description."""
 
 from __future__ import annotations
 
@@ -58,11 +58,11 @@ class Features:
     metadata: dict[str, Any]
 
     def to_source(self, x: float, y: float) -> tuple[float, float]:
-        """Where a point of the model's input lies in the picture."""
+        """Map a point of the model's input to the picture."""
         return _mapped(self.inverse, x, y)
 
     def to_input(self, x: float, y: float) -> tuple[float, float]:
-        """Where a point of the picture lies in the model's input."""
+        """Map a point of the picture to the model's input."""
         return _mapped(self.transform, x, y)
 
     def at(self, x: float, y: float) -> Array:
@@ -83,7 +83,7 @@ class Features:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What a model makes of a picture of which it saw a part.
+    """A model's prediction of a picture of which it saw a part.
 
     Attributes:
         grid: (h, w) of the mask.

@@ -1,14 +1,14 @@
-"""Starts HAProxy for Ray Serve, its configuration completed by what Ray leaves out.
+"""Starts HAProxy for Ray Serve, after completing the configuration that Ray wrote.
 
-Ray lets one name the binary it starts (`RAY_SERVE_HAPROXY_BINARY_PATH`) and writes the whole
-configuration anew before each start, so this stands in between: every error HAProxy or Ray's own
-layer makes becomes problem JSON, headers by which a client could command Ray are taken away, and
-what is for operators listens on loopback alone.
+Ray starts the binary named by `RAY_SERVE_HAPROXY_BINARY_PATH` and writes the whole configuration
+before each start. This program takes that binary's place: errors of HAProxy and of Ray's own layer
+become problem JSON, headers by which a client could command Ray are removed, and ports for
+operators listen on loopback alone.
 
-Where Ray's configuration is not the one known here it refuses to start: an endpoint that lets
-clients command Ray is worse than none.
+It refuses to start with a configuration that it does not recognise: an endpoint that lets clients
+command Ray is worse than none.
 
-Imports next to nothing, since HAProxy is started anew at every change. `haproxy.sh` runs it:
+HAProxy starts again at every change, so this imports next to nothing. `haproxy.sh` runs it:
 
     RAY_SERVE_HAPROXY_BINARY_PATH=…/serving/deploy/haproxy.sh MIMRAY_PYTHON=…/bin/python
 """
@@ -29,7 +29,7 @@ STRIPPED = (
     "serve-multiplexed-model-id",
     "x-session-id",
 )
-"""Headers of requests that Ray Serve obeys, `-` and `_` alike."""
+"""Request headers that Ray Serve obeys; `_` counts as `-`."""
 
 _ROUTER_PREFIX = "x-serve-router-"
 _RETRY_AFTER_S = 1
@@ -52,7 +52,7 @@ _DETAILS = {
     500: "the endpoint failed",
     503: "nothing can answer this now",
 }
-# Whoever lost a replica has to come again, whatever HAProxy calls it.
+# A client whose replica died has to try again, whatever HAProxy calls it.
 _SENT_AS = {502: 503, 504: 503}
 
 
@@ -82,7 +82,7 @@ def problem_body(status: int) -> str:
 
 
 def error_file(status: int) -> str:
-    """The whole response as HAProxy keeps it."""
+    """A refusal as HAProxy keeps it: the whole response."""
     phrases = {400: "Bad Request", 404: "Not Found", 408: "Request Timeout"}
     phrases |= {413: "Content Too Large", 500: "Internal Server Error", 503: "Service Unavailable"}
     body = problem_body(status)
@@ -98,11 +98,11 @@ def error_file(status: int) -> str:
 
 
 def completed(config: str, folder: str) -> str:
-    """Ray's configuration with ours in it.
+    """Complete Ray's configuration.
 
     Args:
-        config: what Ray wrote.
-        folder: where error files lie.
+        config: the configuration that Ray wrote.
+        folder: the directory of the error files.
 
     Raises:
         ValueError: a place that must be changed is not there.

@@ -51,13 +51,13 @@ class ModelReplica:
             settings, num_threads=settings.num_threads or _assigned_cpus()
         )
         self._routing: Routing | None = None
-        # So that there is time for the stable version when the canary does not answer.
+        # Half of the time is left for the stable version.
         self._canary_timeout_s = settings.gateway.limits.request_timeout_s / 2
         self._peers = _Applications()
         self._gateway = gateway_parts(settings.gateway)
 
     def reconfigure(self, routing: dict[str, Any]) -> None:
-        """Learn which versions there are now."""
+        """Take the model's versions from Ray Serve."""
         self._routing = Routing.model_validate(routing)
         self._service.model.versions = tuple(self._routing.applications)
 
@@ -66,7 +66,7 @@ class ModelReplica:
         return model_app(self._settings.name, self.answer, self._gateway)
 
     def __del__(self) -> None:
-        """Serve calls this as a replica ends."""
+        """End the replica; Ray Serve calls this."""
         if hasattr(self, "_gateway"):
             self._gateway.close()
             self._service.close()
@@ -86,7 +86,7 @@ class ModelReplica:
                 named = replace(call, version=routing.canary)
                 async with asyncio.timeout(self._canary_timeout_s):
                     reply = await self._peers.ask(routing.applications[routing.canary], named)
-            except Exception as error:  # whatever it is, a canary's fall is nobody's harm
+            except Exception as error:  # no failure of a canary may reach a client
                 logger.warning("canary %s did not answer: %r", routing.canary, error)
             else:
                 if reply.status < 500:
@@ -104,13 +104,13 @@ class RootReplica:
         self._models: dict[str, Routing] = {}
         self._states: dict[str, bool] = {}
         self._applications: dict[str, Any] = {}
-        # Kept, so that whoever lists models does not wake those that scaled to zero.
+        # Kept, so that listing models does not wake those that scaled to zero.
         self._descriptions: dict[str, Reply] = {}
         self._peers = _Applications()
         self._asked = -_STATUS_AGE_S
 
     def reconfigure(self, models: dict[str, Any]) -> None:
-        """Learn which models there are now."""
+        """Take the models and their versions from Ray Serve."""
         self._models = {name: Routing.model_validate(tree) for name, tree in models.items()}
         self._descriptions.clear()
         self._asked = -_STATUS_AGE_S
@@ -126,7 +126,7 @@ class RootReplica:
         )
 
     def __del__(self) -> None:
-        """Serve calls this as a replica ends."""
+        """End the replica; Ray Serve calls this."""
         if hasattr(self, "_gateway"):
             self._gateway.close()
 

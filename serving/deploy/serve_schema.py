@@ -1,7 +1,7 @@
-"""Ray Serve's own configuration out of ours, and the applications it names.
+"""Ray Serve's configuration of an endpoint, and the applications that it names.
 
-`serve_schema` is what `mimray serve` runs and what `--build` writes for `serve deploy` and
-KubeRay's RayService; `model` and `root` are what its `import_path`s mean.
+`mimray serve` runs the result of `serve_schema`; `--build` writes it for `serve deploy` and
+KubeRay's RayService. Its `import_path`s mean `model` and `root`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ from mimray.serving.deploy.replicas import ROOT_APPLICATION, ModelReplica, RootR
 from mimray.serving.deploy.settings import GatewaySettings, ModelSettings, Routing
 from mimray.serving.operations.operation import MODEL_PATH
 
-# Admission is ours (`Predictor.admit`), because what Serve itself refuses is plain text; this
-# only has to be out of the way.
+# `Predictor.admit` refuses first: what Serve itself refuses is plain text.
 MAX_ONGOING_REQUESTS = 1000
-# A new replica is there before an old one goes, however few there are.
+# A new replica starts before an old one ends, however few there are.
 _SURGE_PERCENT = 100
 # Longer than any request may take, so that a replica that goes has answered its last one.
 _LAST_ANSWERS_S = 5
@@ -32,12 +31,12 @@ _SHUTDOWN_POLL_S = 0.2
 
 @dataclass(frozen=True)
 class Version:
-    """A bundle that a reference means now.
+    """The version that a reference means now.
 
     Attributes:
-        reference: as it was given.
-        bundle: its directory.
-        number: of the version; `1` for a bundle that is not registered.
+        reference: the reference, as it was written.
+        bundle: the bundle's directory.
+        number: the version's number; `1` for a bundle that is not registered.
     """
 
     reference: str
@@ -47,14 +46,14 @@ class Version:
 
 @dataclass(frozen=True)
 class Served:
-    """One model as it is to be served now.
+    """One model and the versions of it that are to be served now.
 
     Attributes:
-        name: in the URL.
-        config: of the model.
-        stable: what answers.
-        canary: what answers a share; None for nothing.
-        is_split: whether the canary gets its share, or answers only those who name it.
+        name: the model's name in the URL.
+        config: the model's configuration, as in `serve.yaml`.
+        stable: the version that answers.
+        canary: the version that answers a share; None for none.
+        is_split: True if the canary gets its share, False if it answers only requests that name it.
     """
 
     name: str
@@ -65,7 +64,7 @@ class Served:
 
     @property
     def routing(self) -> Routing:
-        """Which application answers for which version."""
+        """The applications of the versions, for the replicas."""
         applications = {self.stable.number: self.name}
         canary = self.config.canary
         if self.canary is None or canary is None:
@@ -98,7 +97,7 @@ class ReplicaResources:
 
 
 def application_of(name: str, canary: Version) -> str:
-    """The application of a version that is not the default."""
+    """The name of the application of a version that is not the default."""
     return f"{name}@{canary.number}"
 
 
@@ -110,14 +109,14 @@ def serve_schema(
     key_sha256: str | None,
     needs_key: bool,
 ) -> dict[str, Any]:
-    """The configuration that Ray Serve is given.
+    """Write Ray Serve's configuration.
 
     Args:
-        config: of the endpoint.
-        models: what is served now.
-        resources: the resources of a replica of each model.
-        key_sha256: digest of a key from the environment.
-        needs_key: see `GatewaySettings`.
+        config: the endpoint's configuration.
+        models: the models and their versions that are to be served now.
+        resources: the resources of a replica, by model.
+        key_sha256: SHA-256 of a key from the environment; None for none.
+        needs_key: True if replicas refuse to start without a key.
 
     Source: Ray's `ServeDeploySchema`.
     """
@@ -203,7 +202,7 @@ def _application(
 
 
 def model(args: Mapping[str, Any]) -> Application:
-    """One version of a model as an application; `args` as in `ModelSettings`."""
+    """Build the application of one version of a model; `args` are `ModelSettings`."""
     settings = ModelSettings.model_validate(args)
     settings.gateway.require_keys()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
@@ -217,7 +216,7 @@ def model(args: Mapping[str, Any]) -> Application:
 
 
 def root(args: Mapping[str, Any]) -> Application:
-    """Everything that is not a model as an application; `args` as in `GatewaySettings`."""
+    """Build the application of all other routes; `args` are `GatewaySettings`."""
     settings = GatewaySettings.model_validate(args)
     settings.require_keys()
     deployment = serve.deployment(
@@ -231,7 +230,7 @@ def root(args: Mapping[str, Any]) -> Application:
 
 
 def _lifecycle(settings: GatewaySettings) -> dict[str, float]:
-    """How replicas come and go."""
+    """The options of a deployment for replacing and ending replicas."""
     return {
         "max_surge_percent": _SURGE_PERCENT,
         "graceful_shutdown_timeout_s": settings.limits.request_timeout_s + _LAST_ANSWERS_S,

@@ -1,4 +1,4 @@
-"""What features are asked for: one set of words for every protocol."""
+"""Options of a request for features: one set of words for every protocol."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Pooling = Literal["mean", "cls", "gem"]
 
 PYRAMID_STRIDES = (4, 8, 16, 32)
 NAMES = ("layers", "pooling", "norm", "pyramid", "size", "dtype")
-"""Every option there is."""
+"""The names of all options."""
 
 # The protocols spell types in their own ways.
 _DTYPES: dict[str, Dtype] = {
@@ -58,18 +58,18 @@ class EncoderInfo:
 
 @dataclass(frozen=True)
 class Options:
-    """What to compute; a part of the batching key, so equal only when results may be shared.
+    """The outputs to compute; pictures share a batch only with equal options.
 
     Attributes:
-        pooled: whether the pooled vector is wanted.
-        tokens: whether the patch tokens are wanted.
+        pooled: True if the pooled vector is wanted.
+        tokens: True if the patch tokens are wanted.
         layers: layers whose feature maps are wanted, counted from 0, rising.
         pyramid: the layer that maps of strides 4, 8, 16 and 32 are derived from; None for no such
             maps.
-        norm: whether the final norm is applied to maps; tokens and pooled always have it.
-        pooling: how tokens become the pooled vector.
-        sizing: how pictures are brought to the model's input.
-        dtype: of every output.
+        norm: True if the final norm is applied to maps; tokens and pooled always have it.
+        pooling: the way that tokens become the pooled vector.
+        sizing: the way that pictures are brought to the model's input.
+        dtype: the type of every output.
     """
 
     pooled: bool = True
@@ -83,7 +83,7 @@ class Options:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the outputs."""
+        """The names of the outputs."""
         return (
             *(("pooled",) if self.pooled else ()),
             *(("tokens",) if self.tokens else ()),
@@ -99,14 +99,15 @@ def parse_options(
     outputs: Sequence[str] = (),
     default: Iterable[str] = ("pooled",),
 ) -> Options:
-    """Read options, whichever protocol they came by.
+    """Read the options of a request.
 
     Args:
-        parameters: by name; values are text, or of their own type where a protocol has types.
-        info: of the encoder asked.
-        outputs: names of the outputs asked for; where there are none, `default` and whatever
-            `layers` and `pyramid` add.
-        default: of `pooled` and `tokens`.
+        parameters: the request's parameters by name; values are text, or of their own type where a
+            protocol has types.
+        info: the encoder's dimensions.
+        outputs: names of the outputs asked for. If none is, `default` is given, and the maps of
+            `layers` and `pyramid`.
+        default: names of the outputs given by default, of `pooled` and `tokens`.
 
     Raises:
         InvalidRequestError: a value that is not allowed; the message names it.

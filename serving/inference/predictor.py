@@ -1,7 +1,7 @@
 """Pictures in, features out, with no protocol around it.
 
 Decoding runs in threads beside the model; prepared pictures are grouped by shape and options;
-a picture that cannot be used fails alone, whatever it was batched with.
+a picture that cannot be used fails alone.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ class Prediction(NamedTuple):
     """Features of one picture.
 
     Attributes:
-        outputs: by name: `pooled` [D], `tokens` [N, D], maps [D, h, w], of the dtype asked for;
-            bfloat16 as the uint16 that holds its bits.
-        placement: where the picture lay in the model's input.
+        outputs: the outputs by name, `pooled` [D], `tokens` [N, D], maps [D, h, w], of the dtype
+            asked for; bfloat16 as the uint16 that holds its bits.
+        placement: the picture's place in the model's input.
     """
 
     outputs: dict[str, Array]
@@ -83,7 +83,7 @@ class _Waiting(NamedTuple):
 
 
 class Predictor:
-    """A frozen encoder that takes pictures one request at a time and runs them in batches.
+    """A frozen encoder that runs the pictures of all requests in batches.
 
     Args:
         bundle: the bundle's directory.
@@ -155,7 +155,7 @@ class Predictor:
         )
 
     def warm_up(self) -> None:
-        """Run the model a few times, so that no request pays for the first, and time it."""
+        """Make the model faster, run it twice and time it, so that no request waits for this."""
         height, width = self.card.image_size
         if self._faster is not None:
             self._model_thread.submit(self._faster, self._encoder).result()
@@ -170,12 +170,12 @@ class Predictor:
     async def predict(
         self, pictures: Sequence[Picture], options: Options, timeline: Timeline | None = None
     ) -> list[Prediction]:
-        """Features of every picture, in order.
+        """Compute the features of every picture, in order.
 
         Args:
-            pictures: see `Picture`.
-            options: what to compute.
-            timeline: where to note when the phases ran.
+            pictures: the pictures, each in one of the forms of `Picture`.
+            options: the outputs to compute.
+            timeline: gets the phases; None for no one.
 
         Raises:
             UnusablePictureError: some pictures cannot be used; it lists all of them.
@@ -204,13 +204,15 @@ class Predictor:
             self.waiting -= len(pictures)
 
     def admit(self, count: int) -> None:
-        """Refuse `count` more pictures when those waiting are too many already.
+        """Refuse pictures if too many wait already; an empty queue always admits.
+
+        Args:
+            count: number of further pictures.
 
         Raises:
-            OverloadedError: it says when to come back.
+            OverloadedError: the queue is full, or the wait would be too long.
         """
         wait_s = self.waiting * self._seconds_per_picture
-        # Whoever comes to an empty house is let in, however slow the model is.
         full = self.waiting and self.waiting + count > self._config.max_queue_size
         if full or wait_s > self._config.max_wait_s:
             raise OverloadedError(
@@ -219,11 +221,11 @@ class Predictor:
             )
 
     async def alone(self, work: Callable[[], Result], timeline: Timeline) -> Result:
-        """Run something in the model's thread, after the batch that is in it.
+        """Run a function in the model's thread, after the batch that runs there.
 
         Args:
-            work: what to run; an `ImageError` becomes an `UnusablePictureError`.
-            timeline: where to note when it ran.
+            work: the function; its `ImageError` becomes an `UnusablePictureError`.
+            timeline: gets the phases.
 
         Raises:
             OverloadedError: too many pictures are waiting already.
@@ -255,7 +257,7 @@ class Predictor:
             threads.shutdown(wait=False, cancel_futures=True)
 
     def _patience_s(self) -> float:
-        """While a lane is idle others decode: as long as one picture takes is well spent."""
+        """Seconds to wait for pictures still being decoded: the time of one in the model."""
         return min(_MAX_PATIENCE_S, self._num_lanes * self._seconds_per_picture)
 
     async def _prepare(
@@ -339,7 +341,7 @@ class Predictor:
 
 
 def output_bytes(info: EncoderInfo, placement: Placement, options: Options) -> int:
-    """Bytes of one picture's features, but for the few of int8 scales."""
+    """Bytes of one picture's features, without the few of int8 scales."""
     height, width = placement.input_size
     pixels = height * width
     numbers = info.width if options.pooled else 0
@@ -353,7 +355,7 @@ def output_bytes(info: EncoderInfo, placement: Placement, options: Options) -> i
 
 
 def _threads(count: int, name: str, *, num_threads: int) -> ThreadPoolExecutor:
-    """Threads in each of which torch may use so many: it keeps that number a thread."""
+    """A pool of threads, each with its own number of torch threads."""
     import torch
 
     return ThreadPoolExecutor(

@@ -1,4 +1,4 @@
-"""One picture from bytes or pixels to the model's input; runs in threads beside the model."""
+"""Preprocessing: a picture from bytes or pixels to the model's input, in threads of its own."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ Picture = bytes | Array
 
 
 class Prepared(NamedTuple):
-    """A picture as the model takes it.
+    """A picture in the model's input.
 
     Attributes:
-        pixels: uint8 [C, H, W], or float32 and normalised.
-        placement: where the picture lies in it.
+        pixels: the input, uint8 [C, H, W], or float32 and normalised.
+        placement: the picture's place in the input.
     """
 
     pixels: Array
@@ -35,7 +35,7 @@ class Prepared(NamedTuple):
 
 
 class Preparer:
-    """Brings pictures to one encoder's input.
+    """Prepares pictures for one encoder.
 
     Args:
         card: the bundle's description, bundle.json.
@@ -57,6 +57,10 @@ class Preparer:
 
     def prepare(self, picture: Picture, sizing: Sizing) -> Prepared:
         """Decode, resize and pad one picture.
+
+        Args:
+            picture: the picture, in one of the forms of `Picture`.
+            sizing: the way that it is brought to the model's input.
 
         Raises:
             ImageError: the picture cannot be used.
@@ -134,7 +138,7 @@ class Preparer:
 
 
 def token_validity(placement: Placement, stride: int) -> Array:
-    """Which tokens, bool [N], stand for some of the picture rather than for padding alone."""
+    """Validity of tokens, bool [N]: False for those that show padding alone."""
     rows, columns = (side // stride for side in placement.input_size)
     down = np.arange(rows) * stride < placement.shown_size[0]
     across = np.arange(columns) * stride < placement.shown_size[1]
@@ -166,10 +170,10 @@ def _image_from_pixels(pixels: Array, input_size: Size) -> Image.Image:
 
 
 def refuse_unusable(outcomes: Sequence[Prepared | BaseException]) -> None:
-    """Raise for what could not be prepared, saying which pictures and why.
+    """Raise if some pictures could not be prepared.
 
     Args:
-        outcomes: of every picture, in order.
+        outcomes: the outcome of every picture, in order.
 
     Raises:
         UnusablePictureError: some cannot be used; it lists all of them.

@@ -1,4 +1,4 @@
-"""`/v1/embeddings`, in the words of OpenAI's: pictures as text in, pooled vectors out.
+"""`/v1/embeddings`, in the words of OpenAI's API: pictures as text in, pooled vectors out.
 
 Source: OpenAI's API reference, "Create embeddings".
 """

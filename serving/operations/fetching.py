@@ -1,4 +1,4 @@
-"""Pictures by URL: only from hosts that are named, and never from inside this network.
+"""Pictures by URL: only from allowed hosts, and never from inside this network.
 
 A name is resolved once, every address must be a public one, and the connection goes to those very
 addresses, so that a second answer of the name server changes nothing. Redirects are followed by
@@ -45,7 +45,7 @@ async def resolve(host: str, port: int) -> list[str]:
 
 
 def is_public(address: str) -> bool:
-    """Whether an address, or the IPv4 address inside it, belongs to the internet at large."""
+    """True if an address, or the IPv4 address inside it, is a public one."""
     ip: Address = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
@@ -65,14 +65,14 @@ async def fetch(
     allowed: Callable[[str], bool] = is_public,
     trust: ssl.SSLContext | None = None,
 ) -> bytes:
-    """A picture by its URL.
+    """Fetch a picture.
 
     Args:
         url: an https URL of an allowed host.
         urls: the rules for pictures by URL.
         resolver: gives the addresses of a name.
-        allowed: whether an address may be connected to.
-        trust: certificates that are believed; the usual ones by default.
+        allowed: gives True for an address that may be connected to.
+        trust: the trusted certificates; the system's by default.
 
     Raises:
         InvalidRequestError: it may not be fetched, or could not be.
@@ -145,7 +145,7 @@ async def _get(
     allowed: Callable[[str], bool],
     trust: ssl.SSLContext,
 ) -> bytes | str:
-    """What is at a URL, or where it redirects to."""
+    """The picture at a URL, or the URL it redirects to."""
     import httpx2
 
     # The name in ASCII: Python would look up another, by rules of IDNA that are older.
@@ -189,7 +189,7 @@ async def _addresses(
     except (OSError, UnicodeError) as error:
         raise InvalidRequestError(f"there is no host {host[:100]}") from error
     if not addresses or not all(map(allowed, addresses)):
-        # Which address it was is nobody's business.
+        # The address itself would tell of this network.
         raise InvalidRequestError(f"{host[:100]} is not on the public internet")
     return addresses
 

@@ -1,4 +1,4 @@
-"""One model's answers, whatever the protocol and whichever process was asked."""
+"""The service of one model: it answers calls, with cache, time limit, metrics and spans."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class ModelService:
         return replace(reply, notes={**reply.notes, "cache": "hit" if hit else "miss"})
 
     def close(self) -> None:
-        """Send what is left of spans."""
+        """Send the spans that are left."""
         self._tracer.close()
 
     def _check_version(self, version: str | None) -> None:
@@ -112,7 +112,7 @@ class ModelService:
             )
 
     def _accounted(self, reply: Reply, call: Call, timeline: Timeline, started: float) -> Reply:
-        """Count an answer, and note in it what the access log wants to know."""
+        """Count an answer, and add the notes for the access log to it."""
         seconds = time.perf_counter() - started
         phases = {
             name: timeline.seconds(name) for name in ("queue", "decode", "batch_wait", "model")

@@ -1,4 +1,4 @@
-"""The Open Inference Protocol v2 for one model: what it says of itself, and inference.
+"""The Open Inference Protocol v2 for one model: its descriptions, and inference.
 
 Input `image` is `BYTES` [B], encoded pictures; `UINT8` [B, H, W, C], pixels; or `FP32`/`FP16`
 [B, C, H, W], normalised by the model's own mean and std. Outputs: those of

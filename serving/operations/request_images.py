@@ -1,4 +1,4 @@
-"""Pictures out of request bodies: raw, multipart, and JSON with data URIs, base64 or URLs."""
+"""Pictures in request bodies: raw, multipart, and JSON with data URIs, base64 or URLs."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from mimray.serving.wire.errors import InvalidRequestError, TooLargeError, Unsup
 
 
 async def read_pictures(call: Call, urls: Urls, *, max_pictures: int) -> list[bytes]:
-    """The encoded pictures of a request.
+    """Read the encoded pictures of a request.
 
     Args:
-        call: its body is a picture, a form with files, or JSON `{"images": […]}`.
+        call: the request; its body is a picture, a form with files, or JSON `{"images": […]}`.
         urls: the rules for pictures by URL.
         max_pictures: most pictures of one request.
 
@@ -49,7 +49,12 @@ async def read_pictures(call: Call, urls: Urls, *, max_pictures: int) -> list[by
 async def decoded_pictures(
     pictures: Sequence[str | bytes], urls: Urls, *, max_pictures: int
 ) -> list[bytes]:
-    """Pictures as bytes: those that are text are data URIs, base64 or URLs.
+    """Decode pictures to bytes.
+
+    Args:
+        pictures: the pictures; text is a data URI, base64 or a URL.
+        urls: the rules for pictures by URL.
+        max_pictures: most pictures of one request.
 
     Raises:
         InvalidRequestError: there is none, or text that is none of these.
@@ -77,7 +82,7 @@ async def decoded_pictures(
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
-    """A JSON object.
+    """Read a JSON object.
 
     Raises:
         InvalidRequestError: it is something else.

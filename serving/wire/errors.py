@@ -42,8 +42,8 @@ class EndpointError(ServingError):
     """A request that was not answered with tensors.
 
     Args:
-        message: what is wrong.
-        hint: what to do about it.
+        message: the mistake, naming the thing.
+        hint: the cure.
         details: further members of the problem JSON.
     """
 
@@ -119,7 +119,7 @@ class UnusablePictureError(EndpointError):
 
 
 class LaterError(EndpointError):
-    """Not now; `retry_after_s`, a whole number, says when to come back."""
+    """A request that may be sent again after `retry_after_s`, a whole number of seconds."""
 
     def __init__(
         self,
@@ -152,7 +152,7 @@ class ModelFailureError(EndpointError):
 
 
 def problem(error: EndpointError) -> dict[str, Any]:
-    """The error as RFC 9457 problem JSON, with the protocol's `error` member."""
+    """Problem JSON (RFC 9457) of an error, with the protocol's `error` member."""
     return {
         **error.details,
         "type": "about:blank",
@@ -167,7 +167,13 @@ def problem(error: EndpointError) -> dict[str, Any]:
 def error_from_status(
     status: int, message: str, details: dict[str, Any] | None = None
 ) -> EndpointError:
-    """The exception for an HTTP answer of 400 and above."""
+    """The exception for an HTTP status of 400 or above.
+
+    Args:
+        status: the HTTP status.
+        message: the refusal's message.
+        details: further members of the problem JSON.
+    """
     kind = _BY_STATUS.get(status)
     if kind is None:
         kind = ModelFailureError if status >= 500 else InvalidRequestError
