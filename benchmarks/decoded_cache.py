@@ -21,25 +21,25 @@ import numpy as np
 
 from mimray.trainers.config.recipes import load_recipe
 from mimray.trainers.data.decoded import decoded_bytes, release
-from mimray.trainers.data.loader import Place, Views
+from mimray.trainers.data.loader import Place, Samples
 from mimray.trainers.data.selection import Selection
 from mimray.trainers.data.sources import open_source
-from mimray.trainers.methods.mae import MAE
+from mimray.trainers.methods.catalogue import inputs_of
 
 
-def samples(views: Views, epoch: int) -> int:
+def samples(views: Samples, epoch: int) -> int:
     """Make every sample of an epoch; gives a sum over their pixels."""
     places = (Place(epoch, index) for index in range(len(views.source)))
-    return sum(int(views[place].pixels.sum(dtype=np.int64)) for place in places)
+    return sum(int(views[place].inputs["images"].sum(dtype=np.int64)) for place in places)
 
 
-def pictures(views: Views, epoch: int) -> int:
+def pictures(views: Samples, epoch: int) -> int:
     """Take every whole picture."""
     size = views.recipe.data.image_size
     return sum(views.pictures[index].decoded(size).width for index in range(len(views.source)))
 
 
-def compare(off: Views, on: Views, make: Callable[[Views, int], int], epoch: int) -> float:
+def compare(off: Samples, on: Samples, make: Callable[[Samples, int], int], epoch: int) -> float:
     """How many times faster an epoch is with the cache."""
     seconds, sums = [], []
     for views in (off, on):
@@ -71,10 +71,10 @@ def main() -> None:
     settings = [f"data.image_size={arguments.size}", "data.num_workers=0"]
     release(source.facts.fingerprint)
     off, on = (
-        Views(
+        Samples(
             source,
             load_recipe("mae-tiny", [*settings, f"data.decoded_cache_mib={bound}"]),
-            MAE.draw_mask,
+            inputs_of(load_recipe("mae-tiny", [*settings, f"data.decoded_cache_mib={bound}"])),
         )
         for bound in (0, mib)
     )

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 
 from mimray.trainers.config.recipes import load_recipe
-from mimray.trainers.methods import build_method
+from mimray.trainers.methods.catalogue import build_method
 
 
 def ours(batch: int) -> Callable[[], None]:

@@ -15,14 +15,14 @@ import statistics
 import time
 from collections.abc import Callable
 
-import numpy as np
 import torch
 
 from mimray.trainers.config.recipes import load_recipe, shipped_recipes
 from mimray.trainers.config.run import Recipe
 from mimray.trainers.cost.step import shape_of, trace
-from mimray.trainers.methods import build_method
 from mimray.trainers.methods.beit import BEiT
+from mimray.trainers.methods.catalogue import build_method, inputs_of
+from mimray.trainers.methods.inputs import placeholders
 
 TOKENIZERS = {"beit-tiny": "dvae-tiny", "beit-vit-b": "dvae-vq-8192"}
 
@@ -41,14 +41,11 @@ def step_of(name: str, batch: int) -> Callable[[], None]:
         tokenizer = build_method(recipe_of(TOKENIZERS[name])).eval()
         method.attach(tokenizer)  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(method.parameters(), lr=1e-5, fused=True)
-    images = torch.randn(batch, recipe.data.channels, *recipe.data.image_size)
-    rng = np.random.default_rng(0)
-    masks = [mask for _ in range(batch) if (mask := method.draw_mask(recipe, rng)) is not None]
-    mask = torch.from_numpy(np.stack(masks)) if masks else None
-    inputs = {"images": images, "mask": mask}
-    if recipe.tokenizer_size is not None:
-        size = (batch, recipe.data.channels, *recipe.tokenizer_size)
-        inputs["tokenizer_images"] = torch.randint(0, 256, size, dtype=torch.uint8)
+    inputs = placeholders(inputs_of(recipe), recipe, batch, torch.float32)
+    for name, tensor in inputs.items():
+        if tensor.is_meta:
+            values = torch.randint(0, 256, tensor.shape, dtype=torch.uint8)
+            inputs[name] = torch.randn(tensor.shape) if tensor.is_floating_point() else values
 
     def step() -> None:
         optimizer.zero_grad()
@@ -62,8 +59,8 @@ def step_of(name: str, batch: int) -> Callable[[], None]:
 def counts(name: str) -> tuple[float, float, float]:
     """Millions of parameters of the encoder and of the rest, forward GFLOPs a picture."""
     recipe = recipe_of(name)
-    tokenizer = recipe_of(TOKENIZERS[name]) if name in TOKENIZERS else None
-    method = shape_of(recipe, torch.float32, tokenizer)
+    networks = {"tokenizer": recipe_of(TOKENIZERS[name])} if name in TOKENIZERS else {}
+    method = shape_of(recipe, torch.float32, networks)
     encoder = sum(p.numel() for p in method.encoder.parameters())
     rest = sum(p.numel() for p in method.parameters()) - encoder
     flops = trace(method, 2, checkpointing=False, on_gpu=False).forward_flops

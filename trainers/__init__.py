@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mimray.trainers.evaluation.load_head import load_head as load_head
-    from mimray.trainers.methods import load_method as load_method
+    from mimray.trainers.methods.load import load_method as load_method
     from mimray.trainers.registry import load_bundle as load_bundle
 
 __all__ = ["load_bundle", "load_head", "load_method"]
@@ -26,7 +26,7 @@ def __getattr__(name: str) -> Any:
 
         return load_head
     if name == "load_method":
-        from mimray.trainers.methods import load_method
+        from mimray.trainers.methods.load import load_method
 
         return load_method
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

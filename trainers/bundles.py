@@ -1,8 +1,8 @@
 """The frozen encoder as files: `encoder.safetensors` and `bundle.json`; no pickle, ever.
 
 A bundle knows no method. It carries the recipe it was trained by, and beside the encoder the
-rest of the method's weights (`method.safetensors`) and its tokenizer (`tokenizer/`, a bundle
-itself) where there are any, all opaque here.
+rest of the method's weights (`method.safetensors`) and the networks that the method needs beside
+it (folders that are bundles themselves) where there are any, all opaque here.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +34,6 @@ from mimray.trainers.types import Features
 CARD = "bundle.json"
 ENCODER = "encoder.safetensors"
 METHOD = "method.safetensors"
-TOKENIZER = "tokenizer"
 
 
 class BundleCard(Config):
@@ -115,7 +114,7 @@ def save_bundle(
     card: BundleCard,
     encoder: dict[str, Tensor],
     method: dict[str, Tensor] | None = None,
-    tokenizer: Path | None = None,
+    networks: Mapping[str, Path] | None = None,
 ) -> BundleCard:
     """Write a bundle; it is whole or not there.
 
@@ -124,7 +123,8 @@ def save_bundle(
         card: its description; the checksums are filled in.
         encoder: the encoder's state, fp32, on the host.
         method: the rest of the method's state, to reconstruct or train on with.
-        tokenizer: the folder of a bundle to carry along, for methods that need one.
+        networks: folders of bundles to carry along, by the names they get; those that the method
+            needs beside it.
 
     Returns:
         The card as written.
@@ -145,8 +145,8 @@ def save_bundle(
             digests = {"weights_sha256": _sha256(aside / ENCODER)}
             if method:
                 digests["method_sha256"] = _sha256(aside / METHOD)
-            if tokenizer is not None:
-                shutil.copytree(tokenizer, aside / TOKENIZER)
+            for name, network in (networks or {}).items():
+                shutil.copytree(network, aside / name)
             card = card.model_copy(update=digests)
             (aside / CARD).write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
             aside.chmod(0o755)

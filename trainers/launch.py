@@ -17,11 +17,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mimray.trainers.config.run import Plan, Recipe, differences, resolve
 from mimray.trainers.data.selection import open_training, with_classes
-from mimray.trainers.engine.initial import initial_within, keep_initial, with_initial
 from mimray.trainers.errors import DataError, MimrayError, ResourceError, RunConflictError
+from mimray.trainers.methods.needs import check_outside, keep_needs, with_needs
 from mimray.trainers.recorder import Desk, DeskState, Link
 from mimray.trainers.storage import RunDir, check_seen, claim
-from mimray.trainers.tokenizers import keep_tokenizer, tokenizer_within, with_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -78,29 +77,20 @@ def prepare(job: Job) -> Plan:
     Needs no cluster. Writes nothing.
 
     Raises:
-        ConfigError: the recipe does not fit the data, the workers, its tokenizer or the bundle it
-            begins with.
+        ConfigError: the recipe does not fit the data, the workers or a bundle it needs.
         DataError: classes are to be learnt of pictures that have none.
-        BundleError: its tokenizer, or the bundle it begins with, is not there or damaged.
+        BundleError: a bundle that the recipe needs is not there or damaged.
         RunConflictError: the directory holds a run of another recipe or other data, or is to be
-            started over and is no run, or holds the tokenizer or the bundle.
+            started over and is no run, or holds a bundle that the recipe needs.
     """
     if job.fresh and job.run.exists() and not job.run.exists("plan.json"):
         raise RunConflictError(
             f"{job.run} exists and is not a run, so --fresh will not delete it",
             hint="choose another --name, or remove it yourself",
         )
-    recipe = with_initial(with_tokenizer(job.recipe))
-    if job.fresh and tokenizer_within(recipe, job.run):
-        raise RunConflictError(
-            f"--fresh would delete {job.run} and method.tokenizer with it",
-            hint="choose another --name, or copy the tokenizer first",
-        )
-    if job.fresh and initial_within(recipe, job.run):
-        raise RunConflictError(
-            f"--fresh would delete {job.run} and method.bundle with it",
-            hint="choose another --name, or copy the bundle first",
-        )
+    recipe = with_needs(job.recipe)
+    if job.fresh:
+        check_outside(recipe, job.run)
     source = open_training(job.data, recipe)
     recipe = with_classes(recipe, source)
     plan = resolve(recipe, source.facts, recipe.resources.num_workers)
@@ -139,8 +129,7 @@ def pretrain(
     launch_id = uuid.uuid4().hex
     claim(run, launch_id)
     run.write("plan.json", plan.model_dump_json(indent=2).encode())
-    keep_tokenizer(plan.recipe, run)
-    keep_initial(plan.recipe, run)
+    keep_needs(plan.recipe, run)
 
     desk = _open_desk(job, plan)
     watcher = _Watcher(desk, on_progress)

@@ -6,7 +6,7 @@ B batch, C channels, H/W pixels, N patches (row-major over the grid), D width, h
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -23,26 +23,26 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """What the loader hands to the loop; on the host, uint8.
+    """Samples as the loader hands them to the loop, on the host.
 
     Attributes:
-        images: uint8 [B, C, H, W].
-        mask: bool [B, N], True = hidden; None when the method wants no mask.
-        tokenizer_images: uint8 [B, C, h, w], the same crops at the tokenizer's size; None when
-            the method has no tokenizer.
+        inputs: tensors by the names that the method's `views` declare: pictures uint8
+            [B, C, H, W], masks bool [B, N] with True = hidden, labels int64 [B]; with an axis
+            for views or masks where there are several.
         indices: int64 [B], sample indices in the dataset.
         epoch: epoch of every sample, int64 [B].
         problems: what was wrong with pictures that others stand in for.
-        labels: int64 [B], classes; None when the method learns from none.
     """
 
-    images: Tensor
-    mask: Tensor | None
+    inputs: dict[str, Tensor]
     indices: np.ndarray
     epoch: np.ndarray
     problems: tuple[str, ...] = ()
-    tokenizer_images: Tensor | None = None
-    labels: Tensor | None = None
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory; torch's loader asks for it by this name."""
+        pinned = {name: tensor.pin_memory() for name, tensor in self.inputs.items()}
+        return replace(self, inputs=pinned)
 
 
 class Panel(NamedTuple):

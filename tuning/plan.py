@@ -18,10 +18,9 @@ from mimray.trainers.config.recipes import override
 from mimray.trainers.config.run import Plan, resolve
 from mimray.trainers.data.files import absolute
 from mimray.trainers.data.selection import open_training, with_classes
-from mimray.trainers.engine.initial import with_initial
 from mimray.trainers.errors import ConfigError, RunConflictError
+from mimray.trainers.methods.needs import with_needs
 from mimray.trainers.storage import RunDir
-from mimray.trainers.tokenizers import with_tokenizer
 from mimray.trainers.types import DatasetFacts
 from mimray.tuning.config import Asha, SweepConfig
 from mimray.tuning.record import SWEEP, SweepRecord
@@ -73,8 +72,7 @@ class SweepPlan:
         recipe = trial_recipe(self.tree, params)
         steps = self.rung_samples[-1] // recipe.optim.batch_size
         recipe = trial_recipe(self.tree, {**params, "optim.steps": steps})
-        recipe = with_initial(with_tokenizer(recipe))
-        return resolve(recipe, self.facts, self.config.resources.num_workers)
+        return resolve(with_needs(recipe), self.facts, self.config.resources.num_workers)
 
     def pauses(self, plan: Plan) -> dict[int, int]:
         """Steps at which a trial is scored, and the rung that each is."""
@@ -149,18 +147,19 @@ def make_plan(
     """
     config = _placed(config)
     tree = base_tree(config)
-    if tree["method"].get("tokenizer"):
-        tree["method"]["tokenizer"] = absolute(tree["method"]["tokenizer"])
     check_space(config, tree)
     check_storable(config)
     recipe = trial_recipe(tree, {})
+    for key in recipe.method.places:
+        if tree["method"].get(key):
+            tree["method"][key] = absolute(tree["method"][key])
     source = open_training(data, recipe)
     base = resolve(
-        with_classes(with_initial(with_tokenizer(recipe)), source),
+        with_classes(with_needs(recipe), source),
         source.facts,
         config.resources.num_workers,
     )
-    if base.recipe.learns_classes:
+    if base.recipe.method.learns_classes:
         raise ConfigError("a sweep searches pre-training; finetune has the labels already")
     plan = SweepPlan(
         uri=(RunDir(storage) / name).uri,

@@ -21,12 +21,11 @@ from ray import tune
 from mimray.trainers.config.run import Plan
 from mimray.trainers.data.selection import open_training
 from mimray.trainers.engine.export import write_bundle
-from mimray.trainers.engine.initial import keep_initial
 from mimray.trainers.engine.loop import Trained, stages
 from mimray.trainers.errors import MimrayError, NonFiniteLossError, ResourceError
 from mimray.trainers.launch import Share, last_line, workers
+from mimray.trainers.methods.needs import keep_needs
 from mimray.trainers.storage import RunDir, check_seen, claim
-from mimray.trainers.tokenizers import keep_tokenizer
 from mimray.tuning.capacity import Capacity
 from mimray.tuning.plan import SweepPlan
 from mimray.tuning.record import Rung, TrialRecord, trial_dir
@@ -124,8 +123,7 @@ def _rungs(around: Surroundings, number: int, params: Params) -> Generator[Rung,
     run.create()
     claim(run, around.launch_id)
     run.write("plan.json", plan.model_dump_json(indent=2).encode())
-    keep_tokenizer(plan.recipe, run)
-    keep_initial(plan.recipe, run)
+    keep_needs(plan.recipe, run)
     # What was scored as the driver died, before Tune could judge it, is told again.
     for rung in known.rungs:
         if not rung.passed:

@@ -97,8 +97,8 @@ def recipe_for(ref: EncoderRef, setting: Setting, config: FinetuneTask, num_clas
     """
     from mimray.trainers.config.recipes import load_recipe, override
     from mimray.trainers.config.run import parse_recipe
-    from mimray.trainers.convert.resize import for_size
-    from mimray.trainers.engine.initial import trainable_encoder
+    from mimray.trainers.methods.finetune import trainable_encoder
+    from mimray.trainers.models.resize import for_size
 
     tree = load_recipe(config.recipe).model_dump(mode="json")
     if tree["method"]["name"] != "finetune":
@@ -192,8 +192,8 @@ def _classify(run: str, setting: Setting, batch_size: int, num_threads: int) -> 
     from mimray.trainers.bundles import fetch_bundle
     from mimray.trainers.evaluation.probes.classifier import classify
     from mimray.trainers.evaluation.splits import open_splits
-    from mimray.trainers.methods import load_method
     from mimray.trainers.methods.finetune import Finetune
+    from mimray.trainers.methods.load import load_method
 
     torch.set_num_threads(num_threads)  # Ray sets OMP_NUM_THREADS to 1
     method = load_method(fetch_bundle(run))

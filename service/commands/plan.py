@@ -12,10 +12,8 @@ from rich.table import Table
 
 from mimray.service.terminal.progress import duration
 from mimray.trainers.config.advice import advice
-from mimray.trainers.config.method import BEiTConfig, FinetuneConfig
 from mimray.trainers.config.recipes import load_recipe
-from mimray.trainers.config.run import Plan, Recipe, parse_recipe, resolve
-from mimray.trainers.errors import BundleError
+from mimray.trainers.config.run import Plan, Recipe, resolve
 from mimray.trainers.types import DatasetFacts
 
 if TYPE_CHECKING:
@@ -54,17 +52,18 @@ def forecast(
         What `--json` prints.
 
     Raises:
-        ConfigError: the recipe does not fit the data, the workers or its tokenizer.
+        ConfigError: the recipe does not fit the data, the workers or a bundle it needs.
         DataError: there is no such dataset.
     """
-    recipe, tokenizer, notes = _with_tokenizer(load_recipe(name, overrides, steps))
+    from mimray.trainers.data.selection import open_training, stated_classes, with_classes
+    from mimray.trainers.methods.needs import foresee
+
+    recipe, networks, notes = foresee(load_recipe(name, overrides, steps))
     facts = IMAGENET
     if data is not None:
-        from mimray.trainers.data.selection import open_training, with_classes
-
         source = open_training(data, recipe)
         recipe, facts = with_classes(recipe, source), source.facts
-    elif isinstance(recipe.method, FinetuneConfig) and not recipe.method.num_classes:
+    elif recipe.method.learns_classes and not stated_classes(recipe):
         method = recipe.method.model_copy(update={"num_classes": IMAGENET_CLASSES})
         recipe = recipe.model_copy(update={"method": method})
     plan = resolve(recipe, facts, recipe.resources.num_workers)
@@ -73,7 +72,7 @@ def forecast(
 
     on_gpu = recipe.resources.device != "cpu"
     precision = _precision(recipe, on_gpu)
-    cost = estimate(plan, precision, on_gpu=on_gpu, tokenizer=tokenizer)
+    cost = estimate(plan, precision, on_gpu=on_gpu, networks=networks)
     return {
         "recipe": name,
         "method": recipe.method.name,
@@ -116,23 +115,6 @@ def forecast(
         "notes": [*notes, *_notes(recipe, cost, on_gpu)],
         "warnings": advice(plan),
     }
-
-
-def _with_tokenizer(recipe: Recipe) -> tuple[Recipe, Recipe | None, list[str]]:
-    """The recipe held against its tokenizer, the tokenizer's own, and what is left out."""
-    if not isinstance(recipe.method, BEiTConfig):
-        return recipe, None, []
-    from mimray.trainers.bundles import fetch_bundle, read_card
-    from mimray.trainers.tokenizers import with_tokenizer
-
-    place = recipe.method.tokenizer
-    if not place:
-        return recipe, None, ["method.tokenizer names no tokenizer, so that none is counted"]
-    try:
-        folder = fetch_bundle(place)
-    except BundleError:
-        return recipe, None, [f"there is no tokenizer at {place} yet, so that none is counted"]
-    return with_tokenizer(recipe), parse_recipe(read_card(folder).recipe, str(folder)), []
 
 
 def _precision(recipe: Recipe, on_gpu: bool) -> str:

@@ -153,7 +153,7 @@ def draw_reconstructions(
     from mimray.trainers.bundles import fetch_bundle
     from mimray.trainers.data.decode import decode_rgb
     from mimray.trainers.errors import DataError
-    from mimray.trainers.methods import load_method
+    from mimray.trainers.methods.load import load_method
     from mimray.trainers.methods.reconstruction import reconstruct
     from mimray.trainers.pictures import panel_sheet
 

@@ -87,7 +87,7 @@ class Reconstructor:
         return answer
 
     def _loaded(self) -> Method:
-        from mimray.trainers.methods import load_method
+        from mimray.trainers.methods.load import load_method
 
         with self._loading:
             if self._method is None:

@@ -13,9 +13,10 @@ import torch
 
 from mimray.trainers import load_bundle, load_method
 from mimray.trainers.config.recipes import load_recipe
-from mimray.trainers.data.loader import Place, Views, collate
+from mimray.trainers.data.loader import Place, Samples, collate
 from mimray.trainers.data.sources import open_source
 from mimray.trainers.launch import Job, Outcome, prepare, pretrain
+from mimray.trainers.methods.catalogue import inputs_of
 from mimray.trainers.models.normalise import normalise
 
 STEPS = 8
@@ -105,9 +106,9 @@ def test_method__lives_through_a_kill_and_leaves_a_bundle(
 
     # Features: the same whatever the picture is batched with, and those of the method's encoder.
     source = open_source(str(photos))
-    views = Views(source, method.recipe, method.draw_mask)
+    views = Samples(source, method.recipe, inputs_of(method.recipe))
     batch = collate([views[Place(0, i)] for i in range(4)])
-    images = normalise(batch.images, method.recipe.data.mean, method.recipe.data.std)
+    images = normalise(batch.inputs["images"], method.recipe.data.mean, method.recipe.data.std)
     encoder = load_bundle(killed)
     features = encoder(images)
     torch.testing.assert_close(encoder(images[2:3]).tokens, features.tokens[2:3])

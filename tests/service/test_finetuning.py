@@ -27,7 +27,7 @@ from mimray.trainers.evaluation.probes.classifier import classify
 from mimray.trainers.evaluation.score import Setting
 from mimray.trainers.evaluation.splits import open_splits
 from mimray.trainers.evaluation.tasks import task_config
-from mimray.trainers.methods import build_method
+from mimray.trainers.methods.catalogue import build_method
 from mimray.trainers.models import build_encoder
 
 SIZE = (16, 16)

@@ -12,9 +12,9 @@ from PIL import Image
 
 from mimray.service.cli.main import cli
 from mimray.service.commands import guide
+from mimray.trainers.config.method import METHODS
 from mimray.trainers.config.recipes import load_recipe, shipped_recipes
 from mimray.trainers.cost.step import shape_of, trace
-from mimray.trainers.methods import METHODS
 
 FAST = ["--set", "engine.micro_batch_size=2", "--set", "optim.batch_size=64"]
 
@@ -170,7 +170,7 @@ def test_guide__quotes_flops_that_still_hold() -> None:
         ("ViT-L 124", "mae-vit-l", ()),
         ("their 371", "maskfeat-vit-b", ("encoder.name=vit_large",)),
     ):
-        method = shape_of(load_recipe(name, overrides), torch.bfloat16)
+        method = shape_of(load_recipe(name, overrides), torch.bfloat16, {})
         step = trace(method, 2, checkpointing=False, on_gpu=True)
         number = float(next(word for word in quoted.split() if word.isdigit()))
         assert quoted in choice.why

@@ -20,8 +20,8 @@ from mimray.trainers.bundles import (
 )
 from mimray.trainers.config.run import Recipe, parse_recipe
 from mimray.trainers.errors import BundleError, StorageError
-from mimray.trainers.methods import build_method
 from mimray.trainers.methods.base import Method
+from mimray.trainers.methods.catalogue import build_method
 
 
 def recipe_of() -> Recipe:

@@ -21,7 +21,7 @@ from mimray.trainers.engine.checkpoints import MANIFEST, Checkpoint, Identity, f
 from mimray.trainers.engine.deepspeed import initialize
 from mimray.trainers.engine.export import read_checkpoint
 from mimray.trainers.errors import CheckpointError, StorageError
-from mimray.trainers.methods import build_method
+from mimray.trainers.methods.catalogue import build_method
 from mimray.trainers.storage import RunDir
 from mimray.trainers.types import DatasetFacts
 

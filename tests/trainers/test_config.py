@@ -113,7 +113,7 @@ def test_shipped_recipe__mae_vit_b_is_the_paper():
     assert plan.steps == int(1600 * 1_281_167 / 4096)
     assert plan.warmup_steps == round(40 * 1_281_167 / 4096)
     assert (plan.micro_batch_size, plan.accumulation) == (64, 8)
-    assert (recipe.optim.betas, recipe.optim.weight_decay) == ((0.9, 0.95), 0.05)
+    assert (recipe.optim.betas, recipe.optim.weight_decay.start) == ((0.9, 0.95), 0.05)
     assert recipe.method.norm_pix_loss
     assert recipe.grid == (14, 14)
 

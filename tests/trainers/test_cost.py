@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
+from mimray.trainers.config.method import BEiTConfig
 from mimray.trainers.config.recipes import load_recipe
 from mimray.trainers.config.run import Plan, Recipe, resolve
 from mimray.trainers.cost import estimate
@@ -28,8 +29,8 @@ from mimray.trainers.cost.memory import Setting, Weights, memory_of
 from mimray.trainers.cost.step import Step, shape_of, trace
 from mimray.trainers.engine.deepspeed import DTYPES, initialize, prepare_process
 from mimray.trainers.engine.optim import build_optimizer
-from mimray.trainers.methods import build_method
 from mimray.trainers.methods.base import Method
+from mimray.trainers.methods.catalogue import build_method
 from mimray.trainers.types import DatasetFacts
 
 TOLERANCE = 0.15
@@ -61,7 +62,7 @@ class Codes:
 
 def real_method(recipe: Recipe) -> Method:
     method = build_method(recipe).train()
-    if recipe.tokenizer_size is not None:
+    if isinstance(recipe.method, BEiTConfig):
         method.attach(Codes(recipe))
     return method
 
@@ -73,8 +74,8 @@ def real_inputs(method: Method, batch: int, dtype: torch.dtype) -> dict[str, tor
     drawn = [method.draw_mask(recipe, rng) for _ in range(batch)]
     if drawn[0] is not None:
         inputs["mask"] = torch.from_numpy(np.stack(drawn))
-    if recipe.tokenizer_size is not None:
-        size = recipe.data.channels, *recipe.tokenizer_size
+    if isinstance(recipe.method, BEiTConfig):
+        size = recipe.data.channels, *recipe.method.tokenizer_image_size
         inputs["tokenizer_images"] = torch.zeros(batch, *size, dtype=torch.uint8)
     return inputs
 
@@ -120,10 +121,12 @@ def test_flops__of_mae_are_those_of_its_dimensions(
     again += attention(decoder_depth, patches + 1, decoder_width)
     training = 3 * forward - embedding + again / 2
 
-    step = trace(shape_of(load_recipe(name), torch.bfloat16), 2, checkpointing=False, on_gpu=True)
+    step = trace(
+        shape_of(load_recipe(name), torch.bfloat16, {}), 2, checkpointing=False, on_gpu=True
+    )
 
     assert step.forward_flops == pytest.approx(
-        {"encoder": encoder, "decoder": decoder, "head": head, "tokenizer": 0.0}
+        {"encoder": encoder, "decoder": decoder, "head": head}
     )
     assert step.training_flops == pytest.approx(training)
     assert (step.encoder_tokens, step.decoder_tokens) == (visible + 1, patches + 1)
@@ -144,7 +147,7 @@ def test_flops__are_what_the_profiler_sees(name: str) -> None:
         loss = method(**inputs).loss
     measured = sum(event.flops for event in seen.key_averages()) / batch
 
-    step = trace(shape_of(recipe, torch.float32), batch, checkpointing=False, on_gpu=False)
+    step = trace(shape_of(recipe, torch.float32, {}), batch, checkpointing=False, on_gpu=False)
 
     assert loss.isfinite()
     assert sum(step.forward_flops.values()) == pytest.approx(measured, rel=TOLERANCE)
@@ -166,7 +169,9 @@ def test_flops__of_training_are_what_the_profiler_sees(name: str, checkpointing:
         method(**inputs).loss.backward()
     measured = sum(event.flops for event in seen.key_averages()) / batch
 
-    step = trace(shape_of(recipe, torch.float32), batch, checkpointing=checkpointing, on_gpu=False)
+    step = trace(
+        shape_of(recipe, torch.float32, {}), batch, checkpointing=checkpointing, on_gpu=False
+    )
 
     assert step.training_flops == pytest.approx(measured, rel=TOLERANCE)
 
@@ -182,7 +187,10 @@ def test_parts__hold_every_parameter_once(name: str) -> None:
 
 def test_tokenizer__is_counted_apart() -> None:
     plan, tokenizer = plan_of("beit-tiny", "optim.batch_size=2"), load_recipe("dvae-tiny")
-    without, counted = estimate(plan, "bf16"), estimate(plan, "bf16", tokenizer=tokenizer)
+    without, counted = (
+        estimate(plan, "bf16"),
+        estimate(plan, "bf16", networks={"tokenizer": tokenizer}),
+    )
 
     alone = build_method(tokenizer)
     assert counted.parameters["tokenizer"] == sum(p.numel() for p in alone.parameters())

@@ -11,7 +11,7 @@ from mimray.trainers.config.recipes import load_recipe
 from mimray.trainers.config.run import resolve
 from mimray.trainers.engine.deepspeed import choose_precision, deepspeed_config
 from mimray.trainers.errors import ConfigError
-from mimray.trainers.methods import build_method
+from mimray.trainers.methods.catalogue import build_method
 from mimray.trainers.types import DatasetFacts
 
 CPU = torch.device("cpu")

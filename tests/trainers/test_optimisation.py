@@ -7,7 +7,7 @@ import torch
 from mimray.trainers.config.run import Plan, parse_recipe, resolve
 from mimray.trainers.engine.optim import build_optimizer, parameter_groups
 from mimray.trainers.engine.schedule import learning_rate
-from mimray.trainers.methods import build_method
+from mimray.trainers.methods.catalogue import build_method
 from mimray.trainers.types import DatasetFacts
 
 
@@ -52,7 +52,7 @@ def test_parameter_groups__by_name():
     method = build_method(plan_of().recipe)
     names = {id(p): n for n, p in method.named_parameters()}
 
-    groups = parameter_groups(method, 0.05)
+    groups = parameter_groups(method, method.recipe.optim)
 
     decayed, plain = ({names[id(p)] for p in group["params"]} for group in groups)
     assert [group["weight_decay"] for group in groups] == [0.05, 0.0]

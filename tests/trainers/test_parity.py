@@ -18,7 +18,8 @@ from mimray.trainers.config.model import ViTConfig
 from mimray.trainers.config.run import Recipe, parse_recipe
 from mimray.trainers.convert import export_timm, export_transformers
 from mimray.trainers.data.rng import Stream, generator
-from mimray.trainers.methods import build_method, load_method
+from mimray.trainers.methods.catalogue import build_method
+from mimray.trainers.methods.load import load_method
 from mimray.trainers.methods.mae import MAE
 from mimray.trainers.models import build_encoder
 from mimray.trainers.models.decoders import MAEDecoder

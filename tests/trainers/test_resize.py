@@ -22,7 +22,7 @@ from pyarrow import fs as pafs
 from mimray.trainers.config.run import Plan, parse_recipe, resolve
 from mimray.trainers.engine import checkpoints
 from mimray.trainers.engine.deepspeed import DTYPES, full_state, initialize, prepare_process
-from mimray.trainers.methods import build_method
+from mimray.trainers.methods.catalogue import build_method
 from mimray.trainers.storage import RunDir
 from mimray.trainers.types import DatasetFacts
 

@@ -16,8 +16,8 @@ from mimray.trainers.bundles import (
     CARD,
     ENCODER,
     METHOD,
-    TOKENIZER,
     BundleCard,
+    bundle_folder,
     read_card,
     save_bundle,
 )
@@ -26,11 +26,11 @@ from mimray.trainers.config.run import Plan, Recipe, differences, parse_recipe
 from mimray.trainers.engine.export import write_bundle
 from mimray.trainers.errors import BundleError, ConfigError, MimrayError, RunConflictError
 from mimray.trainers.launch import Job, prepare
-from mimray.trainers.methods import attach_tokenizer, build_method
 from mimray.trainers.methods.base import Method
 from mimray.trainers.methods.beit import BEiT
+from mimray.trainers.methods.catalogue import build_method
+from mimray.trainers.methods.needs import keep_needs, supply, with_needs
 from mimray.trainers.storage import RunDir
-from mimray.trainers.tokenizers import keep_tokenizer, tokenizer_digest, with_tokenizer
 
 
 class Remote(RunDir):
@@ -46,6 +46,9 @@ class Remote(RunDir):
 def remote(monkeypatch: pytest.MonkeyPatch) -> None:
     """`mock://` paths as an object store's."""
     monkeypatch.setattr("mimray.trainers.bundles.RunDir", Remote)
+
+
+TOKENIZER = "tokenizer"
 
 
 def dvae_recipe(**changes: Any) -> Recipe:
@@ -96,7 +99,8 @@ def save(method: Method, folder: Path, tokenizer: Path | None = None) -> Path:
         recipe=recipe.model_dump(mode="json"),
     )
     rest = {k: v for k, v in method.state_dict().items() if not k.startswith("encoder.")}
-    save_bundle(folder, card, method.encoder.state_dict(), rest, tokenizer)
+    networks = {TOKENIZER: tokenizer} if tokenizer is not None else {}
+    save_bundle(folder, card, method.encoder.state_dict(), rest, networks)
     return folder
 
 
@@ -128,13 +132,14 @@ def method_of(recipe: Recipe) -> BEiTConfig:
 
 
 def test_with_tokenizer__fills_in_what_it_finds(tokenizer: Path):
-    found = method_of(with_tokenizer(beit_recipe(tokenizer)))
+    found = method_of(with_needs(beit_recipe(tokenizer)))
 
     assert found.vocab_size == 32
-    assert found.tokenizer_sha256 == tokenizer_digest(read_card(tokenizer))
+    (need,) = BEiT.needs()
+    assert found.tokenizer_sha256 == need.digest(read_card(tokenizer))
     assert len(found.tokenizer_sha256) == 64
     other = dvae_recipe()
-    assert with_tokenizer(other) is other
+    assert with_needs(other) is other
 
 
 @pytest.mark.parametrize(
@@ -207,7 +212,7 @@ def started(recipe: Recipe, pictures: Path, folder: Path) -> Plan:
     plan = prepare(this)
     this.run.create()
     this.run.write("plan.json", plan.model_dump_json().encode())
-    keep_tokenizer(plan.recipe, this.run)
+    keep_needs(plan.recipe, this.run)
     return plan
 
 
@@ -256,10 +261,10 @@ def test_prepare__fresh_does_not_delete_the_tokenizer(
 def test_tokenizer__may_lie_in_an_object_store_and_so_may_the_run(
     tokenizer: Path, pictures: Path, tmp_path: Path
 ):
-    near = with_tokenizer(beit_recipe(tokenizer))
+    near = with_needs(beit_recipe(tokenizer))
 
-    far = with_tokenizer(beit_recipe(f"mock://{tokenizer}"))
-    keep_tokenizer(far, Remote(f"mock://{tmp_path}/run"))
+    far = with_needs(beit_recipe(f"mock://{tokenizer}"))
+    keep_needs(far, Remote(f"mock://{tmp_path}/run"))
 
     assert method_of(far).tokenizer_sha256 == method_of(near).tokenizer_sha256
     assert read_card(tmp_path / "run" / TOKENIZER) == read_card(tokenizer)
@@ -273,21 +278,21 @@ def trained(recipe: Recipe) -> BEiT:
 
 
 def test_attach__takes_the_tokenizer_of_the_plan_alone(tokenizer: Path, tmp_path: Path):
-    method = trained(with_tokenizer(beit_recipe(tokenizer)))
+    method = trained(with_needs(beit_recipe(tokenizer)))
     pixels = torch.randint(0, 256, (2, 3, 16, 24), dtype=torch.uint8)
 
-    attach_tokenizer(method, tokenizer)
+    supply(method, TOKENIZER, bundle_folder(tokenizer))
 
     codes = load_method(tokenizer).codes((pixels.float() / 255 - 0.5) / 0.5)
     assert torch.equal(method.codes(pixels), codes.flatten(1))
     with pytest.raises(BundleError, match="is not the one of the plan"):
-        attach_tokenizer(method, dvae_bundle(tmp_path / "other", seed=1))
+        supply(method, TOKENIZER, dvae_bundle(tmp_path / "other", seed=1))
 
 
 def test_bundle__carries_its_tokenizer(tokenizer: Path, pictures: Path, tmp_path: Path):
     plan = started(beit_recipe(tokenizer), pictures, tmp_path)
     method, run = trained(plan.recipe), RunDir(str(tmp_path / "beit"))
-    attach_tokenizer(method, tokenizer)
+    supply(method, TOKENIZER, bundle_folder(tokenizer))
     images, mask = torch.randn(2, 3, 32, 48), torch.rand(2, 24) < 0.4
 
     write_bundle(run, plan, method.state_dict(), step=4, name="beit", command="test")
@@ -326,7 +331,7 @@ def test_bundle__carries_its_tokenizer_into_an_object_store(
 
 
 def test_bundle__with_another_tokenizer_in_it_is_refused(tokenizer: Path, tmp_path: Path):
-    recipe = with_tokenizer(beit_recipe(tokenizer))
+    recipe = with_needs(beit_recipe(tokenizer))
     other = dvae_bundle(tmp_path / "other", seed=1)
     save(trained(recipe), tmp_path / "beit", other)
 
@@ -335,7 +340,7 @@ def test_bundle__with_another_tokenizer_in_it_is_refused(tokenizer: Path, tmp_pa
 
 
 def test_bundle__without_its_tokenizer_still_encodes(tokenizer: Path, tmp_path: Path):
-    method = trained(with_tokenizer(beit_recipe(tokenizer)))
+    method = trained(with_needs(beit_recipe(tokenizer)))
     save(method, tmp_path / "beit")
     images = torch.randn(2, 3, 32, 48)
 

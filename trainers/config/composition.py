@@ -4,17 +4,6 @@ from __future__ import annotations
 
 import math
 
-from mimray.trainers.config.method import (
-    AEConfig,
-    BEiTConfig,
-    DVAEConfig,
-    FinetuneConfig,
-    MAEConfig,
-    MaskFeatConfig,
-    MethodConfig,
-    SimMIMConfig,
-    VAEConfig,
-)
 from mimray.trainers.config.model import (
     ConvConfig,
     DalleConfig,
@@ -23,78 +12,30 @@ from mimray.trainers.config.model import (
     ViTConfig,
 )
 
-MASKING = (MAEConfig, SimMIMConfig, MaskFeatConfig, BEiTConfig)
 
-
-def check_composition(
-    encoder: EncoderConfig, method: MethodConfig, image_size: tuple[int, int]
-) -> None:
-    """Refuse what cannot work, with the reason and the nearest thing that can.
-
-    Args:
-        encoder: architecture.
-        method: objective.
-        image_size: (height, width) in pixels.
-
-    Raises:
-        ValueError: they do not compose.
-    """
-    check_size(encoder, image_size)
-    if isinstance(method, MASKING) and isinstance(encoder, ConvConfig | DalleConfig):
+def check_masking(method: str, encoder: EncoderConfig) -> None:
+    """Refuse an encoder that has no tokens to hide."""
+    if isinstance(encoder, ConvConfig | DalleConfig):
         raise ValueError(
-            f"method {method.name} hides tokens, which encoder {encoder.name} does not have; "
+            f"method {method} hides tokens, which encoder {encoder.name} does not have; "
             "take a vit or swin, or methods ae, vae and dvae"
         )
-    if drops_hidden(method):
-        assert isinstance(method, MAEConfig | MaskFeatConfig)
-        if not isinstance(encoder, ViTConfig):
-            raise ValueError(
-                f"method {method.name} with a decoder leaves hidden patches out of the encoder, "
-                f"which the windows of {encoder.name} cannot do without; take a vit, or method "
-                "simmim, or maskfeat with decoder_depth 0"
-            )
-        if encoder.rel_pos_bias != "none" or encoder.positions == "none":
-            raise ValueError(
-                f"method {method.name} with a decoder leaves hidden patches out of the encoder, "
-                "which then needs absolute positions: encoder.positions sincos or learned and "
-                "encoder.rel_pos_bias none"
-            )
-    height, width = image_size
-    num_patches = (height // encoder.stride) * (width // encoder.stride)
-    if isinstance(method, SimMIMConfig):
-        _check_units(encoder, method, image_size)
-    elif isinstance(method, MASKING):
-        _check_ratio(method.mask_ratio, num_patches)
-    if isinstance(method, MaskFeatConfig) and encoder.stride % method.hog_cell_px:
+
+
+def check_drops_hidden(method: str, encoder: EncoderConfig) -> None:
+    """Refuse an encoder that cannot do without the hidden patches, or without their positions."""
+    if not isinstance(encoder, ViTConfig):
         raise ValueError(
-            f"method.hog_cell_px {method.hog_cell_px} does not divide the encoder's stride "
-            f"{encoder.stride}"
+            f"method {method} with a decoder leaves hidden patches out of the encoder, "
+            f"which the windows of {encoder.name} cannot do without; take a vit, or method "
+            "simmim, or maskfeat with decoder_depth 0"
         )
-    if isinstance(method, BEiTConfig | MaskFeatConfig) and (
-        not isinstance(method, MaskFeatConfig) or method.masking == "block"
-    ):
-        most = int(num_patches * method.mask_ratio)
-        if most < method.min_block_patches:
-            raise ValueError(
-                f"method.min_block_patches {method.min_block_patches} is more than the {most} "
-                f"patches of {num_patches} that method.mask_ratio {method.mask_ratio} may hide"
-            )
-    if isinstance(method, AEConfig | VAEConfig | DVAEConfig):
-        _check_decoder(encoder, method)
-    if isinstance(method, FinetuneConfig):
-        if isinstance(encoder, DalleConfig):
-            raise ValueError("encoder dalle makes codes of pictures; it is not for fine-tuning")
-        if method.pooling == "cls" and not isinstance(encoder, ViTConfig):
-            raise ValueError(
-                f"encoder {encoder.name} has no class token; method.pooling mean goes with it"
-            )
-
-
-def drops_hidden(method: MethodConfig) -> bool:
-    """Whether the encoder sees visible patches alone."""
-    return isinstance(method, MAEConfig) or (
-        isinstance(method, MaskFeatConfig) and method.decoder_depth > 0
-    )
+    if encoder.rel_pos_bias != "none" or encoder.positions == "none":
+        raise ValueError(
+            f"method {method} with a decoder leaves hidden patches out of the encoder, "
+            "which then needs absolute positions: encoder.positions sincos or learned and "
+            "encoder.rel_pos_bias none"
+        )
 
 
 def check_size(encoder: EncoderConfig, image_size: tuple[int, int]) -> None:
@@ -133,7 +74,8 @@ def check_size(encoder: EncoderConfig, image_size: tuple[int, int]) -> None:
                     )
 
 
-def _check_ratio(mask_ratio: float, num_patches: int) -> None:
+def check_ratio(mask_ratio: float, num_patches: int) -> None:
+    """Refuse a share of hidden patches that comes to none, or to all."""
     num_visible = int(num_patches * (1 - mask_ratio))
     if num_visible < 1:
         raise ValueError(
@@ -147,8 +89,21 @@ def _check_ratio(mask_ratio: float, num_patches: int) -> None:
         )
 
 
-def _check_units(encoder: EncoderConfig, method: SimMIMConfig, image_size: tuple[int, int]) -> None:
-    unit = method.mask_unit_px or encoder.stride
+def check_block(mask_ratio: float, min_block_patches: int, num_patches: int) -> None:
+    """Refuse a least block of patches that is more than the ratio hides."""
+    most = int(num_patches * mask_ratio)
+    if most < min_block_patches:
+        raise ValueError(
+            f"method.min_block_patches {min_block_patches} is more than the {most} "
+            f"patches of {num_patches} that method.mask_ratio {mask_ratio} may hide"
+        )
+
+
+def check_units(
+    mask_ratio: float, mask_unit_px: int | None, encoder: EncoderConfig, image_size: tuple[int, int]
+) -> None:
+    """Refuse mask units that are not whole tokens, do not divide the picture, or hide it all."""
+    unit = mask_unit_px or encoder.stride
     if unit % encoder.stride:
         raise ValueError(
             f"method.mask_unit_px {unit} is not a multiple of the encoder's stride "
@@ -160,23 +115,21 @@ def _check_units(encoder: EncoderConfig, method: SimMIMConfig, image_size: tuple
                 f"method.mask_unit_px {unit} does not divide data.image_size {side} {size}"
             )
     num_units = (image_size[0] // unit) * (image_size[1] // unit)
-    hidden = math.ceil(num_units * method.mask_ratio)
+    hidden = math.ceil(num_units * mask_ratio)
     if hidden >= num_units:
         raise ValueError(
-            f"method.mask_ratio {method.mask_ratio} leaves no visible unit of {num_units} "
-            f"of {unit} px"
+            f"method.mask_ratio {mask_ratio} leaves no visible unit of {num_units} of {unit} px"
         )
 
 
-def _check_decoder(encoder: EncoderConfig, method: AEConfig | VAEConfig | DVAEConfig) -> None:
-    if not method.decoder_widths:
-        if isinstance(encoder, DalleConfig) and isinstance(method, DVAEConfig):
-            return  # imported for its codes alone
+def check_decoder(decoder_widths: tuple[int, ...], encoder: EncoderConfig) -> None:
+    """Refuse a convolutional decoder whose stages do not enlarge to the encoder's stride."""
+    if not decoder_widths:
         raise ValueError("method.decoder_widths names no stage")
     # Each stage doubles the grid; what is left of the stride is a pixel shuffle at the end.
-    doublings = len(method.decoder_widths) - 1
+    doublings = len(decoder_widths) - 1
     if encoder.stride % 2**doublings:
         raise ValueError(
-            f"method.decoder_widths names {len(method.decoder_widths)} stages, which enlarge "
+            f"method.decoder_widths names {len(decoder_widths)} stages, which enlarge "
             f"{2**doublings} times; the encoder's stride is {encoder.stride}"
         )

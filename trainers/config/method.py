@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union, get_args
 
 from pydantic import (
     Field,
@@ -14,9 +15,89 @@ from pydantic import (
 )
 
 from mimray.trainers.config.base import Config
+from mimray.trainers.config.composition import (
+    check_block,
+    check_decoder,
+    check_drops_hidden,
+    check_masking,
+    check_ratio,
+    check_units,
+)
+from mimray.trainers.config.model import DalleConfig, EncoderConfig, ViTConfig
+from mimray.trainers.errors import ConfigError
+from mimray.trainers.types import DatasetFacts
+
+Size = tuple[int, int]
 
 
-class _TransformerDecoder(Config):
+class MethodConfig(Config):
+    """The base of all objectives; a recipe's keys below `method`.
+
+    Attributes:
+        implementation: module and class of the method, `package.module:Class`; imported when a
+            run needs it.
+        learns_classes: True if the method is told the class of each picture. It then has the keys
+            `num_classes` and `class_names`, which are filled in from the data.
+        places: keys that say where something lies which the method needs (`Method.needs`). Beside
+            each there is a key `…_sha256`, the digest of what is meant, filled in by the plan.
+        name: as the user writes it; each class says its own, a `Literal`.
+    """
+
+    implementation: ClassVar[str]
+    learns_classes: ClassVar[bool] = False
+    places: ClassVar[tuple[str, ...]] = ()
+
+    if TYPE_CHECKING:
+        name: str
+
+    def check(self, encoder: EncoderConfig, image_size: Size) -> None:
+        """Refuse what cannot work, with the reason and the nearest thing that can.
+
+        Args:
+            encoder: architecture, which fits the size.
+            image_size: (height, width) in pixels.
+
+        Raises:
+            ValueError: they do not compose.
+        """
+
+    def check_data(self, facts: DatasetFacts, num_places: int, first_batch: int) -> None:
+        """Refuse data that the method cannot learn from.
+
+        Args:
+            facts: the data set.
+            num_places: tokens of a picture.
+            first_batch: pictures that all workers see at once.
+
+        Raises:
+            ConfigError: too few of something.
+        """
+
+    @property
+    def drops_hidden(self) -> bool:
+        """True if the encoder sees visible patches alone."""
+        return False
+
+    @property
+    def assignment_pictures(self) -> int:
+        """Pictures over which targets are normalised together, by position in the global batch.
+
+        1: each by itself. The micro batches of all workers together hold a whole number of such
+        groups, so that results depend neither on workers nor on accumulation.
+        """
+        return 1
+
+    @property
+    def pooled_by(self) -> Literal["mean", "cls"]:
+        """What stands for a whole picture in the exported bundle."""
+        return "mean"
+
+
+def _patches(encoder: EncoderConfig, image_size: Size) -> int:
+    return (image_size[0] // encoder.stride) * (image_size[1] // encoder.stride)
+
+
+class _TransformerDecoder(MethodConfig):
     """A light transformer behind the encoder, thrown away after pre-training."""
 
     decoder_width: PositiveInt = Field(default=512, description="decoder token width")
@@ -36,6 +117,8 @@ class _TransformerDecoder(Config):
 class MAEConfig(_TransformerDecoder):
     """Masked autoencoder (He et al. 2022): visible tokens only, light decoder, pixel targets."""
 
+    implementation = "mimray.trainers.methods.mae:MAE"
+
     name: Literal["mae"]
     mask_ratio: float = Field(default=0.75, gt=0, lt=1, description="share of patches hidden")
     decoder_depth: PositiveInt = Field(default=8, description="decoder blocks")
@@ -43,9 +126,22 @@ class MAEConfig(_TransformerDecoder):
         default=False, description="targets normalised by each patch's own mean and variance"
     )
 
+    def check(self, encoder: EncoderConfig, image_size: Size) -> None:
+        """The encoder takes visible patches alone, and both kinds of patches are there."""
+        check_masking(self.name, encoder)
+        check_drops_hidden(self.name, encoder)
+        check_ratio(self.mask_ratio, _patches(encoder, image_size))
 
-class SimMIMConfig(Config):
+    @property
+    def drops_hidden(self) -> bool:
+        """Always."""
+        return True
+
+
+class SimMIMConfig(MethodConfig):
     """SimMIM (Xie et al. 2022): mask tokens through the encoder, one linear head, pixels."""
+
+    implementation = "mimray.trainers.methods.simmim:SimMIM"
 
     name: Literal["simmim"]
     mask_ratio: float = Field(default=0.6, gt=0, lt=1, description="share of mask units hidden")
@@ -55,8 +151,13 @@ class SimMIMConfig(Config):
     )
     loss: Literal["l1", "l2"] = Field(default="l1", description="l1 as in the paper")
 
+    def check(self, encoder: EncoderConfig, image_size: Size) -> None:
+        """Mask units are whole tokens, divide the picture, and leave one visible."""
+        check_masking(self.name, encoder)
+        check_units(self.mask_ratio, self.mask_unit_px, encoder, image_size)
 
-class BlockMasking(Config):
+
+class BlockMasking(MethodConfig):
     """Block-wise masks (Bao et al. 2022, Algorithm 1)."""
 
     mask_ratio: float = Field(
@@ -67,6 +168,10 @@ class BlockMasking(Config):
         default=0.3, gt=0, le=1, description="least aspect of a block; the largest is its inverse"
     )
 
+    def check_block(self, num_patches: int) -> None:
+        """Refuse a least block that is more than may be hidden."""
+        check_block(self.mask_ratio, self.min_block_patches, num_patches)
+
 
 class MaskFeatConfig(BlockMasking, _TransformerDecoder):
     """MaskFeat (Wei et al. 2022): histograms of oriented gradients of what is hidden.
@@ -74,6 +179,8 @@ class MaskFeatConfig(BlockMasking, _TransformerDecoder):
     With `decoder_depth` 0 (the paper) hidden patches go through the encoder as mask tokens and
     a linear head predicts; with more the encoder sees visible patches only, as in MAE.
     """
+
+    implementation = "mimray.trainers.methods.maskfeat:MaskFeat"
 
     name: Literal["maskfeat"]
     masking: Literal["block", "random"] = Field(default="block", description="shape of the mask")
@@ -91,9 +198,32 @@ class MaskFeatConfig(BlockMasking, _TransformerDecoder):
             )
         return self
 
+    def check(self, encoder: EncoderConfig, image_size: Size) -> None:
+        """With a decoder as MAE; cells divide a patch, and a block may be hidden."""
+        num_patches = _patches(encoder, image_size)
+        check_masking(self.name, encoder)
+        if self.drops_hidden:
+            check_drops_hidden(self.name, encoder)
+        check_ratio(self.mask_ratio, num_patches)
+        if encoder.stride % self.hog_cell_px:
+            raise ValueError(
+                f"method.hog_cell_px {self.hog_cell_px} does not divide the encoder's stride "
+                f"{encoder.stride}"
+            )
+        if self.masking == "block":
+            self.check_block(num_patches)
+
+    @property
+    def drops_hidden(self) -> bool:
+        """With a decoder."""
+        return self.decoder_depth > 0
+
 
 class BEiTConfig(BlockMasking):
     """BEiT (Bao et al. 2022): the tokenizer's codes of what is hidden."""
+
+    implementation = "mimray.trainers.methods.beit:BEiT"
+    places = ("tokenizer",)
 
     name: Literal["beit"]
     # int(196 x 0.385) = 75, the official code's number at 224 pixels.
@@ -117,8 +247,15 @@ class BEiTConfig(BlockMasking):
     def _square(cls, value: Any) -> Any:
         return (value, value) if isinstance(value, int) else value
 
+    def check(self, encoder: EncoderConfig, image_size: Size) -> None:
+        """Both kinds of patches are there, and a block may be hidden."""
+        num_patches = _patches(encoder, image_size)
+        check_masking(self.name, encoder)
+        check_ratio(self.mask_ratio, num_patches)
+        self.check_block(num_patches)
 
-class _Autoencoder(Config):
+
+class _Autoencoder(MethodConfig):
     """A convolutional decoder behind a latent of a few channels a place."""
 
     decoder_widths: tuple[PositiveInt, ...] = Field(
@@ -128,9 +265,15 @@ class _Autoencoder(Config):
     )
     decoder_blocks: PositiveInt = Field(default=2, description="residual blocks a decoder stage")
 
+    def check(self, encoder: EncoderConfig, image_size: Size) -> None:
+        """The decoder's stages enlarge to the encoder's stride."""
+        check_decoder(self.decoder_widths, encoder)
+
 
 class AEConfig(_Autoencoder):
     """Autoencoder: the whole picture through a bottleneck and back, mean squared error."""
+
+    implementation = "mimray.trainers.methods.ae:AE"
 
     name: Literal["ae"]
     latent_dim: PositiveInt = Field(default=64, description="channels of the latent a place")
@@ -138,6 +281,8 @@ class AEConfig(_Autoencoder):
 
 class VAEConfig(_Autoencoder):
     """Variational autoencoder (Kingma & Welling 2014): a Gaussian latent, the ELBO."""
+
+    implementation = "mimray.trainers.methods.vae:VAE"
 
     name: Literal["vae"]
     latent_dim: PositiveInt = Field(default=32, description="channels of the latent a place")
@@ -159,6 +304,8 @@ _GUMBEL_KEYS = ("temperature", "min_temperature", "temperature_steps", "kl_weigh
 
 class DVAEConfig(_Autoencoder):
     """Discrete tokenizer: VQ-VAE (van den Oord et al. 2017), or Gumbel-softmax (Ramesh 2021)."""
+
+    implementation = "mimray.trainers.methods.dvae:DVAE"
 
     name: Literal["dvae"]
     quantizer: Literal["vq", "gumbel"] = "vq"
@@ -213,9 +360,41 @@ class DVAEConfig(_Autoencoder):
             )
         return self
 
+    def check(self, encoder: EncoderConfig, image_size: Size) -> None:
+        """A tokenizer that was imported for its codes alone needs no decoder."""
+        if self.decoder_widths or not isinstance(encoder, DalleConfig):
+            check_decoder(self.decoder_widths, encoder)
 
-class FinetuneConfig(Config):
+    def check_data(self, facts: DatasetFacts, num_places: int, first_batch: int) -> None:
+        """There are as many places to code as codes, in the data and for k-means to begin with."""
+        if not self.decoder_widths:
+            raise ConfigError(
+                "method.decoder_widths names no stage: without a decoder there is nothing to learn",
+                hint="an imported tokenizer is for method.tokenizer of beit",
+            )
+        places, codes = facts.num_samples * num_places, self.codebook_size
+        if places < codes:
+            raise ConfigError(
+                f"method.codebook_size {codes} is more than the {facts.num_samples} pictures x "
+                f"{num_places} places = {places} of {facts.uri}",
+                hint="fewer codes, or more pictures",
+            )
+        if self.kmeans_init and first_batch * num_places < codes:
+            raise ConfigError(
+                f"k-means cannot make method.codebook_size {codes} codes of the first "
+                f"{first_batch} pictures x {num_places} places = {first_batch * num_places} "
+                "encodings",
+                hint="a larger optim.batch_size or engine.micro_batch_size, fewer codes, "
+                "or method.kmeans_init=false",
+            )
+
+
+class FinetuneConfig(MethodConfig):
     """Classes of labelled pictures, the whole encoder trained end to end (He et al. 2022, A.1)."""
+
+    implementation = "mimray.trainers.methods.finetune:Finetune"
+    learns_classes = True
+    places = ("bundle",)
 
     name: Literal["finetune"]
     bundle: str = Field(
@@ -249,16 +428,43 @@ class FinetuneConfig(Config):
         default=0.5, ge=0, le=1, description="probability of cutmix where both are on"
     )
 
+    def check(self, encoder: EncoderConfig, image_size: Size) -> None:
+        """The encoder has what the head is to see."""
+        if isinstance(encoder, DalleConfig):
+            raise ValueError("encoder dalle makes codes of pictures; it is not for fine-tuning")
+        if self.pooling == "cls" and not isinstance(encoder, ViTConfig):
+            raise ValueError(
+                f"encoder {encoder.name} has no class token; method.pooling mean goes with it"
+            )
 
-AutoencoderConfig = AEConfig | VAEConfig | DVAEConfig
-MethodConfig = Annotated[
-    MAEConfig
-    | SimMIMConfig
-    | MaskFeatConfig
-    | BEiTConfig
-    | AEConfig
-    | VAEConfig
-    | DVAEConfig
-    | FinetuneConfig,
-    Field(discriminator="name"),
-]
+    @property
+    def pooled_by(self) -> Literal["mean", "cls"]:
+        """As the head was taught."""
+        return self.pooling
+
+
+BUILT_IN: tuple[type[MethodConfig], ...] = (
+    MAEConfig,
+    SimMIMConfig,
+    MaskFeatConfig,
+    BEiTConfig,
+    AEConfig,
+    VAEConfig,
+    DVAEConfig,
+    FinetuneConfig,
+)
+"""The methods of this package; one line each."""
+
+ENTRY_POINTS = "mimray.methods"
+"""The group of entry points by which other distributions bring methods: their config classes."""
+
+# Known before the recipe's model is built, which is why they are looked up here.
+METHODS: dict[str, type[MethodConfig]] = {
+    get_args(config.model_fields["name"].annotation)[0]: config
+    for config in (*BUILT_IN, *(point.load() for point in entry_points(group=ENTRY_POINTS)))
+}
+
+if TYPE_CHECKING:
+    AnyMethod = MethodConfig
+else:
+    AnyMethod = Annotated[Union[tuple(METHODS.values())], Field(discriminator="name")]  # noqa: UP007

@@ -7,6 +7,22 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mimray.trainers.config.base import Config
+from mimray.trainers.config.schedule import Schedule, Scheduled
+
+
+class ParameterGroup(Config):
+    """Parameters that are trained in another way than the rest."""
+
+    parameters: tuple[str, ...] = Field(
+        min_length=1, description="names in the method; * stands for anything, e.g. head.last.*"
+    )
+    lr_scale: float = Field(default=1.0, ge=0, description="times the learning rate of the rest")
+    weight_decay: Scheduled | None = Field(
+        default=None, description="of those that decay at all; that of the rest by default"
+    )
+    frozen_steps: NonNegativeInt = Field(
+        default=0, description="updates at the start during which their gradients are dropped"
+    )
 
 
 class OptimConfig(Config):
@@ -24,7 +40,12 @@ class OptimConfig(Config):
     )
     betas: tuple[float, float] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
-    weight_decay: float = Field(default=0.05, ge=0)
+    weight_decay: Scheduled = Field(
+        default=Schedule(start=0.05), description="a number, or a schedule"
+    )
+    groups: tuple[ParameterGroup, ...] = Field(
+        default=(), description="parameters trained otherwise; the first that names one counts"
+    )
     no_decay: tuple[str, ...] = Field(
         default=(),
         description="parameters that do not decay beside biases and norms, by the last part of "
@@ -62,6 +83,9 @@ class OptimConfig(Config):
             raise ValueError("optim: give exactly one of 'epochs' and 'steps'")
         if self.warmup_epochs is not None and self.warmup_steps is not None:
             raise ValueError("optim: give only one of 'warmup_epochs' and 'warmup_steps'")
+        for decay in (self.weight_decay, *(group.weight_decay for group in self.groups)):
+            if decay is not None and min(decay.start, decay.end or 0, decay.warmup_start or 0) < 0:
+                raise ValueError("optim.weight_decay must not be negative")
         if (self.schedule == "multistep") != bool(self.milestones):
             raise ValueError("optim: 'milestones' and schedule 'multistep' go together")
         if any(not 0 < m < 1 for m in self.milestones) or list(self.milestones) != sorted(

@@ -16,15 +16,13 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from mimray.trainers.config.base import Config, explain
-from mimray.trainers.config.composition import check_composition
+from mimray.trainers.config.composition import check_size
 from mimray.trainers.config.data import DataConfig
-from mimray.trainers.config.method import DVAEConfig, FinetuneConfig, MethodConfig
+from mimray.trainers.config.method import AnyMethod
 from mimray.trainers.config.model import EncoderConfig
 from mimray.trainers.config.optim import OptimConfig
 from mimray.trainers.errors import ConfigError
 from mimray.trainers.types import DatasetFacts
-
-PLAN_FORMAT = 1
 
 
 class About(Config):
@@ -89,7 +87,7 @@ class Recipe(Config):
 
     about: About | None = None
     encoder: EncoderConfig
-    method: MethodConfig
+    method: AnyMethod
     data: DataConfig = Field(default_factory=DataConfig)
     optim: OptimConfig
     engine: EngineConfig = Field(default_factory=EngineConfig)
@@ -100,7 +98,8 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _check_composition(self) -> Recipe:
-        check_composition(self.encoder, self.method, self.data.image_size)
+        check_size(self.encoder, self.data.image_size)
+        self.method.check(self.encoder, self.data.image_size)
         return self
 
     @property
@@ -108,16 +107,6 @@ class Recipe(Config):
         """Output tokens of the encoder, down and across; masks are over this grid."""
         height, width = self.data.image_size
         return height // self.encoder.stride, width // self.encoder.stride
-
-    @property
-    def tokenizer_size(self) -> tuple[int, int] | None:
-        """Size of the second view that the loader makes, for methods that want one."""
-        return getattr(self.method, "tokenizer_image_size", None)
-
-    @property
-    def learns_classes(self) -> bool:
-        """Whether the method is told the class of each picture."""
-        return isinstance(self.method, FinetuneConfig)
 
 
 # May differ when a run is continued: they change neither what is learnt nor its files.
@@ -128,8 +117,6 @@ OPERATIONAL_KEYS = (
     "data.cache_mib",
     "data.decoded_cache_mib",
     "engine.micro_batch_size",
-    "method.tokenizer",  # where it lies; what it is, its digest says
-    "method.bundle",  # likewise
 )
 
 
@@ -204,8 +191,16 @@ def resolve(recipe: Recipe, facts: DatasetFacts, world_size: int) -> Plan:
             f"{facts.uri} has {facts.num_samples} pictures, fewer than one global batch of {batch}",
             hint=f"--set optim.batch_size={max(1, facts.num_samples // 2)} or more pictures",
         )
-    if isinstance(recipe.method, DVAEConfig):
-        _check_codebook(recipe, recipe.method, facts, micro * world_size)
+    together = recipe.method.assignment_pictures
+    if micro * world_size % together:
+        raise ConfigError(
+            f"method.{recipe.method.name} normalises over {together} pictures, which the micro "
+            f"batches of all workers, {micro} x {world_size} = {micro * world_size} pictures, do "
+            "not hold a whole number of times",
+            hint="another engine.micro_batch_size or number of workers",
+        )
+    num_places = recipe.grid[0] * recipe.grid[1]
+    recipe.method.check_data(facts, num_places, micro * world_size)
     per_epoch = facts.num_samples / batch
     steps = optim.steps or max(1, math.floor((optim.epochs or 0) * per_epoch))
     warmup = optim.warmup_steps or round((optim.warmup_epochs or 0) * per_epoch)
@@ -229,37 +224,14 @@ def resolve(recipe: Recipe, facts: DatasetFacts, world_size: int) -> Plan:
     )
 
 
-def _check_codebook(
-    recipe: Recipe, method: DVAEConfig, facts: DatasetFacts, first_batch: int
-) -> None:
-    """Refuse more codes than there are places to code, in the data or for k-means to begin with."""
-    if not method.decoder_widths:
-        raise ConfigError(
-            "method.decoder_widths names no stage: without a decoder there is nothing to learn",
-            hint="an imported tokenizer is for method.tokenizer of beit",
-        )
-    places = recipe.grid[0] * recipe.grid[1]
-    if facts.num_samples * places < method.codebook_size:
-        raise ConfigError(
-            f"method.codebook_size {method.codebook_size} is more than the {facts.num_samples} "
-            f"pictures x {places} places = {facts.num_samples * places} of {facts.uri}",
-            hint="fewer codes, or more pictures",
-        )
-    if method.kmeans_init and first_batch * places < method.codebook_size:
-        raise ConfigError(
-            f"k-means cannot make method.codebook_size {method.codebook_size} codes of the first "
-            f"{first_batch} pictures x {places} places = {first_batch * places} encodings",
-            hint="a larger optim.batch_size or engine.micro_batch_size, fewer codes, "
-            "or method.kmeans_init=false",
-        )
-
-
 def essential(recipe: Recipe) -> dict[str, Any]:
     """The recipe without what may change between a run and its continuation."""
     tree = recipe.model_dump(mode="json", exclude=set(OPERATIONAL))
     for dotted in OPERATIONAL_KEYS:
         section, key = dotted.split(".")
         tree[section].pop(key, None)
+    for key in recipe.method.places:  # what lies there, its digest says
+        tree["method"].pop(key, None)
     return tree
 
 

@@ -24,10 +24,10 @@ from mimray.trainers.convert.found import Found
 from mimray.trainers.convert.from_timm import download_timm, from_timm
 from mimray.trainers.convert.from_transformers import from_transformers
 from mimray.trainers.convert.official import from_official
-from mimray.trainers.convert.resize import for_size, resized
 from mimray.trainers.convert.shapes import encoder_section, method_section
 from mimray.trainers.errors import BundleError, ConfigError
 from mimray.trainers.models import build_encoder
+from mimray.trainers.models.resize import for_size, resized
 
 TIMM = "timm:"
 # What BEiT shows its tokenizer beside pictures of 224 pixels.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from mimray.trainers.cost.memory import (
     Weights,
     memory_of,
 )
-from mimray.trainers.cost.step import PARTS, Step, parts_of, shape_of, trace
+from mimray.trainers.cost.step import REST, Step, part_names, shape_of, trace
 from mimray.trainers.engine.deepspeed import DTYPES, deepspeed_config
 from mimray.trainers.methods.base import Method
 
@@ -28,7 +29,7 @@ class Cost:
     """What a plan costs.
 
     Attributes:
-        parameters: by part of the method (`PARTS`), frozen ones included.
+        parameters: by part of the method, fixed ones included.
         plain: one step as it is.
         checkpointed: one step that computes the encoder's activations twice.
         memory: of one device, by ZeRO stage and whether activations are computed twice.
@@ -45,7 +46,11 @@ class Cost:
 
 
 def estimate(
-    plan: Plan, precision: str, *, on_gpu: bool = True, tokenizer: Recipe | None = None
+    plan: Plan,
+    precision: str,
+    *,
+    on_gpu: bool = True,
+    networks: Mapping[str, Recipe] | None = None,
 ) -> Cost:
     """Count what a plan's step computes and holds, at its micro batch and number of workers.
 
@@ -55,10 +60,11 @@ def estimate(
         plan: what to run.
         precision: fp32, bf16 or fp16.
         on_gpu: memory of a GPU, or of a CPU worker.
-        tokenizer: recipe of a BEiT's tokenizer; without it, it costs nothing.
+        networks: recipes of the networks that the method needs beside it, by name; one that is
+            not there costs nothing.
     """
     dtype = DTYPES[precision]
-    method = shape_of(plan.recipe, dtype, tokenizer)
+    method = shape_of(plan.recipe, dtype, networks or {})
     steps = {
         again: trace(method, plan.micro_batch_size, checkpointing=again, on_gpu=on_gpu)
         for again in (False, True)
@@ -95,8 +101,10 @@ def estimate(
 def _weights(method: Method) -> Weights:
     sizes = [(p.numel(), p.requires_grad) for p in method.parameters()]
     fixed = [*method.buffers()]
-    for tokenizer in parts_of(method)["tokenizer"]:
-        fixed += [*tokenizer.parameters(), *tokenizer.buffers()]
+    owned = set(method.modules())
+    for module in (m for modules in method.parts().values() for m in modules):
+        if module not in owned:
+            fixed += [*module.parameters(), *module.buffers()]
     return Weights(
         trained=sum(n for n, trained in sizes if trained),
         frozen=sum(n for n, trained in sizes if not trained),
@@ -106,13 +114,17 @@ def _weights(method: Method) -> Weights:
 
 
 def _by_part(method: Method) -> dict[str, int]:
+    """Weights of each part; the rest is what the method owns and no part has."""
     counts = {
-        part: sum(_count(module) for module in modules)
-        for part, modules in parts_of(method).items()
+        part: sum(_count(module) for module in modules) for part, modules in method.parts().items()
     }
-    counts["decoder"] = _count(method) - counts["encoder"] - counts["head"]
-    return {part: counts[part] for part in PARTS}
+    owned = set(method.parameters())
+    named = {p for modules in method.parts().values() for m in modules for p in m.parameters()}
+    counts[REST] = sum(parameter.numel() for parameter in owned - named)
+    return {part: counts[part] for part in part_names(method)}
 
 
 def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    """Parameters; of a moving average, the buffers that they became."""
+    averaged = (b for b in module.buffers() if b.is_floating_point())
+    return sum(p.numel() for p in module.parameters()) or sum(b.numel() for b in averaged)

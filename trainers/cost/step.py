@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,16 +23,15 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
 from mimray.trainers.config.run import Recipe
-from mimray.trainers.methods import build_method
 from mimray.trainers.methods.base import Method
-from mimray.trainers.methods.beit import BEiT, Tokenizer
+from mimray.trainers.methods.catalogue import build_method, inputs_of
+from mimray.trainers.methods.inputs import placeholders
 from mimray.trainers.models.decoders import MAEDecoder
 
 aten = torch.ops.aten
 
-PARTS = ("encoder", "decoder", "head", "tokenizer")
-# Modules that turn the last tokens or maps into predictions, by their names in a method.
-HEADS = ("head", "decoder.pred", "decoder.to_pixels")
+REST = "decoder"
+"""The part that is all that is in no other."""
 
 
 @dataclass(frozen=True)
@@ -57,31 +55,29 @@ class Step:
     with_gradients: int
 
 
-def shape_of(recipe: Recipe, dtype: torch.dtype, tokenizer: Recipe | None = None) -> Method:
+def shape_of(recipe: Recipe, dtype: torch.dtype, networks: Mapping[str, Recipe]) -> Method:
     """A method without values: parameters of `dtype`, buffers as they are, as DeepSpeed casts.
 
     Args:
         recipe: what to build.
         dtype: of the parameters.
-        tokenizer: recipe of a BEiT's tokenizer; without it, codes come from nowhere.
+        networks: recipes of the networks that it needs beside it, by name; one that is not there
+            costs nothing.
     """
     with torch.device("meta"):
         method = build_method(recipe)
         for parameter in method.parameters():
             parameter.data = parameter.data.to(dtype)
-        if isinstance(method, BEiT):
-            found = build_method(tokenizer).eval() if tokenizer else _NoTokenizer(recipe)
-            assert isinstance(found, Tokenizer)
-            method.attach(found)
+        for need in method.needs():
+            if need.stays:
+                method.expect(need.folder, networks.get(need.folder))
     return method
 
 
-def parts_of(method: Method) -> dict[str, list[nn.Module]]:
-    """The modules of each part; the decoder is all that is in none of them."""
-    heads = [module for name, module in method.named_modules() if name in HEADS]
-    tokenizer = method.tokenizer if isinstance(method, BEiT) else None
-    apart: list[nn.Module] = [tokenizer] if isinstance(tokenizer, nn.Module) else []
-    return {"encoder": [method.encoder], "head": heads, "tokenizer": apart}
+def part_names(method: Method) -> list[str]:
+    """Names of a method's parts, the encoder's and the rest's first."""
+    first = ["encoder", REST]
+    return first + [name for name in method.parts() if name not in first]
 
 
 def trace(method: Method, batch: int, *, checkpointing: bool, on_gpu: bool) -> Step:
@@ -95,13 +91,14 @@ def trace(method: Method, batch: int, *, checkpointing: bool, on_gpu: bool) -> S
     """
     method.train()
     method.encoder.activation_checkpointing = checkpointing
-    inputs = _inputs(method, batch)
-    ledger = _Ledger(ignored=[*method.parameters(), *method.buffers()])
+    recipe, dtype = method.recipe, next(method.parameters()).dtype
+    inputs = placeholders(inputs_of(recipe), recipe, batch, dtype)
+    ledger = _Ledger(part_names(method), ignored=[*method.parameters(), *method.buffers()])
     ledger.hold(inputs)
     tokens: list[int] = []
 
     def count_tokens(_: nn.Module, __: Any, output: Any) -> None:
-        tokens.append(output.tokens.shape[1] + output.prefix.shape[1])
+        tokens.append(output.tokens.shape[:2].numel() + output.prefix.shape[:2].numel())
 
     with ExitStack() as stack:
         stack.callback(method.zero_grad, set_to_none=True)
@@ -113,9 +110,7 @@ def trace(method: Method, batch: int, *, checkpointing: bool, on_gpu: bool) -> S
             stack.callback(handle.remove)
         attention = _fused_attention(on_gpu)
         stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", attention))
-        if isinstance(method, BEiT):
-            codes = ledger.within("tokenizer", method.codes)
-            stack.enter_context(mock.patch.object(method, "codes", codes))
+        stack.enter_context(mock.patch.object(method, "within", ledger.within))
         with ledger:
             output = method(**inputs)
             forward = {part: flops / batch for part, flops in ledger.flops.items()}
@@ -124,7 +119,7 @@ def trace(method: Method, batch: int, *, checkpointing: bool, on_gpu: bool) -> S
     return Step(
         forward_flops=forward,
         training_flops=sum(ledger.flops.values()) / batch,
-        encoder_tokens=tokens[0],
+        encoder_tokens=sum(tokens) // batch,
         decoder_tokens=math.prod(method.recipe.grid) + 1 if in_decoder else 0,
         activations=ledger.most_beside_gradients,
         with_gradients=ledger.most,
@@ -135,16 +130,17 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every operation: counts its FLOPs, and the bytes that are alive.
 
     Args:
+        parts: names of the method's parts.
         ignored: tensors whose memory does not count.
     """
 
-    def __init__(self, ignored: Iterable[Tensor]) -> None:
+    def __init__(self, parts: Iterable[str], ignored: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.flops = dict.fromkeys(PARTS, 0.0)
+        self.flops = dict.fromkeys(parts, 0.0)
         self.most = self.most_beside_gradients = 0
         self._live = self._gradients = 0
         self._known = WeakIdKeyDictionary()
-        self._parts = ["decoder"]
+        self._parts = [REST]
         for tensor in ignored:
             self._known[tensor.untyped_storage()] = True
 
@@ -185,26 +181,22 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """The part has ended."""
         self._parts.pop()
 
-    def within(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The same function, as a part."""
-
-        def wrapped(*args: Any) -> Any:
-            self.enter(part)
-            try:
-                return function(*args)
-            finally:
-                self.leave()
-
-        return wrapped
+    @contextmanager
+    def within(self, part: str) -> Iterator[None]:
+        """What is computed meanwhile belongs to this part."""
+        self.enter(part)
+        try:
+            yield
+        finally:
+            self.leave()
 
     def _drop(self, size: int) -> None:
         self._live -= size
 
 
 def _watch_parts(method: Method, ledger: _Ledger) -> Iterator[Any]:
-    parts = parts_of(method)
-    for part in ("encoder", "head"):
-        for module in parts[part]:
+    for part, modules in method.parts().items():
+        for module in modules:
             yield module.register_forward_pre_hook(lambda *_, part=part: ledger.enter(part))
             yield module.register_forward_hook(lambda *_: ledger.leave())
 
@@ -261,39 +253,3 @@ def _fused_attention(on_gpu: bool) -> Callable[..., Tensor]:
         return mixed
 
     return attention
-
-
-def _inputs(method: Method, batch: int) -> dict[str, Tensor]:
-    """What the loop hands to a method, in its precision; one mask for each picture."""
-    recipe, dtype = method.recipe, next(method.parameters()).dtype
-    chans = recipe.data.channels
-    inputs = {
-        "images": torch.empty(batch, chans, *recipe.data.image_size, dtype=dtype, device="meta")
-    }
-    rng = np.random.default_rng(0)
-    drawn = [method.draw_mask(recipe, rng) for _ in range(batch)]
-    masks = [mask for mask in drawn if mask is not None]
-    if masks:
-        inputs["mask"] = torch.from_numpy(np.stack(masks))
-    if recipe.tokenizer_size is not None:
-        shape = (batch, chans, *recipe.tokenizer_size)
-        inputs["tokenizer_images"] = torch.empty(shape, dtype=torch.uint8, device="meta")
-    if recipe.learns_classes:
-        inputs["labels"] = torch.empty(batch, dtype=torch.int64, device="meta")
-    return inputs
-
-
-class _NoTokenizer(Tokenizer):
-    """Stands in for a tokenizer that is not there; its codes cost nothing."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
-
-    def codes(self, images: Tensor) -> Tensor:
-        return torch.zeros(len(images), *self.recipe.grid, dtype=torch.int64)
-
-    def decode_codes(self, codes: Tensor) -> Tensor:
-        raise NotImplementedError("no training step decodes codes")
-
-    def to(self, device: torch.device) -> _NoTokenizer:
-        return self

@@ -29,6 +29,7 @@ def erase(
     seed: int,
     epochs: np.ndarray,
     indices: np.ndarray,
+    view: int = 0,
 ) -> Float[Tensor, "B C H W"]:
     """Fill a rectangle in some of the pictures with normal noise, a value a pixel and channel.
 
@@ -38,6 +39,7 @@ def erase(
         seed: the run's.
         epochs: int64 [B], of each sample.
         indices: int64 [B], of each sample in the dataset.
+        view: number of the view that the pictures are.
 
     Returns:
         The same tensor.
@@ -47,7 +49,7 @@ def erase(
     """
     num_chans, *size = images.shape[1:]
     for image, epoch, index in zip(images, epochs, indices, strict=True):
-        rng = generator(seed, Stream.ERASING, int(epoch), int(index))
+        rng = generator(seed, Stream.ERASING, int(epoch), int(index), view)
         if rng.random() >= probability:
             continue
         top, left, height, width = _rectangle(rng, size)

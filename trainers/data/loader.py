@@ -6,7 +6,7 @@ rank alone, so continuing a run is asking for a later first batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,23 +14,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mimray.trainers.config.run import Plan, Recipe
-from mimray.trainers.data.decoded import Picture, Pictures
+from mimray.trainers.data.decoded import Pictures
 from mimray.trainers.data.order import SampleOrder
-from mimray.trainers.data.rng import Stream, generator
 from mimray.trainers.data.sources import Source
-from mimray.trainers.data.transforms import (
-    auto_augment,
-    color_jitter,
-    random_crop_box,
-    to_array,
-    view_of,
-)
+from mimray.trainers.data.views import Inputs, Labels, make_inputs
 from mimray.trainers.data.workers import decode_workers
 from mimray.trainers.errors import DataError, ImageError
 from mimray.trainers.types import Batch
 
-DrawMask = Callable[[Recipe, np.random.Generator], np.ndarray | None]
-View = tuple[np.ndarray, np.ndarray | None]
 # How many following samples are tried in place of one that cannot be decoded.
 MAX_SUBSTITUTES = 8
 
@@ -45,55 +36,53 @@ class Place:
 
 @dataclass(frozen=True)
 class Sample:
-    """One made sample: the picture uint8 [C, H, W], its mask bool [N], and where it came from.
+    """One made sample.
 
-    `tokenizer_pixels` is the same crop at the tokenizer's size; `problems` says why other
-    pictures could not be used in its place; `label` is the class of the picture that is shown.
+    Attributes:
+        inputs: by name, as `views.make_inputs` makes them.
+        place: where it came from.
+        problems: reasons why other pictures could not be used in its place.
     """
 
-    pixels: np.ndarray
-    mask: np.ndarray | None
+    inputs: dict[str, np.ndarray]
     place: Place
     problems: tuple[str, ...] = ()
-    tokenizer_pixels: np.ndarray | None = None
-    label: int | None = None
 
 
-class Views(Dataset[Sample]):
+class Samples(Dataset[Sample]):
     """Makes the sample at a place; a pure function of (plan, place).
 
     Args:
         source: where encoded pictures come from.
-        recipe: sizes, crops and seed.
-        draw_mask: the method's mask of a sample, or None for no mask.
+        recipe: seed, channels, and what becomes of pictures that cannot be decoded.
+        inputs: what the method wants of each picture.
     """
 
-    def __init__(self, source: Source, recipe: Recipe, draw_mask: DrawMask | None) -> None:
+    def __init__(self, source: Source, recipe: Recipe, inputs: Inputs) -> None:
         self.source = source
         self.recipe = recipe
-        self.draw_mask = draw_mask
+        self.inputs = tuple(inputs)
         self.pictures = Pictures(
-            source, cache_mib=recipe.data.decoded_cache_mib, labels=recipe.learns_classes
+            source,
+            cache_mib=recipe.data.decoded_cache_mib,
+            labels=any(isinstance(wanted, Labels) for wanted in inputs),
         )
 
     def __getitem__(self, place: Place) -> Sample:
-        """Decode, crop, flip, augment and mask."""
-        seed = self.recipe.seed
-        mask = None
-        if self.draw_mask is not None:
-            mask = self.draw_mask(
-                self.recipe, generator(seed, Stream.MASK, place.epoch, place.index)
-            )
-        (pixels, tokenizer_pixels), label, problems = self._pixels(place)
-        return Sample(pixels, mask, place, problems, tokenizer_pixels, label)
-
-    def _pixels(self, place: Place) -> tuple[View, int | None, tuple[str, ...]]:
+        """Decode, crop, change and mask; a following picture stands in for one that is broken."""
         problems: list[str] = []
         for offset in range(MAX_SUBSTITUTES + 1):
             index = (place.index + offset) % len(self.source)
             try:
-                picture = self.pictures[index]
-                return self._view(picture, place), picture.label, tuple(problems)
+                made = make_inputs(
+                    self.inputs,
+                    self.pictures[index],
+                    seed=self.recipe.seed,
+                    epoch=place.epoch,
+                    index=place.index,
+                    channels=self.recipe.data.channels,
+                )
+                return Sample(made, place, tuple(problems))
             except ImageError as error:
                 name = self.source.name(index)
                 if self.recipe.data.on_bad == "fail":
@@ -109,39 +98,14 @@ class Views(Dataset[Sample]):
             hint="`mimray data ingest` sorts such pictures out",
         )
 
-    def _view(self, picture: Picture, place: Place) -> View:
-        config, tokenizer_size = self.recipe.data, self.recipe.tokenizer_size
-        rng = generator(self.recipe.seed, Stream.VIEW, place.epoch, place.index)
-        size = picture.size
-        box = random_crop_box(rng, size, config.crop_scale, config.crop_ratio)
-        flip = bool(rng.random() < config.hflip)
-        # Decoding at a lower DCT scale is enough as long as no view is upsampled by it.
-        height, width = map(max, zip(config.image_size, tokenizer_size or (0, 0), strict=True))
-        enough = (
-            int(np.ceil(size[0] * width / (box[2] - box[0]))),
-            int(np.ceil(size[1] * height / (box[3] - box[1]))),
-        )
-        image = picture.decoded(enough)
-        scale_x, scale_y = image.width / size[0], image.height / size[1]
-        box = (box[0] * scale_x, box[1] * scale_y, box[2] * scale_x, box[3] * scale_y)
-        if config.channels == 1:
-            image = image.convert("L")
-        if config.color_jitter:
-            image = color_jitter(rng, image, config.color_jitter)
-        view = view_of(image, config.image_size, config.interpolation, box, flip)
-        if config.auto_augment:
-            view = auto_augment(rng, view, config.auto_augment, config.mean, config.interpolation)
-        pixels = to_array(view)
-        if tokenizer_size is None:
-            return pixels, None
-        return pixels, to_array(view_of(image, tokenizer_size, "lanczos", box, flip))
-
 
 class MicroBatches(Sampler[list[Place]]):
     """The places of one worker's micro batches, from a step to the end of the run.
 
     The global batch of step s is positions s * G to (s + 1) * G - 1, whatever the number of
-    workers; a worker takes its equal share of it.
+    workers. A worker takes its equal share of it: one run of positions, or, where the method
+    normalises over groups of pictures, a run of each micro step, so that the micro batches of all
+    workers together are whole groups.
 
     Args:
         plan: batch sizes and length.
@@ -158,13 +122,16 @@ class MicroBatches(Sampler[list[Place]]):
 
     def __iter__(self) -> Iterator[list[Place]]:
         plan = self.plan
-        share = plan.global_batch // plan.world_size
+        size = plan.micro_batch_size
+        together = plan.recipe.method.assignment_pictures > 1
+        # Positions between the micro batches of neighbouring workers, and of one worker.
+        between_ranks, between_micros = size * plan.accumulation, size
+        if together:
+            between_ranks, between_micros = size, size * plan.world_size
         for step in range(self.first_step, plan.steps):
-            start = step * plan.global_batch + self.rank * share
+            start = step * plan.global_batch + self.rank * between_ranks
             for micro in range(plan.accumulation):
-                epochs, indices = self.order.take(
-                    start + micro * plan.micro_batch_size, plan.micro_batch_size
-                )
+                epochs, indices = self.order.take(start + micro * between_micros, size)
                 yield [Place(int(e), int(i)) for e, i in zip(epochs, indices, strict=True)]
 
     def __len__(self) -> int:
@@ -174,7 +141,7 @@ class MicroBatches(Sampler[list[Place]]):
 def make_loader(
     source: Source,
     plan: Plan,
-    draw_mask: DrawMask | None,
+    inputs: Inputs,
     *,
     rank: int = 0,
     first_step: int = 0,
@@ -185,7 +152,7 @@ def make_loader(
     Args:
         source: where encoded pictures come from; picklable.
         plan: sizes, seed, length.
-        draw_mask: a picklable function, or None for methods without a mask.
+        inputs: what the method wants of each picture; picklable.
         rank: this worker's rank.
         first_step: the step to begin with; earlier ones are not touched.
         pin_memory: for copies to a GPU.
@@ -193,7 +160,7 @@ def make_loader(
     data = plan.recipe.data
     order = SampleOrder(source.group_rows, plan.recipe.seed, data.shuffle_window)
     loader = DataLoader(
-        Views(source, plan.recipe, draw_mask),
+        Samples(source, plan.recipe, inputs),
         batch_sampler=MicroBatches(plan, order, rank, first_step),
         collate_fn=collate,
         pin_memory=pin_memory,
@@ -205,18 +172,12 @@ def make_loader(
 
 def collate(samples: list[Sample]) -> Batch:
     """Stack samples into a batch."""
-    labels = [s.label for s in samples if s.label is not None]
     return Batch(
-        images=torch.from_numpy(np.stack([s.pixels for s in samples])),
-        mask=_stacked([s.mask for s in samples]),
+        inputs={
+            name: torch.from_numpy(np.stack([s.inputs[name] for s in samples]))
+            for name in samples[0].inputs
+        },
         indices=np.array([s.place.index for s in samples], dtype=np.int64),
         epoch=np.array([s.place.epoch for s in samples], dtype=np.int64),
         problems=tuple(problem for s in samples for problem in s.problems),
-        tokenizer_images=_stacked([s.tokenizer_pixels for s in samples]),
-        labels=torch.tensor(labels, dtype=torch.int64) if labels else None,
     )
-
-
-def _stacked(arrays: list[np.ndarray | None]) -> torch.Tensor | None:
-    there = [array for array in arrays if array is not None]
-    return torch.from_numpy(np.stack(there)) if there else None

@@ -34,7 +34,7 @@ class Stream(IntEnum):
     SEARCH = 13
 
 
-def generator(seed: int, stream: Stream, a: int, b: int = 0) -> np.random.Generator:
+def generator(seed: int, stream: Stream, a: int, b: int = 0, view: int = 0) -> np.random.Generator:
     """A fresh generator for one purpose.
 
     Args:
@@ -42,9 +42,11 @@ def generator(seed: int, stream: Stream, a: int, b: int = 0) -> np.random.Genera
         stream: the purpose.
         a: first counter, e.g. the epoch.
         b: second counter, e.g. the sample index.
+        view: number of the view of a picture; each has a stream of its own.
     """
     # The two low counter words are Philox's own, for drawing on.
-    return np.random.Generator(np.random.Philox(key=[seed, int(stream)], counter=[0, 0, a, b]))
+    key = [seed, int(stream) + (view << 32)]
+    return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, a, b]))
 
 
 def permutation(rng: np.random.Generator, n: int) -> np.ndarray:

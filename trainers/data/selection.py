@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from mimray.trainers.config.method import FinetuneConfig
 from mimray.trainers.config.run import Recipe
 from mimray.trainers.data.sources import Source, open_source
 from mimray.trainers.errors import DataError, EmptyDatasetError
@@ -70,8 +69,8 @@ def open_training(uri: str, recipe: Recipe) -> Source:
     """
     source = open_source(uri, cache_mib=recipe.data.cache_mib)
     indices = chosen(len(source), recipe.data.limit)
-    if isinstance(recipe.method, FinetuneConfig):
-        num_classes = recipe.method.num_classes or num_classes_of(source)
+    if recipe.method.learns_classes:
+        num_classes = stated_classes(recipe) or num_classes_of(source)
         skip = recipe.data.bad_labels == "skip"
         indices = labelled(source, indices, num_classes, skip=skip)
     return source if len(indices) == len(source) else Selection(source, indices)
@@ -84,14 +83,18 @@ def with_classes(recipe: Recipe, source: Source) -> Recipe:
         recipe: of any method; one that learns no classes stays as it is.
         source: from `open_training`.
     """
-    method = recipe.method
-    if not isinstance(method, FinetuneConfig):
+    if not recipe.method.learns_classes:
         return recipe
     found = {
-        "num_classes": method.num_classes or num_classes_of(source),
+        "num_classes": stated_classes(recipe) or num_classes_of(source),
         "class_names": source.facts.class_names,
     }
-    return recipe.model_copy(update={"method": method.model_copy(update=found)})
+    return recipe.model_copy(update={"method": recipe.method.model_copy(update=found)})
+
+
+def stated_classes(recipe: Recipe) -> int:
+    """Classes that a recipe says its data has; 0 where it leaves that to the data."""
+    return int(getattr(recipe.method, "num_classes", 0))
 
 
 def labelled(source: Source, indices: np.ndarray, num_classes: int, *, skip: bool) -> np.ndarray:

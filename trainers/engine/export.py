@@ -8,27 +8,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mimray.trainers.bundles import (
-    CARD,
-    TOKENIZER,
-    BundleCard,
-    fetch_bundle,
-    save_bundle,
-    spread_layers,
-)
-from mimray.trainers.config.method import FinetuneConfig
+from mimray.trainers.bundles import CARD, BundleCard, save_bundle, spread_layers
 from mimray.trainers.config.run import Plan
 from mimray.trainers.engine.checkpoints import Checkpoint
-from mimray.trainers.methods import build_method
+from mimray.trainers.methods.catalogue import build_method, method_class
+from mimray.trainers.methods.needs import kept_needs
 from mimray.trainers.storage import RunDir
-
-_ENCODER = "encoder."
 
 
 def write_bundle(
     run: RunDir, plan: Plan, state: dict[str, Tensor], *, step: int, name: str, command: str
 ) -> BundleCard:
-    """Write `bundle/` of a run, with the run's tokenizer in it where there is one.
+    """Write `bundle/` of a run: the encoder that is the result, the rest, and networks it needs.
 
     Args:
         run: the run's directory.
@@ -47,7 +38,7 @@ def write_bundle(
         mean=recipe.data.mean,
         std=recipe.data.std,
         interpolation=recipe.data.interpolation,
-        pooling=recipe.method.pooling if isinstance(recipe.method, FinetuneConfig) else "mean",
+        pooling=recipe.method.pooled_by,
         layers=spread_layers(recipe.encoder.num_layers),
         method=recipe.method.name,
         step=step,
@@ -57,15 +48,15 @@ def write_bundle(
         created_by=command,
         recipe=recipe.model_dump(mode="json"),
     )
-    encoder = {k.removeprefix(_ENCODER): v for k, v in state.items() if k.startswith(_ENCODER)}
-    rest = {k: v for k, v in state.items() if not k.startswith(_ENCODER)}
-    kept = run.exists(f"{TOKENIZER}/{CARD}")
-    tokenizer = fetch_bundle((run / TOKENIZER).uri) if kept else None
+    result = f"{method_class(recipe.method.name).result}."
+    encoder = {k.removeprefix(result): v for k, v in state.items() if k.startswith(result)}
+    rest = {k: v for k, v in state.items() if not k.startswith(result)}
+    networks = kept_needs(recipe, run)
     if run.local is not None:
-        return save_bundle(run.local / "bundle", card, encoder, rest, tokenizer)
+        return save_bundle(run.local / "bundle", card, encoder, rest, networks)
     with tempfile.TemporaryDirectory(prefix="mimray-") as scratch:
         folder = Path(scratch) / "bundle"
-        card = save_bundle(folder, card, encoder, rest, tokenizer)
+        card = save_bundle(folder, card, encoder, rest, networks)
         files = [file for file in folder.rglob("*") if file.is_file()]
         # The card is what makes a folder a bundle, so it goes last.
         for file in sorted(files, key=lambda f: f == folder / CARD):

@@ -15,26 +15,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mimray.trainers.bundles import TOKENIZER, fetch_bundle
 from mimray.trainers.config.run import Plan
-from mimray.trainers.data.erasing import erase
-from mimray.trainers.data.loader import Place, Views, collate, make_loader
+from mimray.trainers.data.loader import Place, Samples, collate, make_loader
 from mimray.trainers.data.order import SampleOrder
 from mimray.trainers.data.sources import Source
+from mimray.trainers.data.views import Inputs
 from mimray.trainers.engine import checkpoints
 from mimray.trainers.engine.deepspeed import (
+    Engine,
     choose_precision,
+    fixed_weights,
+    follow,
     full_state,
     initialize,
     prepare_process,
 )
-from mimray.trainers.engine.initial import load_initial
 from mimray.trainers.engine.metrics import Speed, append_metrics, rewind_metrics
-from mimray.trainers.engine.optim import set_learning_rate
+from mimray.trainers.engine.optim import FrozenGradients, set_hyperparameters
 from mimray.trainers.engine.schedule import learning_rate
 from mimray.trainers.errors import NonFiniteLossError
-from mimray.trainers.methods import attach_tokenizer, build_method, method_class
-from mimray.trainers.models.normalise import normalise
+from mimray.trainers.methods.catalogue import build_method, inputs_of
+from mimray.trainers.methods.inputs import arguments_of
+from mimray.trainers.methods.needs import load_needs
 from mimray.trainers.storage import RunDir, check_owner
 from mimray.trainers.types import Batch, Panel
 
@@ -112,8 +114,8 @@ def stages(
 
     Args:
         plan: what to run.
-        run: its directory; checkpoints and metrics go there, the tokenizer and the encoder to
-            begin with come from there.
+        run: its directory; checkpoints and metrics go there, the bundles that the method needs
+            come from there.
         source: the pictures.
         device: this rank's device.
         observer: told of progress on rank 0.
@@ -127,8 +129,7 @@ def stages(
         NonFiniteLossError: before the update that would have spoilt the weights.
         StorageError: a checkpoint could not be written.
         RunConflictError: a later launch has taken the run over.
-        BundleError: the run's tokenizer or the encoder to begin with is damaged, or another one
-            than the plan's.
+        BundleError: a bundle that the run keeps is damaged, or another one than the plan's.
     """
     recipe, rank = plan.recipe, dist.get_rank()
     prepare_process(device)
@@ -136,12 +137,11 @@ def stages(
 
     torch.manual_seed(recipe.seed)
     method = build_method(recipe)
-    if recipe.tokenizer_size is not None:
-        attach_tokenizer(method, fetch_bundle((run / TOKENIZER).uri))
-    load_initial(method, run)
-    frozen = {n: p.detach().clone() for n, p in method.named_parameters() if not p.requires_grad}
+    load_needs(method, run)
+    fixed = fixed_weights(method)
     if recipe.engine.activation_checkpointing:
         method.encoder.activation_checkpointing = True
+    gradients = FrozenGradients(method, recipe.optim)
     engine = initialize(method, plan, precision)
     identity = checkpoints.Identity(plan.hash, recipe.engine.zero_stage, precision)
     restored = checkpoints.load_newest(run, engine, identity)
@@ -152,20 +152,22 @@ def stages(
         for last in rewind_metrics(run, step)[-1:]:
             observer.metrics(last)
     if step and (step in pauses or step == plan.steps):
-        yield Trained(step, full_state(engine, frozen), last, 0.0)
+        yield Trained(step, full_state(engine, fixed), last, 0.0)
 
+    inputs = inputs_of(recipe)
     batches = make_loader(
         source,
         plan,
-        method_class(recipe.method.name).draw_mask,
+        inputs,
         rank=rank,
         first_step=step,
         pin_memory=device.type == "cuda",
     )
-    shown = _shown_batch(plan, source)
+    shown = _shown_batch(plan, source, inputs)
     speed, began = Speed(plan.global_batch), time.perf_counter()
     while step < plan.steps:
-        result = _update(engine, plan, batches, step, device)
+        gradients.step = step
+        result = _update(engine, plan, batches, inputs, step, device)
         step += 1
         speed.add(result.data_wait_s)
         wanted = step == plan.steps or step in pauses
@@ -176,7 +178,7 @@ def stages(
                 append_metrics(run, last)
                 observer.metrics(last)
         if wanted or _due(step, recipe.logging.pictures_every_steps):
-            _show(engine, plan, shown, step, device, observer)
+            _show(engine, plan, shown, inputs, step, device, observer)
         if wanted or _due(step, recipe.checkpoint.every_steps):
             checkpoints.save(
                 run,
@@ -189,20 +191,21 @@ def stages(
             )
             speed.restart()
         if wanted:
-            yield Trained(step, full_state(engine, frozen), last, time.perf_counter() - began)
+            yield Trained(step, full_state(engine, fixed), last, time.perf_counter() - began)
             speed.restart()
             began = time.perf_counter()
 
 
 def _update(
-    engine: Any,
+    engine: Engine,
     plan: Plan,
     batches: Iterator[Batch],
+    inputs: Inputs,
     step: int,
     device: torch.device,
 ) -> _StepResult:
     """One update: `accumulation` micro batches, one optimiser step."""
-    set_learning_rate(engine.optimizer, learning_rate(plan, step))
+    set_hyperparameters(engine.optimizer, plan, step)
     # Drop path and the like depend on the step alone, so a continued run repeats them.
     torch.manual_seed(_device_seed(plan.recipe.seed, step, dist.get_rank()))
     engine.module.at_step(step, plan.steps)
@@ -215,7 +218,7 @@ def _update(
         waited += time.perf_counter() - began
         for problem in batch.problems:
             logger.warning("%s", problem)
-        output = engine(**_inputs(batch, plan, device))
+        output = engine(**arguments_of(batch, inputs, plan.recipe, device))
         engine.backward(output.loss)
         if not sums.add({"loss": output.loss, **output.terms}):
             suspects.extend(batch.indices.tolist())
@@ -223,10 +226,12 @@ def _update(
             sums.reduce()
             if sums.not_finite:
                 _refuse_update(step, suspects, sums.not_finite)
-        norm = _plain_grad_norm(engine) if engine.is_gradient_accumulation_boundary() else None
+        plain = _plain_grad_norm(engine) if engine.is_gradient_accumulation_boundary() else None
         engine.step()
-    if norm is None:
-        norm = engine.get_global_grad_norm()
+    norm = plain if plain is not None else engine.get_global_grad_norm()
+    averages = engine.module.averages
+    if averages is not None and engine.was_step_applied():
+        follow(engine, averages.momentum.at(step, plan.steps))
     means = sums.means(plan.accumulation * plan.world_size)
     return _StepResult(
         loss=means.pop("loss"),
@@ -287,7 +292,7 @@ def _refuse_update(step: int, suspects: list[int], names: list[str]) -> None:
     raise error
 
 
-def _plain_grad_norm(engine: Any) -> Tensor | None:
+def _plain_grad_norm(engine: Engine) -> Tensor | None:
     """Global gradient norm where no ZeRO optimiser computes it (stage 0 in fp32)."""
     if engine.zero_optimization() or hasattr(engine.optimizer, "_global_grad_norm"):
         return None
@@ -295,56 +300,29 @@ def _plain_grad_norm(engine: Any) -> Tensor | None:
     return torch.nn.utils.get_total_norm(gradients)
 
 
-def _inputs(batch: Batch, plan: Plan, device: torch.device) -> dict[str, Tensor | None]:
-    """What a method is called with, on the device."""
-    data = plan.recipe.data
-    images = batch.images.to(device, non_blocking=True)
-    # In fp32, as targets are; encoders cast what they compute with.
-    images = normalise(images, data.mean, data.std)
-    if data.random_erasing:
-        images = erase(
-            images,
-            data.random_erasing,
-            seed=plan.recipe.seed,
-            epochs=batch.epoch,
-            indices=batch.indices,
-        )
-    inputs = {
-        "images": images,
-        "mask": None if batch.mask is None else batch.mask.to(device, non_blocking=True),
-    }
-    if batch.tokenizer_images is not None:
-        # As stored: the tokenizer has a normalisation and a precision of its own.
-        inputs["tokenizer_images"] = batch.tokenizer_images.to(device, non_blocking=True)
-    if batch.labels is not None:
-        inputs["labels"] = batch.labels.to(device, non_blocking=True)
-    return inputs
-
-
-def _shown_batch(plan: Plan, source: Source) -> Batch:
+def _shown_batch(plan: Plan, source: Source, inputs: Inputs) -> Batch:
     """The first samples of the run, drawn again and again to see how it learns."""
     order = SampleOrder(source.group_rows, plan.recipe.seed, plan.recipe.data.shuffle_window)
     count = min(plan.recipe.logging.num_pictures, len(source))
-    views = Views(source, plan.recipe, method_class(plan.recipe.method.name).draw_mask)
+    samples = Samples(source, plan.recipe, inputs)
     places = zip(*order.take(0, count), strict=True)
-    return collate([views[Place(int(epoch), int(index))] for epoch, index in places])
+    return collate([samples[Place(int(epoch), int(index))] for epoch, index in places])
 
 
 def _show(
-    engine: Any,
+    engine: Engine,
     plan: Plan,
     batch: Batch,
+    inputs: Inputs,
     step: int,
     device: torch.device,
     observer: Observer,
 ) -> None:
-    inputs = _inputs(batch, plan, device)
-    images = inputs["images"]
-    assert images is not None
+    arguments = arguments_of(batch, inputs, plan.recipe, device)
     torch.manual_seed(_device_seed(plan.recipe.seed, step, dist.get_rank()))
     engine.eval()
     with torch.no_grad():
-        panels = engine.module.panels(images, engine(**inputs))
+        panels = engine.module.panels(arguments["images"], engine(**arguments))
     engine.train()
     if dist.get_rank() == 0:
         observer.pictures(step, panels)

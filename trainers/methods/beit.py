@@ -5,7 +5,9 @@ Source: Bao et al. 2022, "BEiT: BERT Pre-Training of Image Transformers".
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -13,11 +15,16 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mimray.trainers.bundles import BundleCard
 from mimray.trainers.config.method import BEiTConfig, DVAEConfig
-from mimray.trainers.config.run import Recipe
+from mimray.trainers.config.run import Recipe, parse_recipe
 from mimray.trainers.data.masks import block_mask
-from mimray.trainers.errors import BundleError
+from mimray.trainers.data.views import Inputs, View
+from mimray.trainers.errors import BundleError, ConfigError
 from mimray.trainers.methods.base import Method
+from mimray.trainers.methods.catalogue import build_method
+from mimray.trainers.methods.load import load_method
+from mimray.trainers.methods.needs import Need
 from mimray.trainers.models import build_encoder
 from mimray.trainers.models.normalise import denormalise, normalise
 from mimray.trainers.models.patches import patchify, unpatchify
@@ -65,6 +72,53 @@ class BEiT(Method):
         nn.init.zeros_(self.head.bias)
         self._tokenizer: Tokenizer | None = None
 
+    @classmethod
+    def views(cls, recipe: Recipe) -> Inputs:
+        """A masked view, and the same crop as stored pixels at the tokenizer's size."""
+        config = recipe.method
+        assert isinstance(config, BEiTConfig)
+        (images,) = super().views(recipe)
+        second = View(
+            name="tokenizer_images",
+            size=config.tokenizer_image_size,
+            like=images.name,
+            interpolation="lanczos",
+            # The tokenizer has a normalisation and a precision of its own.
+            normalised=False,
+        )
+        return images, second
+
+    @classmethod
+    def needs(cls) -> tuple[Need, ...]:
+        """The tokenizer, a bundle of method dvae."""
+        missing = ConfigError(
+            "method.tokenizer names no tokenizer",
+            hint="train one with `mimray pretrain dvae-tiny`, "
+            "then --set method.tokenizer=runs/dvae-tiny",
+        )
+        return (Need("tokenizer", "tokenizer", "tokenizer", _held, stays=True, missing=missing),)
+
+    def take(self, name: str, folder: Path) -> None:
+        """Load the tokenizer and attach it."""
+        tokenizer = load_method(folder)
+        if not isinstance(tokenizer, Tokenizer):
+            raise BundleError(f"{folder} is no tokenizer", hint="a bundle of method dvae")
+        self.attach(tokenizer)
+
+    def expect(self, name: str, recipe: Recipe | None) -> None:
+        """Attach the shape of a tokenizer, or one whose codes cost nothing."""
+        found = build_method(recipe).eval() if recipe else _NoTokenizer(self.recipe)
+        assert isinstance(found, Tokenizer)
+        self.attach(found)
+
+    def parts(self) -> dict[str, list[nn.Module]]:
+        """The tokenizer is a part that is not owned."""
+        found = self._tokenizer
+        return {
+            **super().parts(),
+            "tokenizer": [found] if isinstance(found, nn.Module) else [],
+        }
+
     @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer.
@@ -75,7 +129,7 @@ class BEiT(Method):
         if self._tokenizer is None:
             raise BundleError(
                 "this BEiT has no tokenizer",
-                hint="load a bundle that holds one, or mimray.trainers.methods.attach_tokenizer",
+                hint="load a bundle that holds one",
             )
         return self._tokenizer
 
@@ -128,7 +182,8 @@ class BEiT(Method):
         """The tokenizer's codes of pictures of its size, row-major over the grid."""
         tokenizer = self.tokenizer.to(tokenizer_images.device)
         data = tokenizer.recipe.data
-        return tokenizer.codes(normalise(tokenizer_images, data.mean, data.std)).flatten(1)
+        with self.within("tokenizer"):
+            return tokenizer.codes(normalise(tokenizer_images, data.mean, data.std)).flatten(1)
 
     def reconstruct(
         self, images: Float[Tensor, "B C H W"], output: MethodOutput, *, oracle: bool = False
@@ -209,3 +264,74 @@ def _resize(images: Float[Tensor, "B C H W"], size: tuple[int, int]) -> Float[Te
     if images.shape[2:] == size:
         return images
     return F.interpolate(images, size, mode="bicubic", antialias=True)
+
+
+class _NoTokenizer(Tokenizer):
+    """Stands in for a tokenizer that is not there; its codes cost nothing."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+
+    def codes(self, images: Tensor) -> Tensor:
+        return torch.zeros(len(images), *self.recipe.grid, dtype=torch.int64)
+
+    def decode_codes(self, codes: Tensor) -> Tensor:
+        raise NotImplementedError("no training step decodes codes")
+
+    def to(self, device: torch.device) -> _NoTokenizer:
+        return self
+
+
+def _held(recipe: Recipe, card: BundleCard) -> dict[str, Any]:
+    """Hold a recipe against its tokenizer's card; gives the number of codes.
+
+    Raises:
+        ConfigError: it is no tokenizer, or not one of the recipe's sizes.
+    """
+    method = recipe.method
+    assert isinstance(method, BEiTConfig)
+    named = f"method.tokenizer {method.tokenizer}"
+    if card.method != "dvae":
+        raise ConfigError(
+            f"{named} is no tokenizer: its method is {card.method!r}",
+            hint="`mimray pretrain dvae-tiny` trains one",
+        )
+    theirs = parse_recipe(card.recipe, "the tokenizer's bundle.json")
+    assert isinstance(theirs.method, DVAEConfig)
+    data = theirs.data
+    if data.channels != recipe.data.channels:
+        raise ConfigError(
+            f"{named} reads {data.channels} channels, data.channels is {recipe.data.channels}",
+            hint=f"--set data.channels={data.channels}, or a tokenizer of {recipe.data.channels}",
+        )
+    if data.image_size != method.tokenizer_image_size:
+        raise ConfigError(
+            f"{named} was trained at {_by(data.image_size)} pixels, "
+            f"method.tokenizer_image_size is {_by(method.tokenizer_image_size)}",
+            hint=f"--set method.tokenizer_image_size={_yaml(data.image_size)}, "
+            "or train a tokenizer at the other size",
+        )
+    if theirs.grid != recipe.grid:
+        ours_px = [side * recipe.encoder.stride for side in theirs.grid]
+        theirs_px = [side * theirs.encoder.stride for side in recipe.grid]
+        raise ConfigError(
+            f"{named} makes {_by(theirs.grid)} codes of {_by(data.image_size)} pixels, the "
+            f"encoder {_by(recipe.grid)} tokens of {_by(recipe.data.image_size)}",
+            hint=f"--set data.image_size={_yaml(ours_px)}, "
+            f"or a tokenizer trained at {_by(theirs_px)} pixels",
+        )
+    num_codes = theirs.method.codebook_size
+    if "vocab_size" in method.model_fields_set and method.vocab_size != num_codes:
+        raise ConfigError(
+            f"{named} has {num_codes} codes, method.vocab_size is {method.vocab_size}",
+            hint=f"--set method.vocab_size={num_codes}",
+        )
+    return {"vocab_size": num_codes}
+
+
+def _by(size: Iterable[int]) -> str:
+    return "x".join(map(str, size))
+
+
+def _yaml(size: Iterable[int]) -> str:
+    return f"[{','.join(map(str, size))}]"

@@ -7,22 +7,33 @@ Source: He et al. 2022 (MAE), A.1 and Table 9; github.com/facebookresearch/mae `
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mimray.trainers.bundles import ENCODER, BundleCard, read_card
 from mimray.trainers.config.method import FinetuneConfig
-from mimray.trainers.config.model import ViTConfig
+from mimray.trainers.config.model import EncoderConfig, ViTConfig
 from mimray.trainers.config.run import Recipe
+from mimray.trainers.data.views import Inputs, Labels
+from mimray.trainers.errors import BundleError, ConfigError
 from mimray.trainers.methods.base import Method
 from mimray.trainers.methods.mixing import mix, smoothed_targets
+from mimray.trainers.methods.needs import Need
 from mimray.trainers.models import build_encoder
+from mimray.trainers.models.resize import for_size, resized
 from mimray.trainers.types import MethodOutput, Panel
 
 HEAD_STD = 2e-5
+# What two encoders may differ in and still take each other's weights.
+_FREE = {"name", "init", "drop_path"}
 _FRAMES = {True: (40, 160, 70), False: (205, 50, 45)}
 
 
@@ -48,6 +59,31 @@ class Finetune(Method):
         self.head = nn.Linear(self.encoder.width, config.num_classes)
         nn.init.trunc_normal_(self.head.weight, std=HEAD_STD)
         nn.init.zeros_(self.head.bias)
+
+    @classmethod
+    def views(cls, recipe: Recipe) -> Inputs:
+        """A view that hides nothing, and its class."""
+        return (*super().views(recipe), Labels())
+
+    @classmethod
+    def needs(cls) -> tuple[Need, ...]:
+        """The encoder to begin with; a fresh one without."""
+        return (Need("bundle", "initial", "encoder", _held, stays=False),)
+
+    def take(self, name: str, folder: Path) -> None:
+        """Begin with the encoder of a bundle, at this one's size of input.
+
+        Raises:
+            BundleError: it cannot be read.
+        """
+        card = read_card(folder)
+        try:
+            state = load_file(folder / ENCODER)
+        except (SafetensorError, OSError) as error:
+            raise BundleError(f"{folder / ENCODER} cannot be read: {error}") from None
+        recipe = self.recipe
+        theirs = card.encoder, card.image_size
+        self.begin_with(resized(state, theirs, (recipe.encoder, recipe.data.image_size)))
 
     def begin_with(self, encoder: Mapping[str, Tensor]) -> None:
         """Take an encoder's weights to begin with.
@@ -129,3 +165,51 @@ class Finetune(Method):
         for picture, hit in zip(framed, right.tolist(), strict=True):
             picture[~inside] = _FRAMES[hit][: picture.shape[-1]]
         return [Panel("class right (green) or wrong (red)", framed)]
+
+
+def trainable_encoder(card: BundleCard, image_size: tuple[int, int]) -> EncoderConfig:
+    """The architecture that takes a bundle's weights and trains all of them.
+
+    Args:
+        card: the bundle's description.
+        image_size: (height, width) of the pictures to train on.
+
+    Raises:
+        BundleError: it does not fit that size.
+
+    Source: official MAE code, `models_vit.py`: fixed sin-cos positions become trained ones.
+    """
+    encoder = for_size(card.encoder, card.image_size, image_size)
+    if isinstance(encoder, ViTConfig) and encoder.positions == "sincos":
+        return encoder.model_copy(update={"positions": "learned"})
+    return encoder
+
+
+def _held(recipe: Recipe, card: BundleCard) -> dict[str, Any]:
+    """Hold a recipe's encoder against that of the bundle it begins with.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    method = recipe.method
+    assert isinstance(method, FinetuneConfig)
+    if card.channels != recipe.data.channels:
+        raise ConfigError(
+            f"method.bundle {method.bundle} reads {card.channels} channels, data.channels is "
+            f"{recipe.data.channels}",
+            hint=f"--set data.channels={card.channels}",
+        )
+    ours = recipe.encoder.model_dump(exclude=_FREE)
+    theirs = trainable_encoder(card, recipe.data.image_size).model_dump(exclude=_FREE)
+    wrong = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+    if wrong:
+        listed = ", ".join(f"encoder.{key} {ours.get(key)!r}" for key in wrong)
+        wanted = " ".join(f"--set encoder.{key}={theirs.get(key)}" for key in wrong)
+        raise ConfigError(
+            f"method.bundle {method.bundle} has another encoder than the recipe, which has "
+            f"{listed}",
+            hint=wanted
+            if isinstance(recipe.encoder, type(card.encoder))
+            else f"an encoder: section for {card.encoder.name}",
+        )
+    return {}

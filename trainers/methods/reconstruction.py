@@ -10,7 +10,8 @@ import torch
 
 from mimray.trainers.errors import ConfigError
 from mimray.trainers.methods.base import Method
-from mimray.trainers.models.normalise import normalise
+from mimray.trainers.methods.catalogue import inputs_of
+from mimray.trainers.methods.inputs import whole_pictures
 from mimray.trainers.types import Panel
 
 if TYPE_CHECKING:
@@ -50,11 +51,9 @@ def reconstruct(
         ConfigError: the method draws no pictures, or has no such ratio.
     """
     from mimray.trainers.config.run import parse_recipe
-    from mimray.trainers.data.rng import Stream, generator
-    from mimray.trainers.data.transforms import inference_view
 
     recipe = method.recipe
-    if recipe.learns_classes:
+    if recipe.method.learns_classes:
         raise ConfigError(f"method {recipe.method.name} predicts classes, which draw no picture")
     if mask_ratio is not None:
         tree = recipe.model_dump(mode="json")
@@ -62,22 +61,11 @@ def reconstruct(
             raise ConfigError(f"method {recipe.method.name} hides nothing, so it has no mask ratio")
         tree["method"]["mask_ratio"] = mask_ratio
         recipe = parse_recipe(tree, "reconstruct")
-    data = recipe.data
-    views: dict[str, list[np.ndarray]] = {"images": [], "tokenizer_images": [], "mask": []}
-    for number, picture in enumerate(pictures):
-        image = picture.convert("L") if data.channels == 1 else picture
-        views["images"].append(inference_view(image, data.image_size, data.interpolation))
-        if recipe.tokenizer_size is not None:
-            views["tokenizer_images"].append(
-                inference_view(image, recipe.tokenizer_size, "lanczos")
-            )
-        mask = method.draw_mask(recipe, generator(seed, Stream.MASK, number))
-        if mask is not None:
-            views["mask"].append(mask)
-    inputs = {name: torch.from_numpy(np.stack(found)) for name, found in views.items() if found}
-    inputs["images"] = normalise(inputs["images"], data.mean, data.std)
+    inputs = inputs_of(recipe)
+    arguments = whole_pictures(pictures, inputs, recipe, seed=seed)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        output = method(**inputs)
-        panels = method.panels(inputs["images"], output, oracle=oracle)
-    return Reconstruction(panels, np.stack(views["mask"]) if views["mask"] else None)
+        output = method(**arguments)
+        panels = method.panels(arguments["images"], output, oracle=oracle)
+    mask = arguments.get("mask")
+    return Reconstruction(panels, None if mask is None else mask.numpy())

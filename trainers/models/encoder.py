@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import chain
 from typing import cast
 
 from jaxtyping import Bool, Float
@@ -126,7 +127,8 @@ class Encoder(nn.Module, ABC):
 
     def _cast(self, images: Tensor) -> Tensor:
         """Pictures in the precision of the weights; methods keep their targets in fp32."""
-        return images.to(next(self.parameters()).dtype)
+        weights = chain(self.parameters(), self.buffers())  # an average's are buffers
+        return images.to(next(w.dtype for w in weights if w.is_floating_point()))
 
     def _run(self, block: nn.Module, *inputs: object) -> Tensor:
         """Call a block, trading memory for time where asked to."""

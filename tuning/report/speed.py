@@ -89,9 +89,7 @@ def encoder_speed(
         Times faster than the full sequence, by mask ratio; empty where the method's encoder sees
         mask tokens in place of what is hidden, which saves it nothing.
     """
-    from mimray.trainers.config.composition import drops_hidden
-
-    if not drops_hidden(recipe.method):
+    if not recipe.method.drops_hidden:
         return {}
     seconds = encoder_seconds(recipe, mask_ratios, batch=batch, rounds=rounds)
     return {

@@ -27,7 +27,7 @@ def painter(bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
 
     from mimray.trainers.bundles import BundleCard, save_bundle
     from mimray.trainers.config.run import parse_recipe
-    from mimray.trainers.methods import build_method
+    from mimray.trainers.methods.catalogue import build_method
 
     torch.manual_seed(7)
     recipe = parse_recipe(

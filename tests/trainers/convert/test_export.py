@@ -17,8 +17,8 @@ from mimray.trainers.bundles import BundleCard, save_bundle
 from mimray.trainers.config.run import Recipe, parse_recipe
 from mimray.trainers.convert import export_timm, export_transformers, import_weights
 from mimray.trainers.errors import BundleError
-from mimray.trainers.methods import build_method
 from mimray.trainers.methods.base import Method
+from mimray.trainers.methods.catalogue import build_method
 
 VIT = {"name": "vit", "width": 48, "depth": 3, "num_heads": 4, "patch_size": 8, "mlp_ratio": 3.0}
 BEIT = VIT | {"positions": "none", "rel_pos_bias": "shared", "layer_scale": 0.1, "init": "beit"}

@@ -13,9 +13,9 @@ from mimray.trainers.config.recipes import load_recipe
 from mimray.trainers.config.run import parse_recipe, resolve
 from mimray.trainers.convert import import_weights
 from mimray.trainers.errors import BundleError, ConfigError
-from mimray.trainers.methods import attach_tokenizer, build_method
+from mimray.trainers.methods.catalogue import build_method
+from mimray.trainers.methods.needs import supply, with_needs
 from mimray.trainers.models.normalise import normalise
-from mimray.trainers.tokenizers import with_tokenizer
 from mimray.trainers.types import DatasetFacts
 
 VOCABULARY = 16
@@ -81,9 +81,9 @@ def test_dalle__beit_learns_from_it_and_draws_where_it_was_wrong(
 ) -> None:
     codebook.save_pretrained(tmp_path / "source")
     import_weights(str(tmp_path / "source"), tmp_path / "b", image_size=(64, 64))
-    recipe = with_tokenizer(beit_on(tmp_path / "b", tokenizer_image_size=[64, 64]))
+    recipe = with_needs(beit_on(tmp_path / "b", tokenizer_image_size=[64, 64]))
     method = build_method(recipe)
-    attach_tokenizer(method, tmp_path / "b")
+    supply(method, "tokenizer", tmp_path / "b")
     images = torch.randn(2, 3, 64, 64)
 
     output = method(images)
@@ -99,7 +99,7 @@ def test_dalle__another_size_or_vocabulary_is_refused(tmp_path: Path, codebook: 
     import_weights(str(tmp_path / "source"), tmp_path / "b")  # 112 pixels, as BEiT has it
 
     with pytest.raises(ConfigError, match="112"):
-        with_tokenizer(beit_on(tmp_path / "b", tokenizer_image_size=[64, 64]))
+        with_needs(beit_on(tmp_path / "b", tokenizer_image_size=[64, 64]))
 
 
 def test_dalle__is_not_trained_or_drawn(tmp_path: Path, codebook: Any) -> None:

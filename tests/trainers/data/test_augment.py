@@ -15,12 +15,13 @@ from timm.data.random_erasing import RandomErasing
 
 from mimray.trainers.config.run import Plan, parse_recipe, resolve
 from mimray.trainers.data.erasing import erase
-from mimray.trainers.data.loader import Place, Views, make_loader
+from mimray.trainers.data.loader import Place, Samples, make_loader
 from mimray.trainers.data.rng import Stream, generator, global_generators
 from mimray.trainers.data.selection import Selection, open_training, with_classes
 from mimray.trainers.data.sources import open_source
 from mimray.trainers.data.transforms import auto_augment
 from mimray.trainers.errors import ConfigError, DataError
+from mimray.trainers.methods.catalogue import inputs_of
 
 POLICY = "rand-m9-mstd0.5-inc1"
 MEAN = (0.485, 0.456, 0.406)
@@ -88,15 +89,20 @@ def test_auto_augment__leaves_global_generators_as_they_were():
 
 def test_views__the_same_place_is_the_same_pixels_and_another_epoch_is_not(data: Path):
     plan = plan_of(data)
-    views = Views(open_source(str(data)), plan.recipe, None)
-    plain = Views(open_source(str(data)), plan_of(data, auto_augment="").recipe, None)
+    views = Samples(open_source(str(data)), plan.recipe, inputs_of(plan.recipe))
+    plain = Samples(
+        open_source(str(data)),
+        plan_of(data, auto_augment="").recipe,
+        inputs_of(plan_of(data, auto_augment="").recipe),
+    )
 
     first, again, later = (views[Place(epoch, 4)] for epoch in (0, 0, 1))
 
-    np.testing.assert_array_equal(first.pixels, again.pixels)
-    assert not np.array_equal(first.pixels, later.pixels)
+    np.testing.assert_array_equal(first.inputs["images"], again.inputs["images"])
+    assert not np.array_equal(first.inputs["images"], later.inputs["images"])
     assert any(
-        not np.array_equal(views[Place(0, i)].pixels, plain[Place(0, i)].pixels) for i in range(21)
+        not np.array_equal(views[Place(0, i)].inputs["images"], plain[Place(0, i)].inputs["images"])
+        for i in range(21)
     )
 
 
@@ -156,10 +162,10 @@ def test_loader__labels_are_those_of_the_pictures(world_size: int, data: Path):
     assert wanted is not None
 
     for rank in range(world_size):
-        for batch in make_loader(source, plan, None, rank=rank):
-            assert batch.labels is not None
-            assert batch.labels.dtype == torch.int64
-            np.testing.assert_array_equal(batch.labels, wanted[batch.indices])
+        for batch in make_loader(source, plan, inputs_of(plan.recipe), rank=rank):
+            assert batch.inputs["labels"] is not None
+            assert batch.inputs["labels"].dtype == torch.int64
+            np.testing.assert_array_equal(batch.inputs["labels"], wanted[batch.indices])
 
 
 def test_loader__a_stand_in_brings_its_own_label(data: Path, tmp_path: Path):
@@ -167,11 +173,13 @@ def test_loader__a_stand_in_brings_its_own_label(data: Path, tmp_path: Path):
         (tmp_path / name).mkdir()
     (tmp_path / "ant/0.png").write_bytes(b"broken")
     shutil.copy(data / "bee/0.png", tmp_path / "bee/0.png")
-    views = Views(open_source(str(tmp_path)), plan_of(data).recipe, None)
+    views = Samples(
+        open_source(str(tmp_path)), plan_of(data).recipe, inputs_of(plan_of(data).recipe)
+    )
 
     sample = views[Place(0, 0)]
 
-    assert sample.label == 1
+    assert sample.inputs["labels"] == 1
     assert "the next picture stands in" in sample.problems[0]
 
 

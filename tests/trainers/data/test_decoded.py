@@ -20,9 +20,10 @@ from mimray.trainers.data import arena
 from mimray.trainers.data.arena import open_arena
 from mimray.trainers.data.decode import decode, draft_scale, read_size
 from mimray.trainers.data.decoded import Pictures, decoded_bytes, release
-from mimray.trainers.data.loader import Place, Views, make_loader
+from mimray.trainers.data.loader import Place, Samples, make_loader
 from mimray.trainers.data.sources import Source, open_source
 from mimray.trainers.errors import DataError, EmptyDatasetError
+from mimray.trainers.methods.catalogue import inputs_of
 from mimray.trainers.types import Record
 
 MIB = 8
@@ -162,8 +163,11 @@ def test_draft_scale__is_what_decoding_divides_by(
     ],
 )
 def test_views__a_cache_changes_no_sample(node: Path, source: Source, options: dict[str, Any]):
-    plain = Views(source, recipe_of(0, **options), None)
-    cached, later = (Views(source, recipe_of(MIB, **options), None) for _ in range(2))
+    plain = Samples(source, recipe_of(0, **options), inputs_of(recipe_of(0, **options)))
+    cached, later = (
+        Samples(source, recipe_of(MIB, **options), inputs_of(recipe_of(MIB, **options)))
+        for _ in range(2)
+    )
 
     for epoch in range(12):
         for index in range(len(source)):
@@ -171,9 +175,11 @@ def test_views__a_cache_changes_no_sample(node: Path, source: Source, options: d
             want = plain[place]
             for views in (cached, later):
                 found = views[place]
-                np.testing.assert_array_equal(found.pixels, want.pixels)
-                if want.tokenizer_pixels is not None:
-                    np.testing.assert_array_equal(found.tokenizer_pixels, want.tokenizer_pixels)
+                np.testing.assert_array_equal(found.inputs["images"], want.inputs["images"])
+                if "tokenizer_images" in want.inputs:
+                    np.testing.assert_array_equal(
+                        found.inputs["tokenizer_images"], want.inputs["tokenizer_images"]
+                    )
     arena = open_arena(source.facts.fingerprint, len(source), MIB)
     assert arena is not None
     assert all(arena.known(index) for index in range(len(source)))
@@ -243,18 +249,20 @@ def test_views__broken_pictures_are_told_each_time_and_never_kept(node: Path, tm
         "d.png": PICTURES["turned3.png"],
     }
     source = write(tmp_path / "broken", broken)
-    plain, cached = (Views(source, recipe_of(mib), None) for mib in (0, MIB))
+    plain, cached = (Samples(source, recipe_of(mib), inputs_of(recipe_of(mib))) for mib in (0, MIB))
 
     for epoch in range(3):
         for index in range(4):
             want, found = plain[Place(epoch, index)], cached[Place(epoch, index)]
-            np.testing.assert_array_equal(found.pixels, want.pixels)
+            np.testing.assert_array_equal(found.inputs["images"], want.inputs["images"])
             assert found.problems == want.problems
             assert len(found.problems) == 3 - index
     kept = open_arena(source.facts.fingerprint, 4, MIB)
     assert kept is not None
     assert [kept.known(index) is not None for index in range(4)] == [False, False, False, True]
-    failing = Views(source, recipe_of(MIB, on_bad="fail"), None)
+    failing = Samples(
+        source, recipe_of(MIB, on_bad="fail"), inputs_of(recipe_of(MIB, on_bad="fail"))
+    )
     for _ in range(2):
         with pytest.raises(DataError, match=r"a\.jpg: the file ends too early"):
             failing[Place(0, 0)]
@@ -267,9 +275,9 @@ def test_loader__decode_processes_share_what_they_decode(tmp_path: Path):
         batches = []
         for mib in (0, MIB):
             plan = resolve(recipe_of(mib, num_workers=2 if mib else 0), source.facts, 1)
-            batches.append(list(make_loader(source, plan, None)))
+            batches.append(list(make_loader(source, plan, inputs_of(plan.recipe))))
         for plain, cached in zip(*batches, strict=True):
-            assert plain.images.equal(cached.images)
+            assert plain.inputs["images"].equal(cached.inputs["images"])
         kept = open_arena(source.facts.fingerprint, len(source), MIB)
         assert kept is not None
         assert all(kept.known(index) for index in range(len(source)))

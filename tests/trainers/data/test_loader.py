@@ -14,11 +14,12 @@ import torch
 from PIL import Image
 
 from mimray.trainers.config.run import Plan, Recipe, parse_recipe, resolve
-from mimray.trainers.data.loader import MAX_SUBSTITUTES, MicroBatches, Place, Views, make_loader
+from mimray.trainers.data.loader import MAX_SUBSTITUTES, MicroBatches, Samples, make_loader
 from mimray.trainers.data.order import SampleOrder
 from mimray.trainers.data.sources import Source, open_source
+from mimray.trainers.data.views import make_inputs
 from mimray.trainers.errors import DataError
-from mimray.trainers.methods.mae import MAE
+from mimray.trainers.methods.catalogue import inputs_of
 from mimray.trainers.types import Batch
 
 NUM_PICTURES = 45  # no multiple of the batch, so that batches cross the end of an epoch
@@ -63,17 +64,15 @@ def plan_of(source: Source, world_size: int = 1, micro: int = 4, **data: Any) ->
 
 
 def batches(source: Source, plan: Plan, **where: int) -> list[Batch]:
-    found = list(make_loader(source, plan, MAE.draw_mask, **where))
+    found = list(make_loader(source, plan, inputs_of(plan.recipe), **where))
     steps = plan.steps - where.get("first_step", 0)
     assert len(found) == steps * plan.accumulation
     return found
 
 
 def whole(parts: list[Batch]) -> Batch:
-    assert all(part.mask is not None for part in parts)
     return Batch(
-        images=torch.cat([part.images for part in parts]),
-        mask=torch.cat([part.mask for part in parts if part.mask is not None]),
+        inputs={name: torch.cat([part.inputs[name] for part in parts]) for name in parts[0].inputs},
         indices=np.concatenate([part.indices for part in parts]),
         epoch=np.concatenate([part.epoch for part in parts]),
         problems=tuple(problem for part in parts for problem in part.problems),
@@ -83,10 +82,10 @@ def whole(parts: list[Batch]) -> Batch:
 def assert_same(a: Batch, b: Batch) -> None:
     np.testing.assert_array_equal(a.indices, b.indices)
     np.testing.assert_array_equal(a.epoch, b.epoch)
-    assert a.mask is not None
-    assert b.mask is not None
-    assert torch.equal(a.mask, b.mask)
-    assert torch.equal(a.images, b.images)
+    assert a.inputs["mask"] is not None
+    assert b.inputs["mask"] is not None
+    assert torch.equal(a.inputs["mask"], b.inputs["mask"])
+    assert torch.equal(a.inputs["images"], b.inputs["images"])
     assert a.problems == b.problems
 
 
@@ -109,15 +108,17 @@ def test_loader__global_batches_are_those_of_one_worker(
 def test_loader__epochs_follow_without_a_seam(source: Source):
     seen = whole(batches(source, plan_of(source)))
 
-    assert (seen.images.dtype, tuple(seen.images.shape)) == (torch.uint8, (96, 3, 16, 16))
+    assert (seen.inputs["images"].dtype, tuple(seen.inputs["images"].shape)) == (
+        torch.uint8,
+        (96, 3, 16, 16),
+    )
     assert seen.epoch.tolist() == [0] * 45 + [1] * 45 + [2] * 6
     assert sorted(seen.indices[:45]) == sorted(seen.indices[45:90]) == list(range(45))
     assert not np.array_equal(seen.indices[:45], seen.indices[45:90])
     # Another epoch is another view and another mask of the same picture.
     first, second = 0, 45 + int(np.flatnonzero(seen.indices[45:90] == seen.indices[0])[0])
-    assert not torch.equal(seen.images[first], seen.images[second])
-    assert seen.mask is not None
-    assert not torch.equal(seen.mask[first], seen.mask[second])
+    assert not torch.equal(seen.inputs["images"][first], seen.inputs["images"][second])
+    assert not torch.equal(seen.inputs["mask"][first], seen.inputs["mask"][second])
 
 
 @pytest.mark.parametrize("first_step", [1, 5, 11, 12])
@@ -151,10 +152,10 @@ def test_loader__seed_decides(source: Source):
 def test_loader__grayscale_and_no_mask(source: Source):
     plan = plan_of(source, channels=1)
 
-    batch = next(make_loader(source, plan, None))
+    batch = next(make_loader(source, plan, inputs_of(plan.recipe)))
 
-    assert tuple(batch.images.shape) == (4, 1, 16, 16)
-    assert batch.mask is None
+    assert tuple(batch.inputs["images"].shape) == (4, 1, 16, 16)
+    assert "mask" in batch.inputs
 
 
 def test_loader__the_next_picture_stands_in_for_a_broken_one(tmp_path: Path, source: Source):
@@ -165,9 +166,9 @@ def test_loader__the_next_picture_stands_in_for_a_broken_one(tmp_path: Path, sou
     found = whole(batches(damaged, plan))
 
     np.testing.assert_array_equal(found.indices, kept.indices)
-    assert torch.equal(found.mask, kept.mask)
+    assert torch.equal(found.inputs["mask"], kept.inputs["mask"])
     sound = ~np.isin(kept.indices, (3, 4))
-    assert torch.equal(found.images[sound], kept.images[sound])
+    assert torch.equal(found.inputs["images"][sound], kept.inputs["images"][sound])
     times = {i: int((kept.indices == i).sum()) for i in (3, 4)}
     # Number 3 meets number 4 on its way to number 5.
     named = [[row in p for p in found.problems].count(True) for row in ("row 3:", "row 4:")]
@@ -214,7 +215,9 @@ class Taped:
 def test_loader__a_seek_reads_nothing_of_what_is_skipped(source: Source):
     taped = Taped(source)
 
-    batch = next(make_loader(taped, plan_of(source), MAE.draw_mask, first_step=9))
+    batch = next(
+        make_loader(taped, plan_of(source), inputs_of(plan_of(source).recipe), first_step=9)
+    )
 
     assert taped.read == batch.indices.tolist()
 
@@ -237,9 +240,15 @@ def test_loader__draft_decoding_of_large_jpegs_is_close_to_full(tmp_path: Path):
     Image.fromarray(pixels).save(tmp_path / "ramp.jpg", quality=95)
     Image.fromarray(pixels).save(tmp_path / "ramp.png")
     source = open_source(str(tmp_path))
-    views = Views(source, recipe_of(batch_size=1), None)
+    views = Samples(source, recipe_of(batch_size=1), inputs_of(recipe_of(batch_size=1)))
 
-    jpeg, png = (views._view(views.pictures[i], Place(0, 0))[0] for i in (0, 1))
+    # The crop is drawn by place: both are cut alike.
+    jpeg, png = (
+        make_inputs(
+            views.inputs, views.pictures[i], seed=views.recipe.seed, epoch=0, index=0, channels=3
+        )["images"]
+        for i in (0, 1)
+    )
 
     assert jpeg.shape == png.shape == (3, 16, 16)
     assert np.abs(jpeg.astype(int) - png.astype(int)).max() <= 4

@@ -60,7 +60,8 @@ def test_samples__does_not_import_the_packages_it_takes_from() -> None:
     import subprocess
 
     code = (
-        "import sys; from mimray.trainers.data import samples; samples.photograph('china');"
+        "import sys; from mimray.trainers.data import sample_photos\n"
+        "sample_photos.photograph('china')\n"
         "sys.exit('sklearn' in sys.modules or 'skimage' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -12,9 +12,10 @@ from PIL import Image
 from torchvision.transforms import functional as tv
 
 from mimray.trainers.config.run import Recipe, parse_recipe, resolve
-from mimray.trainers.data.loader import Place, Views, make_loader
+from mimray.trainers.data.loader import Place, Samples, make_loader
 from mimray.trainers.data.sources import Source, open_source
 from mimray.trainers.data.transforms import color_jitter, to_array, view_of
+from mimray.trainers.methods.catalogue import inputs_of
 
 JITTERS = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation)
 
@@ -91,10 +92,13 @@ def test_color_jitter__strength_zero_changes_nothing():
 
 
 def test_views__crop_and_flip_do_not_depend_on_the_jitter(source: Source):
-    plain, jittered = (Views(source, recipe_of(color_jitter=s), None) for s in (0.0, 0.4))
+    plain, jittered = (
+        Samples(source, recipe_of(color_jitter=s), inputs_of(recipe_of(color_jitter=s)))
+        for s in (0.0, 0.4)
+    )
 
     for i in range(8):
-        a, b = plain[Place(0, i)].pixels, jittered[Place(0, i)].pixels
+        a, b = plain[Place(0, i)].inputs["images"], jittered[Place(0, i)].inputs["images"]
         # Colours change, edges stay: the same crop correlates, another one does not.
         assert np.corrcoef(a.mean(axis=0).ravel(), b.mean(axis=0).ravel())[0, 1] > 0.9
         assert not np.array_equal(a, b)
@@ -105,14 +109,19 @@ def test_views__crop_and_flip_do_not_depend_on_the_jitter(source: Source):
 def test_views__the_tokenizer_sees_the_same_crop_flip_and_colours(
     source: Source, jitter: float, channels: int
 ):
-    views = Views(source, recipe_of((32, 48), color_jitter=jitter, channels=channels), None)
+    views = Samples(
+        source,
+        recipe_of((32, 48), color_jitter=jitter, channels=channels),
+        inputs_of(recipe_of((32, 48), color_jitter=jitter, channels=channels)),
+    )
 
     for i in range(8):
         sample = views[Place(0, i)]
-        assert sample.tokenizer_pixels is not None
-        assert sample.tokenizer_pixels.shape == (channels, 32, 48)
+        assert sample.inputs["tokenizer_images"].shape == (channels, 32, 48)
         # At one size the views differ by their filters alone.
-        apart = np.abs(sample.pixels.astype(int) - sample.tokenizer_pixels.astype(int))
+        apart = np.abs(
+            sample.inputs["images"].astype(int) - sample.inputs["tokenizer_images"].astype(int)
+        )
         assert apart.max() <= 12
 
 
@@ -121,10 +130,10 @@ def test_views__the_tokenizers_view_is_the_box_resized_by_lanczos(
 ):
     seen = []
     monkeypatch.setattr(
-        "mimray.trainers.data.loader.view_of", lambda *a: seen.append(a) or view_of(*a)
+        "mimray.trainers.data.views.view_of", lambda *a: seen.append(a) or view_of(*a)
     )
 
-    sample = Views(source, recipe_of(), None)[Place(0, 3)]
+    sample = Samples(source, recipe_of(), inputs_of(recipe_of()))[Place(0, 3)]
 
     (image, size, how, box, flip), second = seen
     assert (size, how) == ((32, 48), "bicubic")
@@ -132,7 +141,7 @@ def test_views__the_tokenizers_view_is_the_box_resized_by_lanczos(
     expected = image.resize((24, 16), Image.Resampling.LANCZOS, box=box)
     if flip:
         expected = expected.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    np.testing.assert_array_equal(sample.tokenizer_pixels, to_array(expected))
+    np.testing.assert_array_equal(sample.inputs["tokenizer_images"], to_array(expected))
 
 
 def test_views__a_larger_tokenizer_view_is_not_blurred_by_draft_decoding(tmp_path: Path):
@@ -141,27 +150,28 @@ def test_views__a_larger_tokenizer_view_is_not_blurred_by_draft_decoding(tmp_pat
     Image.fromarray(pixels).save(tmp_path / "stripes.jpg", quality=95)
     recipe = recipe_of((256, 256), crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), hflip=0.0)
 
-    sample = Views(open_source(str(tmp_path)), recipe, None)[Place(0, 0)]
+    sample = Samples(open_source(str(tmp_path)), recipe, inputs_of(recipe))[Place(0, 0)]
 
-    assert sample.tokenizer_pixels is not None
     # Stripes of two pixels are left; decoded for 32 x 48 they would be a flat grey.
-    assert sample.tokenizer_pixels.std() > 90
+    assert sample.inputs["tokenizer_images"].std() > 90
 
 
 def test_loader__hands_over_both_views(source: Source):
     plan = resolve(recipe_of(), source.facts, 1)
 
-    batch = next(make_loader(source, plan, None))
+    batch = next(make_loader(source, plan, inputs_of(plan.recipe)))
 
-    assert batch.tokenizer_images is not None
-    assert (batch.tokenizer_images.dtype, batch.tokenizer_images.shape) == (
+    assert (batch.inputs["tokenizer_images"].dtype, batch.inputs["tokenizer_images"].shape) == (
         torch.uint8,
         (4, 3, 16, 24),
     )
-    assert batch.images.shape == (4, 3, 32, 48)
+    assert batch.inputs["images"].shape == (4, 3, 32, 48)
 
 
 def test_loader__makes_no_second_view_for_methods_without_a_tokenizer(source: Source):
     plan = resolve(recipe_of(None), source.facts, 1)
 
-    assert next(make_loader(source, plan, None)).tokenizer_images is None
+    assert next(make_loader(source, plan, inputs_of(plan.recipe))).inputs.keys() == {
+        "images",
+        "mask",
+    }

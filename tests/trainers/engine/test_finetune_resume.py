@@ -14,8 +14,8 @@ from mimray.trainers.bundles import BundleCard, save_bundle
 from mimray.trainers.config.model import ViTConfig
 from mimray.trainers.config.run import Plan, parse_recipe, resolve
 from mimray.trainers.data.selection import open_training, with_classes
-from mimray.trainers.engine.initial import keep_initial, with_initial
 from mimray.trainers.engine.loop import Trained, train
+from mimray.trainers.methods.needs import keep_needs, with_needs
 from mimray.trainers.models import build_encoder
 from mimray.trainers.storage import RunDir
 from mimray.trainers.types import Panel
@@ -72,13 +72,13 @@ def plan_of(folder: Path) -> Plan:
         }
     )  # fmt: skip
     source = open_training(str(folder / "data"), recipe)
-    return resolve(with_classes(with_initial(recipe), source), source.facts, world_size=1)
+    return resolve(with_classes(with_needs(recipe), source), source.facts, world_size=1)
 
 
 def run_of(plan: Plan, place: Path, observer: Observer) -> Trained:
     run = RunDir(str(place))
     run.create()
-    keep_initial(plan.recipe, run)
+    keep_needs(plan.recipe, run)
     source = open_training(plan.data.uri, plan.recipe)
     return train(plan, run, source, device=torch.device("cpu"), observer=observer)
 

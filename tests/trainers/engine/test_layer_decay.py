@@ -19,8 +19,8 @@ import torch.distributed as dist
 from mimray.trainers.config.run import Plan, parse_recipe, resolve
 from mimray.trainers.engine.checkpoints import Identity, load_newest, save
 from mimray.trainers.engine.deepspeed import full_state, initialize, prepare_process
-from mimray.trainers.engine.optim import build_optimizer, parameter_groups, set_learning_rate
-from mimray.trainers.methods import build_method
+from mimray.trainers.engine.optim import build_optimizer, parameter_groups
+from mimray.trainers.methods.catalogue import build_method
 from mimray.trainers.models import build_encoder
 from mimray.trainers.storage import RunDir
 from mimray.trainers.types import DatasetFacts
@@ -108,7 +108,8 @@ def test_groups__scales_of_beit_base():
     method = build_method(recipe)
     names = {id(p): n for n, p in method.named_parameters()}
 
-    groups = parameter_groups(method, 0.05, ("cls_token",), 0.65)
+    optim = recipe.optim.model_copy(update={"no_decay": ("cls_token",)})
+    groups = parameter_groups(method, optim)
 
     # 13 layers below the head: 0.65 ** 13 for the patches, 0.65 for the last block.
     assert sorted({g["lr_scale"] for g in groups}) == pytest.approx(
@@ -130,7 +131,10 @@ def test_groups__scales_of_beit_base():
 
 
 def test_groups__without_decay_there_is_one_layer():
-    groups = parameter_groups(build_method(plan_of().recipe), 0.05)
+    recipe = plan_of().recipe
+    groups = parameter_groups(
+        build_method(recipe), recipe.optim.model_copy(update={"layer_decay": None})
+    )
 
     assert [(g["weight_decay"], g["lr_scale"]) for g in groups] == [(0.05, 1.0), (0.0, 1.0)]
 
@@ -146,7 +150,8 @@ def update(engine: Any, step: int, lr: float) -> None:
     rng = torch.Generator().manual_seed(step)
     images = torch.randn(BATCH, 3, 16, 16, generator=rng)
     labels = torch.randint(3, (BATCH,), generator=rng)
-    set_learning_rate(engine.optimizer, lr)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
     engine.backward(engine(images=images[share], mask=None, labels=labels[share]).loss)
     engine.step()
 

@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from mimray.trainers.config.optim import OptimConfig
 from mimray.trainers.config.recipes import load_recipe
 from mimray.trainers.config.run import Plan, parse_recipe, resolve
 from mimray.trainers.engine.optim import parameter_groups
 from mimray.trainers.engine.schedule import learning_rate
 from mimray.trainers.errors import ConfigError
-from mimray.trainers.methods import build_method
+from mimray.trainers.methods.catalogue import build_method
 from mimray.trainers.types import DatasetFacts
 
 IMAGENET = DatasetFacts("imagenet", 1_281_167, "f1")
@@ -187,7 +188,7 @@ def test_parameter_groups__spare_biases_norms_and_what_is_named(
     method = build_method(recipe)
     names = {id(p): n for n, p in method.named_parameters()}
 
-    groups = parameter_groups(method, recipe.optim.weight_decay, recipe.optim.no_decay)
+    groups = parameter_groups(method, recipe.optim)
 
     decayed, spared = ({names[id(p)] for p in group["params"]} for group in groups)
     assert [group["weight_decay"] for group in groups] == [0.05, 0.0]
@@ -204,6 +205,6 @@ def test_parameter_groups__of_shards_go_by_the_whole_shape():
         parameter.ds_shape = parameter.shape  # as ZeRO-3 leaves them
         parameter.data = torch.empty(0)
 
-    groups = parameter_groups(module, 0.05)
+    groups = parameter_groups(module, OptimConfig(steps=1))
 
     assert [group["params"] for group in groups] == [[module.weight], [module.bias]]

@@ -14,9 +14,9 @@ from torch.distributions import Independent, Normal, kl_divergence
 from mimray.trainers.config.recipes import load_recipe
 from mimray.trainers.config.run import Recipe, parse_recipe
 from mimray.trainers.errors import ConfigError
-from mimray.trainers.methods import build_method
 from mimray.trainers.methods.ae import AE
 from mimray.trainers.methods.autoencoding import Autoencoding
+from mimray.trainers.methods.catalogue import build_method
 from mimray.trainers.methods.vae import VAE, gaussian_kl
 from mimray.trainers.models.patches import patchify
 

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mimray.trainers.config.method import BEiTConfig
 from mimray.trainers.config.recipes import load_recipe
 from mimray.trainers.config.run import Recipe, parse_recipe
 from mimray.trainers.data.rng import Stream, generator
 from mimray.trainers.errors import BundleError
-from mimray.trainers.methods import build_method
 from mimray.trainers.methods.beit import BEiT
+from mimray.trainers.methods.catalogue import build_method
 from mimray.trainers.models.normalise import denormalise, normalise
 from mimray.trainers.models.patches import patchify, unpatchify
 
@@ -115,8 +116,8 @@ def masks(recipe: Recipe, count: int = 4) -> Tensor:
 
 
 def inputs(recipe: Recipe, count: int = 4) -> dict[str, Tensor]:
-    data, size = recipe.data, recipe.tokenizer_size
-    assert size is not None
+    assert isinstance(recipe.method, BEiTConfig)
+    data, size = recipe.data, recipe.method.tokenizer_image_size
     pixels, mask = pixels_of(data.image_size, count), masks(recipe, count)
     mask[1, mask[1].nonzero()[0]] = False  # the number hidden varies
     return {

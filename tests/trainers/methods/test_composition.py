@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mimray.trainers.config.run import Recipe, parse_recipe
 from mimray.trainers.errors import ConfigError
-from mimray.trainers.methods import build_method, method_class
+from mimray.trainers.methods.catalogue import build_method, method_class
 
 ENCODERS: dict[str, dict[str, Any]] = {
     "vit": {"name": "vit", "width": 16, "depth": 1, "num_heads": 2, "patch_size": 8},

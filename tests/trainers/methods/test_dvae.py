@@ -15,7 +15,7 @@ from torch import Tensor
 from mimray.trainers.config.recipes import load_recipe
 from mimray.trainers.config.run import Recipe, parse_recipe
 from mimray.trainers.errors import CodebookCollapseError, ConfigError
-from mimray.trainers.methods import build_method
+from mimray.trainers.methods.catalogue import build_method
 from mimray.trainers.methods.dvae import DVAE, false_colours
 from mimray.trainers.models.patches import patchify
 
@@ -258,7 +258,7 @@ def test_recipes__give_beit_its_grid_and_vocabulary(name: str):
     assert codes.shape == (1, 14, 14)
     assert method.vocab_size == 8192
     assert recipe.optim.betas == (0.9, 0.99)
-    assert recipe.optim.weight_decay == pytest.approx(1e-4)
+    assert recipe.optim.weight_decay.start == pytest.approx(1e-4)
 
 
 # Pictures

@@ -17,20 +17,14 @@ from mimray.trainers.bundles import BundleCard, save_bundle
 from mimray.trainers.config.method import FinetuneConfig
 from mimray.trainers.config.recipes import load_recipe
 from mimray.trainers.config.run import Recipe, parse_recipe, resolve
-from mimray.trainers.convert.resize import resized
 from mimray.trainers.cost import estimate
-from mimray.trainers.engine.initial import (
-    INITIAL,
-    initial_within,
-    keep_initial,
-    load_initial,
-    with_initial,
-)
-from mimray.trainers.errors import BundleError, ConfigError
-from mimray.trainers.methods import build_method
+from mimray.trainers.errors import BundleError, ConfigError, RunConflictError
+from mimray.trainers.methods.catalogue import build_method
 from mimray.trainers.methods.finetune import Finetune
 from mimray.trainers.methods.mixing import mix, smoothed_targets
+from mimray.trainers.methods.needs import check_outside, keep_needs, load_needs, with_needs
 from mimray.trainers.models import build_encoder
+from mimray.trainers.models.resize import resized
 from mimray.trainers.storage import RunDir
 from mimray.trainers.types import DatasetFacts
 
@@ -206,12 +200,12 @@ def bundle(folder: Path, encoder: dict[str, Any] = VIT, size: tuple[int, int] = 
 
 def test_initial__a_run_begins_with_the_bundle_at_its_own_size(tmp_path: Path):
     place, run = bundle(tmp_path / "bundle"), RunDir(str(tmp_path / "run"))
-    recipe = with_initial(recipe_of(bundle=place))
+    recipe = with_needs(recipe_of(bundle=place))
     assert isinstance(recipe.method, FinetuneConfig)
-    keep_initial(recipe, run)
+    keep_needs(recipe, run)
     method = build_method(recipe)
 
-    load_initial(method, run)
+    load_needs(method, run)
 
     card = BundleCard.model_validate_json((tmp_path / "bundle/bundle.json").read_bytes())
     assert recipe.method.bundle_sha256 == card.weights_sha256
@@ -223,24 +217,25 @@ def test_initial__a_run_begins_with_the_bundle_at_its_own_size(tmp_path: Path):
         expected = torch.full_like(value, name == "norm.weight") if name[:5] == "norm." else None
         assert torch.equal(value, wanted[name] if expected is None else expected), name
     assert method.encoder.get_parameter("pos_embed").requires_grad
-    assert initial_within(recipe, RunDir(str(tmp_path / "bundle")))
-    assert not initial_within(recipe, run)
+    with pytest.raises(RunConflictError, match=r"--fresh would delete .* and method\.bundle with"):
+        check_outside(recipe, RunDir(str(tmp_path / "bundle")))
+    check_outside(recipe, run)
 
 
 def test_initial__another_bundle_than_the_plans_is_refused(tmp_path: Path):
-    recipe = with_initial(recipe_of(bundle=bundle(tmp_path / "a")))
+    recipe = with_needs(recipe_of(bundle=bundle(tmp_path / "a")))
     run = RunDir(str(tmp_path / "run"))
-    keep_initial(recipe, run)
+    keep_needs(recipe, run)
     method = recipe.method.model_copy(update={"bundle_sha256": "0" * 64})
     other = recipe.model_copy(update={"method": method})
 
     with pytest.raises(BundleError, match=r"is not the one of the plan \(000000000000\)"):
-        load_initial(build_method(other), run)
+        load_needs(build_method(other), run)
     with pytest.raises(BundleError, match="is not the one of the plan"):
-        with_initial(other)
-    (tmp_path / "run" / INITIAL / "encoder.safetensors").write_bytes(b"broken")
+        with_needs(other)
+    (tmp_path / "run" / "initial" / "encoder.safetensors").write_bytes(b"broken")
     with pytest.raises(BundleError, match="does not match its checksum"):
-        load_initial(build_method(recipe), run)
+        load_needs(build_method(recipe), run)
 
 
 @pytest.mark.parametrize(
@@ -255,15 +250,13 @@ def test_initial__another_architecture_is_refused_with_the_cure(
     encoder: dict[str, Any], message: str, tmp_path: Path
 ):
     with pytest.raises(ConfigError, match=message):
-        with_initial(recipe_of(encoder, bundle=bundle(tmp_path / "bundle")))
+        with_needs(recipe_of(encoder, bundle=bundle(tmp_path / "bundle")))
 
 
 def test_initial__drop_path_is_the_runs_own(tmp_path: Path):
     place = bundle(tmp_path / "bundle", LEARNED)
 
-    assert (
-        with_initial(recipe_of(LEARNED | {"drop_path": 0.3}, bundle=place)).method.bundle == place
-    )
+    assert with_needs(recipe_of(LEARNED | {"drop_path": 0.3}, bundle=place)).method.bundle == place
 
 
 @pytest.mark.parametrize("pooling", ["cls"])

@@ -13,7 +13,7 @@ from mimray.trainers.config.recipes import load_recipe
 from mimray.trainers.config.run import Recipe, parse_recipe
 from mimray.trainers.data.rng import Stream, generator
 from mimray.trainers.errors import ConfigError
-from mimray.trainers.methods import build_method
+from mimray.trainers.methods.catalogue import build_method
 from mimray.trainers.methods.maskfeat import MaskFeat
 from mimray.trainers.models.patches import patchify, unpatchify
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mimray.trainers.config.recipes import load_recipe
 from mimray.trainers.config.run import Recipe, parse_recipe
 from mimray.trainers.data.rng import Stream, generator
-from mimray.trainers.methods import build_method
+from mimray.trainers.methods.catalogue import build_method
 from mimray.trainers.methods.simmim import SimMIM
 from mimray.trainers.models.patches import patchify, unpatchify
 

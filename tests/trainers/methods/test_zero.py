@@ -19,7 +19,7 @@ from mimray.trainers.config.recipes import load_recipe
 from mimray.trainers.config.run import Plan, Recipe, resolve
 from mimray.trainers.data.rng import Stream, generator
 from mimray.trainers.engine.deepspeed import full_state, initialize, prepare_process
-from mimray.trainers.methods import build_method
+from mimray.trainers.methods.catalogue import build_method
 from mimray.trainers.types import DatasetFacts
 
 # All of them in one pair of processes, some minutes on two cores.

@@ -1,0 +1,70 @@
+"""One rank of a training by the method of `tests/plugin`, as the tests start it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from mimray.trainers.config.recipes import load_recipe
+from mimray.trainers.config.run import resolve
+from mimray.trainers.data.selection import open_training
+from mimray.trainers.engine.deepspeed import prepare_process
+from mimray.trainers.engine.export import write_bundle
+from mimray.trainers.engine.loop import stages
+from mimray.trainers.storage import RunDir
+
+RECIPE = Path(__file__).parents[2] / "plugin" / "selfdistil-tiny.yaml"
+
+
+class Watching:
+    """Ends the process as a lost node would, after a step's row was written."""
+
+    def __init__(self, kill_at: int) -> None:
+        self.kill_at = kill_at
+
+    def resumed(self, step: int) -> None:
+        pass
+
+    def metrics(self, row: dict) -> None:
+        if row["step"] == self.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def pictures(self, step: int, panels: list) -> None:
+        pass
+
+
+def main(job: dict, rank: int, world_size: int) -> None:
+    os.environ["LOCAL_RANK"] = str(rank)
+    prepare_process(torch.device("cpu"))
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{job['meeting']}", rank=rank, world_size=world_size
+    )
+    recipe = load_recipe(str(RECIPE), job["overrides"])
+    source = open_training(job["pictures"], recipe)
+    plan = resolve(recipe, source.facts, world_size)
+    run = RunDir(job["run"])
+    training = stages(
+        plan,
+        run,
+        source,
+        device=torch.device("cpu"),
+        observer=Watching(job.get("kill_at", 0)),
+        pauses=(job["stop"],),
+    )
+    trained = next(training)
+    if rank == 0:
+        torch.save(trained.state, Path(job["run"]) / f"state-{trained.step}.pt")
+        write_bundle(run, plan, trained.state, step=trained.step, name="s", command="test")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

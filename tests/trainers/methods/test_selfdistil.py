@@ -1,0 +1,205 @@
+"""A method with a teacher, several views and masks, which the rest of the house does not know.
+
+It comes as another distribution (`tests/plugin`): one file, one recipe, one line of entry points.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mimray.trainers.bundles import load_bundle
+from mimray.trainers.engine.metrics import read_metrics
+from mimray.trainers.storage import RunDir
+
+ROOT = Path(__file__).parents[3]
+PLUGIN = ROOT / "tests" / "plugin"
+RANKS = Path(__file__).with_name("selfdistil_ranks.py")
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join([str(PLUGIN), os.environ.get("PYTHONPATH", "")]),
+    "OMP_NUM_THREADS": "1",
+}
+
+Train = Callable[..., dict[str, torch.Tensor]]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    for i in range(20):
+        pixels = np.random.default_rng(i).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((48, 48)).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def train(pictures: Path, tmp_path: Path) -> Train:
+    """Trains to a step on so many ranks; continues what the run has."""
+    meetings = itertools.count()
+
+    def run(
+        name: str, *overrides: str, stop: int = 9, ranks: int = 1, kill_at: int = 0
+    ) -> dict[str, torch.Tensor]:
+        (tmp_path / name).mkdir(exist_ok=True)
+        job = {
+            "run": str(tmp_path / name),
+            "pictures": str(pictures),
+            "overrides": overrides,
+            "stop": stop,
+            "kill_at": kill_at,
+            "meeting": str(tmp_path / f"meeting-{next(meetings)}"),
+        }
+        processes = [
+            subprocess.Popen(
+                [sys.executable, str(RANKS), json.dumps(job), str(rank), str(ranks)],
+                env=ENVIRONMENT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(ranks)
+        ]
+        try:
+            said = [process.communicate(timeout=240)[0] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        if kill_at:
+            assert processes[0].returncode == -9, said[0][-3000:]
+            return {}
+        assert [p.returncode for p in processes] == [0] * ranks, "\n".join(s[-3000:] for s in said)
+        state: dict[str, torch.Tensor] = torch.load(tmp_path / name / f"state-{stop}.pt")
+        return state
+
+    return run
+
+
+def losses(folder: Path) -> list[float]:
+    return [row["loss"] for row in read_metrics(RunDir(str(folder)))]
+
+
+def test_house__does_not_know_the_method():
+    rooms = ["trainers", "tuning", "serving", "service"]
+    files = [path for room in rooms for path in (ROOT / room).rglob("*.py")]
+
+    assert len(files) > 200
+    assert [p for p in files if "selfdistil" in p.read_text().lower()] == []
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_run__killed_goes_on_bit_for_bit(train: Train, tmp_path: Path, stage: int):
+    overrides = (f"engine.zero_stage={stage}", "engine.precision=fp32")
+    whole = train("whole", *overrides)
+
+    train("killed", *overrides, kill_at=8)
+    resumed = train("killed", *overrides)
+
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    assert whole.keys() == resumed.keys()
+    for name, value in whole.items():
+        assert torch.equal(value, resumed[name]), name
+
+
+def test_run__the_teacher_is_the_result(train: Train, tmp_path: Path):
+    start = train("run", "engine.precision=fp32", stop=1)
+    state = train("run", "engine.precision=fp32")
+
+    encoder = load_bundle(tmp_path / "run").encoder.state_dict()
+    assert len(encoder) > 20
+    for name, value in encoder.items():
+        assert torch.equal(value, state[f"averages.encoder.{name}"]), name
+    moved = "averages.encoder.blocks.0.attn.qkv.weight"
+    assert not torch.equal(state[moved], start[moved])
+    assert not torch.equal(state[moved], state[moved.removeprefix("averages.")])
+    # Frozen for two updates, then trained.
+    assert torch.equal(start["head.last.weight"], start["averages.head.last.weight"])
+    assert not torch.equal(start["head.last.weight"], state["head.last.weight"])
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_run__goes_on_with_other_numbers_of_workers(train: Train, tmp_path: Path, stage: int):
+    overrides = (f"engine.zero_stage={stage}", "engine.precision=fp32")
+    whole = train("whole", *overrides, ranks=2)
+
+    train("cut", *overrides, stop=3, ranks=2)
+    train("cut", *overrides, stop=6, ranks=1)
+    cut = train("cut", *overrides, stop=9, ranks=2)
+
+    np.testing.assert_allclose(losses(tmp_path / "cut"), losses(tmp_path / "whole"), rtol=1e-5)
+    for name, value in whole.items():
+        torch.testing.assert_close(cut[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("group", [1, 8])
+def test_targets__do_not_depend_on_workers_or_accumulation(
+    train: Train, tmp_path: Path, group: int
+):
+    overrides = (
+        "engine.precision=fp32",
+        f"method.assignment_group={group}",
+        "optim.batch_size=16",
+    )
+    train("one", *overrides, stop=4)
+    train("two", *overrides, "engine.micro_batch_size=8", stop=4, ranks=2)
+    train("parts", *overrides, "engine.micro_batch_size=8", stop=4)
+    if group == 8:
+        train("quarters", *overrides, "engine.micro_batch_size=4", stop=4, ranks=2)
+
+    ways = ["two", "parts", "quarters"][: 3 if group == 8 else 2]
+    for way in ways:
+        np.testing.assert_allclose(
+            losses(tmp_path / way), losses(tmp_path / "one"), rtol=2e-5, err_msg=way
+        )
+
+
+def test_group__that_micro_batches_do_not_hold_is_refused(pictures: Path, tmp_path: Path):
+    code = (
+        "import sys\n"
+        "from mimray.trainers.config.recipes import load_recipe\n"
+        "from mimray.trainers.config.run import resolve\n"
+        "from mimray.trainers.data.selection import open_training\n"
+        "from mimray.trainers.errors import ConfigError\n"
+        "recipe = load_recipe(sys.argv[1], ['method.assignment_group=3'])\n"
+        "try:\n"
+        "    resolve(recipe, open_training(sys.argv[2], recipe).facts, 1)\n"
+        "except ConfigError as error:\n"
+        "    print(error)\n"
+    )
+
+    said = command("-c", code, str(PLUGIN / "selfdistil-tiny.yaml"), str(pictures))
+
+    assert "normalises over 3 pictures" in said
+
+
+def command(*arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_plan__counts_the_teacher():
+    said = command("-m", "service", "plan", str(PLUGIN / "selfdistil-tiny.yaml"), "--json")
+
+    found: dict[str, Any] = json.loads(said)
+    parts = {part["name"]: part for part in found["parts"]}
+    assert parts["teacher"]["parameters"] > parts["encoder"]["parameters"] > 0
+    # It sees two whole views; the student two views under two masks of a half, and two local ones.
+    tokens, local, hidden = 17, 5, 9
+    blocks = [2 * tokens, 2 * 2 * hidden + 2 * local]
+    ratio = parts["encoder"]["forward_flops"] / parts["teacher"]["forward_flops"]
+    assert ratio == pytest.approx(blocks[1] / blocks[0], rel=0.1)
+    assert found["tokens"]["encoder"] == blocks[1]

@@ -1,0 +1,47 @@
+"""From a bundle back to a trained method."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mimray.trainers.bundles import (
+    ENCODER,
+    METHOD,
+    bundle_folder,
+    load_state,
+    read_card,
+    verify_weights,
+)
+from mimray.trainers.config.run import parse_recipe
+from mimray.trainers.errors import BundleError
+from mimray.trainers.methods.base import Method
+from mimray.trainers.methods.catalogue import build_method
+from mimray.trainers.methods.needs import supply
+
+
+def load_method(path: str | Path) -> Method:
+    """Load a trained method, decoder and all, to reconstruct with or to train on from.
+
+    Args:
+        path: a run's folder, or a bundle's that kept its decoder.
+
+    Returns:
+        The method on the CPU in fp32, in evaluation mode, with the networks it needs.
+
+    Raises:
+        BundleError: no bundle there, a damaged one, or one exported without its decoder.
+    """
+    folder = bundle_folder(path)
+    card = read_card(folder)
+    if not (folder / METHOD).is_file() or not card.recipe:
+        raise BundleError(
+            f"{folder} holds the encoder alone", hint="use the run's own folder, or export again"
+        )
+    for name in (ENCODER, METHOD):
+        verify_weights(folder, card, name)
+    method = build_method(parse_recipe(card.recipe, f"{folder}/bundle.json"))
+    load_state(method, folder / ENCODER, folder / METHOD, prefixes=(f"{method.result}.", ""))
+    for need in method.needs():
+        if need.stays and (folder / need.folder).is_dir():
+            supply(method, need.folder, folder / need.folder)
+    return method.eval()

@@ -1,0 +1,96 @@
+"""Moving averages of modules: teachers that follow their students."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mimray.trainers.config.schedule import Schedule
+
+
+class MovingAverages(nn.Module):
+    """Copies of modules that follow them: theta' <- m theta' + (1 - m) theta.
+
+    The third role of state, beside what is trained and what is fixed. Copies are in evaluation mode
+    and get no gradients. Their weights are buffers that stay in fp32 whatever the method is cast
+    to, since in bf16 an update of less than a 256th of a weight is lost; so they are in checkpoints
+    and bundles, and ZeRO neither shards nor optimises them. The engine updates them after each
+    step from the fp32 weights that the optimiser works on.
+
+    Args:
+        followed: modules by their names as attributes of the method; `averages.NAME` follows
+            `NAME`.
+        momentum: m as a function of the step.
+
+    Source: Tarvainen & Valpola 2017, "Mean teachers are better role models", eq. 1.
+    """
+
+    _precision: Tensor
+
+    def __init__(self, followed: Mapping[str, nn.Module], momentum: Schedule) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.names = tuple(followed)
+        # Its dtype tells what the method was cast to.
+        self.register_buffer("_precision", torch.empty(0), persistent=False)
+        for name, module in followed.items():
+            self.add_module(name, _as_buffers(copy.deepcopy(module)))
+        self.eval()
+
+    def forward(self, name: str, *arguments: Any, **options: Any) -> Any:
+        """Call an average without gradients, in the precision that the method computes in.
+
+        Args:
+            name: of what it follows.
+            arguments: of the module.
+            options: likewise.
+        """
+        device, dtype = self._precision.device, self._precision.dtype
+        lower = dtype != torch.float32 and device.type != "meta"
+        context = torch.autocast(device.type, dtype) if lower else nullcontext()
+        with torch.no_grad(), context:
+            return self.get_submodule(name)(*arguments, **options)
+
+    @torch.no_grad()
+    def update(self, weights: Iterable[tuple[str, Tensor]], momentum: float) -> None:
+        """Move one step after what is followed.
+
+        Args:
+            weights: of the followed modules, in fp32, by their names in the method.
+            momentum: m; what is no float, such as a counter, is copied.
+        """
+        averages = dict(self.named_buffers())
+        for name, value in weights:
+            average = averages[name]
+            if average.is_floating_point():
+                average.lerp_(value.to(average.device, torch.float32), 1 - momentum)
+            else:
+                average.copy_(value)
+
+    def train(self, mode: bool = True) -> MovingAverages:
+        """Stays in evaluation mode."""
+        return super().train(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MovingAverages:
+        before = {n: b for n, b in self.named_buffers() if b is not self._precision}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in before.items():
+            if buffer.is_floating_point():
+                module, _, leaf = name.rpartition(".")
+                moved = buffer.to(self.get_buffer(name).device)
+                setattr(self.get_submodule(module), leaf, moved)
+        return self
+
+
+def _as_buffers(module: nn.Module) -> nn.Module:
+    """A module whose parameters are buffers, in place."""
+    for part in module.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            delattr(part, name)
+            part.register_buffer(name, parameter.detach().clone())
+    return module
