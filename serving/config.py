@@ -233,27 +233,35 @@ def _host_pattern(text: str) -> tuple[bool, str, int]:
     return below, name, url.port or HTTPS_PORT
 
 
-class ServeConfig(Config):
+class GatewayConfig(Config):
+    """The part of an endpoint's configuration that the gateway of every replica reads.
+
+    Attributes:
+        keys: the file of `mimray keys`; on a cluster a path that every node can read.
+        limits: bounds of requests and answers.
+        access_log: `-` for standard output, a path, or none; by default among Ray's logs.
+    """
+
+    keys: Path | None = None
+    limits: Limits = Limits()
+    access_log: str | None = "ray"
+
+
+class ServeConfig(GatewayConfig):
     """An endpoint.
 
     Attributes:
         host: address to listen on; any but loopback requires keys.
         port: port to listen on.
-        keys: the file of `mimray keys`; on a cluster a path that every node can read.
         models: the models by their names in the URL.
-        limits: bounds of requests and answers.
         urls: rules for pictures by URL.
-        access_log: `-` for standard output, a path, or none; by default among Ray's logs.
         follow_s: seconds between two looks at the aliases.
     """
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
-    keys: Path | None = None
     models: dict[str, ModelConfig] = Field(min_length=1)
-    limits: Limits = Limits()
     urls: Urls = Urls()
-    access_log: str | None = "ray"
     follow_s: PositiveFloat = 5.0
 
 

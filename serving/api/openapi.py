@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from pydantic.json_schema import models_json_schema
 
-from mimray.serving.inference.options import PYRAMID_STRIDES, Dtype, Pooling
+from mimray.serving.inference.options import PYRAMID_STRIDES
 from mimray.serving.operations.embeddings import EMBEDDINGS
 from mimray.serving.operations.features import FEATURES
 from mimray.serving.operations.metadata import DESCRIBE
@@ -29,6 +29,7 @@ from mimray.serving.operations.response_formats import (
 )
 from mimray.serving.operations.table import OPERATIONS
 from mimray.serving.wire import bodies
+from mimray.serving.wire.bodies import Dtype, Pooling
 from mimray.serving.wire.oip_messages import HEADER_LENGTH
 
 Tree = dict[str, Any]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import httpx2
 
@@ -12,8 +12,6 @@ from mimray.serving.client.retries import Sender
 from mimray.serving.client.steps import Send
 from mimray.trainers.errors import ServingError
 
-Pooling = Literal["mean", "cls", "gem"]
-Dtype = Literal["float32", "float16", "bfloat16", "int8"]
 Headers = Mapping[str, str] | Callable[[], Mapping[str, str]]
 
 LIVE, READY = "/v2/health/live", "/v2/health/ready"

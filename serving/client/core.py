@@ -44,7 +44,7 @@ class Core:
         batch_size: most pictures in one request.
     """
 
-    def __init__(self, sender: Sender, batch_size: int = 16) -> None:
+    def __init__(self, sender: Sender, batch_size: int) -> None:
         if batch_size < 1:
             raise ServingError(f"batch_size is {batch_size}", hint="use at least 1")
         self._sender = sender

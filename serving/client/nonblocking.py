@@ -9,11 +9,12 @@ from typing import Any, TypeVar
 
 import httpx2
 
-from mimray.serving.client.base import LIVE, READY, Client, Dtype, Pooling
+from mimray.serving.client.base import LIVE, READY, Client
 from mimray.serving.client.core import Size, feature_parameters
 from mimray.serving.client.images import Image
 from mimray.serving.client.results import Features, Reconstruction
 from mimray.serving.client.steps import All, Answer, Failure, Load, Pause, Send, Steps
+from mimray.serving.wire.bodies import Dtype, Pooling
 from mimray.serving.wire.codecs import Array
 
 T = TypeVar("T")

@@ -45,9 +45,9 @@ class Sender:
     """
 
     base_url: str
-    timeout_s: float = 30.0
-    deadline_s: float = 120.0
-    max_retries: int = 3
+    timeout_s: float
+    deadline_s: float
+    max_retries: int
     clock: Callable[[], float] = time.monotonic
     now: Callable[[], float] = time.time
     jitter: Callable[[float, float], float] = field(default_factory=lambda: random.Random().uniform)

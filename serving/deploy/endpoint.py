@@ -99,8 +99,8 @@ class Endpoint:
 def serve_bundles(
     models: Mapping[str, Path],
     *,
-    host: str = "127.0.0.1",
-    port: int = 8000,
+    host: str | None = None,
+    port: int | None = None,
     api_key: str | None = None,
     **options: Any,
 ) -> Endpoint:
@@ -108,8 +108,8 @@ def serve_bundles(
 
     Args:
         models: directories of bundles, by the models' names in the URL.
-        host: address to listen on.
-        port: port to listen on.
+        host: address to listen on; `ServeConfig` has the default.
+        port: port to listen on; `ServeConfig` has the default.
         api_key: a key that clients may send; by default the environment's `MIMRAY_API_KEY`.
         options: options of every model, as in `ModelConfig`.
 
@@ -121,11 +121,9 @@ def serve_bundles(
     """
     from mimray.serving.deploy.serve_schema import Version
 
-    tree = {
-        "host": host,
-        "port": port,
-        "models": {name: {"bundle": str(path), **options} for name, path in models.items()},
-    }
+    given = {"host": host, "port": port}
+    tree: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    tree["models"] = {name: {"bundle": str(path), **options} for name, path in models.items()}
     if not models:
         raise ServingError("there is nothing to serve", hint="name at least one bundle")
 

@@ -15,7 +15,7 @@ from typing import Any
 from ray import serve
 from ray.serve import Application
 
-from mimray.serving.config import ModelConfig, ReplicaConfig, ServeConfig
+from mimray.serving.config import GatewayConfig, ModelConfig, ReplicaConfig, ServeConfig
 from mimray.serving.deploy.replicas import ROOT_APPLICATION, ModelReplica, RootReplica
 from mimray.serving.deploy.settings import GatewaySettings, ModelSettings, Routing
 from mimray.serving.operations.operation import MODEL_PATH
@@ -121,11 +121,9 @@ def serve_schema(
     Source: Ray's `ServeDeploySchema`.
     """
     gateway = GatewaySettings(
-        keys=config.keys,
         key_sha256=key_sha256,
         needs_key=needs_key,
-        limits=config.limits,
-        access_log=config.access_log,
+        **config.model_dump(include=set(GatewayConfig.model_fields)),
     )
     applications = []
     for served in models:

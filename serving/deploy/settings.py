@@ -5,27 +5,21 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from mimray.serving.config import API_KEY_VARIABLE, Limits, ReplicaConfig, Urls
+from mimray.serving.config import API_KEY_VARIABLE, GatewayConfig, ReplicaConfig, Urls
 from mimray.trainers.config.base import Config
 from mimray.trainers.errors import ServingError
 
 
-class GatewaySettings(Config):
-    """Settings by which every replica admits requests.
+class GatewaySettings(GatewayConfig):
+    """Settings of a replica's gateway, beside those from `serve.yaml`.
 
     Attributes:
-        keys: the file of keys, readable on every node.
         key_sha256: SHA-256 of one more key.
         needs_key: refuse to start without any key.
-        limits: the endpoint's limits, as in `serve.yaml`.
-        access_log: the access log's place, as in `serve.yaml`.
     """
 
-    keys: Path | None = None
     key_sha256: str | None = None
     needs_key: bool = True
-    limits: Limits = Limits()
-    access_log: str | None = "ray"
 
     def require_keys(self) -> None:
         """Require a key unless only loopback can connect.

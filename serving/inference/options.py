@@ -5,13 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, cast, get_args
+from typing import cast, get_args
 
 from mimray.serving.inference.placement import Size, Sizing, check_input, parse_size
+from mimray.serving.wire.bodies import Dtype, Pooling
 from mimray.serving.wire.errors import InvalidRequestError
-
-Dtype = Literal["float32", "float16", "bfloat16", "int8"]
-Pooling = Literal["mean", "cls", "gem"]
 
 PYRAMID_STRIDES = (4, 8, 16, 32)
 NAMES = ("layers", "pooling", "norm", "pyramid", "size", "dtype")

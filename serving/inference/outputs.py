@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mimray.serving.inference.options import PYRAMID_STRIDES, Dtype, Options, pyramid_source
+from mimray.serving.inference.options import PYRAMID_STRIDES, Options, pyramid_source
+from mimray.serving.wire.bodies import Dtype
 
 if TYPE_CHECKING:
     from mimray.trainers.bundles import FrozenEncoder

@@ -13,6 +13,8 @@ from mimray.serving.wire.errors import REFUSALS
 
 Pair = tuple[int, int]
 Row = tuple[float, float, float]
+Dtype = Literal["float32", "float16", "bfloat16", "int8"]
+Pooling = Literal["mean", "cls", "gem"]
 Parameters = dict[str, str | int | float | bool | None]
 
 

@@ -128,9 +128,12 @@ class _Clock:
         self._outcomes = iter(outcomes)
         self._took_s = took_s
         self._sender = Sender(
-            "http://x", clock=lambda: self.time_s, now=lambda: self.time_s,
-            jitter=lambda low, high: high, **limits,
-        )  # fmt: skip
+            "http://x",
+            **{"timeout_s": 30.0, "deadline_s": 120.0, "max_retries": 3, **limits},
+            clock=lambda: self.time_s,
+            now=lambda: self.time_s,
+            jitter=lambda low, high: high,
+        )
 
     def run(self) -> Answer:
         steps = self._sender.request("GET", "/")
@@ -166,7 +169,7 @@ def test_request__pauses_grow_up_to_a_limit() -> None:
 
 
 def test_request__pauses_are_drawn_from_nothing_to_the_limit() -> None:
-    drawn = {Sender("http://x").jitter(0.0, 1.0) for _ in range(20)}
+    drawn = {Sender("http://x", 30, 120, 3).jitter(0.0, 1.0) for _ in range(20)}
     assert len(drawn) > 10
     assert all(0 <= pause <= 1 for pause in drawn)
 
