@@ -1,4 +1,4 @@
-"""What clients see while things happen to an endpoint, over minutes.
+"""Answers that clients get during faults of an endpoint, over minutes.
 
     python benchmarks/serving_faults.py [--seconds 30] [--json FILE]
 
@@ -173,7 +173,7 @@ def _table(results: list[dict[str, Any]]) -> str:
 
 
 def _pooled(bundle: Path, picture: bytes) -> Any:
-    """What the model gives, without a server."""
+    """The model's pooled vector, without a server."""
     from mimray.serving.config import Limits, ReplicaConfig
     from mimray.serving.inference.options import Options
     from mimray.serving.inference.predictor import Predictor

@@ -96,7 +96,7 @@ class Reconstructor:
 
 
 def _rgb(pixels: Any) -> Any:
-    """What Pillow takes: three channels or none."""
+    """Pixels as Pillow takes them: three channels, or no dimension of channels."""
     return pixels[..., 0] if pixels.shape[-1] == 1 else pixels[..., :3]
 
 

@@ -1,4 +1,4 @@
-"""What people write in serve.yaml and on the command line, and what Ray Serve is told."""
+"""serve.yaml, the command line, and Ray Serve's configuration made of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When a request is sent again: over the wire, and by a clock of ours."""
+"""Retries: over the wire, and by a clock of the test's own."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ ALLOWED = {200, 503}
 
 
 class Registry:
-    """What references mean; the test changes it."""
+    """The versions that references mean; the test changes them."""
 
     def __init__(self, **versions: Version) -> None:
         self.versions = {name.replace("_", "@"): version for name, version in versions.items()}

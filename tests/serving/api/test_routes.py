@@ -181,8 +181,8 @@ def test_routes__versions_and_unknown_ones(client: TestClient) -> None:
         ("/v2/models/alpha/versions/2", 404),
         ("/v2/models/alpha/nothing", 404),
         ("/v2/models/gamma", 404),
-        ("/page/../app.py", 404),
-        ("/page/..%2Fapp.py", 404),
+        ("/page/../config.py", 404),
+        ("/page/..%2Fconfig.py", 404),
         (INFER, 405),
     ]:
         response = client.get(path)

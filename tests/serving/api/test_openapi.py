@@ -16,11 +16,13 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from mimray.serving.api.openapi import document
 from mimray.serving.inference.options import NAMES
+from mimray.serving.operations.operation import Computation
 from mimray.serving.operations.response_formats import WRITERS
+from mimray.serving.operations.table import OPERATIONS
 
 EXAMPLES = 20
 
-FILE = Path(__file__).parents[2] / "docs" / "openapi.json"
+FILE = Path(__file__).parents[3] / "docs" / "openapi.json"
 
 
 def test_document__is_what_the_repository_holds() -> None:
@@ -45,6 +47,13 @@ def test_document__describes_every_route_and_no_other(application: Callable[...,
         if method != "parameters"
     }
     assert described == served
+
+
+def test_document__says_what_each_computation_takes() -> None:
+    described = {path: item["post"] for path, item in document()["paths"].items() if "post" in item}
+    for operation in OPERATIONS.values():
+        if isinstance(operation, Computation):
+            assert all("requestBody" in described[path] for path in operation.paths)
 
 
 def test_document__knows_every_option_and_format() -> None:
