@@ -150,11 +150,11 @@ def root_app(
     async def index(request: Request) -> Response:
         entries = []
         for name, is_ready in (await models()).items():
-            told = await _described(ask, name) if is_ready else None
+            description = await _described(ask, name) if is_ready else None
             entries.append(
                 {
                     "name": name,
-                    "version": told["version"] if told else "",
+                    "version": description["version"] if description else "",
                     "state": "READY" if is_ready else "UNAVAILABLE",
                     "reason": "",
                 }
@@ -164,11 +164,11 @@ def root_app(
     async def listing(request: Request) -> Response:
         entries = []
         for name, is_ready in (await models()).items():
-            told = await _described(ask, name) if is_ready else None
+            description = await _described(ask, name) if is_ready else None
             absent = {
                 "id": name, "object": "model", "created": 0, "owned_by": "mimray", "ready": False
             }  # fmt: skip
-            entries.append(told or absent)
+            entries.append(description or absent)
         return JSONResponse({"object": "list", "data": entries})
 
     def endpoint(operation: Operation) -> Endpoint:
@@ -177,11 +177,12 @@ def root_app(
             if operation.model_in == "query":  # known before its body is read
                 name = await _known(models, query.get("model"))
             body = await bodies.read(request) if operation.method == "POST" else b""
+            call = _call(operation, request, query, body)
             if operation.model_in == "body":
                 name = await _known(models, parse_object(body).get("model"))
             elif operation.model_in == "path":
                 name = await _known(models, request.path_params["name"])
-            return _response(await ask(name, _call(operation, request, query, body)), request)
+            return _response(await ask(name, call), request)
 
         return respond
 
