@@ -113,7 +113,8 @@ class Method(nn.Module, ABC):
         heads = [module for name, module in self.named_modules() if name in HEADS]
         parts: dict[str, list[nn.Module]] = {"encoder": [self.encoder], "head": heads}
         if self.averages is not None:
-            parts["teacher"] = list(self.averages.children())
+            averages = self.averages
+            parts["teacher"] = [averages.get_submodule(name) for name in averages.names]
         return parts
 
     @staticmethod

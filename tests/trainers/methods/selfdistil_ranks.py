@@ -56,11 +56,14 @@ def main(job: dict, rank: int, world_size: int) -> None:
         source,
         device=torch.device("cpu"),
         observer=Watching(job.get("kill_at", 0)),
-        pauses=(job["stop"],),
+        pauses=(1, job["stop"]),
     )
-    trained = next(training)
+    for trained in training:
+        if rank == 0:
+            torch.save(trained.state, Path(job["run"]) / f"state-{trained.step}.pt")
+        if trained.step == job["stop"]:
+            break
     if rank == 0:
-        torch.save(trained.state, Path(job["run"]) / f"state-{trained.step}.pt")
         write_bundle(run, plan, trained.state, step=trained.step, name="s", command="test")
     dist.barrier()
     dist.destroy_process_group()

@@ -98,28 +98,26 @@ def test_house__does_not_know_the_method():
     assert [p for p in files if "selfdistil" in p.read_text().lower()] == []
 
 
-@pytest.mark.parametrize("stage", [0, 1])
-def test_run__killed_goes_on_bit_for_bit(train: Train, tmp_path: Path, stage: int):
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_run__killed_goes_on_bit_for_bit_and_exports_its_teacher(
+    train: Train, tmp_path: Path, stage: int
+):
     overrides = (f"engine.zero_stage={stage}", "engine.precision=fp32")
-    whole = train("whole", *overrides)
+    state = train("whole", *overrides)
 
     train("killed", *overrides, kill_at=8)
     resumed = train("killed", *overrides)
 
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
-    assert whole.keys() == resumed.keys()
-    for name, value in whole.items():
+    assert state.keys() == resumed.keys()
+    for name, value in state.items():
         assert torch.equal(value, resumed[name]), name
 
-
-def test_run__the_teacher_is_the_result(train: Train, tmp_path: Path):
-    start = train("run", "engine.precision=fp32", stop=1)
-    state = train("run", "engine.precision=fp32")
-
-    encoder = load_bundle(tmp_path / "run").encoder.state_dict()
+    encoder = load_bundle(tmp_path / "killed").encoder.state_dict()
     assert len(encoder) > 20
     for name, value in encoder.items():
         assert torch.equal(value, state[f"averages.encoder.{name}"]), name
+    start = torch.load(tmp_path / "whole" / "state-1.pt")
     moved = "averages.encoder.blocks.0.attn.qkv.weight"
     assert not torch.equal(state[moved], start[moved])
     assert not torch.equal(state[moved], state[moved.removeprefix("averages.")])
@@ -128,9 +126,13 @@ def test_run__the_teacher_is_the_result(train: Train, tmp_path: Path):
     assert not torch.equal(start["head.last.weight"], state["head.last.weight"])
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+SLOW = [pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1, 2)]
+
+
+@pytest.mark.parametrize("stage", [*SLOW, 3])
 def test_run__goes_on_with_other_numbers_of_workers(train: Train, tmp_path: Path, stage: int):
-    overrides = (f"engine.zero_stage={stage}", "engine.precision=fp32")
+    # A larger eps, since Adam makes whole steps of the rounding of gradients that are zero.
+    overrides = (f"engine.zero_stage={stage}", "engine.precision=fp32", "optim.eps=1e-4")
     whole = train("whole", *overrides, ranks=2)
 
     train("cut", *overrides, stop=3, ranks=2)
@@ -142,7 +144,7 @@ def test_run__goes_on_with_other_numbers_of_workers(train: Train, tmp_path: Path
         torch.testing.assert_close(cut[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("group", [1, 8])
+@pytest.mark.parametrize("group", [pytest.param(1, marks=pytest.mark.slow), 8])
 def test_targets__do_not_depend_on_workers_or_accumulation(
     train: Train, tmp_path: Path, group: int
 ):
@@ -164,31 +166,12 @@ def test_targets__do_not_depend_on_workers_or_accumulation(
         )
 
 
-def test_group__that_micro_batches_do_not_hold_is_refused(pictures: Path, tmp_path: Path):
-    code = (
-        "import sys\n"
-        "from mimray.trainers.config.recipes import load_recipe\n"
-        "from mimray.trainers.config.run import resolve\n"
-        "from mimray.trainers.data.selection import open_training\n"
-        "from mimray.trainers.errors import ConfigError\n"
-        "recipe = load_recipe(sys.argv[1], ['method.assignment_group=3'])\n"
-        "try:\n"
-        "    resolve(recipe, open_training(sys.argv[2], recipe).facts, 1)\n"
-        "except ConfigError as error:\n"
-        "    print(error)\n"
-    )
-
-    said = command("-c", code, str(PLUGIN / "selfdistil-tiny.yaml"), str(pictures))
-
-    assert "normalises over 3 pictures" in said
-
-
-def command(*arguments: str) -> str:
+def command(*arguments: str, returncode: int = 0) -> str:
     done = subprocess.run(
         [sys.executable, *arguments], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    assert done.returncode == returncode, done.stderr[-3000:]
+    return done.stderr if returncode else done.stdout
 
 
 def test_plan__counts_the_teacher():
@@ -203,3 +186,13 @@ def test_plan__counts_the_teacher():
     ratio = parts["encoder"]["forward_flops"] / parts["teacher"]["forward_flops"]
     assert ratio == pytest.approx(blocks[1] / blocks[0], rel=0.1)
     assert found["tokens"]["encoder"] == blocks[1]
+
+
+def test_plan__refuses_a_group_that_micro_batches_do_not_hold():
+    recipe = str(PLUGIN / "selfdistil-tiny.yaml")
+
+    said = command(
+        "-m", "service", "plan", recipe, "--set", "method.assignment_group=3", returncode=2
+    )
+
+    assert "normalises over 3 pictures" in " ".join(said.split())
