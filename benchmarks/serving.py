@@ -1,4 +1,4 @@
-"""What the endpoint costs beside the bare model, LitServe and BentoML; everything in one run.
+"""Speed of the endpoint beside the bare model, LitServe and BentoML; everything in one run.
 
     python benchmarks/serving.py [--peers FOLDER] [--models ti,b] [--plain] [--quick] [--json FILE]
 
@@ -50,7 +50,7 @@ TARGETS = {"ti": (0.90, 1.2), "b": (0.95, 1.0)}
 
 @dataclass
 class Settings:
-    """How long things take."""
+    """Sizes and durations of a run's parts."""
 
     rounds: int
     seconds: float
@@ -69,7 +69,7 @@ class Findings:
     figures: dict[str, Any] = field(default_factory=dict)
 
     def ratios(self, one: str, other: str) -> list[float]:
-        """Round by round."""
+        """Ratios of two loads' speeds, round by round."""
         pairs = zip(self.loads[one], self.loads[other], strict=True)
         return [a["pictures_per_s"] / b["pictures_per_s"] for a, b in pairs]
 

@@ -1,4 +1,4 @@
-"""What clients see while things happen to an endpoint, over minutes.
+"""Answers that clients get during faults of an endpoint, over minutes.
 
     python benchmarks/serving_faults.py [--seconds 30] [--json FILE]
 
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
-    from mimray.serving.deploy.config import check_config
+    from mimray.serving.config import check_config
     from mimray.serving.deploy.endpoint import start
     from mimray.serving.deploy.haproxy import HAProxyState
     from mimray.serving.deploy.serve_schema import Version
@@ -173,12 +173,13 @@ def _table(results: list[dict[str, Any]]) -> str:
 
 
 def _pooled(bundle: Path, picture: bytes) -> Any:
-    """What the model gives, without a server."""
+    """The model's pooled vector, without a server."""
+    from mimray.serving.config import Limits, ReplicaConfig
     from mimray.serving.inference.options import Options
     from mimray.serving.inference.predictor import Predictor
 
     async def main() -> Any:
-        predictor = Predictor(bundle, device="cpu")
+        predictor = Predictor(bundle, ReplicaConfig(device="cpu"), Limits())
         (found,) = await predictor.predict([picture], Options())
         await predictor.close()
         return found.outputs["pooled"]

@@ -165,7 +165,7 @@ def test_rayservice__names_applications_that_can_be_built(monkeypatch: pytest.Mo
 
 
 def test_rayservice__has_haproxy_as_mimray_serve_has_it():
-    from mimray.serving.deploy.config import Limits
+    from mimray.serving.config import Limits
     from mimray.serving.deploy.haproxy import HAProxyState
 
     cluster = load_yaml("deploy/kuberay/rayservice.yaml")["spec"]["rayClusterConfig"]

@@ -169,7 +169,7 @@ class Bare:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """What every process that is started finds: the repository, two threads, equal priority."""
+    """The environment of every process: the repository, two threads, equal priority."""
     own = {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "2"}
     own["RAY_worker_niceness"] = "0"  # 15 by default, which matters when others use the machine
     return {**os.environ, **own, **more}

@@ -13,7 +13,7 @@ from mimray.service.terminal.console import say
 from mimray.trainers.errors import ServingError
 
 if TYPE_CHECKING:
-    from mimray.serving.deploy.config import ServeConfig
+    from mimray.serving.config import ServeConfig
     from mimray.serving.deploy.serve_schema import Version
 
 
@@ -52,7 +52,7 @@ def serve_config(
         ConfigError: keys or values that are not allowed.
         BundleError: a bundle that is not one.
     """
-    from mimray.serving.deploy.config import check_config, load_config
+    from mimray.serving.config import check_config, load_config
 
     tree: dict[str, Any] = load_config(file) if file is not None else {}
     said = {key: value for key, value in options.items() if value is not None}
@@ -100,10 +100,10 @@ def run_serve(config: ServeConfig) -> None:
 def write_build(config: ServeConfig, out: Path | None) -> str:
     """The YAML that `serve deploy` takes, written to `out` too where that is given."""
     from mimray.serving.deploy.endpoint import is_loopback
-    from mimray.serving.deploy.serve_schema import Served, Share, serve_schema
+    from mimray.serving.deploy.serve_schema import ReplicaResources, Served, serve_schema
     from mimray.trainers.errors import MimrayError
 
-    models, shares = [], {}
+    models, resources = [], {}
     for name, model in config.models.items():
         stable, canary = resolve(model.bundle), None
         if model.canary is not None:
@@ -113,9 +113,9 @@ def write_build(config: ServeConfig, out: Path | None) -> str:
                 say(f"no canary of {name}: {error}")
         models.append(Served(name, model, stable, canary))
         cpus = model.num_cpus or 1.0
-        shares[name] = Share(cpus, model.num_gpus or 0.0, max(1, int(cpus)))
+        resources[name] = ReplicaResources(cpus, model.num_gpus or 0.0, max(1, int(cpus)))
     tree = serve_schema(
-        config, models, shares, key_sha256=None, needs_key=not is_loopback(config.host)
+        config, models, resources, key_sha256=None, needs_key=not is_loopback(config.host)
     )
     text = yaml.safe_dump(tree, sort_keys=False)
     if out is not None:

@@ -1,4 +1,4 @@
-"""A line of JSON for every request, written by a thread that nothing waits for."""
+"""The access log: a line of JSON for each request, written by a thread of its own."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ logger = logging.getLogger(__name__)
 
 MAX_BYTES = 100 * 2**20
 KEPT_FILES = 5
-# Lines that wait for a slow disk; beyond that requests go on, and lines are lost.
+# Most lines that wait for a slow disk; further ones are lost.
 MAX_WAITING = 10_000
 _MAX_STRING = 500
 _TELL_AGAIN_S = 60.0
 
 
 class AccessLog:
-    """Writes lines to a handler, or to nowhere.
+    """Writes lines to a handler.
 
     Args:
-        handler: where lines go; None for nowhere.
+        handler: the handler that writes; None writes nothing.
 
     Attributes:
-        lost: lines there was no room for.
+        lost: number of lines lost for want of room.
     """
 
     def __init__(self, handler: logging.Handler | None) -> None:
@@ -49,16 +49,16 @@ class AccessLog:
             self._listener.start()
             atexit.register(self.close)
 
-    def write(self, facts: Mapping[str, Any]) -> None:
-        """Note a request; never waits and never raises.
+    def write(self, fields: Mapping[str, Any]) -> None:
+        """Write a line; it never waits and never raises.
 
         Args:
-            facts: what JSON can say; the time and the level are added.
+            fields: the line's members, values as JSON has them; the time and the level are added.
         """
         if self._listener is None:
             return
         if self._queue.qsize() < MAX_WAITING:
-            self._queue.put(logging.makeLogRecord({"msg": facts}))
+            self._queue.put(logging.makeLogRecord({"msg": fields}))
             return
         if not self.lost:
             logger.warning("the access log cannot keep up; requests go unnoted")
@@ -78,12 +78,11 @@ class AccessLog:
 
 
 def open_access_log(target: str | None) -> AccessLog:
-    """A log by where it goes.
+    """Open the access log.
 
     Args:
-        target: `-` for standard output; a path, to which the replica's name is added, since
-            files that grow too large are turned over by the process that writes them; `ray` for
-            Ray's own logs; None for nowhere.
+        target: `-` for standard output; `ray` for Ray's own logs; None for no log; else a path, to
+            which the replica's name is added, since each process rotates its own files.
 
     Raises:
         ServingError: the file cannot be written.
@@ -107,20 +106,20 @@ def open_access_log(target: str | None) -> AccessLog:
 
 
 class _Lines(logging.Formatter):
-    """Facts as JSON, which escapes line breaks, so that no client forges a line."""
+    """The fields as JSON, which escapes line breaks, so that no client forges a line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        facts: Any = record.msg
+        fields: Any = record.msg
         now = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        status = int(facts.get("status", 0))
+        status = int(fields.get("status", 0))
         level = "error" if status >= 500 and status != 503 else "info"
         line = {"ts": now.replace("+00:00", "Z"), "level": level}
-        line |= {name: _shortened(value) for name, value in facts.items()}
+        line |= {name: _shortened(value) for name, value in fields.items()}
         return json.dumps(line, separators=(",", ":"), default=str)
 
 
 class _Calm(logging.Handler):
-    """Says once a minute what cannot be written; logging would print a traceback a line."""
+    """Warns once a minute that lines cannot be written; logging prints a traceback for each."""
 
     _told = -math.inf
 
@@ -140,14 +139,14 @@ class _File(_Calm, RotatingFileHandler):
 
 
 def _shortened(value: Any) -> Any:
-    """Clients choose paths and names; how long they are is for us to say."""
+    """A value cut to the longest string: clients choose paths and names."""
     if isinstance(value, str) and len(value) > _MAX_STRING:
         return value[: _MAX_STRING - 1] + "…"
     return value
 
 
 def _among_rays_logs() -> str | None:
-    """Where the dashboard and `ray logs` find it; None outside Ray."""
+    """A path at which the dashboard and `ray logs` find the log; None outside Ray."""
     ray = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():
         return None
@@ -157,7 +156,7 @@ def _among_rays_logs() -> str | None:
 
 
 def _process_name() -> str:
-    """The replica this process is, whose names differ between nodes, too; or else its number."""
+    """The replica's name, unique over all nodes; outside Ray Serve the process's number."""
     if "ray.serve" in sys.modules:
         from ray import serve
         from ray.serve.exceptions import RayServeException

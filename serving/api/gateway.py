@@ -1,4 +1,4 @@
-"""What stands before every route: keys, limits, request ids, and a line in the log for each."""
+"""The gateway before every route: keys, limits, request ids, the access log, spans."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from opentelemetry.trace import Span, format_trace_id
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mimray.serving.api.access_log import AccessLog
 from mimray.serving.api.keys import KeyRing, Quota
+from mimray.serving.config import MIB, Limits
 from mimray.serving.operations.calls import Reply, problem_reply
 from mimray.serving.telemetry.metrics import Metrics
-from mimray.serving.telemetry.tracing import Span, Tracer
+from mimray.serving.telemetry.tracing import Tracer, trace_headers
 from mimray.serving.wire.errors import (
     EndpointError,
     InvalidRequestError,
@@ -32,42 +34,51 @@ from mimray.serving.wire.oip_messages import inflate
 
 logger = logging.getLogger(__name__)
 
-# Requests whose inflating would hold up the others do it in a thread.
+# Larger bodies are inflated in a thread, so that they hold nothing up.
 _INFLATE_ASIDE_BYTES = 1 << 20
 CLIENT_CLOSED_REQUEST = 499
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 @dataclass(frozen=True)
-class EdgeLimits:
-    """How much of a request is read.
+class GatewayParts:
+    """The parts of a gateway that its replica configures.
 
     Attributes:
-        max_body_bytes: most bytes of a body, before and after inflating.
-        max_bodies_bytes: most bytes of all bodies being read or answered.
-        body_timeout_s: longest time a body may take to come.
+        limits: the endpoint's limits, as in `serve.yaml`.
+        keys: the known keys; None admits everybody.
+        access_log: the log that gets a line for each request.
+        tracer: exports a span for each request.
+        metrics: counts the refusals that no model counts.
     """
 
-    max_body_bytes: int = 64 * 2**20
-    max_bodies_bytes: int = 512 * 2**20
-    body_timeout_s: float = 60.0
+    limits: Limits
+    keys: KeyRing | None
+    access_log: AccessLog
+    tracer: Tracer
+    metrics: Metrics
+
+    def close(self) -> None:
+        """Write and send what is left."""
+        self.access_log.close()
+        self.tracer.close()
 
 
 class Bodies:
-    """Reads bodies within limits.
+    """Reads request bodies within limits.
 
     Args:
-        limits: see `EdgeLimits`.
+        limits: the endpoint's limits, as in `serve.yaml`.
     """
 
-    def __init__(self, limits: EdgeLimits) -> None:
+    def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._held = 0
 
     async def read(self, request: Request) -> bytes:
-        """The body, inflated; counted while it comes, since a stated length may be a lie.
+        """Read a request's body and inflate it; a stated length is not trusted.
 
-        It counts as held until the scope's `release` is called, which `Edge` does.
+        Its bytes count as held until `release`, which `Gateway` calls.
 
         Raises:
             TooLargeError: it is too large.
@@ -75,7 +86,7 @@ class Bodies:
             OverloadedError: there is no room for it now.
             InvalidRequestError: it is shorter than stated, or its length is no number.
         """
-        most = self._limits.max_body_bytes
+        most = self._limits.body_mib * MIB
         refusal = TooLargeError(f"the body has more than {most} bytes")
         stated = request.headers.get("content-length", "0")
         if not (stated.isascii() and stated.isdigit()):
@@ -103,58 +114,45 @@ class Bodies:
         return inflate(body, encoding, max_bytes=most)
 
     def _hold(self, request: Request, size: int) -> None:
-        if self._held + size > self._limits.max_bodies_bytes:
+        if self._held + size > self._limits.bodies_mib * MIB:
             raise OverloadedError("too many requests with large bodies at once")
         self._held += size
         request.scope["mimray.held"] = request.scope.get("mimray.held", 0) + size
 
     def release(self, scope: Scope) -> None:
-        """What a request held is free again."""
+        """Stop counting the bytes that a request held."""
         self._held -= scope.pop("mimray.held", 0)
 
 
-class Edge:
-    """Admits requests, and accounts for them.
+class Gateway:
+    """Middleware that admits requests and accounts for them.
 
-    Hands on the full path whatever prefix Ray mounted us under.
+    The application gets the full path, whatever prefix Ray mounted it under.
 
     Args:
-        app: what is guarded.
-        bodies: where bodies are read.
-        keys: who may come; None for everybody.
-        quota: how much each may ask for.
-        access_log: where requests are noted.
-        tracer: where spans go.
-        metrics: where refusals of no model are counted.
-        open_paths: answered without a key: whole paths, or prefixes that end in `/`.
+        app: the guarded application.
+        bodies: the reader of bodies, which the application uses, too.
+        parts: keys, access log, tracer and metrics.
+        open_paths: paths answered without a key; those that end in `/` are prefixes.
     """
 
     def __init__(
-        self,
-        app: ASGIApp,
-        *,
-        bodies: Bodies,
-        keys: KeyRing | None,
-        quota: Quota,
-        access_log: AccessLog,
-        tracer: Tracer,
-        metrics: Metrics,
-        open_paths: Iterable[str],
+        self, app: ASGIApp, *, bodies: Bodies, parts: GatewayParts, open_paths: Iterable[str]
     ) -> None:
         self._app = app
         self._bodies = bodies
-        self._keys = keys
-        self._quota = quota
-        self._log = access_log
-        self._tracer = tracer
-        self._metrics = metrics
+        self._keys = parts.keys
+        self._quota = Quota()
+        self._log = parts.access_log
+        self._tracer = parts.tracer
+        self._metrics = parts.metrics
         self._open = frozenset(open_paths)
         self._open_folders = tuple(
             path for path in self._open if path.endswith("/") and path != "/"
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuse, or hand on; note either."""
+        """Admit or refuse a request, and account for it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -162,10 +160,10 @@ class Edge:
         scope = {**scope, "root_path": "", "mimray.notes": notes}
         headers = Headers(scope=scope)
         started = time.perf_counter()
-        span = self._tracer.start(headers.get("traceparent", ""))
+        span = self._tracer.start(headers)
         notes["request_id"] = _request_id(headers)
-        scope["mimray.traceparent"] = span.traceparent
-        sent = _Sent(send, {"traceparent": span.traceparent})
+        trace = scope["mimray.trace"] = trace_headers(span)
+        sent = _Sent(send, {name: trace[name] for name in trace if name == "traceparent"})
         try:
             self._admit(scope, headers)
             await self._app(scope, receive, sent)
@@ -184,7 +182,7 @@ class Edge:
             await send_reply(reply, scope, sent)
         finally:
             self._bodies.release(scope)
-            self._account(scope, headers, sent, span, started)
+            self._account(scope, sent, span, started)
 
     def _admit(self, scope: Scope, headers: Headers) -> None:
         if scope["path"] in self._open or scope["path"].startswith(self._open_folders):
@@ -198,9 +196,7 @@ class Edge:
         self._quota.admit(key)
         scope["mimray.key"] = key
 
-    def _account(
-        self, scope: Scope, headers: Headers, sent: _Sent, span: Span, started: float
-    ) -> None:
+    def _account(self, scope: Scope, sent: _Sent, span: Span, started: float) -> None:
         notes = scope["mimray.notes"]
         if "mimray.key" in scope and notes.get("pictures"):
             self._quota.charge(scope["mimray.key"], int(notes["pictures"]))
@@ -208,7 +204,7 @@ class Edge:
         client = scope.get("client")
         if "error" in notes and "version" not in notes:  # no model has counted it
             self._metrics.rejected(str(notes["error"]))
-        # Paths are without number, and a name of a span is not.
+        # A span's name has to be one of few; paths are without number.
         name = " ".join([scope["method"], *([notes["operation"]] if "operation" in notes else [])])
         attributes = {
             "http.request.method": scope["method"],
@@ -216,11 +212,11 @@ class Edge:
             "url.path": scope["path"],
             **{f"mimray.{name}": notes[name] for name in ("pictures", "version") if name in notes},
         }
-        self._tracer.finish(span, name, started, attributes)
+        self._tracer.finish(span, name, attributes)
         self._log.write(
             {
                 "request_id": notes.pop("request_id"),
-                "trace_id": span.trace_id,
+                "trace_id": format_trace_id(span.get_span_context().trace_id),
                 "client": client[0] if client else "",
                 "method": scope["method"],
                 "path": scope["path"],
@@ -233,7 +229,7 @@ class Edge:
 
 
 class _Sent:
-    """Passes messages on, and remembers the status and the size of what went out."""
+    """Passes messages on; keeps the answer's status and size."""
 
     def __init__(self, send: Send, headers: dict[str, str]) -> None:
         self._send = send
@@ -253,7 +249,7 @@ class _Sent:
 
 
 async def send_reply(reply: Reply, scope: Scope, send: Send) -> None:
-    """A reply as the answer to a request."""
+    """Send a reply as the answer to a request."""
     headers = [
         (name.lower().encode(), value.encode("latin-1")) for name, value in reply.headers.items()
     ]

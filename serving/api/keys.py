@@ -1,4 +1,4 @@
-"""Who may ask, and for how much: named keys, kept as hashes, read again when their file changes."""
+"""API keys and their quotas: named keys, kept as hashes, read again when their file changes."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ logger = logging.getLogger(__name__)
 
 FILE_VARIABLE = "MIMRAY_KEYS"
 ENVIRONMENT_NAME = "environment"
-"""What the key of the environment is called in logs."""
+"""The name in logs of the key from the environment."""
 
 _PREFIX = "mim_"
 _SECRET_BYTES = 32
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-# Looking at a file costs little, but not nothing, and requests come by the thousand.
+# A look at the file costs some microseconds, too many for every request.
 _LOOK_S = 1.0
 
 
@@ -41,10 +41,10 @@ class Key(Config):
     """A key as it is kept.
 
     Attributes:
-        name: who it is for; stands in logs.
-        sha256: digest of the key.
-        created: when, RFC 3339.
-        pictures_per_minute: most that may be asked for; None for no limit.
+        name: the holder's name, for logs.
+        sha256: SHA-256 of the key.
+        created: time it was made, RFC 3339.
+        pictures_per_minute: most pictures a minute; None for no limit.
     """
 
     name: str
@@ -58,15 +58,15 @@ class _File(Config):
 
 
 def hash_key(key: str) -> str:
-    """What is kept of a key.
+    """The SHA-256 that is kept of a key.
 
-    Keys are 256 random bits, which nobody guesses; a slow hash would only slow every request.
+    A key is 256 random bits, so a slow hash would add nothing but time to every request.
     """
     return hashlib.sha256(key.encode()).hexdigest()
 
 
 def default_file() -> Path:
-    """Where keys are kept: `MIMRAY_KEYS`, or the user's configuration directory."""
+    """The file of keys: `MIMRAY_KEYS`, or one in the user's configuration directory."""
     if os.environ.get(FILE_VARIABLE):
         return Path(os.environ[FILE_VARIABLE])
     base = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
@@ -74,7 +74,7 @@ def default_file() -> Path:
 
 
 def read_keys(file: Path) -> tuple[Key, ...]:
-    """The keys of a file; none where there is no file.
+    """Read a file of keys; without a file there are none.
 
     Raises:
         ServingError: the file is damaged, cannot be read, or can be written by others.
@@ -97,7 +97,15 @@ def read_keys(file: Path) -> tuple[Key, ...]:
 
 
 def add_key(file: Path, name: str, *, pictures_per_minute: int | None = None) -> str:
-    """Make a key; what is returned is nowhere else.
+    """Make a key; only its hash is kept.
+
+    Args:
+        file: the file of keys.
+        name: the holder's name.
+        pictures_per_minute: most pictures a minute; None for no limit.
+
+    Returns:
+        The key.
 
     Raises:
         ServingError: the name is taken or not allowed, or the file cannot be written.
@@ -125,7 +133,7 @@ def add_key(file: Path, name: str, *, pictures_per_minute: int | None = None) ->
 
 
 def revoke_key(file: Path, name: str) -> None:
-    """Take a key away; servers notice within a second.
+    """Remove a key; servers notice within a second.
 
     Raises:
         ServingError: there is none of that name, or the file cannot be written.
@@ -140,7 +148,7 @@ def revoke_key(file: Path, name: str) -> None:
 
 @contextmanager
 def _changing(file: Path) -> Iterator[list[Key]]:
-    """The keys of a file to be changed; written whole, one change at a time."""
+    """The keys of a file, to be changed; one change at a time, and the file is written whole."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.with_name(f".{file.name}.lock").open("w") as lock:
@@ -160,12 +168,12 @@ def _changing(file: Path) -> Iterator[list[Key]]:
 
 
 class KeyRing:
-    """Admits whoever shows a key.
+    """The known keys.
 
     Args:
-        file: of keys; None for none.
-        hashes: digests of further keys, such as that of the environment.
-        clock: seconds that only grow.
+        file: the file of keys; None for none.
+        hashes: SHA-256 of further keys, such as that of the environment.
+        clock: gives seconds that only grow.
 
     Raises:
         ServingError: the file is absent or damaged.
@@ -191,10 +199,10 @@ class KeyRing:
         self._keys = self._fixed + (read_keys(file) if file is not None else ())
 
     def admit(self, presented: str | None) -> Key:
-        """The key that was shown.
+        """Check a key that a client sent.
 
         Raises:
-            UnauthorizedError: none was, or one that is not known.
+            UnauthorizedError: there is none, or it is not known.
         """
         self._look()
         if presented:
@@ -219,7 +227,7 @@ class KeyRing:
         try:
             self._keys = self._fixed + read_keys(self._file)
         except ServingError as error:
-            # Tried again at the next look, for what was revoked must not stay; told once.
+            # The next look tries again, since a revoked key must not stay; logged once.
             if str(error) != self._trouble:
                 logger.error("the keys stay as they were: %s", error)
             self._trouble = str(error)
@@ -236,12 +244,12 @@ def _stamp(file: Path | None) -> tuple[int, int, int, int] | None:
         status = file.stat()
     except OSError:
         return None
-    # The time of change, too: it alone tells that permissions were put right, or went wrong.
+    # The time of change, too: it alone shows a change of permissions.
     return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino
 
 
-# Pictures are counted in parts so small that a quota of one a minute brings one each nanosecond:
-# whole numbers, which lose nothing and promise nothing that does not hold.
+# Pictures are counted in parts so small that a quota of one a minute brings one part a nanosecond:
+# whole numbers, which are exact.
 _PARTS = 60 * 10**9
 
 
@@ -252,13 +260,14 @@ class _Bucket:
 
 
 class Quota:
-    """Holds keys to their pictures a minute, each process for itself.
+    """Limits keys to their pictures a minute, in each process separately.
 
-    What a request costs is known only once it is read, so it is charged afterwards: whoever owes
-    pictures is refused until the minute has brought them back. A minute's worth may come at once.
+    A request is charged after it was answered, since its number of pictures is known only then; a
+    key that has used up its pictures is refused until time has brought some back. A minute's
+    pictures may come at once.
 
     Args:
-        clock_ns: nanoseconds that only grow.
+        clock_ns: gives nanoseconds that only grow.
     """
 
     def __init__(self, *, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
@@ -266,10 +275,10 @@ class Quota:
         self._buckets: dict[str, _Bucket] = {}
 
     def admit(self, key: Key) -> None:
-        """Let a request in.
+        """Admit a request.
 
         Raises:
-            QuotaExceededError: the key owes pictures; it says how long.
+            QuotaExceededError: the key's pictures are used up.
         """
         rate = key.pictures_per_minute
         if rate is None:
@@ -282,7 +291,7 @@ class Quota:
             )
 
     def charge(self, key: Key, pictures: int) -> None:
-        """Count what a request took."""
+        """Charge the pictures of a request."""
         if key.pictures_per_minute is not None:
             self._filled(key, key.pictures_per_minute).level -= pictures * _PARTS
 

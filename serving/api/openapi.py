@@ -1,13 +1,24 @@
-"""The endpoint as an OpenAPI 3.1 document; `docs/openapi.json` is what `document` gives."""
+"""The OpenAPI 3.1 document of the endpoint, which `docs/openapi.json` holds.
+
+Paths follow the table of operations, schemas the models of the bodies; parameters and media types
+are written by hand.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
-from mimray.serving.api.openapi_schemas import Tree, ref, schemas
-from mimray.serving.inference.options import PYRAMID_STRIDES, Dtype, Pooling
+from pydantic.json_schema import models_json_schema
+
+from mimray.serving.inference.options import PYRAMID_STRIDES
+from mimray.serving.operations.embeddings import EMBEDDINGS
+from mimray.serving.operations.features import FEATURES
+from mimray.serving.operations.metadata import DESCRIBE
+from mimray.serving.operations.oip import INFER, READY
+from mimray.serving.operations.operation import Operation
+from mimray.serving.operations.reconstruct import RECONSTRUCT
 from mimray.serving.operations.response_formats import (
     ARROW,
     JSON,
@@ -16,10 +27,29 @@ from mimray.serving.operations.response_formats import (
     NPZ,
     SAFETENSORS,
 )
+from mimray.serving.operations.table import OPERATIONS
+from mimray.serving.wire import bodies
+from mimray.serving.wire.bodies import Dtype, Pooling
 from mimray.serving.wire.oip_messages import HEADER_LENGTH
+
+Tree = dict[str, Any]
+
+_TEXT: Tree = {"type": "string"}
 
 _PROBLEM = "application/problem+json"
 _BINARY = "application/octet-stream"
+_BODIES = (
+    bodies.Problem,
+    bodies.Model,
+    bodies.Models,
+    bodies.Features,
+    bodies.Embeddings,
+    bodies.Reconstruction,
+    bodies.InferRequest,
+    bodies.InferResponse,
+)
+# Names in generated clients, where they are not the operation's own.
+_OPERATION_IDS = {DESCRIBE.name: "model", READY.name: "model_ready"}
 _STATUSES = {
     "304": "the client has this answer already: its `If-None-Match` holds the entity tag",
     "400": "the request breaks the protocol or asks for what is not there",
@@ -40,6 +70,7 @@ _STATUSES = {
 
 def document() -> Tree:
     """The whole document."""
+    nothing_more: Tree = {"type": "object"}
     return {
         "openapi": "3.1.0",
         "info": {
@@ -52,34 +83,27 @@ def document() -> Tree:
         "paths": {
             "/": {"get": _home()},
             "/page/{path}": {"get": _page()},
-            "/openapi.json": {"get": _json("openapi", "This document", {"type": "object"})},
+            "/openapi.json": {"get": _json("openapi", "This document", nothing_more)},
             "/metrics": {"get": _metrics()},
-            "/v1/models": {"get": _json("models", "Models there are", ref("Models"))},
-            "/v1/models/{name}": {
-                "parameters": [_name()],
-                "get": _json("model", "One model", ref("Model"), errors=("400", "404", "503")),
-            },
-            "/v1/features": {"post": _features()},
-            "/v1/embeddings": {"post": _embeddings()},
-            "/v1/reconstruct": {"post": _reconstruct()},
-            "/v2": {"get": _json("server", "What the server is", {"type": "object"})},
-            "/v2/": {"get": _json("server_slash", "What the server is", {"type": "object"})},
-            "/v2/health/live": {"get": _json("live", "Whether it runs", {"type": "object"})},
+            "/v1/models": {"get": _json("models", "Models there are", _ref("Models"))},
+            "/v2": {"get": _json("server", "What the server is", nothing_more)},
+            "/v2/": {"get": _json("server_slash", "What the server is", nothing_more)},
+            "/v2/health/live": {"get": _json("live", "Whether it runs", nothing_more)},
             "/v2/health/ready": {
-                "get": _json("ready", "Whether every model answers", {"type": "object"},
-                             errors=("503",))
+                "get": _json("ready", "Whether every model answers", nothing_more, ("503",))
             },
             "/v2/repository/index": {
                 "post": _json("index", "Models and their states",
                               {"type": "array", "items": {"type": "object"}})
             },
-            **_model_paths("/v2/models/{name}", "", [_name()]),
-            **_model_paths(
-                "/v2/models/{name}/versions/{version}", "_version", [_name(), _version()]
-            ),
+            **{
+                path: _model_path(operation, path)
+                for operation in OPERATIONS.values()
+                for path in operation.paths
+            },
         },
         "components": {
-            "schemas": schemas(),
+            "schemas": _schemas(),
             "securitySchemes": {
                 "bearer": {"type": "http", "scheme": "bearer"},
                 "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
@@ -89,23 +113,42 @@ def document() -> Tree:
     }  # fmt: skip
 
 
-def _model_paths(base: str, suffix: str, parameters: list[Tree]) -> Tree:
-    errors = ("400", "404", "503")
-    texts = {
-        "": ("metadata", "The protocol's description of a model"),
-        "/ready": ("model_ready", "Whether it answers"),
-        "/config": ("config", "Triton's model configuration"),
-        "/stats": ("stats", "Triton's statistics"),
+def _schemas() -> Tree:
+    """Schemas of the bodies, by name."""
+    models: list[tuple[type[bodies.Body], Literal["validation"]]] = [
+        (model, "validation") for model in _BODIES
+    ]
+    _, found = models_json_schema(models, ref_template=_ref("{model}")["$ref"])
+    schemas: Tree = _untitled(found["$defs"])
+    return schemas
+
+
+def _untitled(tree: Any) -> Any:
+    """A schema without the titles that pydantic makes of names."""
+    if isinstance(tree, list):
+        return [_untitled(branch) for branch in tree]
+    if not isinstance(tree, dict):
+        return tree
+    return {
+        name: _untitled(branch)
+        for name, branch in tree.items()
+        if not (name == "title" and isinstance(branch, str))
     }
-    paths: Tree = {
-        base + path: {
-            "parameters": parameters,
-            "get": _json(operation + suffix, text, {"type": "object"}, errors=errors),
-        }
-        for path, (operation, text) in texts.items()
-    }
-    paths[base + "/infer"] = {"parameters": parameters, "post": _infer("infer" + suffix)}
-    return paths
+
+
+def _ref(name: str) -> Tree:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def _model_path(operation: Operation, path: str) -> Tree:
+    """The description of an operation's route."""
+    names = [part[1:-1] for part in path.split("/") if part.startswith("{")]
+    name = _OPERATION_IDS.get(operation.name, operation.name)
+    name += "_version" if "version" in names else ""
+    describe = _COMPUTATIONS.get(operation.name, _description)
+    method = describe(name, operation.summary)
+    parameters = [{"name": part, "in": "path", "required": True, "schema": _TEXT} for part in names]
+    return {**({"parameters": parameters} if names else {}), operation.method.lower(): method}
 
 
 def _operation(
@@ -137,7 +180,7 @@ def _home() -> Tree:
     answer = {
         "description": "the page for browsers, a summary for others",
         "content": {
-            "text/html": {"schema": {"type": "string"}},
+            "text/html": {"schema": _TEXT},
             JSON: {"schema": {"type": "object"}},
         },
     }
@@ -146,7 +189,7 @@ def _home() -> Tree:
 
 def _page() -> Tree:
     answer = {"description": "a file of the page", "content": {"*/*": {"schema": _bytes()}}}
-    parameter = {"name": "path", "in": "path", "required": True, "schema": {"type": "string"}}
+    parameter = {"name": "path", "in": "path", "required": True, "schema": _TEXT}
     return _operation(
         "page",
         "Files of the page",
@@ -160,25 +203,30 @@ def _page() -> Tree:
 def _metrics() -> Tree:
     answer = {
         "description": "Prometheus' text format",
-        "content": {"text/plain": {"schema": {"type": "string"}}},
+        "content": {"text/plain": {"schema": _TEXT}},
     }
     return _operation("metrics", "What to watch", {"200": answer}, ())
 
 
-def _features() -> Tree:
+def _description(name: str, summary: str) -> Tree:
+    schema = _ref("Model") if name == "model" else {"type": "object"}
+    return _json(name, summary, schema, ("400", "404", "503"))
+
+
+def _features(name: str, summary: str) -> Tree:
     schema = {"schema": _bytes()}
-    entity = {"ETag": {"schema": {"type": "string"}}, "Vary": {"schema": {"type": "string"}}}
+    entity = {"ETag": {"schema": _TEXT}, "Vary": {"schema": _TEXT}}
     answer = {
         "description": "features in the format that `Accept` prefers",
         "headers": {
             **entity,
             METADATA_HEADER: {
                 "description": "npy only: the metadata as JSON",
-                "schema": {"type": "string"},
+                "schema": _TEXT,
             },
         },
         "content": {
-            JSON: {"schema": ref("Features")},
+            JSON: {"schema": _ref("Features")},
             NPY: schema,
             NPZ: schema,
             "application/zip": schema,
@@ -190,68 +238,66 @@ def _features() -> Tree:
     outputs = _query(
         "outputs",
         "Comma-separated: pooled, tokens, layer_<i>, pyramid_<stride>. Pooled by default.",
-        {"type": "string"},
+        _TEXT,
         "pooled,tokens",
     )
     return _operation(
-        "features",
-        "Features of pictures",
+        name,
+        summary,
         {"200": answer, "304": {"description": _STATUSES["304"], "headers": entity}},
         ("400", "404", "406", "408", "413", "415", "422"),
         parameters=[
-            _model(),
-            _query("version", "Of the model", {"type": "string"}),
+            *_model_parameters(),
             outputs,
             *_options(),
         ],
-        requestBody=_pictures(),
+        requestBody=_picture_body(),
     )
 
 
-def _reconstruct() -> Tree:
+def _reconstruct(name: str, summary: str) -> Tree:
     ratio = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
-    answer = {"description": "pictures", "content": {JSON: {"schema": ref("Reconstruction")}}}
+    answer = {"description": "pictures", "content": {JSON: {"schema": _ref("Reconstruction")}}}
     return _operation(
-        "reconstruct",
-        "Hide a part of a picture and predict it",
+        name,
+        summary,
         {"200": answer, "304": {"description": _STATUSES["304"]}},
         ("400", "404", "408", "409", "413", "415", "422"),
         parameters=[
-            _model(),
-            _query("version", "Of the model", {"type": "string"}),
+            *_model_parameters(),
             _query("mask_ratio", "Share of patches to hide", ratio),
             _query("seed", "Of the mask", {"type": "integer", "minimum": 0, "maximum": 999999999}),
         ],
-        requestBody=_pictures(),
+        requestBody=_picture_body(),
     )
 
 
-def _embeddings() -> Tree:
+def _embeddings(name: str, summary: str) -> Tree:
     text = {"type": "string", "description": "a data URI, base64, or an https URL where allowed"}
     body = {
         "type": "object",
         "required": ["input"],
         "properties": {
-            "model": {"type": "string"},
+            "model": _TEXT,
             "input": {"anyOf": [text, {"type": "array", "items": text, "minItems": 1}]},
             "encoding_format": {"enum": ["float", "base64"]},
             "dimensions": {"type": "integer"},
-            "user": {"type": "string"},
+            "user": _TEXT,
             "pooling": {"enum": list(get_args(Pooling))},
-            "size": {"type": "string"},
+            "size": _TEXT,
         },
     }
-    answer = {"description": "pooled vectors", "content": {JSON: {"schema": ref("Embeddings")}}}
+    answer = {"description": "pooled vectors", "content": {JSON: {"schema": _ref("Embeddings")}}}
     return _operation(
-        "embeddings",
-        "Pooled vectors, in the words of OpenAI's API",
+        name,
+        summary,
         {"200": answer, "304": {"description": _STATUSES["304"]}},
         ("400", "404", "408", "413", "415", "422"),
         requestBody={"required": True, "content": {JSON: {"schema": body}}},
     )
 
 
-def _infer(name: str) -> Tree:
+def _infer(name: str, summary: str) -> Tree:
     length = {
         "name": HEADER_LENGTH,
         "in": "header",
@@ -261,12 +307,12 @@ def _infer(name: str) -> Tree:
     answer = {
         "description": "tensors, as JSON or raw after it",
         "headers": {HEADER_LENGTH: {"schema": {"type": "integer"}}},
-        "content": {JSON: {"schema": ref("InferResponse")}, _BINARY: {"schema": _bytes()}},
+        "content": {JSON: {"schema": _ref("InferResponse")}, _BINARY: {"schema": _bytes()}},
     }
-    body = {JSON: {"schema": ref("InferRequest")}, _BINARY: {"schema": _bytes()}}
+    body = {JSON: {"schema": _ref("InferRequest")}, _BINARY: {"schema": _bytes()}}
     return _operation(
         name,
-        "Inference (Open Inference Protocol v2, binary tensor extension)",
+        summary,
         {"200": answer, "304": {"description": _STATUSES["304"]}},
         ("400", "404", "408", "413", "415", "422"),
         parameters=[length],
@@ -274,7 +320,15 @@ def _infer(name: str) -> Tree:
     )
 
 
-def _pictures() -> Tree:
+_COMPUTATIONS = {
+    FEATURES.name: _features,
+    EMBEDDINGS.name: _embeddings,
+    RECONSTRUCT.name: _reconstruct,
+    INFER.name: _infer,
+}
+
+
+def _picture_body() -> Tree:
     listed = {
         "type": "object",
         "required": ["images"],
@@ -315,18 +369,11 @@ def _query(name: str, text: str, schema: Tree, example: str | None = None) -> Tr
     return found
 
 
-def _model() -> Tree:
-    return _query(
-        "model", "Name of the model; may be left out where there is one", {"type": "string"}
-    )
-
-
-def _name() -> Tree:
-    return {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
-
-
-def _version() -> Tree:
-    return {"name": "version", "in": "path", "required": True, "schema": {"type": "string"}}
+def _model_parameters() -> list[Tree]:
+    return [
+        _query("model", "Name of the model; may be left out where there is one", _TEXT),
+        _query("version", "Of the model", _TEXT),
+    ]
 
 
 def _bytes() -> Tree:
@@ -338,13 +385,13 @@ def _refusal(status: str) -> Tree:
     if status in ("429", "503"):
         headers["Retry-After"] = {"schema": {"type": "integer", "minimum": 0}}
     if status == "401":
-        headers["WWW-Authenticate"] = {"schema": {"type": "string"}}
+        headers["WWW-Authenticate"] = {"schema": _TEXT}
     if status == "405":
-        headers["Allow"] = {"schema": {"type": "string"}}
+        headers["Allow"] = {"schema": _TEXT}
     return {
         "description": _STATUSES[status],
         **({"headers": headers} if headers else {}),
-        "content": {_PROBLEM: {"schema": ref("Problem")}},
+        "content": {_PROBLEM: {"schema": _ref("Problem")}},
     }
 
 

@@ -1,15 +1,15 @@
 """The routes, as ASGI applications that know nothing of Ray.
 
 `model_app` answers below `/v2/models/<name>`, `root_app` everything else. Both read a request
-into a `Call` and turn a `Reply` into the answer; who makes the one of the other is a function,
-which a model's replica answers itself and the root by asking one. Both wear the same edge,
-because with HAProxy in front each replica's port can be reached beside it.
+into a `Call` and turn a `Reply` into the answer. A function makes the one of the other: a model's
+replica answers by itself, the root asks a replica. Both have the same gateway, because behind
+HAProxy each replica's own port can be reached, too.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,13 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from mimray.serving.api.access_log import AccessLog
-from mimray.serving.api.gateway import Bodies, Edge, EdgeLimits, send_reply
-from mimray.serving.api.keys import KeyRing, Quota
+from mimray.serving.api.gateway import Bodies, Gateway, GatewayParts, send_reply
+from mimray.serving.api.openapi import document
 from mimray.serving.operations.calls import Call, Reply, problem_reply
-from mimray.serving.telemetry.metrics import Metrics
-from mimray.serving.telemetry.tracing import Tracer
+from mimray.serving.operations.metadata import DESCRIBE
+from mimray.serving.operations.operation import Operation
+from mimray.serving.operations.request_images import parse_object
+from mimray.serving.operations.table import OPERATIONS
 from mimray.serving.wire.errors import (
     EndpointError,
     InvalidRequestError,
@@ -54,55 +55,44 @@ _PAGE_HEADERS = {
 }
 _KEPT_HEADERS = ("accept", "content-type", "if-none-match", HEADER_LENGTH.lower())
 
+Endpoint = Callable[[Request], Awaitable[Response]]
 Ask = Callable[[str, Call], Awaitable[Reply]]
 """Answers a call to a model, by the model's name."""
 
 
-@dataclass(frozen=True)
-class EdgeParts:
-    """What every application of a server shares.
-
-    Attributes:
-        limits: of what is read.
-        keys: who may come; None for everybody.
-        access_log: where requests are noted.
-        tracer: where spans go.
-        metrics: where refusals of no model are counted.
-    """
-
-    limits: EdgeLimits
-    keys: KeyRing | None
-    access_log: AccessLog
-    tracer: Tracer
-    metrics: Metrics
-
-    def close(self) -> None:
-        """Write and send what is left."""
-        self.access_log.close()
-        self.tracer.close()
-
-
-def model_app(name: str, answer: Callable[[Call], Awaitable[Reply]], edge: EdgeParts) -> ASGIApp:
+def model_app(
+    name: str, answer: Callable[[Call], Awaitable[Reply]], gateway: GatewayParts
+) -> ASGIApp:
     """Routes of one model.
 
     Args:
-        name: of the model.
-        answer: answers calls to it.
-        edge: what stands before them.
+        name: the model's name in the URL.
+        answer: answers calls to the model.
+        gateway: the parts of the gateway before the routes.
     """
+    bodies = Bodies(gateway.limits)
 
-    async def ask(model: str, call: Call) -> Reply:
-        assert model == name
-        return await answer(call)
+    def endpoint(operation: Operation) -> Endpoint:
+        async def respond(request: Request) -> Response:
+            query = _query(request)
+            body = await bodies.read(request) if operation.method == "POST" else b""
+            return _response(await answer(_call(operation, request, query, body)), request)
 
-    bodies = Bodies(edge.limits)
-    return _application(_model_routes(f"/v2/models/{name}", name, ask, bodies), bodies, edge)
+        return respond
+
+    routes = [
+        Route(path.replace("{name}", name), endpoint(operation), methods=[operation.method])
+        for operation in OPERATIONS.values()
+        if operation.is_below_model
+        for path in operation.paths
+    ]
+    return _application(routes, bodies, gateway)
 
 
 def root_app(
     models: Callable[[], Awaitable[Mapping[str, bool]]],
     ask: Ask,
-    edge: EdgeParts,
+    gateway: GatewayParts,
     *,
     version: str,
     metrics: Callable[[], Awaitable[str]],
@@ -110,18 +100,18 @@ def root_app(
     """Routes of the server as a whole, and the answer to every unknown path.
 
     Args:
-        models: says of each model by name whether it is ready.
-        ask: answers calls to models.
-        edge: what stands before the routes.
-        version: of this server.
-        metrics: gives them in Prometheus' text format.
+        models: gives the models by name, True for those that are ready.
+        ask: answers a call to a model.
+        gateway: the parts of the gateway before the routes.
+        version: the server's version.
+        metrics: gives all metrics in Prometheus' text format.
     """
-    bodies = Bodies(edge.limits)
+    bodies = Bodies(gateway.limits)
 
     async def home(request: Request) -> Response:
         if "text/html" in request.headers.get("accept", ""):
             return FileResponse(PAGE / "index.html", headers={**_PAGE_HEADERS, "Vary": "Accept"})
-        states = await models() if edge.keys is None else {}
+        states = await models() if gateway.keys is None else {}
         listed = [
             {"name": name, "ready": ready, "url": f"/v2/models/{name}"}
             for name, ready in states.items()
@@ -160,11 +150,11 @@ def root_app(
     async def index(request: Request) -> Response:
         entries = []
         for name, is_ready in (await models()).items():
-            facts = await _described(ask, name) if is_ready else None
+            description = await _described(ask, name) if is_ready else None
             entries.append(
                 {
                     "name": name,
-                    "version": facts["version"] if facts else "",
+                    "version": description["version"] if description else "",
                     "state": "READY" if is_ready else "UNAVAILABLE",
                     "reason": "",
                 }
@@ -174,46 +164,33 @@ def root_app(
     async def listing(request: Request) -> Response:
         entries = []
         for name, is_ready in (await models()).items():
-            facts = await _described(ask, name) if is_ready else None
+            description = await _described(ask, name) if is_ready else None
             absent = {
                 "id": name, "object": "model", "created": 0, "owned_by": "mimray", "ready": False
             }  # fmt: skip
-            entries.append(facts or absent)
+            entries.append(description or absent)
         return JSONResponse({"object": "list", "data": entries})
 
-    async def one(request: Request) -> Response:
-        name = await _known(models, request.path_params["name"])
-        return _response(await ask(name, Call("describe")), request)
+    def endpoint(operation: Operation) -> Endpoint:
+        async def respond(request: Request) -> Response:
+            query = _query(request)
+            if operation.model_in == "query":  # known before its body is read
+                name = await _known(models, query.get("model"))
+            body = await bodies.read(request) if operation.method == "POST" else b""
+            call = _call(operation, request, query, body)
+            if operation.model_in == "body":
+                name = await _known(models, parse_object(body).get("model"))
+            elif operation.model_in == "path":
+                name = await _known(models, request.path_params["name"])
+            return _response(await ask(name, call), request)
 
-    async def features(request: Request) -> Response:
-        return await _v1("features", request)
-
-    async def reconstruct(request: Request) -> Response:
-        return await _v1("reconstruct", request)
-
-    async def _v1(operation: str, request: Request) -> Response:
-        query = _query(request)
-        name = await _known(models, query.get("model"))
-        call = _call(operation, request, await bodies.read(request), query.get("version"))
-        return _response(await ask(name, call), request)
-
-    async def embeddings(request: Request) -> Response:
-        from mimray.serving.operations.request_images import parse_object
-
-        body = await bodies.read(request)
-        name = await _known(models, parse_object(body).get("model"))
-        return _response(await ask(name, _call("embeddings", request, body)), request)
+        return respond
 
     async def prometheus(request: Request) -> Response:
         return Response(await metrics(), media_type="text/plain; version=0.0.4")
 
     async def openapi(request: Request) -> Response:
-        from mimray.serving.api.openapi import document
-
         return JSONResponse(document())
-
-    async def other_model(model: str, call: Call) -> Reply:
-        return await ask(await _known(models, model), call)
 
     routes = [
         Route("/", home),
@@ -221,65 +198,24 @@ def root_app(
         Route("/openapi.json", openapi),
         Route("/metrics", prometheus),
         Route("/v1/models", listing),
-        Route("/v1/models/{name}", one),
-        Route("/v1/features", features, methods=["POST"]),
-        Route("/v1/embeddings", embeddings, methods=["POST"]),
-        Route("/v1/reconstruct", reconstruct, methods=["POST"]),
         Route("/v2", server),
         Route("/v2/", server),
         Route("/v2/health/live", live),
         Route("/v2/health/ready", ready),
         Route("/v2/repository/index", index, methods=["POST"]),
-        *_model_routes("/v2/models/{name}", None, other_model, bodies),
+        *(
+            Route(path, endpoint(operation), methods=[operation.method])
+            for operation in OPERATIONS.values()
+            for path in operation.paths
+        ),
     ]
-    return _application(routes, bodies, edge)
+    return _application(routes, bodies, gateway)
 
 
-def _model_routes(prefix: str, name: str | None, ask: Ask, bodies: Bodies) -> list[Route]:
-    """Routes of the Open Inference Protocol for one model, or for any whose name is in the path."""
-
-    def described(operation: str) -> Callable[[Request], Awaitable[Response]]:
-        async def endpoint(request: Request) -> Response:
-            params = request.path_params
-            call = _call(operation, request, b"", params.get("version"))
-            return _response(await ask(name or params["name"], call), request)
-
-        return endpoint
-
-    async def infer(request: Request) -> Response:
-        params = request.path_params
-        body = await bodies.read(request)
-        call = _call("infer", request, body, params.get("version"))
-        return _response(await ask(name or params["name"], call), request)
-
-    return [
-        route
-        for base in (prefix, prefix + "/versions/{version}")
-        for route in (
-            Route(base, described("metadata")),
-            Route(base + "/ready", described("ready")),
-            Route(base + "/config", described("config")),
-            Route(base + "/stats", described("stats")),
-            Route(base + "/infer", infer, methods=["POST"]),
-        )
-    ]
-
-
-def _application(routes: list[Route], bodies: Bodies, edge: EdgeParts) -> ASGIApp:
+def _application(routes: list[Route], bodies: Bodies, gateway: GatewayParts) -> ASGIApp:
     app = Starlette(
         routes=routes,
-        middleware=[
-            Middleware(
-                Edge,
-                bodies=bodies,
-                keys=edge.keys,
-                quota=Quota(),
-                access_log=edge.access_log,
-                tracer=edge.tracer,
-                metrics=edge.metrics,
-                open_paths=OPEN_PATHS,
-            )
-        ],
+        middleware=[Middleware(Gateway, bodies=bodies, parts=gateway, open_paths=OPEN_PATHS)],
         exception_handlers={
             EndpointError: _on_endpoint_error,
             HTTPException: _on_http_exception,
@@ -305,18 +241,18 @@ def _response(reply: Reply, request: Request) -> Response:
     return _Reply(reply)
 
 
-def _call(operation: str, request: Request, body: bytes, version: str | None = None) -> Call:
-    notes = request.scope["mimray.notes"]
-    notes |= {"operation": operation, "bytes_in": len(body)}
-    headers = request.headers
+def _call(operation: Operation, request: Request, query: dict[str, str], body: bytes) -> Call:
+    request.scope["mimray.notes"].update(operation=operation.name, bytes_in=len(body))
+    version = request.path_params.get("version")
+    if operation.model_in == "query":
+        version = query.get("version")
     return Call(
-        operation=operation,
-        query=_query(request),
-        headers={name: headers[name] for name in _KEPT_HEADERS if name in headers},
+        operation=operation.name,
+        query=query,
+        headers={name: request.headers[name] for name in _KEPT_HEADERS if name in request.headers},
         body=body,
         version=version,
-        request_id=notes["request_id"],
-        traceparent=request.scope["mimray.traceparent"],
+        trace=request.scope["mimray.trace"],
     )
 
 
@@ -345,9 +281,7 @@ async def _known(models: Callable[[], Awaitable[Mapping[str, bool]]], name: Any)
 
 
 async def _described(ask: Ask, name: str) -> dict[str, Any] | None:
-    import json
-
-    reply = await ask(name, Call("describe"))
+    reply = await ask(name, Call(DESCRIBE.name))
     return json.loads(reply.body) if reply.status == 200 else None
 
 

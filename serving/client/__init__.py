@@ -6,8 +6,8 @@ with FeatureClient("http://127.0.0.1:8000") as client:
 async with AsyncFeatureClient("http://127.0.0.1:8000") as client:
     features = await client.features("cat.jpg", model="mae-photos", layers=(2, 5, 8, 11))
 
-`core` says what is asked and how answers read, `flows` when a request is sent again; the two
-clients only send and wait.
+`core` holds the operations as `steps`, `results` reads their answers, `retries` sends a request
+again; the two clients only send and wait. `Size` is the size of a model's input.
 """
 
 from mimray.serving.client.blocking import FeatureClient

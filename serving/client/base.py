@@ -1,18 +1,17 @@
-"""What the two clients share."""
+"""The base of the two clients."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import httpx2
 
 from mimray.serving.client.core import Core, request_headers
-from mimray.serving.client.flows import Send, Sending
+from mimray.serving.client.retries import Sender
+from mimray.serving.client.steps import Send
 from mimray.trainers.errors import ServingError
 
-Pooling = Literal["mean", "cls", "gem"]
-Dtype = Literal["float32", "float16", "bfloat16", "int8"]
 Headers = Mapping[str, str] | Callable[[], Mapping[str, str]]
 
 LIVE, READY = "/v2/health/live", "/v2/health/ready"
@@ -21,7 +20,7 @@ _KEEPALIVE_S = 30.0
 
 
 class Client:
-    """What both clients share: all but sending and waiting."""
+    """The base of both clients: all but sending and waiting."""
 
     _http_class: type[Any]
 
@@ -38,7 +37,7 @@ class Client:
         transport: Any = None,
     ) -> None:
         _check_url(base_url)
-        self._core = Core(Sending(base_url, timeout_s, deadline_s, max_retries), batch_size)
+        self._core = Core(Sender(base_url, timeout_s, deadline_s, max_retries), batch_size)
         self._headers = headers or {}
         self._http = self._http_class(
             base_url=base_url,

@@ -12,11 +12,12 @@ from typing import Any, TypeVar
 
 import httpx2
 
-from mimray.serving.client.base import LIVE, READY, Client, Dtype, Pooling
+from mimray.serving.client.base import LIVE, READY, Client
 from mimray.serving.client.core import Size, feature_parameters
-from mimray.serving.client.flows import All, Answer, Failure, Flow, Load, Pause, Send
 from mimray.serving.client.images import Image
 from mimray.serving.client.results import Features, Reconstruction
+from mimray.serving.client.steps import All, Answer, Failure, Load, Pause, Send, Steps
+from mimray.serving.wire.bodies import Dtype, Pooling
 from mimray.serving.wire.codecs import Array
 from mimray.trainers.errors import ServingError
 
@@ -30,14 +31,14 @@ class FeatureClient(Client):
     for or with growing, random pauses. A refusal is raised as the exception it was at the server.
 
     Args:
-        base_url: where the endpoint answers, e.g. `http://127.0.0.1:8000`.
+        base_url: the endpoint's address, e.g. `http://127.0.0.1:8000`.
         api_key: the endpoint's key; `MIMRAY_API_KEY` by default.
         timeout_s: longest wait for a connection and between bytes.
         max_retries: further attempts after the first.
         batch_size: most pictures in one request.
         deadline_s: longest time for a request, its retries and pauses included.
         headers: sent with every request, or a function that makes them, e.g. for `traceparent`.
-        transport: of httpx2, for other ways than TCP.
+        transport: a transport of httpx2, for other ways than TCP.
     """
 
     _http_class = httpx2.Client
@@ -50,15 +51,15 @@ class FeatureClient(Client):
         size: Size | None = None,
         concurrency: int = 4,
     ) -> Array:
-        """Pooled features of pictures.
+        """Compute pooled features of pictures.
 
         Args:
-            images: encoded pictures, paths or uint8 pixels [H, W, C], mixed as you like. A string
-                is a path.
+            images: encoded pictures, paths or uint8 pixels [H, W, C], in any mixture. A string is
+                a path.
             model: name of the model.
-            pooling: how tokens become one vector; the model's own way by default.
-            size: of the model's input: side of a square, (height, width), or `keep`, `keep:1024`
-                or `native`; what it was trained at by default.
+            pooling: the way that tokens become one vector; the model's own by default.
+            size: size of the model's input: side of a square, (height, width), or `keep`,
+                `keep:1024` or `native`; the size it was trained at by default.
             concurrency: most requests at once.
 
         Returns:
@@ -81,14 +82,15 @@ class FeatureClient(Client):
         size: Size | None = None,
         concurrency: int = 4,
     ) -> dict[str, Array]:
-        """Any outputs of many pictures, in requests of `batch_size`.
+        """Compute any outputs of many pictures, in requests of `batch_size`.
 
         Args:
-            images: as for `embed`.
+            images: the pictures, as for `embed`.
             model: name of the model.
-            names: of `pooled`, `tokens`, `layer_0`, `layer_1`, … and `pyramid_4` to `pyramid_32`.
+            names: names of outputs: `pooled`, `tokens`, `layer_0`, `layer_1`, … and `pyramid_4` to
+                `pyramid_32`.
             norm: apply the final norm to maps.
-            size: as for `embed`.
+            size: size of the model's input, as for `embed`.
             concurrency: most requests at once.
 
         Returns:
@@ -110,17 +112,17 @@ class FeatureClient(Client):
         size: Size | None = None,
         dtype: Dtype = "float32",
     ) -> Features:
-        """Dense features of one picture.
+        """Compute dense features of one picture.
 
         Args:
             image: an encoded picture, a path or uint8 pixels [H, W, C].
             model: name of the model.
             layers: layers whose maps are wanted too, counted from 0, or from the end below 0.
-            pooling: as for `embed`.
+            pooling: the way that tokens become one vector; the model's own by default.
             norm: apply the final norm to maps.
             pyramid: add maps of strides 4, 8, 16 and 32, derived from the last of `layers`.
-            size: as for `embed`.
-            dtype: as numbers travel. float16 stays; bfloat16 and int8 come back as float32.
+            size: size of the model's input, as for `embed`.
+            dtype: type of the numbers on the wire; bfloat16 and int8 come back as float32.
 
         Raises:
             EndpointError: an answer that is not features; see `embed`.
@@ -140,9 +142,10 @@ class FeatureClient(Client):
         dtype: Dtype = "float32",
         concurrency: int = 4,
     ) -> Iterator[Features]:
-        """Dense features of many pictures, in order, each as soon as those before it are there.
+        """Compute dense features of many pictures, in order, each when those before are there.
 
-        Some `2 * concurrency` pictures and answers are held at a time. See `features`.
+        At most `2 * concurrency` pictures and answers are held at a time. See `features` for the
+        arguments.
         """
         parameters = feature_parameters(layers, pooling, norm, pyramid, size, dtype)
         return self._each(self._core.features_many(images, model, parameters, concurrency))
@@ -150,13 +153,13 @@ class FeatureClient(Client):
     def reconstruct(
         self, image: Image, model: str, mask_ratio: float | None = None, seed: int = 0
     ) -> Reconstruction:
-        """Hide a part of a picture and see what the model predicts there.
+        """Hide a part of a picture and have the model predict it.
 
         Args:
-            image: as for `features`.
+            image: the picture, as for `features`.
             model: name of a model that is served with its decoder.
-            mask_ratio: the part to hide; the method's own by default.
-            seed: of the mask.
+            mask_ratio: the part to hide, 0 to 1; the method's own by default.
+            seed: seed of the mask.
 
         Raises:
             EndpointError: the model has no decoder, or another refusal.
@@ -164,11 +167,11 @@ class FeatureClient(Client):
         return self._run(self._core.reconstruct(image, model, mask_ratio, seed))
 
     def models(self) -> list[str]:
-        """Names of the models the endpoint serves."""
+        """The names of the models that the endpoint serves."""
         return self._run(self._core.models())
 
     def model(self, name: str) -> dict[str, Any]:
-        """What the endpoint says of a model: version, depth, strides, mean, std, limits, …."""
+        """The endpoint's description of a model: version, depth, strides, mean, std, limits, …."""
         return self._run(self._core.model(name))
 
     def metadata(self, model: str) -> dict[str, Any]:
@@ -176,11 +179,11 @@ class FeatureClient(Client):
         return self._run(self._core.metadata(model))
 
     def ready(self) -> bool:
-        """Whether the endpoint and all its models can answer now."""
+        """True if the endpoint and all its models can answer now."""
         return self._run(self._core.healthy(READY))
 
     def live(self) -> bool:
-        """Whether the endpoint runs."""
+        """True if the endpoint runs."""
         return self._run(self._core.healthy(LIVE))
 
     def close(self) -> None:
@@ -193,11 +196,11 @@ class FeatureClient(Client):
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def _run(self, flow: Flow[T], stop: threading.Event | None = None) -> T:
+    def _run(self, steps: Steps[T], stop: threading.Event | None = None) -> T:
         outcome: Any = None
         while True:
             try:
-                step = flow.send(outcome)
+                step = steps.send(outcome)
             except StopIteration as end:
                 result: T = end.value
                 return result
@@ -221,9 +224,9 @@ class FeatureClient(Client):
         waiting: deque[Future[T]] = deque()
         with ThreadPoolExecutor(batch.concurrency, "mimray-client") as pool:
             try:
-                for flow in batch.flows:
+                for branch in batch.branches:
                     # The caller's context holds the trace that `headers` may ask for.
-                    waiting.append(pool.submit(copy_context().run, self._run, flow, stop))
+                    waiting.append(pool.submit(copy_context().run, self._run, branch, stop))
                     if len(waiting) == 2 * batch.concurrency:
                         yield waiting.popleft().result()
                 while waiting:

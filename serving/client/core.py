@@ -1,4 +1,4 @@
-"""The operations of a client: what is asked, and how the answers read. No network here."""
+"""The operations of a client as steps: requests and readings of answers; no network here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from urllib.parse import quote, urlencode
 
 import numpy as np
 
-from mimray.serving.client.flows import All, Answer, Flow, Load, Sending, gather
 from mimray.serving.client.images import Chunk, Image, chunks, picture_file
 from mimray.serving.client.results import (
     Features,
@@ -19,12 +18,14 @@ from mimray.serving.client.results import (
     read_outputs,
     read_reconstruction,
 )
+from mimray.serving.client.retries import Sender
+from mimray.serving.client.steps import All, Answer, Load, Steps, gather
+from mimray.serving.wire.bodies import Parameters
 from mimray.serving.wire.codecs import Array
 from mimray.serving.wire.errors import EndpointError, ModelFailureError
 from mimray.serving.wire.oip_messages import (
     HEADER_LENGTH,
     InferResponse,
-    Parameters,
     build_request,
     parse_response,
 )
@@ -39,14 +40,14 @@ class Core:
     """The operations; see `FeatureClient` for what they mean.
 
     Args:
-        sending: how requests are sent.
+        sender: sends requests.
         batch_size: most pictures in one request.
     """
 
-    def __init__(self, sending: Sending, batch_size: int = 16) -> None:
+    def __init__(self, sender: Sender, batch_size: int) -> None:
         if batch_size < 1:
             raise ServingError(f"batch_size is {batch_size}", hint="use at least 1")
-        self._sending = sending
+        self._sender = sender
         self._batch_size = batch_size
 
     def embed(
@@ -56,7 +57,7 @@ class Core:
         pooling: str | None,
         size: Size | None,
         concurrency: int,
-    ) -> Flow[Array]:
+    ) -> Steps[Array]:
         """Pooled vectors of pictures."""
         parameters = _parameters(pooling=pooling, size=size)
         found = yield from self._outputs(images, model, ["pooled"], parameters, concurrency)
@@ -77,12 +78,12 @@ class Core:
         norm: bool,
         size: Size | None,
         concurrency: int,
-    ) -> Flow[dict[str, Array]]:
+    ) -> Steps[dict[str, Array]]:
         """Any outputs of pictures, by name."""
         parameters = _parameters(norm=norm, size=size)
         return self._outputs(images, model, names, parameters, concurrency)
 
-    def features(self, image: Image, model: str, parameters: Parameters) -> Flow[Features]:
+    def features(self, image: Image, model: str, parameters: Parameters) -> Steps[Features]:
         """Dense features of one picture; `parameters` by `feature_parameters`."""
         (chunk,) = chunks([image], 1)
         return (yield from self._infer(chunk, model, (), parameters, read_features))
@@ -91,21 +92,21 @@ class Core:
         self, images: Iterable[Image], model: str, parameters: Parameters, concurrency: int
     ) -> All[Features]:
         """Dense features of pictures, one request each: the endpoint batches what fits."""
-        flows = (
+        branches = (
             _shifted(index, self.features(image, model, parameters))
             for index, image in enumerate(images)
         )
-        return All(flows, concurrency)
+        return All(branches, concurrency)
 
     def reconstruct(
         self, image: Image, model: str, mask_ratio: float | None, seed: int
-    ) -> Flow[Reconstruction]:
-        """What the model makes of a part of the picture."""
+    ) -> Steps[Reconstruction]:
+        """The model's prediction of a picture's hidden part."""
         query = {"model": model, "seed": seed} | (
             {} if mask_ratio is None else {"mask_ratio": mask_ratio}
         )
         body = yield Load(lambda: picture_file(image))
-        answer = yield from self._sending.request(
+        answer = yield from self._sender.request(
             "POST",
             f"/v1/reconstruct?{urlencode(query)}",
             body,
@@ -113,28 +114,28 @@ class Core:
         )
         return read_reconstruction(_json(answer))
 
-    def models(self) -> Flow[list[str]]:
+    def models(self) -> Steps[list[str]]:
         """Names of the models."""
-        index = _json((yield from self._sending.request("POST", "/v2/repository/index")))
+        index = _json((yield from self._sender.request("POST", "/v2/repository/index")))
         if isinstance(index, list) and all(isinstance(e, dict) and "name" in e for e in index):
             return [str(entry["name"]) for entry in index]
         raise ModelFailureError("the answer is no index of models")
 
-    def model(self, name: str) -> Flow[dict[str, Any]]:
-        """What the endpoint says of a model."""
+    def model(self, name: str) -> Steps[dict[str, Any]]:
+        """The endpoint's description of a model."""
         return self._object(f"/v1/models/{_segment(name)}")
 
-    def metadata(self, name: str) -> Flow[dict[str, Any]]:
+    def metadata(self, name: str) -> Steps[dict[str, Any]]:
         """The protocol's description of a model."""
         return self._object(f"/v2/models/{_segment(name)}")
 
-    def healthy(self, path: str) -> Flow[bool]:
-        """Whether one look at `path` finds it well."""
-        outcome = yield self._sending.attempt("GET", path, None, {}, self._sending.deadline_s)
+    def healthy(self, path: str) -> Steps[bool]:
+        """True if one request to `path` is answered with 200."""
+        outcome = yield self._sender.attempt("GET", path, None, {}, self._sender.deadline_s)
         return isinstance(outcome, Answer) and outcome.status == 200
 
-    def _object(self, path: str) -> Flow[dict[str, Any]]:
-        tree = _json((yield from self._sending.request("GET", path)))
+    def _object(self, path: str) -> Steps[dict[str, Any]]:
+        tree = _json((yield from self._sender.request("GET", path)))
         if not isinstance(tree, dict):
             raise ModelFailureError(f"the answer to {path} is no JSON object")
         return tree
@@ -146,12 +147,12 @@ class Core:
         names: Sequence[str],
         parameters: Parameters,
         concurrency: int,
-    ) -> Flow[dict[str, Array]]:
-        flows = (
+    ) -> Steps[dict[str, Array]]:
+        branches = (
             _shifted(chunk.start, self._infer(chunk, model, names, parameters, read_outputs))
             for chunk in chunks(images, self._batch_size)
         )
-        answers = yield from gather(flows, concurrency)
+        answers = yield from gather(branches, concurrency)
         for name in names:
             if any(name not in answer for answer in answers):
                 raise ModelFailureError(f"the answer holds no output {name!r}")
@@ -168,10 +169,10 @@ class Core:
         names: Sequence[str],
         parameters: Parameters,
         read: Callable[[InferResponse], T],
-    ) -> Flow[T]:
+    ) -> Steps[T]:
         body = yield Load(lambda: build_request({"image": chunk.tensor()}, names, parameters))
         path = f"/v2/models/{_segment(model)}/infer"
-        answer = yield from self._sending.request("POST", path, body.content, body.headers)
+        answer = yield from self._sender.request("POST", path, body.content, body.headers)
         result: T = yield Load(lambda: read(self._parsed(answer)))
         return result
 
@@ -181,7 +182,7 @@ class Core:
         except EndpointError as error:
             raise ModelFailureError(
                 f"the answer is not of the protocol: {error}",
-                hint=f"is {self._sending.base_url} a mimray endpoint?",
+                hint=f"is {self._sender.base_url} a mimray endpoint?",
             ) from error
 
 
@@ -218,10 +219,10 @@ def request_headers(api_key: str | None) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
 
-def _shifted(start: int, flow: Flow[T]) -> Flow[T]:
-    """A flow whose errors count pictures from the caller's first one."""
+def _shifted(start: int, steps: Steps[T]) -> Steps[T]:
+    """Steps whose errors count pictures from the caller's first one."""
     try:
-        return (yield from flow)
+        return (yield from steps)
     except EndpointError as error:
         pictures = error.details.get("pictures")
         if not start or not isinstance(pictures, list):

@@ -1,4 +1,4 @@
-"""Pictures as callers have them, and as they travel."""
+"""Pictures of the caller, and their forms on the wire."""
 
 from __future__ import annotations
 
@@ -25,21 +25,25 @@ class Chunk:
 
     Attributes:
         start: index of the first one in the caller's list.
-        images: as the caller gave them; nothing is read yet.
+        images: the caller's pictures; files are not read yet.
     """
 
     start: int
     images: Sequence[Image]
 
     def tensor(self) -> Tensor:
-        """What is sent; reads files."""
+        """The tensor to send; it reads files."""
         if isinstance(self.images[0], np.ndarray):
             return np.stack([np.asarray(image) for image in self.images])
         return [_encoded(image) for image in self.images]
 
 
 def chunks(images: Iterable[Image], most: int) -> Iterator[Chunk]:
-    """Pictures in order, in chunks of at most `most`.
+    """Split pictures, in order, into chunks.
+
+    Args:
+        images: the caller's pictures.
+        most: most pictures of a chunk.
 
     Raises:
         ServingError: something that is no picture, or a file that is not there.

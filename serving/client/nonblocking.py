@@ -9,11 +9,12 @@ from typing import Any, TypeVar
 
 import httpx2
 
-from mimray.serving.client.base import LIVE, READY, Client, Dtype, Pooling
+from mimray.serving.client.base import LIVE, READY, Client
 from mimray.serving.client.core import Size, feature_parameters
-from mimray.serving.client.flows import All, Answer, Failure, Flow, Load, Pause, Send
 from mimray.serving.client.images import Image
 from mimray.serving.client.results import Features, Reconstruction
+from mimray.serving.client.steps import All, Answer, Failure, Load, Pause, Send, Steps
+from mimray.serving.wire.bodies import Dtype, Pooling
 from mimray.serving.wire.codecs import Array
 
 T = TypeVar("T")
@@ -23,14 +24,14 @@ class AsyncFeatureClient(Client):
     """`FeatureClient` for asyncio; its methods are described there.
 
     Args:
-        base_url: where the endpoint answers, e.g. `http://127.0.0.1:8000`.
+        base_url: the endpoint's address, e.g. `http://127.0.0.1:8000`.
         api_key: the endpoint's key; `MIMRAY_API_KEY` by default.
         timeout_s: longest wait for a connection and between bytes.
         max_retries: further attempts after the first.
         batch_size: most pictures in one request.
         deadline_s: longest time for a request, its retries and pauses included.
         headers: sent with every request, or a function that makes them, e.g. for `traceparent`.
-        transport: of httpx2, for other ways than TCP.
+        transport: a transport of httpx2, for other ways than TCP.
     """
 
     _http_class = httpx2.AsyncClient
@@ -43,7 +44,7 @@ class AsyncFeatureClient(Client):
         size: Size | None = None,
         concurrency: int = 4,
     ) -> Array:
-        """Pooled features of pictures, float32 [B, D]."""
+        """Compute pooled features of pictures, float32 [B, D]."""
         return await self._run(self._core.embed(images, model, pooling, size, concurrency))
 
     async def outputs(
@@ -56,7 +57,7 @@ class AsyncFeatureClient(Client):
         size: Size | None = None,
         concurrency: int = 4,
     ) -> dict[str, Array]:
-        """Any outputs of many pictures, arrays [B, …] by name."""
+        """Compute any outputs of many pictures, arrays [B, …] by name."""
         return await self._run(self._core.outputs(images, model, names, norm, size, concurrency))
 
     async def features(
@@ -70,7 +71,7 @@ class AsyncFeatureClient(Client):
         size: Size | None = None,
         dtype: Dtype = "float32",
     ) -> Features:
-        """Dense features of one picture."""
+        """Compute dense features of one picture."""
         parameters = feature_parameters(layers, pooling, norm, pyramid, size, dtype)
         return await self._run(self._core.features(image, model, parameters))
 
@@ -86,22 +87,22 @@ class AsyncFeatureClient(Client):
         dtype: Dtype = "float32",
         concurrency: int = 4,
     ) -> AsyncIterator[Features]:
-        """Dense features of many pictures, in order."""
+        """Compute dense features of many pictures, in order."""
         parameters = feature_parameters(layers, pooling, norm, pyramid, size, dtype)
         return self._each(self._core.features_many(images, model, parameters, concurrency))
 
     async def reconstruct(
         self, image: Image, model: str, mask_ratio: float | None = None, seed: int = 0
     ) -> Reconstruction:
-        """Hide a part of a picture and see what the model predicts there."""
+        """Hide a part of a picture and have the model predict it."""
         return await self._run(self._core.reconstruct(image, model, mask_ratio, seed))
 
     async def models(self) -> list[str]:
-        """Names of the models the endpoint serves."""
+        """The names of the models that the endpoint serves."""
         return await self._run(self._core.models())
 
     async def model(self, name: str) -> dict[str, Any]:
-        """What the endpoint says of a model."""
+        """The endpoint's description of a model."""
         return await self._run(self._core.model(name))
 
     async def metadata(self, model: str) -> dict[str, Any]:
@@ -109,11 +110,11 @@ class AsyncFeatureClient(Client):
         return await self._run(self._core.metadata(model))
 
     async def ready(self) -> bool:
-        """Whether the endpoint and all its models can answer now."""
+        """True if the endpoint and all its models can answer now."""
         return await self._run(self._core.healthy(READY))
 
     async def live(self) -> bool:
-        """Whether the endpoint runs."""
+        """True if the endpoint runs."""
         return await self._run(self._core.healthy(LIVE))
 
     async def close(self) -> None:
@@ -126,11 +127,11 @@ class AsyncFeatureClient(Client):
     async def __aexit__(self, *exc_info: object) -> None:
         await self.close()
 
-    async def _run(self, flow: Flow[T]) -> T:
+    async def _run(self, steps: Steps[T]) -> T:
         outcome: Any = None
         while True:
             try:
-                step = flow.send(outcome)
+                step = steps.send(outcome)
             except StopIteration as end:
                 result: T = end.value
                 return result
@@ -148,14 +149,14 @@ class AsyncFeatureClient(Client):
     async def _each(self, batch: All[T]) -> AsyncIterator[T]:
         turns = asyncio.Semaphore(batch.concurrency)
 
-        async def run(flow: Flow[T]) -> T:
+        async def run(branch: Steps[T]) -> T:
             async with turns:
-                return await self._run(flow)
+                return await self._run(branch)
 
         waiting: deque[asyncio.Task[T]] = deque()
         try:
-            for flow in batch.flows:
-                waiting.append(asyncio.create_task(run(flow)))
+            for branch in batch.branches:
+                waiting.append(asyncio.create_task(run(branch)))
                 if len(waiting) == 2 * batch.concurrency:
                     yield await waiting.popleft()
             while waiting:

@@ -1,4 +1,4 @@
-"""Answers of an endpoint as values: arrays, and what the endpoint says of them."""
+"""Answers of an endpoint as values: arrays, and their description."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
+from mimray.serving.wire import bodies
+from mimray.serving.wire.bodies import Pair
 from mimray.serving.wire.codecs import Array, Tensor, widen_bfloat16
 from mimray.serving.wire.errors import ModelFailureError
 from mimray.serving.wire.oip_messages import InferResponse
-
-Pair = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -59,11 +58,11 @@ class Features:
     metadata: dict[str, Any]
 
     def to_source(self, x: float, y: float) -> tuple[float, float]:
-        """Where a point of the model's input lies in the picture."""
+        """Map a point of the model's input to the picture."""
         return _mapped(self.inverse, x, y)
 
     def to_input(self, x: float, y: float) -> tuple[float, float]:
-        """Where a point of the picture lies in the model's input."""
+        """Map a point of the picture to the model's input."""
         return _mapped(self.transform, x, y)
 
     def at(self, x: float, y: float) -> Array:
@@ -84,7 +83,7 @@ class Features:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What a model makes of a picture of which it saw a part.
+    """A model's prediction of a picture of which it saw a part.
 
     Attributes:
         grid: (h, w) of the mask.
@@ -105,43 +104,11 @@ class Reconstruction:
     panels: dict[str, bytes]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-_Row = tuple[float, float, float]
-
-
-class _Picture(_Part):
-    source_size: Pair
-    input_size: Pair
-    grid: Pair
-    stride: tuple[float, float]
-    transform: tuple[_Row, _Row, _Row]
-    inverse: tuple[_Row, _Row, _Row]
-    valid_region: tuple[float, float, float, float]
-
-
-class _Metadata(_Part):
+class _Metadata(bodies.Body):
     model: str
     version: str
     weights_sha256: str
-    pictures: list[_Picture]
-
-
-class _Panel(_Part):
-    title: str
-    image: str
-
-
-class _Reconstruction(_Part):
-    grid: Pair
-    mask: list[Any] | None
-    mask_ratio: float | None
-    masked: str | None
-    reconstruction: str | None
-    raw: str | None
-    panels: list[_Panel] = []
+    pictures: list[bodies.Geometry]
 
 
 def read_outputs(response: InferResponse) -> dict[str, Array]:
@@ -163,24 +130,24 @@ def read_features(response: InferResponse) -> Features:
     outputs = read_outputs(response)
     try:
         metadata: dict[str, Any] = json.loads(str(response.parameters["metadata"]))
-        facts = _Metadata.model_validate(metadata)
-        (picture,) = facts.pictures
+        described = _Metadata.model_validate(metadata)
+        (geometry,) = described.pictures
         arrays = {name: only for name, (only,) in outputs.items()}
         return Features(
             pooled=arrays["pooled"],
             tokens=arrays["tokens"],
             layers=_numbered(arrays, "layer_"),
             pyramid=_numbered(arrays, "pyramid_"),
-            grid=picture.grid,
-            stride=picture.stride,
-            source_size=picture.source_size,
-            input_size=picture.input_size,
-            transform=np.array(picture.transform),
-            inverse=np.array(picture.inverse),
-            valid_region=picture.valid_region,
-            model=facts.model,
-            version=facts.version,
-            weights_sha256=facts.weights_sha256,
+            grid=geometry.grid,
+            stride=(float(geometry.stride[0]), float(geometry.stride[1])),
+            source_size=geometry.source_size,
+            input_size=geometry.input_size,
+            transform=np.array(geometry.transform),
+            inverse=np.array(geometry.inverse),
+            valid_region=geometry.valid_region,
+            model=described.model,
+            version=described.version,
+            weights_sha256=described.weights_sha256,
             metadata=metadata,
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -194,15 +161,15 @@ def read_reconstruction(tree: Any) -> Reconstruction:
         ModelFailureError: it is none.
     """
     try:
-        facts = _Reconstruction.model_validate(tree)
+        body = bodies.Reconstruction.model_validate(tree)
         return Reconstruction(
-            grid=facts.grid,
-            mask=None if facts.mask is None else np.array(facts.mask, bool).reshape(facts.grid),
-            mask_ratio=facts.mask_ratio,
-            masked=_picture(facts.masked),
-            reconstruction=_picture(facts.reconstruction),
-            raw=_picture(facts.raw),
-            panels={panel.title: _picture(panel.image) or b"" for panel in facts.panels},
+            grid=body.grid,
+            mask=None if body.mask is None else np.array(body.mask, bool).reshape(body.grid),
+            mask_ratio=body.mask_ratio,
+            masked=_picture(body.masked),
+            reconstruction=_picture(body.reconstruction),
+            raw=_picture(body.raw),
+            panels={panel.title: _picture(panel.image) or b"" for panel in body.panels},
         )
     except ValueError as error:
         raise ModelFailureError(f"the answer is no reconstruction: {error}") from error

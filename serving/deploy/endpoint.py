@@ -1,4 +1,4 @@
-"""Start an endpoint, wait, and leave nothing behind."""
+"""Start an endpoint, wait, and end it without leaving anything behind."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from mimray.serving.deploy.config import API_KEY_VARIABLE, ServeConfig, check_config
+from mimray.serving.config import API_KEY_VARIABLE, ServeConfig, check_config
 from mimray.serving.deploy.haproxy import HAProxyState, haproxy_available, port_is_free
 from mimray.trainers.errors import ServingError
 
@@ -39,7 +39,7 @@ class Endpoint:
     """A running endpoint; use it as a context manager or call `close`.
 
     Attributes:
-        url: where it answers.
+        url: the endpoint's address.
         models: names of the models.
     """
 
@@ -68,7 +68,7 @@ class Endpoint:
         """Follow aliases until Ctrl-C or SIGTERM, then close.
 
         Args:
-            tell: told what was rolled in or refused, in words.
+            tell: called with a line of text for each version rolled in or refused.
         """
         stop = threading.Event()
 
@@ -99,33 +99,31 @@ class Endpoint:
 def serve_bundles(
     models: Mapping[str, Path],
     *,
-    host: str = "127.0.0.1",
-    port: int = 8000,
+    host: str | None = None,
+    port: int | None = None,
     api_key: str | None = None,
     **options: Any,
 ) -> Endpoint:
     """Serve frozen encoders from folders.
 
     Args:
-        models: bundles by the name they get in the URL.
-        host: see `ServeConfig`.
-        port: likewise.
-        api_key: see `start`.
-        options: of every model; see `ModelConfig`.
+        models: directories of bundles, by the models' names in the URL.
+        host: address to listen on; `ServeConfig` has the default.
+        port: port to listen on; `ServeConfig` has the default.
+        api_key: a key that clients may send; by default the environment's `MIMRAY_API_KEY`.
+        options: options of every model, as in `ModelConfig`.
 
     Returns:
         The endpoint, ready to answer.
 
     Raises:
-        ServingError: as of `start`.
+        ServingError: there is no model, or `start` refuses.
     """
     from mimray.serving.deploy.serve_schema import Version
 
-    tree = {
-        "host": host,
-        "port": port,
-        "models": {name: {"bundle": str(path), **options} for name, path in models.items()},
-    }
+    given = {"host": host, "port": port}
+    tree: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    tree["models"] = {name: {"bundle": str(path), **options} for name, path in models.items()}
     if not models:
         raise ServingError("there is nothing to serve", hint="name at least one bundle")
 
@@ -138,11 +136,11 @@ def serve_bundles(
 def start(config: ServeConfig, resolve: Resolve, *, api_key: str | None = None) -> Endpoint:
     """Serve frozen encoders over HTTP.
 
-    Ray is started when the caller has not, or joined where `RAY_ADDRESS` says.
+    Ray is started, or joined at `RAY_ADDRESS`, unless the caller has.
 
     Args:
-        config: of the endpoint.
-        resolve: what a model's reference means now.
+        config: the endpoint's configuration.
+        resolve: finds the version that a model's reference means now.
         api_key: a key clients may send beside those of `config.keys`; by default the
             environment's `MIMRAY_API_KEY`.
 
@@ -235,7 +233,7 @@ def _start_serve(config: ServeConfig, state: HAProxyState) -> None:
 
 
 def _haproxy_reaches_replicas(host: str) -> bool:
-    """Replicas listen on the endpoint's host; HAProxy looks for those of its node on 127.0.0.1."""
+    """True if HAProxy, which asks 127.0.0.1, finds its node's replicas on the endpoint's host."""
     import ray
 
     if host in ("127.0.0.1", "localhost"):
@@ -244,7 +242,7 @@ def _haproxy_reaches_replicas(host: str) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach the address."""
+    """True if only this machine can reach the address."""
     if host == "localhost":
         return True
     try:
@@ -272,7 +270,7 @@ def _check_address(host: str, *, has_keys: bool) -> None:
 
 
 def _serve_is_running() -> bool:
-    """Whether someone else's Serve is there, whose address and applications are not ours."""
+    """True if the cluster runs another Serve, whose address and applications are not ours."""
     import ray
     from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 

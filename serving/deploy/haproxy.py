@@ -1,4 +1,4 @@
-"""HAProxy as the data plane: whether it can be, what Ray must be told, and what it leaves.
+"""HAProxy before the replicas: its settings for Ray Serve, its processes and its files.
 
 Ray starts HAProxy as a child of one of its actors. When Ray is killed rather than shut down,
 that child lives on and keeps the port, and the next server answers 500 to everything. So each
@@ -41,15 +41,15 @@ _POLL_S = 0.1
 
 
 def haproxy_available() -> bool:
-    """Whether this platform has an HAProxy that Ray can start."""
+    """True if this platform has an HAProxy that Ray can start."""
     return sys.platform.startswith("linux") and bool(haproxy_binary())
 
 
 class HAProxyState:
-    """The directory that holds one server's HAProxy files, and who owns it.
+    """The directory of one server's HAProxy files, with a note of its owner.
 
     Args:
-        port: the port the server listens on; one server a port, so one directory a port.
+        port: the server's port; each port has a directory of its own.
     """
 
     def __init__(self, port: int) -> None:
@@ -85,7 +85,7 @@ class HAProxyState:
         """End the HAProxy of a server that died without shutting down.
 
         Returns:
-            Whether there was one.
+            True if there was one.
         """
         if not self.folder.is_dir() or self._owner_is_alive():
             return False
@@ -97,7 +97,7 @@ class HAProxyState:
         """Take no more connections, and wait for the requests that were accepted.
 
         Returns:
-            Whether all of them were answered in time.
+            True if all of them were answered in time.
         """
         deadline = time.monotonic() + timeout_s
         sockets = self._admin_sockets()
@@ -117,13 +117,13 @@ class HAProxyState:
         return True
 
     def complaint(self) -> str:
-        """The last thing an HAProxy, or its launcher, said before it ended; empty for nothing."""
+        """The last line that an HAProxy or its launcher wrote to stderr; empty for none."""
         logs = sorted(self.folder.glob("*/*.stderr.log"), key=lambda log: log.stat().st_mtime)
         lines = [line for log in logs for line in log.read_text(errors="replace").splitlines()]
         return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
     def requests(self) -> int:
-        """Requests that are being answered now."""
+        """The number of requests that are being answered now."""
         return sum(map(_requests, self._admin_sockets()))
 
     def _admin_sockets(self) -> list[Path]:
@@ -145,7 +145,7 @@ class HAProxyState:
         return found
 
     def end_processes(self) -> bool:
-        """Kill every HAProxy of this directory; whether there was one."""
+        """Kill every HAProxy of this directory; True if there was one."""
         processes = self.processes()
         for process in processes:
             try:
@@ -156,10 +156,10 @@ class HAProxyState:
         return bool(processes)
 
     def environment(self, *, silence_s: float) -> dict[str, str]:
-        """What Ray Serve must find in its processes' environment to use HAProxy as we want.
+        """The environment by which Ray Serve's processes run HAProxy as this endpoint needs it.
 
         Args:
-            silence_s: longest a client may send nothing of what it has to send.
+            silence_s: longest time a client may pause while it sends a request.
         """
         return {
             "MIMRAY_PYTHON": sys.executable,
@@ -194,7 +194,7 @@ class HAProxyState:
 
 
 def _command(admin: Path, text: str) -> str:
-    """What HAProxy says to a command; nothing where it is gone."""
+    """HAProxy's answer to a command; empty if it is gone."""
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(_EXIT_WAIT_S)
         try:
@@ -212,7 +212,7 @@ def _requests(admin: Path) -> int:
 
 
 def port_is_free(host: str, port: int) -> bool:
-    """Whether a server could listen there now."""
+    """True if a server can listen there now."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

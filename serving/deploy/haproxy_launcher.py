@@ -1,14 +1,14 @@
-"""Starts HAProxy for Ray Serve, its configuration completed by what Ray leaves out.
+"""Starts HAProxy for Ray Serve, after completing the configuration that Ray wrote.
 
-Ray lets one name the binary it starts (`RAY_SERVE_HAPROXY_BINARY_PATH`) and writes the whole
-configuration anew before each start, so this stands in between: every error HAProxy or Ray's own
-layer makes becomes problem JSON, headers by which a client could command Ray are taken away, and
-what is for operators listens on loopback alone.
+Ray starts the binary named by `RAY_SERVE_HAPROXY_BINARY_PATH` and writes the whole configuration
+before each start. This program takes that binary's place: errors of HAProxy and of Ray's own layer
+become problem JSON, headers by which a client could command Ray are removed, and ports for
+operators listen on loopback alone.
 
-Where Ray's configuration is not the one known here it refuses to start: an endpoint that lets
-clients command Ray is worse than none.
+It refuses to start with a configuration that it does not recognise: an endpoint that lets clients
+command Ray is worse than none.
 
-Imports next to nothing, since HAProxy is started anew at every change. `haproxy.sh` runs it:
+HAProxy starts again at every change, so this imports next to nothing. `haproxy.sh` runs it:
 
     RAY_SERVE_HAPROXY_BINARY_PATH=…/serving/deploy/haproxy.sh MIMRAY_PYTHON=…/bin/python
 """
@@ -29,7 +29,7 @@ STRIPPED = (
     "serve-multiplexed-model-id",
     "x-session-id",
 )
-"""Headers of requests that Ray Serve obeys, `-` and `_` alike."""
+"""Request headers that Ray Serve obeys; `_` counts as `-`."""
 
 _ROUTER_PREFIX = "x-serve-router-"
 _RETRY_AFTER_S = 1
@@ -41,16 +41,18 @@ _KEEP_ALIVE_S = 10
 # Buffers a thread keeps for itself: with 16 MiB of them, of 1 MiB each, a request costs 0.4 ms of
 # CPU, and 1.5 ms where each has to be asked of the system.
 _HOT_BYTES = 16 * 2**20
-# What a status means, as `mimray.serving.wire.errors` has it.
-_MEANINGS = {
-    400: ("Invalid request", "invalid_request", "the request is not HTTP"),
-    404: ("Not found", "unknown_model", "there is nothing at this path"),
-    408: ("Timed out", "timeout", "the request came too slowly"),
-    413: ("Too large", "too_large", "the request is too large"),
-    500: ("Model failure", "model_failure", "the endpoint failed"),
-    503: ("Overloaded", "overloaded", "nothing can answer this now"),
+# Codes and titles, as the application has them.
+_REFUSALS = json.loads((Path(__file__).parents[1] / "wire" / "refusals.json").read_text())
+# The statuses that HAProxy or Ray's own layer answers by itself.
+_DETAILS = {
+    400: "the request is not HTTP",
+    404: "there is nothing at this path",
+    408: "the request came too slowly",
+    413: "the request is too large",
+    500: "the endpoint failed",
+    503: "nothing can answer this now",
 }
-# Whoever lost a replica has to come again, whatever HAProxy calls it.
+# A client whose replica died has to try again, whatever HAProxy calls it.
 _SENT_AS = {502: 503, 504: 503}
 
 
@@ -67,12 +69,12 @@ def haproxy_binary() -> str:
 
 def problem_body(status: int) -> str:
     """Problem JSON (RFC 9457) for a status, with the `error` member of the inference protocol."""
-    title, code, detail = _MEANINGS[status]
+    refusal, detail = _REFUSALS[str(status)], _DETAILS[status]
     members = {
         "type": "about:blank",
-        "title": title,
+        "title": refusal["title"],
         "status": status,
-        "code": code,
+        "code": refusal["code"],
         "detail": detail,
         "error": detail,
     }
@@ -80,7 +82,7 @@ def problem_body(status: int) -> str:
 
 
 def error_file(status: int) -> str:
-    """The whole response as HAProxy keeps it."""
+    """A refusal as HAProxy keeps it: the whole response."""
     phrases = {400: "Bad Request", 404: "Not Found", 408: "Request Timeout"}
     phrases |= {413: "Content Too Large", 500: "Internal Server Error", 503: "Service Unavailable"}
     body = problem_body(status)
@@ -96,11 +98,11 @@ def error_file(status: int) -> str:
 
 
 def completed(config: str, folder: str) -> str:
-    """Ray's configuration with ours in it.
+    """Complete Ray's configuration.
 
     Args:
-        config: what Ray wrote.
-        folder: where error files lie.
+        config: the configuration that Ray wrote.
+        folder: the directory of the error files.
 
     Raises:
         ValueError: a place that must be changed is not there.
@@ -109,7 +111,7 @@ def completed(config: str, folder: str) -> str:
         return config
     files = [
         f"    errorfile {status} {folder}/problem-{_SENT_AS.get(status, status)}.http"
-        for status in (*_MEANINGS, *_SENT_AS)
+        for status in (*_DETAILS, *_SENT_AS)
     ]
     config = re.sub(r"^ *errorfile \d+ .*\n", "", config, flags=re.M)
     config = re.sub(r"^ *timeout http-(request|keep-alive) .*\n", "", config, flags=re.M)
@@ -202,7 +204,7 @@ def _complete(path: str) -> None:
     folder = os.path.dirname(path)
     with open(path, encoding="utf-8") as file:
         config = completed(file.read(), folder)
-    for status in _MEANINGS:
+    for status in _DETAILS:
         with open(f"{folder}/problem-{status}.http", "w", newline="") as file:
             file.write(error_file(status))
     aside = f"{path}.{os.getpid()}"

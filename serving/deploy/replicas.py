@@ -1,4 +1,4 @@
-"""What Ray Serve runs: one application a version of a model, and one for everything else."""
+"""Replicas of the Ray Serve applications: one a version of a model, and one for the rest."""
 
 from __future__ import annotations
 
@@ -11,125 +11,64 @@ import random
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import ray
 from ray import serve
+from ray.exceptions import RayActorError
 from starlette.types import ASGIApp
 
-from mimray.serving.deploy.config import API_KEY_VARIABLE, Limits, Urls
+from mimray.serving.api.access_log import open_access_log
+from mimray.serving.api.gateway import GatewayParts
+from mimray.serving.api.keys import KeyRing, hash_key
+from mimray.serving.api.routes import model_app, root_app
+from mimray.serving.config import API_KEY_VARIABLE
+from mimray.serving.deploy.build_service import build_service
+from mimray.serving.deploy.settings import GatewaySettings, ModelSettings, Routing
 from mimray.serving.operations.calls import Call, Reply, problem_reply
+from mimray.serving.operations.metadata import DESCRIBE
+from mimray.serving.operations.operation import Computation
+from mimray.serving.operations.table import OPERATIONS
+from mimray.serving.telemetry.metrics import Metrics, exposition
+from mimray.serving.telemetry.tracing import Tracer
 from mimray.serving.wire.errors import OverloadedError, UnknownModelError
-from mimray.trainers.config.base import Config
-from mimray.trainers.errors import ServingError
-
-if TYPE_CHECKING:
-    from mimray.serving.api.routes import EdgeParts
 
 logger = logging.getLogger(__name__)
 
 ROOT_APPLICATION = "mimray"
 # Asking the controller takes a few milliseconds, and probes come often.
 _STATUS_AGE_S = 0.5
-_MIB = 2**20
 # A replica may die with a call in it; the next one gets the call, too.
 _ATTEMPTS = 3
-
-
-class EdgeSettings(Config):
-    """What every replica needs to know to admit requests.
-
-    Attributes:
-        keys: file of keys, readable on every node.
-        key_sha256: digest of one more key.
-        needs_key: refuse to start where there is none.
-        limits: see there.
-        access_log: see `ServeConfig`.
-    """
-
-    keys: Path | None = None
-    key_sha256: str | None = None
-    needs_key: bool = True
-    limits: Limits = Limits()
-    access_log: str | None = "ray"
-
-
-class ModelSettings(Config):
-    """What a replica needs to know to serve one version of a model.
-
-    Attributes:
-        name: the model's name in the URL.
-        bundle: directory of its bundle, readable on every node a replica may run on.
-        version: of the model.
-        device: see `Predictor`; by default whatever Ray gave the replica.
-        num_threads: threads of the model on a CPU; by default the CPUs Ray gave the replica.
-
-    The others are as in `ModelConfig` and `ServeConfig`.
-    """
-
-    name: str
-    bundle: Path
-    version: str = "1"
-    device: str = "auto"
-    num_threads: int | None = None
-    max_batch_size: int = 16
-    batch_wait_ms: float = 5.0
-    max_queue_size: int = 256
-    max_wait_s: float = 20.0
-    cache_mib: int = 64
-    compile: str | bool = "auto"
-    jpeg_draft: bool = False
-    urls: Urls = Urls()
-    edge: EdgeSettings = EdgeSettings()
-
-
-class Routing(Config):
-    """What changes without a restart: which versions of a model there are.
-
-    Attributes:
-        default: the version that answers where none is named.
-        applications: of each version.
-        canary: the version that gets a share of what names none.
-        share: how much it gets.
-    """
-
-    default: str
-    applications: dict[str, str]
-    canary: str | None = None
-    share: float = 0.0
 
 
 class ModelReplica:
     """Answers for one version of one model."""
 
     def __init__(self, settings: ModelSettings) -> None:
-        from mimray.serving.deploy.build_service import build_service
-
         self._settings = settings
         self._service = build_service(
             settings, num_threads=settings.num_threads or _assigned_cpus()
         )
         self._routing: Routing | None = None
-        # So that there is time for the stable version when the canary does not answer.
-        self._canary_timeout_s = settings.edge.limits.request_timeout_s / 2
-        self._others = _Others()
-        self._edge = edge_parts(settings.edge)
+        # Half of the time is left for the stable version.
+        self._canary_timeout_s = settings.gateway.limits.request_timeout_s / 2
+        self._peers = _Applications()
+        self._gateway = gateway_parts(settings.gateway)
 
     def reconfigure(self, routing: dict[str, Any]) -> None:
-        """Learn which versions there are now."""
+        """Take the model's versions from Ray Serve."""
         self._routing = Routing.model_validate(routing)
-        self._service.versions = tuple(self._routing.applications)
+        self._service.model.versions = tuple(self._routing.applications)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """The routes, built once the model is loaded."""
-        from mimray.serving.api.routes import model_app
-
-        return model_app(self._settings.name, self.answer, self._edge)
+        return model_app(self._settings.name, self.answer, self._gateway)
 
     def __del__(self) -> None:
-        """Serve calls this as a replica ends."""
-        if hasattr(self, "_edge"):
-            self._edge.close()
+        """End the replica; Ray Serve calls this."""
+        if hasattr(self, "_gateway"):
+            self._gateway.close()
             self._service.close()
 
     async def answer(self, call: Call) -> Reply:
@@ -139,15 +78,15 @@ class ModelReplica:
             routing is not None
             and routing.canary is not None
             and call.version is None
-            and call.operation in _SPLIT
+            and isinstance(OPERATIONS.get(call.operation), Computation)
             and random.random() < routing.share
         ):
             try:
                 # Named, or the canary would split it again.
                 named = replace(call, version=routing.canary)
                 async with asyncio.timeout(self._canary_timeout_s):
-                    reply = await self._others.ask(routing.applications[routing.canary], named)
-            except Exception as error:  # whatever it is, a canary's fall is nobody's harm
+                    reply = await self._peers.ask(routing.applications[routing.canary], named)
+            except Exception as error:  # no failure of a canary may reach a client
                 logger.warning("canary %s did not answer: %r", routing.canary, error)
             else:
                 if reply.status < 500:
@@ -156,47 +95,40 @@ class ModelReplica:
         return await self._service.answer(call)
 
 
-# What is computed, as against what is told.
-_SPLIT = ("infer", "features", "embeddings", "reconstruct")
-
-
 class RootReplica:
     """Answers for the server as a whole."""
 
-    def __init__(self, edge: EdgeSettings) -> None:
-        self._timeout_s = edge.limits.request_timeout_s
-        self._edge = edge_parts(edge)
+    def __init__(self, settings: GatewaySettings) -> None:
+        self._timeout_s = settings.limits.request_timeout_s
+        self._gateway = gateway_parts(settings)
         self._models: dict[str, Routing] = {}
         self._states: dict[str, bool] = {}
         self._applications: dict[str, Any] = {}
-        # Kept, so that whoever lists models does not wake those that scaled to zero.
+        # Kept, so that listing models does not wake those that scaled to zero.
         self._descriptions: dict[str, Reply] = {}
-        self._others = _Others()
+        self._peers = _Applications()
         self._asked = -_STATUS_AGE_S
 
     def reconfigure(self, models: dict[str, Any]) -> None:
-        """Learn which models there are now."""
+        """Take the models and their versions from Ray Serve."""
         self._models = {name: Routing.model_validate(tree) for name, tree in models.items()}
         self._descriptions.clear()
         self._asked = -_STATUS_AGE_S
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """The routes."""
-        from mimray.serving.api.routes import root_app
-        from mimray.serving.telemetry.metrics import exposition
-
         return root_app(
             self._ready,
             self._ask,
-            self._edge,
+            self._gateway,
             version=importlib.metadata.version("mimray"),
             metrics=exposition,
         )
 
     def __del__(self) -> None:
-        """Serve calls this as a replica ends."""
-        if hasattr(self, "_edge"):
-            self._edge.close()
+        """End the replica; Ray Serve calls this."""
+        if hasattr(self, "_gateway"):
+            self._gateway.close()
 
     async def _ready(self) -> Mapping[str, bool]:
         if time.monotonic() - self._asked >= _STATUS_AGE_S:
@@ -207,7 +139,7 @@ class RootReplica:
         return self._states
 
     def _is_ready(self, name: str) -> bool:
-        """Whether a model answers.
+        """True if a model answers.
 
         While a new version is rolled in, the old one does; a model that scaled to zero is woken.
         """
@@ -230,39 +162,37 @@ class RootReplica:
         states = await self._ready()
         if not states.get(name) and application not in self._applications:
             return problem_reply(OverloadedError(f"model {name!r} is not ready"))
-        if call.operation == "describe" and name in self._descriptions:
+        if call.operation == DESCRIBE.name and name in self._descriptions:
             return self._descriptions[name]
         try:
             async with asyncio.timeout(self._timeout_s):
-                reply = await self._others.ask(application, call)
+                reply = await self._peers.ask(application, call)
         except TimeoutError:
             return problem_reply(OverloadedError(f"model {name!r} did not answer in time"))
         except Exception as error:  # the replica or its application is gone
             logger.warning("%s did not answer: %r", application, error)
             return problem_reply(OverloadedError(f"model {name!r} cannot be reached"))
-        if call.operation == "describe" and _is_current(reply, routing):
+        if call.operation == DESCRIBE.name and _is_current(reply, routing):
             self._descriptions[name] = reply
         return reply
 
 
 def _is_current(description: Reply, routing: Routing) -> bool:
-    """Whether a model's description is of the versions there are now: a rollout takes a while."""
+    """True if a description is of today's versions; replicas learn of a rollout one by one."""
     if description.status != 200:
         return False
     told = json.loads(description.body)
     return (told["version"], told["versions"]) == (routing.default, [*routing.applications])
 
 
-class _Others:
-    """Asks other applications, by handles kept: while one changes, Serve does not give out new."""
+class _Applications:
+    """Other applications; their handles are kept, as Serve gives out none during a change."""
 
     def __init__(self) -> None:
         self._handles: dict[str, Any] = {}
 
     async def ask(self, application: str, call: Call) -> Reply:
-        """A call answered there; sent again where its replica dies."""
-        from ray.exceptions import RayActorError
-
+        """Have an application answer a call; sent again if its replica dies."""
         if application not in self._handles:
             self._handles[application] = serve.get_app_handle(application)
         for attempt in range(_ATTEMPTS):
@@ -276,53 +206,24 @@ class _Others:
         raise AssertionError("the last attempt returns or raises")
 
 
-def edge_parts(settings: EdgeSettings) -> EdgeParts:
-    """What stands before the routes of a replica.
+def gateway_parts(settings: GatewaySettings) -> GatewayParts:
+    """Build the parts of a replica's gateway.
 
     Raises:
-        ServingError: keys are needed, and there are none.
+        ServingError: a key is needed and none is set.
     """
-    from mimray.serving.api.access_log import open_access_log
-    from mimray.serving.api.gateway import EdgeLimits
-    from mimray.serving.api.keys import KeyRing, hash_key
-    from mimray.serving.api.routes import EdgeParts
-    from mimray.serving.telemetry.metrics import Metrics
-    from mimray.serving.telemetry.tracing import Tracer
-
-    require_keys(settings)
+    settings.require_keys()
     hashes = [settings.key_sha256] if settings.key_sha256 else []
     if os.environ.get(API_KEY_VARIABLE):
         hashes.append(hash_key(os.environ[API_KEY_VARIABLE]))
-    keys = KeyRing(settings.keys, hashes) if hashes or settings.keys else None
-    limits = settings.limits
-    return EdgeParts(
-        limits=EdgeLimits(
-            max_body_bytes=limits.body_mib * _MIB,
-            max_bodies_bytes=limits.bodies_mib * _MIB,
-            body_timeout_s=limits.body_timeout_s,
-        ),
-        keys=keys,
+    return GatewayParts(
+        limits=settings.limits,
+        keys=KeyRing(settings.keys, hashes) if hashes or settings.keys else None,
         access_log=open_access_log(settings.access_log),
         tracer=Tracer(),
         metrics=Metrics("", ""),
     )
 
 
-def require_keys(settings: EdgeSettings) -> None:
-    """Refuse to serve whoever comes where others can come.
-
-    Raises:
-        ServingError: keys are needed, and there are none.
-    """
-    known = settings.keys or settings.key_sha256 or os.environ.get(API_KEY_VARIABLE)
-    if settings.needs_key and not known:
-        raise ServingError(
-            f"{API_KEY_VARIABLE} is not set, there is no file of keys, and others can reach this",
-            hint="give it to every container from a Secret",
-        )
-
-
 def _assigned_cpus() -> int:
-    import ray
-
     return max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)))

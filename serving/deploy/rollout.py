@@ -1,4 +1,4 @@
-"""Which versions run, and how one takes another's place without a failed request."""
+"""Rollouts: one version takes another's place without a failed request."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from mimray.serving.deploy.config import ServeConfig
-from mimray.serving.deploy.serve_schema import Served, Share, Version, serve_schema
+from mimray.serving.config import ServeConfig
+from mimray.serving.deploy.serve_schema import ReplicaResources, Served, Version, serve_schema
 from mimray.trainers.errors import MimrayError, ResourceError, ServingError
 
 logger = logging.getLogger(__name__)
 
 Resolve = Callable[[str], Version]
-"""What a reference means now; raises a `MimrayError` where it means nothing."""
+"""Finds the version that a reference means now; raises a `MimrayError` if it means none."""
 
 _POLL_S = 0.1
 _FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
@@ -26,14 +26,14 @@ class Rollout:
     """Brings Ray Serve to what the configuration and the registry say.
 
     Args:
-        config: of the endpoint.
-        resolve: looks references up.
-        key_sha256: digest of a key from the environment.
-        needs_key: whether replicas refuse to start without keys.
+        config: the endpoint's configuration.
+        resolve: finds the version that a reference means.
+        key_sha256: SHA-256 of a key from the environment; None for none.
+        needs_key: True if replicas refuse to start without a key.
         start_timeout_s: longest wait for new replicas.
 
     Attributes:
-        models: what is served now, by name.
+        models: the models and their versions that are served now, by name.
     """
 
     def __init__(
@@ -51,12 +51,12 @@ class Rollout:
         self._key_sha256 = key_sha256
         self._needs_key = needs_key
         self._start_timeout_s = start_timeout_s
-        self._shares: dict[str, Share] = {}
+        self._resources: dict[str, ReplicaResources] = {}
         # Bundles that were refused, so that each is complained of once.
         self._refused: set[Version] = set()
 
     def prepare(self) -> None:
-        """Look up what is to be served, and verify it; nothing is started.
+        """Find and verify the versions to be served; nothing is started.
 
         Raises:
             BundleError: a bundle is missing or damaged.
@@ -67,19 +67,22 @@ class Rollout:
                 check_bundle(version)
 
     def start(self) -> None:
-        """Start what was prepared.
+        """Start the versions that were prepared.
 
         Raises:
             ResourceError: the cluster cannot hold the replicas.
-            ServingError: Ray Serve did not start it.
+            ServingError: Ray Serve did not start them.
         """
-        self._shares = shares(self._config)
+        self._resources = replica_resources(self._config)
         self._deploy(self.models)
 
     def follow(self) -> list[str]:
-        """Roll in what references have come to mean; gives what was done, in words.
+        """Look references up once, and roll in the versions that they mean now.
 
-        A bundle that is damaged or does not start is refused, and what ran before goes on.
+        A bundle that is damaged or does not start is refused; the version before it goes on.
+
+        Returns:
+            A line of text for each model that changed or was refused.
         """
         try:
             wanted = self._wanted()
@@ -136,7 +139,7 @@ class Rollout:
         tree = serve_schema(
             self._config,
             list(models.values()),
-            self._shares,
+            self._resources,
             key_sha256=self._key_sha256,
             needs_key=self._needs_key,
         )
@@ -170,13 +173,17 @@ class Rollout:
 
 
 def steps(old: Served, new: Served) -> list[Served]:
-    """What has to be served in between, so that nothing is handed to an application not there.
+    """Plan a rollout so that no request is handed to an application that does not run.
 
-    A canary that goes loses its share before its application ends, and one that comes gets it
-    when it runs; replicas on their way out would hand requests to it all the while.
+    A canary that goes loses its share before its application ends; one that comes gets its share
+    once it runs. Replicas that are about to end hand requests on until they do.
+
+    Args:
+        old: the versions that are served now.
+        new: the versions that are to be served.
 
     Returns:
-        Each to be reached before the next; the last is `new`.
+        The states to serve one after the other; the last is `new`.
     """
     leaves = old.canary is not None and old.canary != new.canary
     arrives = new.canary is not None and old.canary != new.canary
@@ -191,7 +198,7 @@ def steps(old: Served, new: Served) -> list[Served]:
 
 
 def check_bundle(version: Version) -> None:
-    """Hold a bundle against its checksum and its architecture, before anything is stopped for it.
+    """Verify a bundle's checksum and architecture, before anything is stopped for it.
 
     Raises:
         BundleError: it is missing or damaged.
@@ -201,11 +208,11 @@ def check_bundle(version: Version) -> None:
     load_bundle(version.bundle)
 
 
-def shares(config: ServeConfig) -> dict[str, Share]:
-    """What a replica of each model gets, held against what the cluster has.
+def replica_resources(config: ServeConfig) -> dict[str, ReplicaResources]:
+    """Resources of a replica of each model, checked against those of the cluster.
 
-    Room is left for one more replica of one model, which a rollout starts before it ends an old
-    one: by default a replica claims less of the cluster than it has threads.
+    Room is left for one more replica, which a rollout starts before it ends an old one: by default
+    a replica reserves fewer CPUs than it has threads.
 
     Raises:
         ResourceError: the cluster cannot hold the replicas.
@@ -233,7 +240,7 @@ def shares(config: ServeConfig) -> dict[str, Share]:
         # With room for one more of the largest.
         claimed = each * cpus / (cpus + each)
         num_gpus = _gpus(name, model.device, model.num_gpus, total, gpus)
-        found[name] = Share(
+        found[name] = ReplicaResources(
             num_cpus=math.floor(claimed * 1000) / 1000,
             num_gpus=num_gpus,
             num_threads=max(1, int(each)),
@@ -264,7 +271,7 @@ def _shown(served: Served) -> str:
 
 
 def _reason(state: Any) -> str:
-    """Why an application failed: the last line of what Serve says of it or of a deployment."""
+    """The reason of a failure: the last line of Serve's message on the application."""
     messages = [state.message, *(d.message for d in state.deployments.values())]
     lines = [line.strip() for message in messages for line in (message or "").splitlines()]
     lines = [line for line in lines if line and "Traceback" not in line]

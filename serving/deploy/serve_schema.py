@@ -1,7 +1,7 @@
-"""Ray Serve's own configuration out of ours, and the applications it names.
+"""Ray Serve's configuration of an endpoint, and the applications that it names.
 
-`serve_schema` is what `mimray serve` runs and what `--build` writes for `serve deploy` and
-KubeRay's RayService; `model` and `root` are what its `import_path`s mean.
+`mimray serve` runs the result of `serve_schema`; `--build` writes it for `serve deploy` and
+KubeRay's RayService. Its `import_path`s mean `model` and `root`.
 """
 
 from __future__ import annotations
@@ -15,21 +15,14 @@ from typing import Any
 from ray import serve
 from ray.serve import Application
 
-from mimray.serving.deploy.config import ModelConfig, ServeConfig
-from mimray.serving.deploy.replicas import (
-    ROOT_APPLICATION,
-    EdgeSettings,
-    ModelReplica,
-    ModelSettings,
-    RootReplica,
-    Routing,
-    require_keys,
-)
+from mimray.serving.config import GatewayConfig, ModelConfig, ReplicaConfig, ServeConfig
+from mimray.serving.deploy.replicas import ROOT_APPLICATION, ModelReplica, RootReplica
+from mimray.serving.deploy.settings import GatewaySettings, ModelSettings, Routing
+from mimray.serving.operations.operation import MODEL_PATH
 
-# Admission is ours (`PredictorLimits`), because what Serve itself refuses is plain text; this
-# only has to be out of the way.
+# `Predictor.admit` refuses first: what Serve itself refuses is plain text.
 MAX_ONGOING_REQUESTS = 1000
-# A new replica is there before an old one goes, however few there are.
+# A new replica starts before an old one ends, however few there are.
 _SURGE_PERCENT = 100
 # Longer than any request may take, so that a replica that goes has answered its last one.
 _LAST_ANSWERS_S = 5
@@ -38,12 +31,12 @@ _SHUTDOWN_POLL_S = 0.2
 
 @dataclass(frozen=True)
 class Version:
-    """A bundle that a reference means now.
+    """The version that a reference means now.
 
     Attributes:
-        reference: as it was given.
-        bundle: its directory.
-        number: of the version; `1` for a bundle that is not registered.
+        reference: the reference, as it was written.
+        bundle: the bundle's directory.
+        number: the version's number; `1` for a bundle that is not registered.
     """
 
     reference: str
@@ -53,14 +46,14 @@ class Version:
 
 @dataclass(frozen=True)
 class Served:
-    """One model as it is to be served now.
+    """One model and the versions of it that are to be served now.
 
     Attributes:
-        name: in the URL.
-        config: of the model.
-        stable: what answers.
-        canary: what answers a share; None for nothing.
-        is_split: whether the canary gets its share, or answers only those who name it.
+        name: the model's name in the URL.
+        config: the model's configuration, as in `serve.yaml`.
+        stable: the version that answers.
+        canary: the version that answers a share; None for none.
+        is_split: True if the canary gets its share, False if it answers only requests that name it.
     """
 
     name: str
@@ -71,7 +64,7 @@ class Served:
 
     @property
     def routing(self) -> Routing:
-        """Which application answers for which version."""
+        """The applications of the versions, for the replicas."""
         applications = {self.stable.number: self.name}
         canary = self.config.canary
         if self.canary is None or canary is None:
@@ -89,13 +82,13 @@ class Served:
 
 
 @dataclass(frozen=True)
-class Share:
-    """What a replica gets of the cluster.
+class ReplicaResources:
+    """Resources of a replica.
 
     Attributes:
-        num_cpus: as Ray counts them.
-        num_gpus: likewise.
-        num_threads: of a model on a CPU.
+        num_cpus: CPUs that Ray reserves.
+        num_gpus: GPUs that Ray reserves.
+        num_threads: CPU threads of the model.
     """
 
     num_cpus: float
@@ -104,49 +97,47 @@ class Share:
 
 
 def application_of(name: str, canary: Version) -> str:
-    """The application of a version that is not the default."""
+    """The name of the application of a version that is not the default."""
     return f"{name}@{canary.number}"
 
 
 def serve_schema(
     config: ServeConfig,
     models: Sequence[Served],
-    shares: Mapping[str, Share],
+    resources: Mapping[str, ReplicaResources],
     *,
     key_sha256: str | None,
     needs_key: bool,
 ) -> dict[str, Any]:
-    """The configuration that Ray Serve is given.
+    """Write Ray Serve's configuration.
 
     Args:
-        config: of the endpoint.
-        models: what is served now.
-        shares: what a replica of each model gets.
-        key_sha256: digest of a key from the environment.
-        needs_key: see `EdgeSettings`.
+        config: the endpoint's configuration.
+        models: the models and their versions that are to be served now.
+        resources: the resources of a replica, by model.
+        key_sha256: SHA-256 of a key from the environment; None for none.
+        needs_key: True if replicas refuse to start without a key.
 
     Source: Ray's `ServeDeploySchema`.
     """
-    edge = EdgeSettings(
-        keys=config.keys,
+    gateway = GatewaySettings(
         key_sha256=key_sha256,
         needs_key=needs_key,
-        limits=config.limits,
-        access_log=config.access_log,
+        **config.model_dump(include=set(GatewayConfig.model_fields)),
     )
     applications = []
     for served in models:
-        share = shares[served.name]
-        applications.append(_application(config, served, served.stable, edge, share))
+        given = resources[served.name]
+        applications.append(_application(config, served, served.stable, gateway, given))
         if served.canary is not None and served.config.canary is not None:
-            applications.append(_application(config, served, served.canary, edge, share))
+            applications.append(_application(config, served, served.canary, gateway, given))
     routings = {served.name: served.routing.model_dump(mode="json") for served in models}
     applications.append(
         {
             "name": ROOT_APPLICATION,
             "route_prefix": "/",
             "import_path": "mimray.serving.deploy.serve_schema:root",
-            "args": edge.model_dump(mode="json", exclude_defaults=True),
+            "args": gateway.model_dump(mode="json", exclude_defaults=True),
             "deployments": [{"name": "root", "user_config": routings}],
         }
     )
@@ -159,30 +150,27 @@ def serve_schema(
 
 
 def _application(
-    config: ServeConfig, served: Served, version: Version, edge: EdgeSettings, share: Share
+    config: ServeConfig,
+    served: Served,
+    version: Version,
+    gateway: GatewaySettings,
+    resources: ReplicaResources,
 ) -> dict[str, Any]:
     model = served.config
     is_canary = version is not served.stable
-    prefix = f"/v2/models/{served.name}"
+    prefix = MODEL_PATH.format(name=served.name)
     settings = ModelSettings(
         name=served.name,
         bundle=version.bundle,
         version=version.number,
-        device=model.device,
-        num_threads=share.num_threads,
-        max_batch_size=model.max_batch_size,
-        batch_wait_ms=model.batch_wait_ms,
-        max_queue_size=model.max_queue_size,
-        max_wait_s=model.max_wait_s,
-        cache_mib=model.cache_mib,
-        compile=model.compile,
-        jpeg_draft=model.jpeg_draft,
+        num_threads=resources.num_threads,
         urls=config.urls,
-        edge=edge,
+        gateway=gateway,
+        **model.model_dump(include=set(ReplicaConfig.model_fields)),
     )
     deployment: dict[str, Any] = {
         "name": "model",
-        "ray_actor_options": {"num_cpus": share.num_cpus, "num_gpus": share.num_gpus},
+        "ray_actor_options": {"num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus},
         "user_config": served.routing.model_dump(mode="json"),
     }
     if model.autoscaling is None:
@@ -212,37 +200,37 @@ def _application(
 
 
 def model(args: Mapping[str, Any]) -> Application:
-    """One version of a model as an application; `args` as in `ModelSettings`."""
+    """Build the application of one version of a model; `args` are `ModelSettings`."""
     settings = ModelSettings.model_validate(args)
-    require_keys(settings.edge)
+    settings.gateway.require_keys()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     deployment = serve.deployment(
         serve.ingress()(ModelReplica),
         name="model",
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
-        **_lifecycle(settings.edge),
+        **_lifecycle(settings.gateway),
     )
     return deployment.bind(settings)
 
 
 def root(args: Mapping[str, Any]) -> Application:
-    """Everything that is not a model as an application; `args` as in `EdgeSettings`."""
-    edge = EdgeSettings.model_validate(args)
-    require_keys(edge)
+    """Build the application of all other routes; `args` are `GatewaySettings`."""
+    settings = GatewaySettings.model_validate(args)
+    settings.require_keys()
     deployment = serve.deployment(
         serve.ingress()(RootReplica),
         name="root",
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
-        **_lifecycle(edge),
+        **_lifecycle(settings),
         ray_actor_options={"num_cpus": 0},
     )
-    return deployment.bind(edge)
+    return deployment.bind(settings)
 
 
-def _lifecycle(edge: EdgeSettings) -> dict[str, float]:
-    """How replicas come and go."""
+def _lifecycle(settings: GatewaySettings) -> dict[str, float]:
+    """The options of a deployment for replacing and ending replicas."""
     return {
         "max_surge_percent": _SURGE_PERCENT,
-        "graceful_shutdown_timeout_s": edge.limits.request_timeout_s + _LAST_ANSWERS_S,
+        "graceful_shutdown_timeout_s": settings.limits.request_timeout_s + _LAST_ANSWERS_S,
         "graceful_shutdown_wait_loop_s": _SHUTDOWN_POLL_S,
     }

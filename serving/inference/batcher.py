@@ -1,9 +1,8 @@
-"""Requests of equal shape, gathered for a moment and run through the model together.
+"""Batches of items with equal keys: items wait a moment for others and run together.
 
-Ray's own `serve.batch` cannot group by shape and its loop dies when a sizing function
-raises (ray-project/ray#66140), so this one exists: items wait in one bucket a key, the
-oldest bucket that is full or has waited long enough runs next, and whatever a batch does,
-the loop goes on.
+Items wait in one bucket for each key; the oldest bucket that is full or has waited long enough runs
+next. A batch that fails does not stop the loop. Ray's own `serve.batch` cannot group by shape, and
+its loop dies when a sizing function raises (ray-project/ray#66140).
 """
 
 from __future__ import annotations
@@ -30,17 +29,16 @@ class _Waiting(Generic[Item, Result]):
 class Batcher(Generic[Key, Item, Result]):
     """Groups items by key and hands them to `run`, a batch to each lane that is free.
 
-    What waits is shared out evenly among the free lanes; a single item gets all of them when all
-    are free. Whoever came alone the last time is taken to be alone again, and waits for nobody.
+    Waiting items are shared evenly among the free lanes; a single item gets all lanes if all are
+    free. An item does not wait if the last batch was a single one.
 
     Args:
-        run: computes one result an item, in order, on the number of lanes it is told; an exception
-            among the results fails its item alone, an exception raised fails this batch and no
-            other.
+        run: computes one result for each item, in order, on the given number of lanes. An exception
+            among the results fails its item alone; one that is raised fails this batch alone.
         max_batch_size: most items in one batch.
-        batch_wait_s: longest time an item waits for company while a lane is free.
-        lanes: batches that run at once.
-        patience_s: how much longer to wait while more are expected; asked each time.
+        batch_wait_s: longest time an item waits for others while a lane is free.
+        lanes: number of batches that run at once.
+        patience_s: gives the seconds to wait longer while more items are expected.
     """
 
     def __init__(
@@ -67,10 +65,14 @@ class Batcher(Generic[Key, Item, Result]):
         self._running: set[asyncio.Task[None]] = set()
 
     async def submit(self, key: Key, item: Item) -> Result:
-        """The result for one item.
+        """Have one item computed.
+
+        Args:
+            key: the item's key; a batch has items of one key.
+            item: the item.
 
         Raises:
-            Exception: what `run` raised, or gave back for this item.
+            Exception: `run` raised it, or returned it for this item.
         """
         loop = asyncio.get_running_loop()
         if self._loop_task is None:
@@ -83,7 +85,7 @@ class Batcher(Generic[Key, Item, Result]):
 
     @contextmanager
     def expecting(self, count: int) -> Iterator[None]:
-        """While inside, this many items are being made ready and will be submitted soon."""
+        """A context in which this many items are being prepared and will be submitted soon."""
         self._expected += count
         try:
             yield
@@ -92,7 +94,7 @@ class Batcher(Generic[Key, Item, Result]):
             self._changed.set()
 
     async def close(self) -> None:
-        """Stop; whoever still waits gets a cancellation."""
+        """Stop, and cancel the items that wait."""
         tasks = [*self._running, *([self._loop_task] if self._loop_task else [])]
         for task in tasks:
             task.cancel()
@@ -126,13 +128,13 @@ class Batcher(Generic[Key, Item, Result]):
         try:
             results = await self._run(key, [waiting.item for waiting in batch], lanes)
             assert len(results) == len(batch), "run must give one result an item"
-        except Exception as error:  # whatever it is, it belongs to this batch alone
+        except Exception as error:  # it fails this batch alone
             results = [error] * len(batch)
         finally:
             self._free += lanes
             self._changed.set()
         for waiting, result in zip(batch, results, strict=True):
-            if waiting.future.done():  # its caller went away meanwhile
+            if waiting.future.done():  # its caller no longer waits
                 continue
             if isinstance(result, Exception):
                 waiting.future.set_exception(result)
@@ -140,7 +142,7 @@ class Batcher(Generic[Key, Item, Result]):
                 waiting.future.set_result(result)
 
     def _next(self, now: float) -> tuple[Key | None, float | None]:
-        """The bucket to run now, or how long until there will be one."""
+        """The bucket to run now, or the seconds until there is one."""
         if not self._buckets or not self._free:
             return None, None
         oldest = min(self._buckets, key=lambda k: self._buckets[k][0].deadline)
@@ -157,7 +159,7 @@ class Batcher(Generic[Key, Item, Result]):
         return None, wait_s
 
     def _take(self, key: Key) -> tuple[list[_Waiting[Item, Result]], int]:
-        """Up to a batch whose callers are still there, and how many lanes it gets."""
+        """Take a batch of items whose callers still wait, and the number of its lanes."""
         bucket = [waiting for waiting in self._buckets[key] if not waiting.future.done()]
         alone = len(bucket) == 1 and len(self._buckets) == 1 and self._free == self._lanes
         size = min(self._max_batch_size, math.ceil(len(bucket) / self._free))

@@ -1,4 +1,4 @@
-"""What a model runs on, and whether it is compiled for it."""
+"""Devices, and ways to make an encoder faster on them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of a name; `auto` for a GPU where there is one."""
+    """The device of a name; `auto` is a GPU if there is one."""
     import torch
 
     if name == "auto":
@@ -27,13 +27,13 @@ def pick_device(name: str) -> torch.device:
 def what_pays(
     compile: str | bool, device: torch.device
 ) -> Callable[[FrozenEncoder], object] | None:
-    """What makes an encoder faster.
+    """The function that makes an encoder faster; None for none.
 
     Args:
         compile: `auto` for `compile_encoder` on GPUs and `pack_linears` on CPUs, where a compiled
             ViT-Ti/16 took 1.09 times as long as one that is not, after 154 s of compiling; True
             for the first, False for nothing.
-        device: that it runs on.
+        device: the device that the encoder runs on.
     """
     if compile == "auto":
         return compile_encoder if device.type == "cuda" else pack_linears
@@ -41,13 +41,13 @@ def what_pays(
 
 
 def compile_encoder(encoder: FrozenEncoder) -> bool:
-    """Have torch compile an encoder, batches of any size alike; as it was, where that fails.
+    """Have torch compile an encoder for its device and batches of any size.
 
     Args:
-        encoder: to be changed; where it is, it is compiled for.
+        encoder: the encoder, which is changed; if compiling fails it stays as it was.
 
     Returns:
-        Whether it is compiled now.
+        True if it is compiled.
     """
     import torch
 
@@ -67,13 +67,13 @@ def compile_encoder(encoder: FrozenEncoder) -> bool:
 
 
 def pack_linears(encoder: FrozenEncoder) -> None:
-    """Have oneDNN compute an encoder's linear layers, from weights laid out as its kernels read.
+    """Have oneDNN compute an encoder's linear layers, from weights in its own layout.
 
     On 2 cores of an EPYC with AVX-512 this made ViT-B/16 1.2 and ViT-Ti/16 1.1 times as fast as
     torch's own matrix products; numbers change by a few 1e-6. The weights are in memory twice.
 
     Args:
-        encoder: in float32 on a CPU, to be changed; as it was, where this torch has no oneDNN.
+        encoder: the encoder, float32 on a CPU, which is changed; without oneDNN it stays as it was.
     """
     import torch
     from timm.layers import Mlp
@@ -97,7 +97,7 @@ def pack_linears(encoder: FrozenEncoder) -> None:
 
 
 def _pack(linear: nn.Linear, activation: str) -> None:
-    """Replace what a layer does, and leave its weights to whoever reads them."""
+    """Replace a layer's forward; its weights stay for others to read."""
     import torch
 
     # What torch's own compiler makes of a linear layer (`torch._inductor.mkldnn_ir`).

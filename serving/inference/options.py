@@ -1,22 +1,20 @@
-"""What features are asked for: one set of words for every protocol."""
+"""Options of a request for features: one set of words for every protocol."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, cast, get_args
+from typing import cast, get_args
 
 from mimray.serving.inference.placement import Sizing, check_input, parse_size
+from mimray.serving.wire.bodies import Dtype, Pooling
 from mimray.serving.wire.errors import InvalidRequestError
 from mimray.trainers.data.geometry import Size
 
-Dtype = Literal["float32", "float16", "bfloat16", "int8"]
-Pooling = Literal["mean", "cls", "gem"]
-
 PYRAMID_STRIDES = (4, 8, 16, 32)
 NAMES = ("layers", "pooling", "norm", "pyramid", "size", "dtype")
-"""Every option there is."""
+"""The names of all options."""
 
 # The protocols spell types in their own ways.
 _DTYPES: dict[str, Dtype] = {
@@ -31,18 +29,18 @@ _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
 
 @dataclass(frozen=True)
-class EncoderFacts:
-    """What options are held against.
+class EncoderInfo:
+    """The dimensions of an encoder, which options are checked against.
 
     Attributes:
-        depth: layers there are.
-        width: of the tokens.
+        depth: number of layers.
+        width: channels of the tokens.
         stride: pixels between neighbouring tokens.
-        strides: of each layer's map, pixels.
+        strides: pixels between neighbouring positions of each layer's map.
         widths: channels of each layer's map.
-        trained: (height, width) of the input it was trained at.
-        pooling: its own way of pooling.
-        has_class_token: whether it has one.
+        trained: (height, width) of the input the encoder was trained at, pixels.
+        pooling: the encoder's own way of pooling.
+        has_class_token: True if there is a class token.
         max_input_pixels: most pixels of an input.
     """
 
@@ -52,25 +50,25 @@ class EncoderFacts:
     strides: tuple[int, ...]
     widths: tuple[int, ...]
     trained: Size
-    pooling: Pooling = "mean"
-    has_class_token: bool = True
-    max_input_pixels: int = 1536 * 1536
+    pooling: Pooling
+    has_class_token: bool
+    max_input_pixels: int
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to compute; a part of the batching key, so equal only when results may be shared.
+    """The outputs to compute; pictures share a batch only with equal options.
 
     Attributes:
-        pooled: whether the pooled vector is wanted.
-        tokens: whether the patch tokens are wanted.
+        pooled: True if the pooled vector is wanted.
+        tokens: True if the patch tokens are wanted.
         layers: layers whose feature maps are wanted, counted from 0, rising.
         pyramid: the layer that maps of strides 4, 8, 16 and 32 are derived from; None for no such
             maps.
-        norm: whether the final norm is applied to maps; tokens and pooled always have it.
-        pooling: how tokens become the pooled vector.
-        sizing: how pictures are brought to the model's input.
-        dtype: of every output.
+        norm: True if the final norm is applied to maps; tokens and pooled always have it.
+        pooling: the way that tokens become the pooled vector.
+        sizing: the way that pictures are brought to the model's input.
+        dtype: the type of every output.
     """
 
     pooled: bool = True
@@ -84,7 +82,7 @@ class Options:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the outputs."""
+        """The names of the outputs."""
         return (
             *(("pooled",) if self.pooled else ()),
             *(("tokens",) if self.tokens else ()),
@@ -95,47 +93,48 @@ class Options:
 
 def parse_options(
     parameters: Mapping[str, object],
-    facts: EncoderFacts,
+    info: EncoderInfo,
     *,
     outputs: Sequence[str] = (),
     default: Iterable[str] = ("pooled",),
 ) -> Options:
-    """Read options, whichever protocol they came by.
+    """Read the options of a request.
 
     Args:
-        parameters: by name; values are text, or of their own type where a protocol has types.
-        facts: of the encoder asked.
-        outputs: names of the outputs asked for; where there are none, `default` and whatever
-            `layers` and `pyramid` add.
-        default: of `pooled` and `tokens`.
+        parameters: the request's parameters by name; values are text, or of their own type where a
+            protocol has types.
+        info: the encoder's dimensions.
+        outputs: names of the outputs asked for. If none is, `default` is given, and the maps of
+            `layers` and `pyramid`.
+        default: names of the outputs given by default, of `pooled` and `tokens`.
 
     Raises:
         InvalidRequestError: a value that is not allowed; the message names it.
         TooLargeError: a `size` beyond the limit.
     """
-    layers = _layers(parameters.get("layers"), facts)
+    layers = _layers(parameters.get("layers"), info)
     pyramid = _flag(parameters, "pyramid", default=False)
-    base = layers[-1] if layers else facts.depth - 1
+    base = layers[-1] if layers else info.depth - 1
     names = set(outputs)
     if len(names) != len(outputs):
         raise InvalidRequestError("an output is asked for twice")
     if outputs:
-        layers = tuple(sorted(i for i in range(facts.depth) if f"layer_{i}" in names))
+        layers = tuple(sorted(i for i in range(info.depth) if f"layer_{i}" in names))
         wanted_levels = {f"pyramid_{s}" for s in PYRAMID_STRIDES} & names
         pyramid = bool(wanted_levels)
-        _check_outputs(names, facts)
+        _check_outputs(names, info)
     else:
         names = set(default)
     if pyramid:
-        _check_pyramid(facts)
-    sizing = _sizing(parameters.get("size"), facts)
+        _check_pyramid(info)
+    sizing = _sizing(parameters.get("size"), info)
     return Options(
         pooled="pooled" in names,
         tokens="tokens" in names,
         layers=layers,
         pyramid=base if pyramid else None,
         norm=_flag(parameters, "norm", default=True),
-        pooling=_pooling(parameters.get("pooling"), facts),
+        pooling=_pooling(parameters.get("pooling"), info),
         sizing=sizing,
         dtype=_dtype(parameters.get("dtype")),
     )
@@ -146,7 +145,7 @@ def pyramid_source(stride: int, base: int, strides: Sequence[int]) -> int:
     return next((i for i in range(base, -1, -1) if strides[i] == stride), base)
 
 
-def _layers(value: object, facts: EncoderFacts) -> tuple[int, ...]:
+def _layers(value: object, info: EncoderInfo) -> tuple[int, ...]:
     if value is None or value == "":
         return ()
     words = [word.strip() for word in str(value).split(",")]
@@ -156,54 +155,54 @@ def _layers(value: object, facts: EncoderFacts) -> tuple[int, ...]:
         )
     found = set()
     for number in map(int, words):
-        layer = number + facts.depth if number < 0 else number
-        if not 0 <= layer < facts.depth:
+        layer = number + info.depth if number < 0 else number
+        if not 0 <= layer < info.depth:
             raise InvalidRequestError(
-                f"there is no layer {number}", hint=f"there are 0 to {facts.depth - 1}"
+                f"there is no layer {number}", hint=f"there are 0 to {info.depth - 1}"
             )
         found.add(layer)
     return tuple(sorted(found))
 
 
-def _check_outputs(names: set[str], facts: EncoderFacts) -> None:
+def _check_outputs(names: set[str], info: EncoderInfo) -> None:
     levels = {f"pyramid_{s}" for s in PYRAMID_STRIDES}
     for name in sorted(names - {"pooled", "tokens"} - levels):
         found = _LAYER_OUTPUT.fullmatch(name)
-        if not found or int(found[1]) >= facts.depth:
+        if not found or int(found[1]) >= info.depth:
             raise InvalidRequestError(
                 f"there is no output {name[:40]!r}",
-                hint=f"there are pooled, tokens, layer_0 to layer_{facts.depth - 1} and "
+                hint=f"there are pooled, tokens, layer_0 to layer_{info.depth - 1} and "
                 f"{', '.join(sorted(levels, key=len))}",
             )
 
 
-def _check_pyramid(facts: EncoderFacts) -> None:
+def _check_pyramid(info: EncoderInfo) -> None:
     for stride in PYRAMID_STRIDES:
-        if max(stride, facts.stride) % min(stride, facts.stride):
+        if max(stride, info.stride) % min(stride, info.stride):
             raise InvalidRequestError(
                 f"a pyramid of strides {list(PYRAMID_STRIDES)} cannot be made from patches of "
-                f"{facts.stride} pixels",
+                f"{info.stride} pixels",
                 hint="ask for layers, and resample them where you need",
             )
 
 
-def _sizing(value: object, facts: EncoderFacts) -> Sizing:
+def _sizing(value: object, info: EncoderInfo) -> Sizing:
     if value is None or value == "":
         return Sizing()
     sizing = parse_size(str(value))
     if sizing.size is not None:
-        check_input(sizing.size, stride=facts.stride, max_pixels=facts.max_input_pixels)
+        check_input(sizing.size, stride=info.stride, max_pixels=info.max_input_pixels)
     return sizing
 
 
-def _pooling(value: object, facts: EncoderFacts) -> Pooling:
+def _pooling(value: object, info: EncoderInfo) -> Pooling:
     if value is None or value == "":
-        return facts.pooling
+        return info.pooling
     if value not in get_args(Pooling):
         raise InvalidRequestError(
             f"parameter `pooling` is {str(value)[:40]!r}", hint="use mean, cls or gem"
         )
-    if value == "cls" and not facts.has_class_token:
+    if value == "cls" and not info.has_class_token:
         raise InvalidRequestError("this encoder has no class token", hint="use mean or gem")
     return cast(Pooling, value)
 

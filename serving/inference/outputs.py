@@ -1,4 +1,4 @@
-"""From an encoder's tokens and maps to the outputs people ask for; torch, one batch at a time."""
+"""Outputs of an encoder's tokens and maps: pooling, the pyramid, narrow types."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mimray.serving.inference.options import PYRAMID_STRIDES, Dtype, Options, pyramid_source
+from mimray.serving.inference.options import PYRAMID_STRIDES, Options, pyramid_source
+from mimray.serving.wire.bodies import Dtype
 
 if TYPE_CHECKING:
     from mimray.trainers.bundles import FrozenEncoder
@@ -26,16 +27,16 @@ _TORCH_DTYPES = {
 def compute_outputs(
     encoder: FrozenEncoder, images: Tensor, valid: Tensor | None, options: Options
 ) -> dict[str, Tensor]:
-    """Everything that is asked for, in one pass through the encoder.
+    """Compute all outputs in one pass through the encoder.
 
     Args:
-        encoder: frozen.
+        encoder: the frozen encoder.
         images: normalised pictures, float [B, C, H, W].
         valid: bool [B, N], True where a token stands for some of the picture; None where all do.
-        options: what is asked for.
+        options: the outputs to compute.
 
     Returns:
-        By name; of `int8` outputs the scale follows each as `<name>_scale`.
+        The outputs by name; each `int8` output is followed by its scale, `<name>_scale`.
     """
     strides, base = encoder.strides, options.pyramid
     sources = {} if base is None else {s: pyramid_source(s, base, strides) for s in PYRAMID_STRIDES}
@@ -62,10 +63,10 @@ def compute_outputs(
 
 
 def pool(features: Features, pooling: str, valid: Tensor | None) -> Tensor:
-    """One vector a picture, [B, D].
+    """Pool tokens to one vector a picture, [B, D].
 
     Args:
-        features: of the encoder.
+        features: the encoder's tokens.
         pooling: `cls` for the class token, `mean`, or `gem`, the generalised mean of power 3.
         valid: bool [B, N], tokens that count; None for all.
 
@@ -85,10 +86,15 @@ def pool(features: Features, pooling: str, valid: Tensor | None) -> Tensor:
 
 
 def resample(maps: Tensor, stride: int, wanted: int) -> Tensor:
-    """Maps [B, D, h, w] at another stride, by what has no parameters.
+    """Resample maps [B, D, h, w] to another stride, without parameters.
 
-    Bilinear where they grow, the maximum where they shrink; a last row or column that does not
-    fill a window is kept.
+    Bilinear if they grow, the maximum if they shrink; a last row or column that does not fill a
+    window is kept.
+
+    Args:
+        maps: the maps, [B, D, h, w].
+        stride: the maps' stride, pixels.
+        wanted: the stride of the result, pixels.
     """
     if wanted < stride:
         return F.interpolate(
@@ -101,22 +107,22 @@ def resample(maps: Tensor, stride: int, wanted: int) -> Tensor:
 
 
 def resampling(stride: int, wanted: int) -> str:
-    """What `resample` does, in words."""
+    """The name of the way in which `resample` goes from one stride to another."""
     if wanted < stride:
         return "bilinear"
     return "max-pooled" if wanted > stride else "as it is"
 
 
 def narrowed(name: str, values: Tensor, dtype: Dtype) -> dict[str, Tensor]:
-    """An output in the type asked for.
+    """Convert an output to the type asked for.
 
     `int8` is symmetric: a scale for every channel of every picture (of `pooled`, one for every
     picture), shaped to broadcast, so that `int8 * scale` is the value to within half a scale.
 
     Args:
-        name: of the output.
-        values: [B, D], [B, N, D] or [B, D, h, w].
-        dtype: the type.
+        name: the output's name.
+        values: the output, [B, D], [B, N, D] or [B, D, h, w].
+        dtype: the type asked for.
     """
     if dtype != "int8":
         return {name: values.to(_TORCH_DTYPES[dtype])}

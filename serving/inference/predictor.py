@@ -1,7 +1,7 @@
 """Pictures in, features out, with no protocol around it.
 
 Decoding runs in threads beside the model; prepared pictures are grouped by shape and options;
-a picture that cannot be used fails alone, whatever it was batched with.
+a picture that cannot be used fails alone.
 """
 
 from __future__ import annotations
@@ -11,20 +11,19 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
+from mimray.serving.config import MIB, Limits, ReplicaConfig
 from mimray.serving.inference.batcher import Batcher
 from mimray.serving.inference.devices import pick_device, what_pays
-from mimray.serving.inference.options import PYRAMID_STRIDES, EncoderFacts, Options
+from mimray.serving.inference.options import PYRAMID_STRIDES, EncoderInfo, Options
 from mimray.serving.inference.placement import Sizing
 from mimray.serving.inference.preprocess import (
     Array,
     Picture,
-    PictureLimits,
     Prepared,
     Preparer,
     refuse_unusable,
@@ -63,34 +62,13 @@ class Prediction(NamedTuple):
     """Features of one picture.
 
     Attributes:
-        outputs: by name: `pooled` [D], `tokens` [N, D], maps [D, h, w], of the dtype asked for;
-            bfloat16 as the uint16 that holds its bits.
-        placement: where the picture lay in the model's input.
+        outputs: the outputs by name, `pooled` [D], `tokens` [N, D], maps [D, h, w], of the dtype
+            asked for; bfloat16 as the uint16 that holds its bits.
+        placement: the picture's place in the model's input.
     """
 
     outputs: dict[str, Array]
     placement: View
-
-
-@dataclass(frozen=True)
-class PredictorLimits:
-    """How much is taken in and how it is grouped.
-
-    Attributes:
-        max_batch_size: most pictures in one pass through the model.
-        batch_wait_s: longest wait for company while the model is free.
-        max_queue_size: most pictures admitted and not yet answered.
-        max_wait_s: a request is refused when those before it would take longer than this.
-        max_output_bytes: most bytes of features in one answer.
-        pictures: of each picture.
-    """
-
-    max_batch_size: int = 16
-    batch_wait_s: float = 0.005
-    max_queue_size: int = 256
-    max_wait_s: float = 20.0
-    max_output_bytes: int = 256 * 2**20
-    pictures: PictureLimits = field(default_factory=PictureLimits)
 
 
 class _Key(NamedTuple):
@@ -106,41 +84,37 @@ class _Waiting(NamedTuple):
 
 
 class Predictor:
-    """A frozen encoder that takes pictures one request at a time and runs them in batches.
+    """A frozen encoder that runs the pictures of all requests in batches.
 
     Args:
-        bundle: directory of the bundle.
-        device: `cpu`, `cuda`, or `auto` for the best there is.
-        num_threads: threads the model may use on a CPU; Ray sets OMP_NUM_THREADS to 1, so
-            this is said explicitly.
-        limits: how much is taken in and how it is grouped.
-        jpeg_draft: decode large JPEGs at a fraction of their size; see `Preparer`.
-        compile: see `what_pays`.
-        on_batch: told the size of every batch and the pixels of its inputs.
+        bundle: the bundle's directory.
+        config: the model's configuration, as in `serve.yaml`.
+        limits: the endpoint's limits, as in `serve.yaml`.
+        num_threads: CPU threads of the model; Ray sets OMP_NUM_THREADS to 1, so they are set here.
+        on_batch: called after every batch with its size and the pixels of its inputs.
 
     Attributes:
-        card: of the bundle.
-        facts: what options are held against.
-        waiting: pictures admitted and not yet answered.
+        card: the bundle's description, bundle.json.
+        info: the encoder's dimensions, which options are checked against.
+        waiting: number of pictures admitted and not yet answered.
     """
 
     def __init__(
         self,
         bundle: Path,
+        config: ReplicaConfig,
+        limits: Limits,
         *,
-        device: str = "auto",
         num_threads: int = 1,
-        limits: PredictorLimits | None = None,
-        jpeg_draft: bool = False,
-        compile: str | bool = "auto",
         on_batch: Callable[[int, int], None] = lambda size, pixels: None,
     ) -> None:
         import torch
 
         from mimray.trainers.bundles import load_bundle
 
-        self.limits = limits or PredictorLimits()
-        self._device = pick_device(device)
+        self._config = config
+        self._limits = limits
+        self._device = pick_device(config.device)
         # One for the whole model, and one for each lane; at any time either the one is in use or
         # the others. The one loads the model, too: once OpenMP has more workers than cores, they
         # sleep between operations (a picture took ViT-Ti 37 ms instead of 25 on 2 cores).
@@ -149,7 +123,7 @@ class Predictor:
         self._encoder = loading.result()
         self.card: BundleCard = self._encoder.card
         encoder = self._encoder.encoder
-        self.facts = EncoderFacts(
+        self.info = EncoderInfo(
             depth=encoder.depth,
             width=encoder.width,
             stride=encoder.stride,
@@ -158,9 +132,9 @@ class Predictor:
             trained=self.card.image_size,
             pooling=self.card.pooling,
             has_class_token=getattr(encoder, "num_prefix_tokens", 0) > 0,
-            max_input_pixels=self.limits.pictures.max_input_pixels,
+            max_input_pixels=limits.input_pixels,
         )
-        self._faster = what_pays(compile, self._device)
+        self._faster = what_pays(config.compile, self._device)
         self.waiting = 0
         self._seconds_per_picture = 0.0
         self._on_batch = on_batch
@@ -168,27 +142,27 @@ class Predictor:
             torch.tensor(values, device=self._device).view(1, -1, 1, 1)
             for values in (self.card.mean, self.card.std)
         )
-        self._preparer = Preparer(self.card, encoder.stride, self.limits.pictures, draft=jpeg_draft)
+        self._preparer = Preparer(self.card, encoder.stride, limits, draft=config.jpeg_draft)
         self._decoders = _threads(max(2, num_threads), "decode", num_threads=1)
         lanes = _LANES if self._device.type == "cpu" and num_threads >= _LANES else 1
         self._lanes = _threads(lanes, "lane", num_threads=num_threads // lanes)
         self._num_lanes = lanes
         self._batcher: Batcher[_Key, _Waiting, Prediction] = Batcher(
             self._run_batch,
-            max_batch_size=self.limits.max_batch_size,
-            batch_wait_s=self.limits.batch_wait_s,
+            max_batch_size=config.max_batch_size,
+            batch_wait_s=config.batch_wait_ms / 1000,
             lanes=lanes,
             patience_s=self._patience_s,
         )
 
     def warm_up(self) -> None:
-        """Run the model a few times, so that no request pays for the first, and time it."""
+        """Make the model faster, run it twice and time it, so that no request waits for this."""
         height, width = self.card.image_size
         if self._faster is not None:
             self._model_thread.submit(self._faster, self._encoder).result()
         blank = np.zeros((self.card.channels, height, width), np.uint8)
         item = Prepared(blank, whole_view((height, width), (height, width)))
-        options = Options(tokens=True, layers=(self.facts.depth - 1,))
+        options = Options(tokens=True, layers=(self.info.depth - 1,))
         for _ in range(2):
             started = time.perf_counter()
             self._model_thread.submit(self._forward, [item], options).result()
@@ -197,12 +171,12 @@ class Predictor:
     async def predict(
         self, pictures: Sequence[Picture], options: Options, timeline: Timeline | None = None
     ) -> list[Prediction]:
-        """Features of every picture, in order.
+        """Compute the features of every picture, in order.
 
         Args:
-            pictures: see `Picture`.
-            options: what to compute.
-            timeline: where to note when the phases ran.
+            pictures: the pictures, each in one of the forms of `Picture`.
+            options: the outputs to compute.
+            timeline: gets the phases; None for no one.
 
         Raises:
             UnusablePictureError: some pictures cannot be used; it lists all of them.
@@ -231,26 +205,28 @@ class Predictor:
             self.waiting -= len(pictures)
 
     def admit(self, count: int) -> None:
-        """Refuse `count` more pictures when those waiting are too many already.
+        """Refuse pictures if too many wait already; an empty queue always admits.
+
+        Args:
+            count: number of further pictures.
 
         Raises:
-            OverloadedError: it says when to come back.
+            OverloadedError: the queue is full, or the wait would be too long.
         """
         wait_s = self.waiting * self._seconds_per_picture
-        # Whoever comes to an empty house is let in, however slow the model is.
-        full = self.waiting and self.waiting + count > self.limits.max_queue_size
-        if full or wait_s > self.limits.max_wait_s:
+        full = self.waiting and self.waiting + count > self._config.max_queue_size
+        if full or wait_s > self._config.max_wait_s:
             raise OverloadedError(
                 f"{self.waiting} pictures are waiting already",
                 retry_after_s=max(1, min(_MAX_RETRY_AFTER_S, math.ceil(wait_s / 2))),
             )
 
     async def alone(self, work: Callable[[], Result], timeline: Timeline) -> Result:
-        """Run something in the model's thread, after the batch that is in it.
+        """Run a function in the model's thread, after the batch that runs there.
 
         Args:
-            work: what to run; an `ImageError` becomes an `UnusablePictureError`.
-            timeline: where to note when it ran.
+            work: the function; its `ImageError` becomes an `UnusablePictureError`.
+            timeline: gets the phases.
 
         Raises:
             OverloadedError: too many pictures are waiting already.
@@ -282,7 +258,7 @@ class Predictor:
             threads.shutdown(wait=False, cancel_futures=True)
 
     def _patience_s(self) -> float:
-        """While a lane is idle others decode: as long as one picture takes is well spent."""
+        """Seconds to wait for pictures still being decoded: the time of one in the model."""
         return min(_MAX_PATIENCE_S, self._num_lanes * self._seconds_per_picture)
 
     async def _prepare(
@@ -307,11 +283,11 @@ class Predictor:
         return [outcome for outcome in outcomes if isinstance(outcome, Prepared)]
 
     def _check_output(self, prepared: Sequence[Prepared], options: Options) -> None:
-        size = sum(output_bytes(self.facts, item.placement, options) for item in prepared)
-        if size > self.limits.max_output_bytes:
+        size = sum(output_bytes(self.info, item.placement, options) for item in prepared)
+        most = self._limits.answer_mib * MIB
+        if size > most:
             raise TooLargeError(
-                f"the answer would have {size} bytes, at most {self.limits.max_output_bytes} "
-                "are given",
+                f"the answer would have {size} bytes, at most {most} are given",
                 hint="ask for fewer layers or pictures, a smaller `size`, or dtype float16",
             )
 
@@ -358,29 +334,29 @@ class Predictor:
             )
             valid = None
             if any(item.placement.is_padded for item in items):
-                stride = self.facts.stride
+                stride = self.info.stride
                 flags = np.stack([token_validity(item.placement, stride) for item in items])
                 valid = torch.from_numpy(flags).to(self._device)
             outputs = compute_outputs(self._encoder, images, valid, options)
             return {name: _to_numpy(tensor) for name, tensor in outputs.items()}
 
 
-def output_bytes(facts: EncoderFacts, placement: View, options: Options) -> int:
-    """Bytes of one picture's features, but for the few of int8 scales."""
+def output_bytes(info: EncoderInfo, placement: View, options: Options) -> int:
+    """Bytes of one picture's features, without the few of int8 scales."""
     height, width = placement.input_size
     pixels = height * width
-    numbers = facts.width if options.pooled else 0
+    numbers = info.width if options.pooled else 0
     if options.tokens:
-        numbers += facts.width * pixels // facts.stride**2
-    numbers += sum(facts.widths[i] * pixels // facts.strides[i] ** 2 for i in options.layers)
+        numbers += info.width * pixels // info.stride**2
+    numbers += sum(info.widths[i] * pixels // info.strides[i] ** 2 for i in options.layers)
     if options.pyramid is not None:
-        widest = facts.widths[options.pyramid]
+        widest = info.widths[options.pyramid]
         numbers += sum(widest * math.ceil(pixels / s**2) for s in PYRAMID_STRIDES)
     return numbers * _ITEM_SIZES[options.dtype]
 
 
 def _threads(count: int, name: str, *, num_threads: int) -> ThreadPoolExecutor:
-    """Threads in each of which torch may use so many: it keeps that number a thread."""
+    """A pool of threads, each with its own number of torch threads."""
     import torch
 
     return ThreadPoolExecutor(

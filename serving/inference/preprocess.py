@@ -1,13 +1,13 @@
-"""One picture from bytes or pixels to the model's input; runs in threads beside the model."""
+"""Preprocessing: a picture from bytes or pixels to the model's input, in threads of its own."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from mimray.serving.config import Limits
 from mimray.serving.inference.placement import Sizing, place
 from mimray.serving.wire.errors import InvalidRequestError, UnusablePictureError
 from mimray.trainers.data.geometry import Size, View
@@ -23,27 +23,12 @@ Picture = bytes | Array
 """An encoded picture; pixels uint8 [H, W, C]; or a normalised input float32 [C, H, W]."""
 
 
-@dataclass(frozen=True)
-class PictureLimits:
-    """What is taken in.
-
-    Attributes:
-        max_pixels: most pixels of one picture, checked from its header.
-        max_frames: most frames of one file; only the first is looked at, but counting is work.
-        max_input_pixels: most pixels of the model's input.
-    """
-
-    max_pixels: int = 50_000_000
-    max_frames: int = 100
-    max_input_pixels: int = 1536 * 1536
-
-
 class Prepared(NamedTuple):
-    """A picture as the model takes it.
+    """A picture in the model's input.
 
     Attributes:
-        pixels: uint8 [C, H, W], or float32 and normalised.
-        placement: where the picture lies in it.
+        pixels: the input, uint8 [C, H, W], or float32 and normalised.
+        placement: the picture's place in the input.
     """
 
     pixels: Array
@@ -51,18 +36,18 @@ class Prepared(NamedTuple):
 
 
 class Preparer:
-    """Brings pictures to one encoder's input.
+    """Prepares pictures for one encoder.
 
     Args:
-        card: the bundle's.
-        stride: the encoder's, pixels.
-        limits: what is taken in.
-        draft: decode a JPEG at 1/2, 1/4 or 1/8 where that is still larger than the input; faster,
-            and the pixels differ a little.
+        card: the bundle's description, bundle.json.
+        stride: pixels between neighbouring tokens of the encoder.
+        limits: the bounds of pictures and of the model's input.
+        draft: decode a JPEG at 1/2, 1/4 or 1/8 where that is still larger than the input, which is
+            faster and changes pixels a little.
     """
 
     def __init__(
-        self, card: BundleCard, stride: int, limits: PictureLimits, *, draft: bool = False
+        self, card: BundleCard, stride: int, limits: Limits, *, draft: bool = False
     ) -> None:
         self._card = card
         self._stride = stride
@@ -72,6 +57,10 @@ class Preparer:
     def prepare(self, picture: Picture, sizing: Sizing) -> Prepared:
         """Decode, resize and pad one picture.
 
+        Args:
+            picture: the picture, in one of the forms of `Picture`.
+            sizing: the way that it is brought to the model's input.
+
         Raises:
             ImageError: the picture cannot be used.
             TooLargeError: its input would be too large.
@@ -80,7 +69,7 @@ class Preparer:
             return self._fit(*self._decoded(picture, sizing), sizing)
         if picture.dtype == np.float32:
             return self._as_it_is(picture)
-        _check_pixels(picture, self._card.channels, self._limits.max_pixels)
+        _check_pixels(picture, self._card.channels, self._limits.picture_pixels)
         source = picture.shape[0], picture.shape[1]
         placement = self._placed(source, sizing)
         if placement.input_size == source:
@@ -103,7 +92,10 @@ class Preparer:
             rows, columns = self._placed((height, width), sizing).shown_size
             enough = columns, rows
         image, header = decode(
-            data, max_pixels=limits.max_pixels, max_frames=limits.max_frames, draft_size=enough
+            data,
+            max_pixels=limits.picture_pixels,
+            max_frames=limits.picture_frames,
+            draft_size=enough,
         )
         if card.channels == 1:
             image = image.convert("L")
@@ -115,7 +107,7 @@ class Preparer:
             sizing,
             trained=self._card.image_size,
             stride=self._stride,
-            max_pixels=self._limits.max_input_pixels,
+            max_pixels=self._limits.input_pixels,
         )
 
     def _fit(self, image: Image.Image, source: Size, sizing: Sizing) -> Prepared:
@@ -137,7 +129,7 @@ class Preparer:
 
 
 def token_validity(placement: View, stride: int) -> Array:
-    """Which tokens, bool [N], stand for some of the picture rather than for padding alone."""
+    """Validity of tokens, bool [N]: False for those that show padding alone."""
     rows, columns = (side // stride for side in placement.input_size)
     down = np.arange(rows) * stride < placement.shown_size[0]
     across = np.arange(columns) * stride < placement.shown_size[1]
@@ -169,10 +161,10 @@ def _image_from_pixels(pixels: Array, input_size: Size) -> Image.Image:
 
 
 def refuse_unusable(outcomes: Sequence[Prepared | BaseException]) -> None:
-    """Raise for what could not be prepared, saying which pictures and why.
+    """Raise if some pictures could not be prepared.
 
     Args:
-        outcomes: of every picture, in order.
+        outcomes: the outcome of every picture, in order.
 
     Raises:
         UnusablePictureError: some cannot be used; it lists all of them.

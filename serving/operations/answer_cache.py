@@ -1,4 +1,4 @@
-"""Answers kept by what was asked, bounded in bytes; equal requests at once are computed once."""
+"""A cache of answers, bounded in bytes; equal requests at once are computed once."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from dataclasses import dataclass
 
 from mimray.serving.operations.calls import Reply
 
-# One answer may not push out all others.
+# An answer may take this part of the cache at most, so that it does not push out all others.
 _LARGEST_PART = 4
 # Of an answer beside its text: objects, dictionaries, the key.
 _OVERHEAD_BYTES = 1024
 
 
 def cost(reply: Reply) -> int:
-    """Bytes of memory an answer takes, about; headers with metadata may outweigh a small body."""
+    """Bytes of memory that an answer takes, roughly; its headers may outweigh a small body."""
     headers = sum(len(name) + len(value) for name, value in reply.headers.items())
     return len(reply.body) + headers + _OVERHEAD_BYTES
 
 
 def digest(*parts: bytes | str) -> str:
-    """A name for what was asked: BLAKE2b-256 of the parts, each with its length before it."""
+    """The key of a request: BLAKE2b-256 of its parts, each with its length before it."""
     hasher = hashlib.blake2b(digest_size=32)
     for part in parts:
         data = part.encode() if isinstance(part, str) else part
@@ -34,20 +34,21 @@ def digest(*parts: bytes | str) -> str:
 
 @dataclass
 class _Running:
-    """A computation, and how many wait for it."""
+    """A computation, and the number of requests that wait for it."""
 
     task: asyncio.Task[Reply]
     waiters: int = 0
 
 
 class AnswerCache:
-    """The answers last asked for.
+    """A cache of the answers used last.
 
     Args:
-        max_bytes: of all answers kept; 0 keeps none, and equal requests at once still share one.
+        max_bytes: most bytes of all kept answers; with 0 none is kept, and equal requests at once
+            still share one.
 
     Attributes:
-        size: bytes kept.
+        size: bytes of the kept answers.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -59,17 +60,20 @@ class AnswerCache:
     async def get_or_compute(
         self, key: str, compute: Callable[[], Awaitable[Reply]]
     ) -> tuple[Reply, bool]:
-        """The answer under a key, and whether it was there or on its way.
+        """Get the answer of a key.
 
-        A failure is kept for nobody, and goes to all who wait. One who stops waiting takes the
-        computation from nobody else; it ends when nobody is left.
+        A failure is not kept, and goes to all requests that wait. A computation ends early when no
+        request waits for it any more.
 
         Args:
-            key: `digest` of all that the answer follows from.
-            compute: makes it.
+            key: the `digest` of all that the answer depends on.
+            compute: computes the answer.
+
+        Returns:
+            The answer, and True if it was kept or being computed already.
 
         Raises:
-            Exception: what `compute` raised.
+            Exception: `compute` raised it.
         """
         if key in self._kept:
             self._kept.move_to_end(key)
@@ -85,7 +89,7 @@ class AnswerCache:
         finally:
             running.waiters -= 1
             if running.waiters == 0 and not running.task.done():
-                # Nobody who asks from now on may join what is being ended.
+                # No later request may join a computation that is being ended.
                 self._running.pop(key, None)
                 running.task.cancel()
 
@@ -94,7 +98,7 @@ class AnswerCache:
             reply = await compute()
         finally:
             running = self._running.get(key)
-            # It may have been given up, and begun anew by another.
+            # It may have been ended, and begun again for another request.
             mine = running is not None and running.task is asyncio.current_task()
             if mine:
                 del self._running[key]

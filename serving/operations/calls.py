@@ -1,4 +1,4 @@
-"""A request and its answer as values, so that one can be answered here or in another process."""
+"""A request and its answer as values, which travel between processes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ class Call:
     """A request to one model, its body read and inflated.
 
     Attributes:
-        operation: name of what is wanted; see `mimray.serving.operations.model_service`.
+        operation: the operation's name in the table of operations.
         query: the query string's parameters.
-        headers: those that operations look at, by lower-case name.
-        body: all of it.
-        version: of the model, where the request says one.
-        request_id: for logs.
-        traceparent: W3C trace context to continue; empty for none.
+        headers: the headers that operations read, by lower-case name.
+        body: the whole body.
+        version: the model's version that the request names; None for none.
+        trace: the W3C headers of the trace it belongs to.
     """
 
     operation: str
@@ -29,8 +28,7 @@ class Call:
     headers: Headers = field(default_factory=dict)
     body: bytes = b""
     version: str | None = None
-    request_id: str = ""
-    traceparent: str = ""
+    trace: Headers = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -38,10 +36,10 @@ class Reply:
     """The answer to a call.
 
     Attributes:
-        status: of HTTP.
-        headers: those that matter to whoever asked.
-        body: all of it.
-        notes: for the access log: pictures, phases in milliseconds, cache, version.
+        status: the HTTP status.
+        headers: the headers of the answer.
+        body: the whole body.
+        notes: members for the access log: pictures, phases in milliseconds, cache, version.
     """
 
     status: int
@@ -51,7 +49,7 @@ class Reply:
 
 
 def problem_reply(error: EndpointError) -> Reply:
-    """A refusal as problem JSON (RFC 9457) with the headers that belong to it."""
+    """The reply for a refusal: problem JSON (RFC 9457) and its headers."""
     headers = {"Content-Type": "application/problem+json"}
     if isinstance(error, LaterError):
         headers["Retry-After"] = str(error.retry_after_s)

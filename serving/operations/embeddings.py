@@ -1,4 +1,4 @@
-"""`/v1/embeddings`, in the words of OpenAI's: pictures as text in, pooled vectors out.
+"""`/v1/embeddings`, in the words of OpenAI's API: pictures as text in, pooled vectors out.
 
 Source: OpenAI's API reference, "Create embeddings".
 """
@@ -9,44 +9,38 @@ import base64
 from typing import Any
 
 from mimray.serving.inference.options import parse_options
-from mimray.serving.inference.predictor import Predictor
 from mimray.serving.inference.timeline import Timeline
 from mimray.serving.operations.calls import Call, Reply
-from mimray.serving.operations.metadata import Identity
-from mimray.serving.operations.request_images import Fetch, decoded_pictures, parse_object
+from mimray.serving.operations.operation import Computation, Model
+from mimray.serving.operations.request_images import decoded_pictures, parse_object
 from mimray.serving.operations.response_formats import dumps
 from mimray.serving.wire.errors import InvalidRequestError
 
 _OPTIONS = ("pooling", "size")
 
 
-async def embeddings(
-    call: Call, identity: Identity, predictor: Predictor, timeline: Timeline, fetch: Fetch
-) -> tuple[Reply, int]:
-    """Answer one request; gives the number of pictures, too."""
+async def _embeddings(model: Model, call: Call, timeline: Timeline) -> tuple[Reply, int]:
     asked = parse_object(call.body)
     encoding = asked.get("encoding_format") or "float"
     if encoding not in ("float", "base64"):
         raise InvalidRequestError(
             f"`encoding_format` is {str(encoding)[:40]!r}", hint="use float or base64"
         )
-    width = identity.facts.width
+    width = model.info.width
     if asked.get("dimensions") not in (None, width):
         raise InvalidRequestError(
             f"`dimensions` is {str(asked['dimensions'])[:40]}, this model has {width}",
             hint="leave it out",
         )
-    options = parse_options(
-        {name: asked[name] for name in _OPTIONS if name in asked}, identity.facts
-    )
+    options = parse_options({name: asked[name] for name in _OPTIONS if name in asked}, model.info)
     given = asked.get("input")
     texts = [given] if isinstance(given, str) else given
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise InvalidRequestError(
             "`input` must be a picture as text, or a list of such", hint="a data URI or base64"
         )
-    pictures = await decoded_pictures(texts, fetch, max_pictures=identity.max_pictures)
-    predictions = await predictor.predict(pictures, options, timeline)
+    pictures = await decoded_pictures(texts, model.urls, max_pictures=model.limits.pictures)
+    predictions = await model.predictor.predict(pictures, options, timeline)
     vectors = [prediction.outputs["pooled"].astype("<f4") for prediction in predictions]
     answer: dict[str, Any] = {
         "object": "list",
@@ -62,8 +56,17 @@ async def embeddings(
             }
             for index, vector in enumerate(vectors)
         ],
-        "model": identity.name,
+        "model": model.name,
         "usage": {"prompt_tokens": 0, "total_tokens": 0},
     }
     headers = {"Content-Type": "application/json"}
     return Reply(200, headers, dumps(answer).encode()), len(pictures)
+
+
+EMBEDDINGS = Computation(
+    name="embeddings",
+    path="/v1/embeddings",
+    summary="Pooled vectors, in the words of OpenAI's API",
+    compute=_embeddings,
+    model_in="body",
+)

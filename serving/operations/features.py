@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from mimray.serving.inference.options import NAMES, Options, parse_options
-from mimray.serving.inference.predictor import Predictor
 from mimray.serving.inference.timeline import Timeline
 from mimray.serving.operations.calls import Call, Reply
-from mimray.serving.operations.metadata import Identity, answer_metadata
-from mimray.serving.operations.request_images import Fetch, read_pictures
+from mimray.serving.operations.metadata import answer_metadata
+from mimray.serving.operations.operation import Computation, Model
+from mimray.serving.operations.request_images import read_pictures
 from mimray.serving.operations.response_formats import WRITERS, Answer, negotiate
 from mimray.serving.wire.errors import InvalidRequestError
 
@@ -15,25 +15,31 @@ _QUERY = ("model", "version", "outputs", *NAMES)
 _PLAIN = ("pooled", "tokens")
 
 
-async def features(
-    call: Call, identity: Identity, predictor: Predictor, timeline: Timeline, fetch: Fetch
-) -> tuple[Reply, int]:
-    """Answer one request; gives the number of pictures, too."""
+async def _features(model: Model, call: Call, timeline: Timeline) -> tuple[Reply, int]:
     media = negotiate(call.headers.get("accept", ""))
-    options = _options(call, identity)
-    pictures = await read_pictures(call, fetch, max_pictures=identity.max_pictures)
-    predictions = await predictor.predict(pictures, options, timeline)
+    options = _options(call, model)
+    pictures = await read_pictures(call, model.urls, max_pictures=model.limits.pictures)
+    predictions = await model.predictor.predict(pictures, options, timeline)
     names = tuple(
         name
         for output in options.names
         for name in ((output, f"{output}_scale") if options.dtype == "int8" else (output,))
     )
-    answer = Answer(names, predictions, answer_metadata(identity, options, predictions))
+    answer = Answer(names, predictions, answer_metadata(model, options, predictions))
     body, headers = WRITERS[media](answer)
     return Reply(200, {"Content-Type": media, "Vary": "Accept", **headers}, body), len(pictures)
 
 
-def _options(call: Call, identity: Identity) -> Options:
+FEATURES = Computation(
+    name="features",
+    path="/v1/features",
+    summary="Features of pictures",
+    compute=_features,
+    model_in="query",
+)
+
+
+def _options(call: Call, model: Model) -> Options:
     unknown = call.query.keys() - set(_QUERY)
     if unknown:
         raise InvalidRequestError(
@@ -45,5 +51,5 @@ def _options(call: Call, identity: Identity) -> Options:
         # Maps are asked for by `layers` and `pyramid`; where they are, nothing else is implied.
         maps = call.query.get("layers") or call.query.get("pyramid")
         default = plain if wanted else (() if maps else ("pooled",))
-        return parse_options(call.query, identity.facts, default=default)
-    return parse_options(call.query, identity.facts, outputs=wanted)
+        return parse_options(call.query, model.info, default=default)
+    return parse_options(call.query, model.info, outputs=wanted)

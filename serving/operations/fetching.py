@@ -1,4 +1,4 @@
-"""Pictures by URL: only from hosts that are named, and never from inside this network.
+"""Pictures by URL: only from allowed hosts, and never from inside this network.
 
 A name is resolved once, every address must be a public one, and the connection goes to those very
 addresses, so that a second answer of the name server changes nothing. Redirects are followed by
@@ -13,12 +13,11 @@ import ipaddress
 import socket
 import ssl
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from typing import TYPE_CHECKING
 
+from mimray.serving.config import HTTPS_PORT, MIB, Urls
 from mimray.serving.wire.errors import InvalidRequestError, TooLargeError
-from mimray.trainers.errors import ServingError
 
 if TYPE_CHECKING:
     import httpx2
@@ -28,7 +27,7 @@ Resolver = Callable[[str, int], Awaitable[list[str]]]
 
 _REDIRECTS = (301, 302, 303, 307, 308)
 _MAX_URL = 2048
-_PORT = 443
+_MAX_REDIRECTS = 3
 # In which an IPv4 address hides (RFC 6052).
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 # All there is of public IPv6. Outside lie site-local, IPv4-compatible and translated addresses,
@@ -36,60 +35,6 @@ _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _PUBLIC_V6 = ipaddress.ip_network("2000::/3")
 # Kept by the IETF for protocols; one cloud's metadata live there. Global to older Pythons.
 _PROTOCOLS_V4 = ipaddress.ip_network("192.0.0.0/24")
-
-
-@dataclass(frozen=True)
-class UrlPolicy:
-    """What may be fetched.
-
-    Attributes:
-        allowed_hosts: exact names, or `*.example.org` for those below one; `:port` for another
-            than 443; IPv6 in brackets.
-        max_bytes: most bytes of one picture.
-        timeout_s: longest one may take, redirects and all.
-        max_redirects: most of them.
-
-    Raises:
-        ServingError: an entry of `allowed_hosts` is none of these.
-    """
-
-    allowed_hosts: tuple[str, ...]
-    max_bytes: int = 16 * 2**20
-    timeout_s: float = 10.0
-    max_redirects: int = 3
-
-    def __post_init__(self) -> None:
-        _ = self._allowed  # read now: a mistake is told at the start
-
-    @cached_property
-    def _allowed(self) -> tuple[tuple[bool, str, int], ...]:
-        return tuple(_entry(text) for text in self.allowed_hosts)
-
-    def allows(self, host: str, port: int) -> bool:
-        """Whether a host is named; both as they are on the wire, lower case and ASCII."""
-        return any(
-            port == wanted and (host.endswith(f".{name}") if below else host == name)
-            for below, name, wanted in self._allowed
-        )
-
-
-def _entry(text: str) -> tuple[bool, str, int]:
-    """An entry of `allowed_hosts`: whether it means those below, the name, the port."""
-    import httpx2
-
-    below = text.startswith("*.")
-    try:
-        url = httpx2.URL(f"https://{text.removeprefix('*.')}")
-    except (httpx2.InvalidURL, ValueError):
-        url = httpx2.URL("")
-    name = url.raw_host.decode()
-    rest = (url.userinfo, url.raw_path, url.fragment)
-    if not name or "*" in name or rest != (b"", b"/", ""):
-        raise ServingError(
-            f"{text!r} in `urls.allowed_hosts` is no host",
-            hint="write example.org, *.example.org or example.org:8443",
-        )
-    return below, name, url.port or _PORT
 
 
 async def resolve(host: str, port: int) -> list[str]:
@@ -100,7 +45,7 @@ async def resolve(host: str, port: int) -> list[str]:
 
 
 def is_public(address: str) -> bool:
-    """Whether an address, or the IPv4 address inside it, belongs to the internet at large."""
+    """True if an address, or the IPv4 address inside it, is a public one."""
     ip: Address = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
@@ -114,64 +59,64 @@ def is_public(address: str) -> bool:
 
 async def fetch(
     url: str,
-    policy: UrlPolicy | None,
+    urls: Urls,
     *,
     resolver: Resolver = resolve,
     allowed: Callable[[str], bool] = is_public,
     trust: ssl.SSLContext | None = None,
 ) -> bytes:
-    """A picture by its URL.
+    """Fetch a picture.
 
     Args:
-        url: https, of a host the policy names.
-        policy: what may be fetched; None for nothing.
+        url: an https URL of an allowed host.
+        urls: the rules for pictures by URL.
         resolver: gives the addresses of a name.
-        allowed: whether an address may be connected to.
-        trust: certificates that are believed; the usual ones by default.
+        allowed: gives True for an address that may be connected to.
+        trust: the trusted certificates; the system's by default.
 
     Raises:
         InvalidRequestError: it may not be fetched, or could not be.
         TooLargeError: it is too large.
     """
-    if policy is None:
+    if not urls.allowed_hosts:
         raise InvalidRequestError(
             "pictures by URL are not taken here", hint="send the picture itself"
         )
     try:
-        async with asyncio.timeout(policy.timeout_s):
-            return await _follow(url, policy, resolver, allowed, trust or _usual_trust())
+        async with asyncio.timeout(urls.timeout_s):
+            return await _follow(url, urls, resolver, allowed, trust or _usual_trust())
     except TimeoutError:
         raise InvalidRequestError(
-            f"{_shown(url)} did not come within {policy.timeout_s:g} s"
+            f"{_shown(url)} did not come within {urls.timeout_s:g} s"
         ) from None
 
 
 async def _follow(
     url: str,
-    policy: UrlPolicy,
+    urls: Urls,
     resolver: Resolver,
     allowed: Callable[[str], bool],
     trust: ssl.SSLContext,
 ) -> bytes:
     import httpx2
 
-    target = _checked(url, policy)
-    for _ in range(policy.max_redirects + 1):
-        found = await _get(target, policy, resolver, allowed, trust)
+    target = _checked(url, urls)
+    for _ in range(_MAX_REDIRECTS + 1):
+        found = await _get(target, urls, resolver, allowed, trust)
         if isinstance(found, bytes):
             return found
         try:
-            target = _checked(str(target.join(found)), policy)
+            target = _checked(str(target.join(found)), urls)
         except (httpx2.InvalidURL, ValueError, InvalidRequestError) as error:
             # What it names may be a secret of the network it stands in.
             raise InvalidRequestError(
                 f"{_shown(str(target))} redirects to where pictures are not taken from"
             ) from error
-    raise InvalidRequestError(f"{_shown(str(target))} comes after {policy.max_redirects} redirects")
+    raise InvalidRequestError(f"{_shown(str(target))} comes after {_MAX_REDIRECTS} redirects")
 
 
-def _checked(url: str, policy: UrlPolicy) -> httpx2.URL:
-    """The URL, if the policy lets it be fetched."""
+def _checked(url: str, urls: Urls) -> httpx2.URL:
+    """The URL, if the urls lets it be fetched."""
     import httpx2
 
     if len(url) > _MAX_URL:
@@ -184,9 +129,9 @@ def _checked(url: str, policy: UrlPolicy) -> httpx2.URL:
         raise InvalidRequestError("a picture's URL carries credentials")
     if target.scheme != "https" or not target.raw_host:
         raise InvalidRequestError(f"{_shown(str(target))} is not https")
-    host, port = target.raw_host.decode(), target.port or _PORT
-    if not policy.allows(host, port):
-        place = host[:100] if port == _PORT else f"{host[:100]}, port {port},"
+    host, port = target.raw_host.decode(), target.port or HTTPS_PORT
+    if not urls.allow(host, port):
+        place = host[:100] if port == HTTPS_PORT else f"{host[:100]}, port {port},"
         raise InvalidRequestError(
             f"pictures from {place} are not taken here", hint="`urls.allowed_hosts` names hosts"
         )
@@ -195,24 +140,24 @@ def _checked(url: str, policy: UrlPolicy) -> httpx2.URL:
 
 async def _get(
     target: httpx2.URL,
-    policy: UrlPolicy,
+    urls: Urls,
     resolver: Resolver,
     allowed: Callable[[str], bool],
     trust: ssl.SSLContext,
 ) -> bytes | str:
-    """What is at a URL, or where it redirects to."""
+    """The picture at a URL, or the URL it redirects to."""
     import httpx2
 
     # The name in ASCII: Python would look up another, by rules of IDNA that are older.
     host = target.raw_host.decode()
-    addresses = await _addresses(host, target.port or _PORT, resolver, allowed)
+    addresses = await _addresses(host, target.port or HTTPS_PORT, resolver, allowed)
     headers = {
         "Host": target.netloc.decode(),
         "Accept": "image/*",
         "Accept-Encoding": "identity",
         "User-Agent": "mimray",
     }
-    timeout = httpx2.Timeout(policy.timeout_s, connect=policy.timeout_s / 3)
+    timeout = httpx2.Timeout(urls.timeout_s, connect=urls.timeout_s / 3)
     # No proxies and no credentials from this process's environment.
     async with httpx2.AsyncClient(verify=trust, trust_env=False, timeout=timeout) as client:
         for address in addresses:
@@ -223,7 +168,7 @@ async def _get(
                 ) as response:
                     if response.status_code in _REDIRECTS:
                         return str(response.headers.get("location", ""))
-                    return await _read(response, _shown(str(target)), policy)
+                    return await _read(response, _shown(str(target)), urls)
             except (httpx2.ConnectError, httpx2.ConnectTimeout):
                 continue
             except httpx2.HTTPError as error:
@@ -244,24 +189,25 @@ async def _addresses(
     except (OSError, UnicodeError) as error:
         raise InvalidRequestError(f"there is no host {host[:100]}") from error
     if not addresses or not all(map(allowed, addresses)):
-        # Which address it was is nobody's business.
+        # The address itself would tell of this network.
         raise InvalidRequestError(f"{host[:100]} is not on the public internet")
     return addresses
 
 
-async def _read(response: httpx2.Response, shown: str, policy: UrlPolicy) -> bytes:
+async def _read(response: httpx2.Response, shown: str, urls: Urls) -> bytes:
     if response.status_code != 200:
         raise InvalidRequestError(f"{shown} answered {response.status_code}")
     if response.headers.get("content-encoding", "identity").strip().lower() != "identity":
         raise InvalidRequestError(f"{shown} comes with a Content-Encoding nobody asked for")
-    refusal = TooLargeError(f"{shown} has more than {policy.max_bytes} bytes")
+    most = urls.max_mib * MIB
+    refusal = TooLargeError(f"{shown} has more than {most} bytes")
     # The parser has checked that it is a number.
-    if int(response.headers.get("content-length", "0")) > policy.max_bytes:
+    if int(response.headers.get("content-length", "0")) > most:
         raise refusal
     chunks, size = [], 0
     async for chunk in response.aiter_raw():
         size += len(chunk)
-        if size > policy.max_bytes:
+        if size > most:
             raise refusal
         chunks.append(chunk)
     return b"".join(chunks)

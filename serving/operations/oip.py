@@ -1,4 +1,4 @@
-"""The Open Inference Protocol v2 for one model: what it says of itself, and inference.
+"""The Open Inference Protocol v2 for one model: its descriptions, and inference.
 
 Input `image` is `BYTES` [B], encoded pictures; `UINT8` [B, H, W, C], pixels; or `FP32`/`FP16`
 [B, C, H, W], normalised by the model's own mean and std. Outputs: those of
@@ -19,18 +19,19 @@ from typing import Any
 import numpy as np
 
 from mimray.serving.inference.options import NAMES, PYRAMID_STRIDES, Options, parse_options
-from mimray.serving.inference.predictor import Prediction, Predictor
+from mimray.serving.inference.predictor import Prediction
 from mimray.serving.inference.preprocess import Array, Picture
 from mimray.serving.inference.timeline import Timeline
 from mimray.serving.operations.calls import Call, Reply
-from mimray.serving.operations.metadata import Identity, answer_metadata
+from mimray.serving.operations.metadata import answer_metadata, public
+from mimray.serving.operations.operation import MODEL_PATH, Computation, Description, Model
 from mimray.serving.operations.response_formats import dumps, stacked
+from mimray.serving.wire.bodies import Parameters
 from mimray.serving.wire.errors import InvalidRequestError, ModelFailureError, TooLargeError
 from mimray.serving.wire.oip_messages import (
     HEADER_LENGTH,
     InferRequest,
     NamedTensor,
-    Parameters,
     RequestedOutput,
     build_response,
     parse_request,
@@ -45,32 +46,50 @@ _FOREIGN = frozenset(
 )
 
 
-def model_metadata(identity: Identity, versions: Sequence[str]) -> dict[str, Any]:
-    """The protocol's description of a model."""
-    facts = identity.facts
+def _metadata(model: Model) -> dict[str, Any]:
+    info = model.info
     # The grid follows from the size asked for, so it is left open.
     outputs = [
-        _tensor("pooled", "FP32", [-1, facts.width]),
-        _tensor("tokens", "FP32", [-1, -1, facts.width]),
+        _tensor("pooled", "FP32", [-1, info.width]),
+        _tensor("tokens", "FP32", [-1, -1, info.width]),
         _tensor("source_size", "INT64", [-1, 2]),
         _tensor("transform", "FP64", [-1, 3, 3]),
         _tensor("valid_region", "FP64", [-1, 4]),
-        *(_tensor(f"layer_{i}", "FP32", [-1, w, -1, -1]) for i, w in enumerate(facts.widths)),
+        *(_tensor(f"layer_{i}", "FP32", [-1, w, -1, -1]) for i, w in enumerate(info.widths)),
         *(_tensor(f"pyramid_{s}", "FP32", [-1, -1, -1, -1]) for s in PYRAMID_STRIDES),
     ]
     return {
-        "name": identity.name,
-        "versions": list(versions),
+        "name": model.name,
+        "versions": list(model.versions),
         "platform": PLATFORM,
         "inputs": [_tensor("image", "BYTES", [-1])],
         "outputs": outputs,
-        "parameters": identity.public(),
+        "parameters": public(model),
     }
 
 
-def model_config(identity: Identity, versions: Sequence[str]) -> dict[str, Any]:
+def _ready(model: Model) -> dict[str, Any]:
+    return {"name": model.name, "ready": True}
+
+
+def _statistics(model: Model) -> dict[str, Any]:
+    """Triton's statistics, as far as they mean something here."""
+    success = {"count": model.pictures, "ns": int(model.busy_s * 1e9)}
+    return {
+        "model_stats": [
+            {
+                "name": model.name,
+                "version": model.version,
+                "inference_count": model.pictures,
+                "inference_stats": {"success": success},
+            }
+        ]
+    }
+
+
+def _config(model: Model) -> dict[str, Any]:
     """Triton's model configuration, as far as its tools read it."""
-    metadata = model_metadata(identity, versions)
+    metadata = _metadata(model)
     types = {"BYTES": "TYPE_STRING"}
 
     def described(tensors: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -84,7 +103,7 @@ def model_config(identity: Identity, versions: Sequence[str]) -> dict[str, Any]:
         ]
 
     return {
-        "name": identity.name,
+        "name": model.name,
         "platform": PLATFORM,
         "backend": PLATFORM,
         # 0: the first dimension of every tensor is the batch, written out.
@@ -95,12 +114,9 @@ def model_config(identity: Identity, versions: Sequence[str]) -> dict[str, Any]:
     }
 
 
-async def infer(
-    call: Call, identity: Identity, predictor: Predictor, timeline: Timeline
-) -> tuple[Reply, int]:
-    """Answer one inference request; gives the number of pictures, too."""
+async def _infer(model: Model, call: Call, timeline: Timeline) -> tuple[Reply, int]:
     request = parse_request(call.body, call.headers.get(HEADER_LENGTH.lower()))
-    pictures = _pictures(request.inputs, identity.max_pictures)
+    pictures = _pictures(request.inputs, model.limits.pictures)
     unknown = request.parameters.keys() - {*NAMES, *_FOREIGN}
     if unknown:
         raise InvalidRequestError(
@@ -109,14 +125,14 @@ async def infer(
     named = [output.name for output in request.outputs]
     options = parse_options(
         request.parameters,
-        identity.facts,
+        model.info,
         outputs=[name for name in named if name not in _GEOMETRY],
         default=() if named else _DEFAULT,
     )
-    predictions = await predictor.predict(pictures, options, timeline)
+    predictions = await model.predictor.predict(pictures, options, timeline)
     names = tuple(named) or options.names
     tensors = _tensors(names, predictions, options)
-    metadata = answer_metadata(identity, options, predictions)
+    metadata = answer_metadata(model, options, predictions)
     parameters: Parameters = {"metadata": dumps(metadata)}
     if len({p.placement.input_size for p in predictions}) == 1:
         first = metadata["pictures"][0]
@@ -126,13 +142,39 @@ async def infer(
         body = build_response(
             _with_scales(request, tensors),
             tensors,
-            model_name=identity.name,
-            model_version=identity.version,
+            model_name=model.name,
+            model_version=model.version,
             parameters=parameters,
         )
     except ValueError as error:  # JSON has no words for NaN and infinity
         raise ModelFailureError("the features are not finite") from error
     return Reply(200, body.headers, body.content), len(pictures)
+
+
+METADATA = Description(
+    name="metadata",
+    path=MODEL_PATH,
+    summary="The protocol's description of a model",
+    describe=_metadata,
+)
+READY = Description(
+    name="ready", path=f"{MODEL_PATH}/ready", summary="Whether it answers", describe=_ready
+)
+CONFIG = Description(
+    name="config",
+    path=f"{MODEL_PATH}/config",
+    summary="Triton's model configuration",
+    describe=_config,
+)
+STATS = Description(
+    name="stats", path=f"{MODEL_PATH}/stats", summary="Triton's statistics", describe=_statistics
+)
+INFER = Computation(
+    name="infer",
+    path=f"{MODEL_PATH}/infer",
+    summary="Inference (Open Inference Protocol v2, binary tensor extension)",
+    compute=_infer,
+)
 
 
 def _pictures(inputs: Sequence[NamedTensor], max_pictures: int) -> list[Picture]:

@@ -1,27 +1,26 @@
-"""Pictures out of request bodies: raw, multipart, and JSON with data URIs, base64 or URLs."""
+"""Pictures in request bodies: raw, multipart, and JSON with data URIs, base64 or URLs."""
 
 from __future__ import annotations
 
 import base64
 import binascii
 import json
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from mimray.serving.config import Urls
 from mimray.serving.operations.calls import Call
+from mimray.serving.operations.fetching import fetch
 from mimray.serving.wire.errors import InvalidRequestError, TooLargeError, UnsupportedMediaTypeError
 
-Fetch = Callable[[str], Awaitable[bytes]]
-"""Gets a picture by its URL, or refuses."""
 
-
-async def read_pictures(call: Call, fetch: Fetch, *, max_pictures: int) -> list[bytes]:
-    """The encoded pictures of a request.
+async def read_pictures(call: Call, urls: Urls, *, max_pictures: int) -> list[bytes]:
+    """Read the encoded pictures of a request.
 
     Args:
-        call: its body is a picture, a form with files, or JSON `{"images": […]}`.
-        fetch: for images that are URLs.
-        max_pictures: most that are taken.
+        call: the request; its body is a picture, a form with files, or JSON `{"images": […]}`.
+        urls: the rules for pictures by URL.
+        max_pictures: most pictures of one request.
 
     Raises:
         UnsupportedMediaTypeError: a Content-Type of another kind.
@@ -44,13 +43,18 @@ async def read_pictures(call: Call, fetch: Fetch, *, max_pictures: int) -> list[
             f"a body of {media[:60]!r} is not taken",
             hint="send a picture, multipart/form-data with files, or application/json",
         )
-    return await decoded_pictures(pictures, fetch, max_pictures=max_pictures)
+    return await decoded_pictures(pictures, urls, max_pictures=max_pictures)
 
 
 async def decoded_pictures(
-    pictures: Sequence[str | bytes], fetch: Fetch, *, max_pictures: int
+    pictures: Sequence[str | bytes], urls: Urls, *, max_pictures: int
 ) -> list[bytes]:
-    """Pictures as bytes: those that are text are data URIs, base64 or URLs.
+    """Decode pictures to bytes.
+
+    Args:
+        pictures: the pictures; text is a data URI, base64 or a URL.
+        urls: the rules for pictures by URL.
+        max_pictures: most pictures of one request.
 
     Raises:
         InvalidRequestError: there is none, or text that is none of these.
@@ -70,7 +74,7 @@ async def decoded_pictures(
         if isinstance(picture, bytes):
             return picture
         if picture[:8].lower().startswith(("http://", "https://")):
-            return await fetch(picture)
+            return await fetch(picture, urls)
         return _from_text(picture, index)
 
     # One after the other: together they could fill the memory, and URLs are the rare way.
@@ -78,7 +82,7 @@ async def decoded_pictures(
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
-    """A JSON object.
+    """Read a JSON object.
 
     Raises:
         InvalidRequestError: it is something else.

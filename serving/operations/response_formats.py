@@ -1,4 +1,4 @@
-"""Features as files: JSON, npy, npz, Arrow stream, safetensors; which one, `Accept` says."""
+"""Features as files, in the format that `Accept` prefers: JSON, npy, npz, Arrow, safetensors."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Answer:
     """Features of the pictures of one request.
 
     Attributes:
-        names: of the outputs, scales of int8 included.
-        predictions: one a picture, in order.
-        metadata: of the answer.
+        names: names of the outputs, scales of int8 included.
+        predictions: the prediction of every picture, in order.
+        metadata: the answer's metadata.
     """
 
     names: tuple[str, ...]
@@ -36,7 +36,7 @@ class Answer:
     metadata: dict[str, Any]
 
     def arrays(self) -> dict[str, Array]:
-        """[B, …] by name; where pictures differ in shape, one array a picture, `<name>.<index>`."""
+        """Arrays [B, …] by name; for pictures of different shapes one each, `<name>.<index>`."""
         found: dict[str, Array] = {}
         for name in self.names:
             parts = [prediction.outputs[name] for prediction in self.predictions]
@@ -48,17 +48,17 @@ class Answer:
 
     @property
     def is_bfloat16(self) -> bool:
-        """Whether the arrays hold the bits of a type that numpy does not have."""
+        """True if the arrays hold bits of bfloat16, which numpy does not have."""
         return bool(self.metadata["dtype"] == "bfloat16")
 
 
 def stacked(parts: Sequence[Array]) -> Array:
-    """[B, …] of equal shapes; of one, a view."""
+    """Stack arrays of equal shapes to [B, …]; of one, a view."""
     return parts[0][None] if len(parts) == 1 else np.stack(parts)
 
 
 def dumps(tree: Any) -> str:
-    """Compact JSON.
+    """Write compact JSON.
 
     Raises:
         ModelFailureError: NaN or infinity, for which JSON has no words.
@@ -70,7 +70,7 @@ def dumps(tree: Any) -> str:
 
 
 def write_json(answer: Answer) -> tuple[bytes, Headers]:
-    """Pooled vectors and geometry.
+    """Write JSON: pooled vectors and geometry.
 
     Raises:
         NotAcceptableError: other outputs were asked for.
@@ -98,7 +98,7 @@ def write_json(answer: Answer) -> tuple[bytes, Headers]:
 
 
 def write_npy(answer: Answer) -> tuple[bytes, Headers]:
-    """One array, its metadata in a header.
+    """Write npy: one array, its metadata in a header.
 
     Raises:
         NotAcceptableError: more than one output, or what numpy has no type for.
@@ -122,7 +122,7 @@ def write_npy(answer: Answer) -> tuple[bytes, Headers]:
 
 
 def write_npz(answer: Answer) -> tuple[bytes, Headers]:
-    """Every array, and `metadata`, JSON in an array of no dimensions.
+    """Write npz: every array, and `metadata`, JSON in an array of no dimensions.
 
     Raises:
         NotAcceptableError: a type that numpy does not have.
@@ -135,7 +135,7 @@ def write_npz(answer: Answer) -> tuple[bytes, Headers]:
 
 
 def write_safetensors(answer: Answer) -> tuple[bytes, Headers]:
-    """Every array, and the metadata as JSON under `mimray`.
+    """Write safetensors: every array, and the metadata as JSON under `mimray`.
 
     Written here, since the library's own writer has no bfloat16 without torch.
 
@@ -156,7 +156,7 @@ def write_safetensors(answer: Answer) -> tuple[bytes, Headers]:
 
 
 def write_arrow(answer: Answer) -> tuple[bytes, Headers]:
-    """A row a picture: each output as a flat list beside its shape, and the geometry.
+    """Write an Arrow stream: a row for each picture, outputs as flat lists beside their shapes.
 
     Raises:
         NotAcceptableError: a type that Arrow does not have.
@@ -196,7 +196,7 @@ ARROW = "application/vnd.apache.arrow.stream"
 SAFETENSORS = "application/vnd.safetensors"
 
 Writer = Callable[[Answer], tuple[bytes, Headers]]
-# What is taken when anything is accepted comes first.
+# By preference: the first is given to clients that accept anything.
 WRITERS: dict[str, Writer] = {
     JSON: write_json,
     NPY: write_npy,
@@ -209,10 +209,10 @@ WRITERS: dict[str, Writer] = {
 
 
 def negotiate(accept: str) -> str:
-    """The media type to answer with.
+    """Choose the media type of the answer.
 
     Args:
-        accept: the header; empty for none.
+        accept: the value of `Accept`; empty for none.
 
     Raises:
         NotAcceptableError: none of ours is accepted.

@@ -1,7 +1,7 @@
-"""What can be watched: counted in each replica, given out by Ray's agent of each node.
+"""Prometheus metrics, counted in each replica and exposed by Ray's agent of each node.
 
-Ray puts `ray_` before every name and `_total` behind counters. A scrape of the agents, or of the
-endpoint's `/metrics`, which asks them, finds these beside Ray Serve's own.
+Ray puts `ray_` before every name and `_total` after counters. The endpoint's `/metrics` asks the
+agents and gives these beside Ray Serve's own.
 """
 
 from __future__ import annotations
@@ -9,13 +9,11 @@ from __future__ import annotations
 import asyncio
 import re
 import sys
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 FAMILIES = ("ray_mimray_", "ray_serve_")
-"""What `/metrics` gives out of all that Ray counts."""
+"""Prefixes of the metrics that `/metrics` gives."""
 
 _SECONDS = (
     0.001, 0.002, 0.004, 0.007, 0.01, 0.015, 0.025, 0.04, 0.06, 0.1, 0.15, 0.25, 0.4, 0.6,
@@ -28,13 +26,13 @@ _NAME = re.compile(r"# (?:HELP|TYPE) (\S+)")
 
 
 class Kind(NamedTuple):
-    """One thing that is counted.
+    """One metric.
 
     Attributes:
         type: `counter`, `gauge` or `histogram`.
-        text: what it is.
-        labels: beside `model` and `version`.
-        buckets: upper bounds of a histogram.
+        text: the description.
+        labels: names of the labels beside `model` and `version`.
+        buckets: upper bounds of a histogram's buckets.
     """
 
     type: str
@@ -54,7 +52,7 @@ KINDS = {
         ("phase",),
         _SECONDS,
     ),
-    # A histogram's sum is made up of the middles of its buckets in Ray, so exact ones are counted.
+    # Ray computes a histogram's sum from the middles of its buckets; these are exact.
     "mimray_phase_spent_seconds": Kind("counter", "Time that requests spent", ("phase",)),
     "mimray_pictures": Kind("counter", "Pictures answered", ("operation",)),
     "mimray_batch_pictures": Kind("histogram", "Pictures in a pass", (), _PICTURES),
@@ -68,11 +66,11 @@ KINDS = {
 
 
 class Metrics:
-    """Counts for one version of one model; outside Ray, for nobody.
+    """The metrics of one version of one model; outside Ray nothing is counted.
 
     Args:
-        model: name.
-        version: of it.
+        model: the model's name.
+        version: the model's version.
     """
 
     def __init__(self, model: str, version: str) -> None:
@@ -82,38 +80,38 @@ class Metrics:
             self._kinds = {name: _made(name, kind) for name, kind in KINDS.items()}
 
     def request(self, operation: str, status: int, seconds: float, pictures: int) -> None:
-        """A request was answered."""
+        """Count a request that was answered."""
         self._add("mimray_requests", 1, operation=operation, status=str(status))
         self._add("mimray_request_seconds", seconds, operation=operation)
         if pictures and status < 400:
             self._add("mimray_pictures", pictures, operation=operation)
 
     def phase(self, name: str, seconds: float) -> None:
-        """A part of a request took a while."""
+        """Count the seconds of a request's phase."""
         self._add("mimray_phase_seconds", seconds, phase=name)
         if seconds > 0:  # Ray refuses to count nothing
             self._add("mimray_phase_spent_seconds", seconds, phase=name)
 
     def batch(self, size: int, pixels: int) -> None:
-        """The model ran."""
+        """Count a pass of the model."""
         self._add("mimray_batch_pictures", size)
         self._add("mimray_batched_pictures", size)
         self._add("mimray_pixels", pixels)
 
     def waiting(self, pictures: int) -> None:
-        """So many wait now."""
+        """Set the number of pictures that wait."""
         self._add("mimray_waiting_pictures", pictures)
 
     def rejected(self, reason: str) -> None:
-        """A request was refused."""
+        """Count a request that was refused."""
         self._add("mimray_rejections", 1, reason=reason)
 
     def cache(self, hit: bool) -> None:
-        """A request was looked up."""
+        """Count a look into the cache of answers."""
         self._add("mimray_cache_requests", 1, result="hit" if hit else "miss")
 
     def answer_bytes(self, size: int) -> None:
-        """An answer was made."""
+        """Count the bytes of an answer."""
         self._add("mimray_answer_bytes", size)
 
     def _add(self, name: str, value: float, **labels: str) -> None:
@@ -140,10 +138,10 @@ def _made(name: str, kind: Kind) -> Any:
 
 
 async def exposition() -> str:
-    """Ours and Ray Serve's metrics of every node, in Prometheus' text format; empty outside Ray.
+    """The metrics of every node, Ray Serve's included, in Prometheus' text format.
 
-    A node that does not answer is named in a comment. Values are up to ten seconds old, unless
-    Ray was told to collect them more often (`metrics_report_interval_ms`).
+    Empty outside Ray. A node that does not answer is named in a comment. Values are up to ten
+    seconds old, unless Ray was told to collect them more often (`metrics_report_interval_ms`).
     """
     if not _in_ray():
         return ""
@@ -167,7 +165,7 @@ async def exposition() -> str:
 
 
 def merged(texts: Sequence[str]) -> str:
-    """Several expositions as one: each family once, with the samples of all."""
+    """Merge expositions: each family once, with the samples of all."""
     comments: list[str] = []
     heads: dict[str, list[str]] = {}
     samples: dict[str, list[str]] = {}
@@ -191,6 +189,6 @@ def merged(texts: Sequence[str]) -> str:
 
 
 def _in_ray() -> bool:
-    """Whether this process belongs to a cluster; asked without importing Ray."""
+    """True if this process belongs to a cluster; Ray is not imported for it."""
     ray = sys.modules.get("ray")
     return ray is not None and bool(ray.is_initialized())

@@ -1,180 +1,117 @@
-"""W3C trace context, taken up and handed on; spans to OpenTelemetry where an exporter is set.
+"""OpenTelemetry spans of requests and their phases, in the trace that a client's headers name.
 
-`OTEL_TRACES_EXPORTER` or an OTLP endpoint turns spans on; the SDK's other variables (sampler,
-headers, service name, …) mean what they mean elsewhere. Otherwise the SDK is not even imported.
+Spans are exported if `OTEL_TRACES_EXPORTER` or an OTLP endpoint is set; the SDK reads its other
+variables (sampler, headers, service name, …) itself. Without an exporter the trace is continued, so
+that it reaches the client's own logs, and nothing is recorded.
 
-Source: W3C Trace Context, level 1, sec. 3.2; OpenTelemetry's semantic conventions for HTTP.
+Source: OpenTelemetry's semantic conventions for HTTP.
 """
 
 from __future__ import annotations
 
 import os
-import random
-import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
+
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ParentBased
+from opentelemetry.trace import Span, SpanKind, StatusCode, get_current_span, set_span_in_context
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from mimray.trainers.errors import ServingError
 
 if TYPE_CHECKING:
-    from opentelemetry.context import Context
-    from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import SpanExporter
-    from opentelemetry.trace import Span as Recording
 
-_PARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
-_SAMPLED = 1
+_PROPAGATOR = TraceContextTextMapPropagator()
 _STATUS = "http.response.status_code"
 
-Spans = Sequence[tuple[str, float, float]]
+Phases = Sequence[tuple[str, float, float]]
 """Name, start and end on `time.perf_counter`."""
 
 
-@dataclass(frozen=True)
-class Span:
-    """One request's place in a trace.
-
-    Attributes:
-        trace_id: 32 hexadecimal digits.
-        span_id: 16, of the request here.
-        parent_id: 16, of whoever sent it; empty where the trace begins here.
-        sampled: whether somebody records it.
-        recording: what OpenTelemetry has of it, where there is an exporter.
-    """
-
-    trace_id: str
-    span_id: str
-    parent_id: str = ""
-    sampled: bool = False
-    recording: Recording | None = None
-
-    @property
-    def traceparent(self) -> str:
-        """What is handed on."""
-        return f"00-{self.trace_id}-{self.span_id}-{int(self.sampled):02x}"
-
-
-def continued(traceparent: str) -> Span:
-    """A span of its own in the trace that a header names; one that breaks the rules begins anew."""
-    found = _PARENT.fullmatch(traceparent.strip())
-    span_id = _random_id(8)
-    if (
-        not found
-        or found[1] == "ff"
-        or (found[1] == "00" and found[5])
-        or not int(found[2], 16)
-        or not int(found[3], 16)
-    ):
-        return Span(_random_id(16), span_id)
-    return Span(found[2], span_id, found[3], bool(int(found[4], 16) & _SAMPLED))
+def trace_headers(span: Span) -> dict[str, str]:
+    """The W3C headers that hand a span's trace on: `traceparent` and, if set, `tracestate`."""
+    headers: dict[str, str] = {}
+    _PROPAGATOR.inject(headers, set_span_in_context(span))
+    return headers
 
 
 class Tracer:
     """Starts and finishes spans.
 
     Raises:
-        ServingError: an exporter is set that is not installed, or that we do not know.
+        ServingError: the exporter that is set is unknown or not installed.
     """
 
     def __init__(self) -> None:
-        exporter = _exporter()
-        self._provider = _provider(exporter) if exporter else None
-        self._otel = self._provider.get_tracer("mimray") if self._provider else None
+        self._provider = _provider(_exporter())
+        self._tracer = self._provider.get_tracer("mimray")
 
-    def start(self, traceparent: str) -> Span:
-        """A request begins."""
-        span = continued(traceparent)
-        if self._otel is None:
-            return span
-        from opentelemetry.context import Context
-        from opentelemetry.trace import SpanKind
-
-        context = _below(span.trace_id, span.parent_id, span.sampled) if span.parent_id else None
-        # It is named when it ends; samplers see this name.
-        recording = self._otel.start_span("request", context or Context(), SpanKind.SERVER)
-        own = recording.get_span_context()
-        return Span(
-            f"{own.trace_id:032x}",
-            f"{own.span_id:016x}",
-            span.parent_id,
-            own.trace_flags.sampled,
-            recording,
-        )
-
-    def finish(self, span: Span, name: str, started: float, attributes: Mapping[str, Any]) -> None:
-        """A request ended.
+    def start(self, headers: Mapping[str, str]) -> Span:
+        """Start the span of a request.
 
         Args:
-            span: of the request.
-            name: method and route.
-            started: on `time.perf_counter`; it ends now.
-            attributes: of the span.
+            headers: the request's headers, by lower-case name.
         """
-        if span.recording is None:
-            return
-        from opentelemetry.trace import StatusCode
+        # `finish` names it; samplers see this name.
+        return self._tracer.start_span("request", _PROPAGATOR.extract(headers), SpanKind.SERVER)
 
-        span.recording.update_name(name)
-        span.recording.set_attributes(attributes)
+    def finish(self, span: Span, name: str, attributes: Mapping[str, Any]) -> None:
+        """Finish the span of a request.
+
+        Args:
+            span: the span, which ends now.
+            name: the request's method and operation.
+            attributes: the span's attributes.
+        """
+        span.update_name(name)
+        span.set_attributes(attributes)
         status = attributes.get(_STATUS, 0)
         if status >= 500:
-            span.recording.set_attribute("error.type", str(status))
-            span.recording.set_status(StatusCode.ERROR)
-        span.recording.end()
+            span.set_attribute("error.type", str(status))
+            span.set_status(StatusCode.ERROR)
+        span.end()
 
-    def record(self, traceparent: str, parts: Spans, attributes: Mapping[str, Any]) -> None:
-        """Phases of a request whose own span is told of elsewhere, maybe in another process.
+    def record(
+        self, headers: Mapping[str, str], phases: Phases, attributes: Mapping[str, Any]
+    ) -> None:
+        """Record the phases of a request, whose own span may belong to another process.
 
         Args:
-            traceparent: of the request.
-            parts: the phases; those of one name become one, from the first start to the last end.
-            attributes: of each.
+            headers: `trace_headers` of the request's span.
+            phases: the phases; those of one name become one span, from the first start to the last
+                end.
+            attributes: the attributes of each span.
         """
-        if self._otel is None or not (found := _PARENT.fullmatch(traceparent)):
+        context = _PROPAGATOR.extract(headers)
+        if not get_current_span(context).get_span_context().trace_flags.sampled:
             return
-        if not int(found[4], 16) & _SAMPLED:
-            return
-        phases: dict[str, tuple[float, float]] = {}
-        for name, started, ended in parts:
-            first, last = phases.get(name, (started, ended))
-            phases[name] = min(first, started), max(last, ended)
-        context = _below(found[2], found[3], True)
+        merged: dict[str, tuple[float, float]] = {}
+        for name, started, ended in phases:
+            first, last = merged.get(name, (started, ended))
+            merged[name] = min(first, started), max(last, ended)
         # `perf_counter` has no epoch of its own.
         offset_ns = time.time_ns() - time.perf_counter_ns()
-        for name, (started, ended) in phases.items():
-            span = self._otel.start_span(
+        for name, (started, ended) in merged.items():
+            span = self._tracer.start_span(
                 name, context, attributes=attributes, start_time=offset_ns + int(started * 1e9)
             )
             span.end(offset_ns + int(ended * 1e9))
 
     def close(self) -> None:
         """Send what is left."""
-        if self._provider is not None:
-            self._provider.shutdown()
+        self._provider.shutdown()
 
 
-def _below(trace_id: str, span_id: str, sampled: bool) -> Context:
-    """The context of a span that was begun elsewhere."""
-    from opentelemetry.context import Context
-    from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, set_span_in_context
-
-    parent = SpanContext(
-        int(trace_id, 16),
-        int(span_id, 16),
-        is_remote=True,
-        trace_flags=TraceFlags(_SAMPLED if sampled else 0),
-    )
-    return set_span_in_context(NonRecordingSpan(parent), Context())
-
-
-def _provider(exporter: SpanExporter) -> TracerProvider:
-    from opentelemetry.sdk.resources import Resource
-    from opentelemetry.sdk.trace import TracerProvider
-    from opentelemetry.sdk.trace.export import BatchSpanProcessor
-
+def _provider(exporter: SpanExporter | None) -> TracerProvider:
+    if exporter is None:
+        # Clients hear that nothing is recorded here, unless they record themselves.
+        return TracerProvider(sampler=ParentBased(ALWAYS_OFF), resource=Resource.get_empty())
     resource = Resource.create({"service.version": metadata.version("mimray")})
     if str(resource.attributes["service.name"]).startswith("unknown_service"):
         resource = resource.merge(Resource({"service.name": "mimray"}))
@@ -184,7 +121,7 @@ def _provider(exporter: SpanExporter) -> TracerProvider:
 
 
 def _exporter() -> SpanExporter | None:
-    """The one that the environment asks for; None where it asks for none."""
+    """The exporter that the environment names; None for none."""
     endpoints = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
     usual = "otlp" if any(map(_variable, endpoints)) else "none"
     wanted = _variable("OTEL_TRACES_EXPORTER") or usual
@@ -216,8 +153,3 @@ def _exporter() -> SpanExporter | None:
 
 def _variable(name: str) -> str:
     return os.environ.get(name, "").strip()
-
-
-def _random_id(size: int) -> str:
-    """Of `size` bytes, not all of them zero."""
-    return f"{random.getrandbits(8 * size) or 1:0{2 * size}x}"

@@ -1,1 +1,5 @@
-"""What client and server share: tensors, messages, errors; neither torch nor Ray."""
+"""Messages between client and server, with neither torch nor Ray.
+
+`oip_messages` writes and reads the Open Inference Protocol, `codecs` its tensors; `bodies` are
+models of all JSON bodies, `errors` are refusals.
+"""

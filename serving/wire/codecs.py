@@ -1,9 +1,9 @@
-"""Tensors as bytes and as JSON, for the datatypes of the Open Inference Protocol we speak.
+"""Tensors as bytes and as JSON, in the datatypes of the Open Inference Protocol.
 
 Binary tensors are little-endian and row-major. A `BYTES` tensor is a one-dimensional list of
 items, each a 32-bit little-endian length and that many bytes; in JSON its items are base64.
 numpy has no bfloat16: a `BF16` tensor is the uint16 array of its bits, and numbers in JSON.
-Nothing here reshapes: data that do not have the stated shape are refused.
+Nothing is reshaped: data of another shape than the stated one are refused.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ Tensor = Array | list[bytes]
 
 
 def widen_bfloat16(bits: Array) -> Array:
-    """bfloat16, given as uint16 of its bits, as float32."""
+    """Convert bfloat16, given as uint16 of its bits, to float32."""
     widened = bits.astype(np.uint32)
     widened <<= 16
     return widened.view(np.float32)
 
 
 def narrow_bfloat16(values: Array) -> Array:
-    """float32 as the uint16 that holds the bits of the nearest bfloat16, ties to even."""
+    """Convert float32 to the nearest bfloat16, ties to even, given as uint16 of its bits."""
     bits = np.asarray(values, np.float32, order="C").view(np.uint32)
     # Half of what is cut off carries into what stays; NaN would carry into infinity.
     nearest = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
@@ -62,7 +62,7 @@ def datatype_of(array: Array) -> str:
 
 
 def encode_binary(tensor: Tensor) -> bytes:
-    """A tensor's raw bytes.
+    """Write a tensor as raw bytes.
 
     Args:
         tensor: an array of one of the known dtypes, or the items of a `BYTES` tensor.
@@ -73,7 +73,12 @@ def encode_binary(tensor: Tensor) -> bytes:
 
 
 def decode_binary(data: memoryview, datatype: str, shape: tuple[int, ...]) -> Tensor:
-    """The tensor that lies in `data`, which must be filled exactly.
+    """Read a tensor from raw bytes, which it must fill exactly.
+
+    Args:
+        data: the raw bytes.
+        datatype: the protocol's name of the datatype.
+        shape: the stated shape.
 
     Raises:
         InvalidRequestError: unknown datatype, or size and shape disagree.
@@ -90,7 +95,7 @@ def decode_binary(data: memoryview, datatype: str, shape: tuple[int, ...]) -> Te
 
 
 def encode_json(tensor: Tensor) -> list[Any]:
-    """A tensor as the flat, row-major list the protocol puts into JSON."""
+    """Write a tensor as the flat, row-major list that the protocol puts into JSON."""
     if isinstance(tensor, list):
         return [base64.b64encode(item).decode("ascii") for item in tensor]
     if datatype_of(tensor) == "BF16":
@@ -100,7 +105,12 @@ def encode_json(tensor: Tensor) -> list[Any]:
 
 
 def decode_json(data: Any, datatype: str, shape: tuple[int, ...]) -> Tensor:
-    """The tensor given as a JSON list, flat in row-major order or nested like `shape`.
+    """Read a tensor from a JSON list, flat in row-major order or nested like `shape`.
+
+    Args:
+        data: the value of `data`.
+        datatype: the protocol's name of the datatype.
+        shape: the stated shape.
 
     Raises:
         InvalidRequestError: wrong type, range, count or nesting.

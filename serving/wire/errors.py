@@ -1,4 +1,4 @@
-"""What can go wrong between a client and the endpoint, each with its HTTP status.
+"""Refusals between a client and the endpoint, one class for each HTTP status.
 
     ServingError
     ├── InvalidRequestError     400  the request breaks the protocol or asks for what is not there
@@ -17,26 +17,45 @@
 
 The server raises them and turns them into problem JSON (RFC 9457) with the `error` member
 of the Open Inference Protocol; the client turns the answer back into the same class.
+`refusals.json` holds the code and the title of each status: HAProxy's launcher reads it, too, in an
+isolated Python that cannot import this package.
 """
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from mimray.trainers.errors import ServingError
+
+REFUSALS: dict[int, dict[str, str]] = {
+    int(status): refusal
+    for status, refusal in json.loads(Path(__file__).with_name("refusals.json").read_text()).items()
+}
+"""Code and title of the problem JSON, by HTTP status."""
+
+_BY_STATUS: dict[int, type[EndpointError]] = {}
 
 
 class EndpointError(ServingError):
     """A request that was not answered with tensors.
 
     Args:
-        message: what is wrong.
-        hint: what to do about it.
+        message: the mistake, naming the thing.
+        hint: the cure.
         details: further members of the problem JSON.
     """
 
     status = 500
     title = "Request failed"
+
+    def __init_subclass__(cls) -> None:
+        """Take code and title from the table; a class without a status of its own has none."""
+        if "status" in vars(cls):
+            refusal = REFUSALS[cls.status]
+            cls.code, cls.title = refusal["code"], refusal["title"]
+            _BY_STATUS[cls.status] = cls
 
     def __init__(
         self, message: str, *, hint: str = "", details: dict[str, Any] | None = None
@@ -48,77 +67,59 @@ class EndpointError(ServingError):
 class InvalidRequestError(EndpointError):
     """The request breaks the protocol or asks for what is not there."""
 
-    code = "invalid_request"
     status = 400
-    title = "Invalid request"
 
 
 class UnauthorizedError(EndpointError):
     """No key, or a wrong one."""
 
-    code = "unauthorized"
     status = 401
-    title = "Unauthorized"
 
 
 class UnknownModelError(EndpointError):
     """No such model, version or route."""
 
-    code = "not_found"
     status = 404
-    title = "Not found"
 
 
 class NotAcceptableError(EndpointError):
     """Nothing that the request's `Accept` takes can be made."""
 
-    code = "not_acceptable"
     status = 406
-    title = "Not acceptable"
 
 
 class TimedOutError(EndpointError):
     """The request itself came too slowly."""
 
-    code = "timeout"
     status = 408
-    title = "Timed out"
 
 
 class ConflictError(EndpointError):
     """The model as it is served cannot do this."""
 
-    code = "conflict"
     status = 409
-    title = "Conflict"
 
 
 class TooLargeError(EndpointError):
     """More bytes, pixels or pictures than this endpoint takes in one request."""
 
-    code = "too_large"
     status = 413
-    title = "Too large"
 
 
 class UnsupportedMediaTypeError(EndpointError):
     """A Content-Type or Content-Encoding that is not understood."""
 
-    code = "unsupported_media_type"
     status = 415
-    title = "Unsupported media type"
 
 
 class UnusablePictureError(EndpointError):
     """Pictures that cannot be decoded; `details["pictures"]` lists index, reason and message."""
 
-    code = "unusable_picture"
     status = 422
-    title = "Unusable picture"
 
 
 class LaterError(EndpointError):
-    """Not now; `retry_after_s`, a whole number, says when to come back."""
+    """A request that may be sent again after `retry_after_s`, a whole number of seconds."""
 
     def __init__(
         self,
@@ -135,48 +136,23 @@ class LaterError(EndpointError):
 class QuotaExceededError(LaterError):
     """The key's own quota is spent."""
 
-    code = "quota_exceeded"
     status = 429
-    title = "Quota exceeded"
 
 
 class OverloadedError(LaterError):
     """The queue is full, or nothing answers."""
 
-    code = "overloaded"
     status = 503
-    title = "Overloaded"
 
 
 class ModelFailureError(EndpointError):
     """The model itself failed."""
 
-    code = "model_failure"
     status = 500
-    title = "Model failure"
-
-
-_BY_STATUS: dict[int, type[EndpointError]] = {
-    kind.status: kind
-    for kind in (
-        InvalidRequestError,
-        UnauthorizedError,
-        UnknownModelError,
-        NotAcceptableError,
-        TimedOutError,
-        ConflictError,
-        TooLargeError,
-        UnsupportedMediaTypeError,
-        UnusablePictureError,
-        QuotaExceededError,
-        ModelFailureError,
-        OverloadedError,
-    )
-}
 
 
 def problem(error: EndpointError) -> dict[str, Any]:
-    """The error as RFC 9457 problem JSON, with the protocol's `error` member."""
+    """Problem JSON (RFC 9457) of an error, with the protocol's `error` member."""
     return {
         **error.details,
         "type": "about:blank",
@@ -191,7 +167,13 @@ def problem(error: EndpointError) -> dict[str, Any]:
 def error_from_status(
     status: int, message: str, details: dict[str, Any] | None = None
 ) -> EndpointError:
-    """The exception for an HTTP answer of 400 and above."""
+    """The exception for an HTTP status of 400 or above.
+
+    Args:
+        status: the HTTP status.
+        message: the refusal's message.
+        details: further members of the problem JSON.
+    """
     kind = _BY_STATUS.get(status)
     if kind is None:
         kind = ModelFailureError if status >= 500 else InvalidRequestError

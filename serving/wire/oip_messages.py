@@ -15,8 +15,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
+from mimray.serving.wire import bodies
+from mimray.serving.wire.bodies import Parameters
 from mimray.serving.wire.codecs import (
     Tensor,
     datatype_of,
@@ -32,49 +34,12 @@ MAX_JSON_BYTES = 64 * 2**20
 # JSON may end in spaces, and arrays are read in place only where they lie at whole words.
 _ALIGNMENT = 8
 
-Parameters = dict[str, str | int | float | bool | None]
-
-
-class _Message(BaseModel):
-    """Unknown members are ignored: the protocol allows a peer to send more than we know."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
-
-
-class _TensorJson(_Message):
-    name: str
-    datatype: str
-    shape: list[int] = Field(max_length=8)
-    parameters: Parameters = {}
-    data: Any = None
-
-
-class _OutputJson(_Message):
-    name: str
-    parameters: Parameters = {}
-
-
-class _RequestJson(_Message):
-    id: str | None = None
-    parameters: Parameters = {}
-    inputs: list[_TensorJson] = Field(min_length=1)
-    outputs: list[_OutputJson] = []
-
-
-class _ResponseJson(_Message):
-    model_name: str
-    model_version: str = ""
-    id: str | None = None
-    parameters: Parameters = {}
-    outputs: list[_TensorJson]
-
-
-_Json = TypeVar("_Json", bound=_Message)
+_Json = TypeVar("_Json", bound=bodies.OipBody)
 
 
 @dataclass(frozen=True)
 class NamedTensor:
-    """A tensor as it travels; `BYTES` items are a list, all else an array."""
+    """A named tensor; the items of a `BYTES` tensor are a list, any other is an array."""
 
     name: str
     datatype: str
@@ -84,7 +49,7 @@ class NamedTensor:
 
 @dataclass(frozen=True)
 class RequestedOutput:
-    """An output the client asks for, as raw bytes or as JSON."""
+    """An output that the client asks for, as raw bytes or as JSON."""
 
     name: str
     binary: bool = True
@@ -95,9 +60,11 @@ class InferRequest:
     """A parsed inference request.
 
     Attributes:
-        inputs: at least one tensor.
-        outputs: what is asked for; empty means the model's defaults.
-        binary_output: whether default outputs are wanted as raw bytes.
+        inputs: the input tensors, at least one.
+        outputs: the outputs asked for; empty for the model's defaults.
+        binary_output: True if default outputs are wanted as raw bytes.
+        parameters: the request's parameters.
+        id: the client's name for the request, which the response repeats.
     """
 
     inputs: tuple[NamedTensor, ...]
@@ -130,18 +97,18 @@ def parse_request(body: bytes, header_length: str | None) -> InferRequest:
     """Read an inference request.
 
     Args:
-        body: the whole body, already decompressed.
-        header_length: value of `Inference-Header-Content-Length`; None when all is JSON, and
-            `0` when the body is one encoded picture and nothing else.
+        body: the whole body, decompressed.
+        header_length: the value of `Inference-Header-Content-Length`; None if all is JSON, `0` if
+            the body is one encoded picture and nothing else.
 
     Raises:
-        InvalidRequestError: anything that is not the protocol.
+        InvalidRequestError: the body breaks the protocol.
     """
     if header_length == "0":
         picture = NamedTensor("image", "BYTES", (1,), [body])
         return InferRequest((picture,), binary_output=True)
     text, tail = _split(body, header_length)
-    message = _parse(text, _RequestJson)
+    message = _parse(text, bodies.InferRequest)
     binary_output = _flag(message.parameters, "binary_data_output", default=False)
     return InferRequest(
         inputs=_tensors(message.inputs, tail),
@@ -160,7 +127,13 @@ def build_request(
     outputs: Sequence[str],
     parameters: Parameters | None = None,
 ) -> Body:
-    """Write an inference request with binary tensors both ways."""
+    """Write an inference request with binary tensors both ways.
+
+    Args:
+        inputs: the input tensors by name.
+        outputs: names of the outputs; none for the model's defaults.
+        parameters: the request's parameters.
+    """
     tensors, blobs = _describe((name, tensor, True) for name, tensor in inputs.items())
     message: dict[str, Any] = {
         "inputs": tensors,
@@ -179,7 +152,15 @@ def build_response(
     model_version: str,
     parameters: Parameters,
 ) -> Body:
-    """Write the answer to `request`: its outputs, or all of `tensors` when it names none."""
+    """Write the response to a request.
+
+    Args:
+        request: the request; its outputs are written, or all tensors if it names none.
+        tensors: the outputs by name.
+        model_name: the model's name.
+        model_version: the model's version.
+        parameters: the response's parameters.
+    """
     wanted = request.outputs or tuple(
         RequestedOutput(name, request.binary_output) for name in tensors
     )
@@ -196,13 +177,17 @@ def build_response(
 
 
 def parse_response(body: bytes | bytearray, header_length: str | None) -> InferResponse:
-    """Read an inference response; of a bytearray, its arrays are writable views.
+    """Read an inference response; arrays are views of the body, writable if it is a bytearray.
+
+    Args:
+        body: the whole body, decompressed.
+        header_length: the value of `Inference-Header-Content-Length`; None if all is JSON.
 
     Raises:
-        InvalidRequestError: anything that is not the protocol.
+        InvalidRequestError: the body breaks the protocol.
     """
     text, tail = _split(body, header_length)
-    message = _parse(text, _ResponseJson)
+    message = _parse(text, bodies.InferResponse)
     return InferResponse(
         model_name=message.model_name,
         model_version=message.model_version,
@@ -213,7 +198,12 @@ def parse_response(body: bytes | bytearray, header_length: str | None) -> InferR
 
 
 def inflate(body: bytes, encoding: str, *, max_bytes: int) -> bytes:
-    """Undo a gzip or deflate `Content-Encoding`, never producing more than `max_bytes`.
+    """Undo a gzip or deflate `Content-Encoding`.
+
+    Args:
+        body: the body as it came.
+        encoding: the value of `Content-Encoding`; empty for none.
+        max_bytes: most bytes that come out; no more are produced.
 
     Raises:
         UnsupportedMediaTypeError: another encoding.
@@ -277,7 +267,7 @@ def _flag(parameters: Parameters, name: str, *, default: bool) -> bool:
     return value
 
 
-def _tensors(described: Sequence[_TensorJson], tail: memoryview) -> tuple[NamedTensor, ...]:
+def _tensors(described: Sequence[bodies.Tensor], tail: memoryview) -> tuple[NamedTensor, ...]:
     """The tensors of a message; raw ones lie in `tail` one after the other and fill it."""
     tensors = []
     position = 0

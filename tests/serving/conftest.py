@@ -101,20 +101,21 @@ def application(bundles: dict[str, Path]) -> Callable[..., Any]:
     def make(
         names: tuple[str, ...] = ("alpha", "beta"),
         *,
-        edge: Mapping[str, Any] | None = None,
+        gateway: Mapping[str, Any] | None = None,
         ready: Mapping[str, bool] | None = None,
         **settings: Any,
     ) -> Any:
         from mimray.serving.api.routes import root_app
         from mimray.serving.deploy.build_service import build_service
-        from mimray.serving.deploy.replicas import EdgeSettings, ModelSettings, edge_parts
+        from mimray.serving.deploy.replicas import gateway_parts
+        from mimray.serving.deploy.settings import GatewaySettings, ModelSettings
         from mimray.serving.operations.calls import Call, Reply
 
-        shared = EdgeSettings(**{"needs_key": False, "access_log": None, **(edge or {})})
+        shared = GatewaySettings(**{"needs_key": False, "access_log": None, **(gateway or {})})
         services = {
             name: build_service(
                 ModelSettings(
-                    name=name, bundle=bundles[name], device="cpu", edge=shared, **settings
+                    name=name, bundle=bundles[name], device="cpu", gateway=shared, **settings
                 ),
                 num_threads=1,
             )
@@ -130,7 +131,7 @@ def application(bundles: dict[str, Path]) -> Callable[..., Any]:
         async def metrics() -> str:
             return ""
 
-        return root_app(models, ask, edge_parts(shared), version="9", metrics=metrics)
+        return root_app(models, ask, gateway_parts(shared), version="9", metrics=metrics)
 
     return make
 

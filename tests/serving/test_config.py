@@ -1,4 +1,4 @@
-"""What people write in serve.yaml and on the command line, and what Ray Serve is told."""
+"""serve.yaml, the command line, and Ray Serve's configuration made of them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,15 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from mimray.serving.deploy.config import check_config
-from mimray.serving.deploy.replicas import ModelSettings, Routing
+from mimray.serving.config import check_config
 from mimray.serving.deploy.rollout import steps
-from mimray.serving.deploy.serve_schema import Served, Share, Version, serve_schema
+from mimray.serving.deploy.serve_schema import (
+    ReplicaResources,
+    Served,
+    Version,
+    serve_schema,
+)
+from mimray.serving.deploy.settings import ModelSettings, Routing
 from mimray.trainers.errors import ConfigError, ServingError
 
 
@@ -67,7 +72,7 @@ def test_serve_schema__is_one_that_ray_serve_takes() -> None:
     canary = Version("m@canary", Path("/b/2"), "2")
     served = Served("m", config.models["m"], stable, canary)
     tree = serve_schema(
-        config, [served], {"m": Share(1.5, 0.5, 2)}, key_sha256="0" * 64, needs_key=True
+        config, [served], {"m": ReplicaResources(1.5, 0.5, 2)}, key_sha256="0" * 64, needs_key=True
     )
     ServeDeploySchema.model_validate(tree)
     first, second, root = tree["applications"]
@@ -122,17 +127,17 @@ def test_routing__a_canary_that_is_promoted_answers_as_the_stable_one() -> None:
     )
 
 
-def test_shares__leave_room_for_one_more(ray_session: str) -> None:
-    from mimray.serving.deploy.rollout import shares
+def test_replica_resources__leave_room_for_one_more(ray_session: str) -> None:
+    from mimray.serving.deploy.rollout import replica_resources
     from mimray.trainers.errors import ResourceError
 
-    (share,) = shares(_config(replicas=2)).values()
-    assert share.num_threads == 1
-    assert share.num_cpus * 3 <= 2
+    (given,) = replica_resources(_config(replicas=2)).values()
+    assert given.num_threads == 1
+    assert given.num_cpus * 3 <= 2
     with pytest.raises(ResourceError, match="need 3 CPUs, the cluster has 2"):
-        shares(_config(replicas=3, num_cpus=1))
+        replica_resources(_config(replicas=3, num_cpus=1))
     with pytest.raises(ResourceError, match="needs a GPU"):
-        shares(_config(device="cuda"))
+        replica_resources(_config(device="cuda"))
 
 
 def test_build__writes_what_serve_deploy_takes(bundles: dict[str, Path], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What both clients ask for, and what they make of the answers, right and wrong."""
+"""Requests of both clients, and their reading of answers, right and wrong."""
 
 from __future__ import annotations
 

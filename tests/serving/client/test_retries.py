@@ -1,4 +1,4 @@
-"""When a request is sent again: over the wire, and by a clock of ours."""
+"""Retries: over the wire, and by a clock of the test's own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from mimray.serving.client.flows import Answer, Failure, Pause, Send, Sending
+from mimray.serving.client.retries import Sender
+from mimray.serving.client.steps import Answer, Failure, Pause, Send
 from mimray.serving.wire.errors import (
     EndpointError,
     InvalidRequestError,
@@ -126,17 +127,20 @@ class _Clock:
         self.sent: list[Send] = []
         self._outcomes = iter(outcomes)
         self._took_s = took_s
-        self._sending = Sending(
-            "http://x", clock=lambda: self.time_s, now=lambda: self.time_s,
-            jitter=lambda low, high: high, **limits,
-        )  # fmt: skip
+        self._sender = Sender(
+            "http://x",
+            **{"timeout_s": 30.0, "deadline_s": 120.0, "max_retries": 3, **limits},
+            clock=lambda: self.time_s,
+            now=lambda: self.time_s,
+            jitter=lambda low, high: high,
+        )
 
     def run(self) -> Answer:
-        flow = self._sending.request("GET", "/")
+        steps = self._sender.request("GET", "/")
         outcome: Any = None
         try:
             while True:
-                match flow.send(outcome):
+                match steps.send(outcome):
                     case Send() as send:
                         self.sent.append(send)
                         self.time_s += self._took_s
@@ -165,7 +169,7 @@ def test_request__pauses_grow_up_to_a_limit() -> None:
 
 
 def test_request__pauses_are_drawn_from_nothing_to_the_limit() -> None:
-    drawn = {Sending("http://x").jitter(0.0, 1.0) for _ in range(20)}
+    drawn = {Sender("http://x", 30, 120, 3).jitter(0.0, 1.0) for _ in range(20)}
     assert len(drawn) > 10
     assert all(0 <= pause <= 1 for pause in drawn)
 

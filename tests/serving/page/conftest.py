@@ -72,7 +72,7 @@ def locked_site(
 ) -> Iterator[str]:
     """The URL of an endpoint that asks for `KEY`."""
     digest = hashlib.sha256(KEY.encode()).hexdigest()
-    with serve_application(application(("alpha",), edge={"key_sha256": digest})) as url:
+    with serve_application(application(("alpha",), gateway={"key_sha256": digest})) as url:
         yield url
 
 

@@ -1,4 +1,4 @@
-"""What the page does when the endpoint says no: keys, waiting, problems, silence."""
+"""The page when the endpoint refuses: keys, waiting, problems, silence."""
 
 from __future__ import annotations
 

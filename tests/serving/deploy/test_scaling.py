@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from mimray.serving.deploy.config import check_config
+from mimray.serving.config import check_config
 from mimray.serving.deploy.endpoint import Endpoint, start
 from mimray.serving.deploy.haproxy import haproxy_available
 from mimray.serving.deploy.serve_schema import Version

@@ -23,7 +23,7 @@ INFER = "/v2/models/alpha/infer"
 @pytest.fixture(scope="module")
 def client(application: Callable[..., Any]) -> Iterator[TestClient]:
     limits = {"body_mib": 1, "pictures": 8, "picture_pixels": 30_000, "input_pixels": 60_000}
-    with TestClient(application(edge={"limits": limits}, max_batch_size=4)) as client:
+    with TestClient(application(gateway={"limits": limits}, max_batch_size=4)) as client:
         yield client
 
 

@@ -13,7 +13,7 @@ import pytest
 from mimray.serving.telemetry.metrics import KINDS, exposition, merged
 
 SERVE = "ray_serve_deployment_replica_healthy"
-DASHBOARD = Path(__file__).parents[2] / "deploy" / "grafana" / "mimray.json"
+DASHBOARD = Path(__file__).parents[3] / "deploy" / "grafana" / "mimray.json"
 
 
 def test_merged__each_family_once_and_ours_alone() -> None:

@@ -107,14 +107,15 @@ def test_open_access_log__standard_output_and_nowhere(capsys: pytest.CaptureFixt
     open_access_log(None).write({"status": 200})
 
 
-def test_edge__notes_every_request(
+def test_gateway__notes_every_request(
     application: Callable[..., Any], picture: Callable[..., bytes], tmp_path: Path
 ) -> None:
     from mimray.serving.api.keys import add_key
 
     key = add_key(tmp_path / "keys.json", "web", pictures_per_minute=2)
     app = application(
-        ("alpha",), edge={"keys": tmp_path / "keys.json", "access_log": str(tmp_path / "log.jsonl")}
+        ("alpha",),
+        gateway={"keys": tmp_path / "keys.json", "access_log": str(tmp_path / "log.jsonl")},
     )
     with TestClient(app) as client:
         client.headers["X-Request-ID"] = "mine"

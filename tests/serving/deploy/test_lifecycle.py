@@ -1,4 +1,4 @@
-"""What is left when an endpoint ends: nothing."""
+"""An endpoint that ends leaves nothing behind."""
 
 from __future__ import annotations
 

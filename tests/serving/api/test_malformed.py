@@ -99,7 +99,8 @@ def test_endpoint__takes_what_is_sent(
     process = psutil.Process()
     statuses: Counter[int] = Counter()
     with TestClient(
-        application(("alpha",), edge={"limits": limits}, cache_mib=0), raise_server_exceptions=True
+        application(("alpha",), gateway={"limits": limits}, cache_mib=0),
+        raise_server_exceptions=True,
     ) as client:
         whole = picture(1)
         for index in range(COUNT):

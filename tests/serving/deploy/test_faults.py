@@ -24,7 +24,8 @@ import numpy as np
 import psutil
 import pytest
 
-from mimray.serving.deploy.config import check_config
+from mimray.serving.config import check_config
+from mimray.serving.deploy import haproxy
 from mimray.serving.deploy.endpoint import Endpoint, start
 from mimray.serving.deploy.haproxy import HAProxyState, haproxy_available
 from mimray.serving.deploy.serve_schema import Version
@@ -37,7 +38,7 @@ ALLOWED = {200, 503}
 
 
 class Registry:
-    """What references mean; the test changes it."""
+    """The versions that references mean; the test changes them."""
 
     def __init__(self, **versions: Version) -> None:
         self.versions = {name.replace("_", "@"): version for name, version in versions.items()}
@@ -88,15 +89,16 @@ def expected(bundles: dict[str, Path], picture: Callable[..., bytes]) -> dict[st
     """Pooled vectors of the picture by either version."""
     import torch
 
+    from mimray.serving.config import Limits
     from mimray.serving.inference.placement import Sizing
-    from mimray.serving.inference.preprocess import PictureLimits, Preparer
+    from mimray.serving.inference.preprocess import Preparer
     from mimray.trainers.bundles import load_bundle
     from mimray.trainers.models.normalise import normalise
 
     found = {}
     for version, name in (("1", "alpha"), ("2", "beta")):
         encoder = load_bundle(bundles[name])
-        prepared = Preparer(encoder.card, 16, PictureLimits()).prepare(picture(1), Sizing())
+        prepared = Preparer(encoder.card, 16, Limits()).prepare(picture(1), Sizing())
         images = normalise(
             torch.from_numpy(prepared.pixels)[None], encoder.card.mean, encoder.card.std
         )
@@ -307,6 +309,7 @@ def test_haproxy__runs_as_we_completed_it(endpoint: Endpoint) -> None:
     routes = httpx2.get(endpoint.url + "/-/routes")
     assert routes.status_code == 404
     assert routes.json()["error"] == "there is nothing at this path"
+    assert routes.json()["code"] == "not_found"
     assert routes.headers["content-type"] == "application/problem+json"
     # A client cannot switch its own timeout off, or on.
     found = httpx2.get(endpoint.url + "/v1/models", headers={STRIPPED[0]: "1e-6"})
@@ -320,7 +323,7 @@ def test_launcher__refuses_what_it_does_not_know(tmp_path: Path) -> None:
     """Better no endpoint than one that clients can command."""
     config = tmp_path / "haproxy.cfg"
     config.write_text("global\ndefaults\n    mode http\n    timeout client 60s\n")
-    launcher = Path(serving.haproxy.__file__).with_name("haproxy.sh")
+    launcher = Path(haproxy.__file__).with_name("haproxy.sh")
     done = subprocess.run(
         [str(launcher), "-db", "-f", str(config)],
         env={**os.environ, "MIMRAY_PYTHON": sys.executable},

@@ -9,10 +9,11 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
-from mimray.serving.operations.fetching import UrlPolicy, fetch, is_public
+from mimray.serving.config import Urls
+from mimray.serving.operations.fetching import fetch, is_public
 from mimray.serving.wire.errors import EndpointError, InvalidRequestError, TooLargeError
-from mimray.trainers.errors import ServingError
 
 NAME = "images.example.org"
 
@@ -60,9 +61,9 @@ def _run(
                 await writer.drain()
                 await asyncio.sleep(0.01)
         elif path == "/large":
-            writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + bytes(3000))
+            writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + bytes(2**20 + 1))
         elif path == "/stated":
-            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 99999\r\n\r\n")
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 9999999\r\n\r\n")
         elif path == "/gone":
             writer.write(b"HTTP/1.1 404 x\r\nContent-Length: 0\r\n\r\n")
         else:
@@ -86,11 +87,13 @@ def _run(
                 one_by_one = len(addresses) > 1 and not all_answers
                 return [addresses.pop(0)] if one_by_one else addresses
 
-            policy = UrlPolicy(
-                (f"{NAME}:{port}", f"*.example.net:{port}"), max_bytes=2000, timeout_s=timeout_s
+            urls = Urls(
+                allowed_hosts=(f"{NAME}:{port}", f"*.example.net:{port}"),
+                max_mib=1,
+                timeout_s=timeout_s,
             )
             return await fetch(
-                f"https://{host}:{port}{path}", policy, resolver=resolver,
+                f"https://{host}:{port}{path}", urls, resolver=resolver,
                 allowed=lambda address: address.startswith("127."), trust=trust,
             )  # fmt: skip
 
@@ -132,8 +135,8 @@ def test_fetch__refuses(certificate: tuple[Path, Path]) -> None:
              InvalidRequestError, "public internet"),
             ({"path": "/gzip"}, InvalidRequestError, "Content-Encoding"),
             ({"path": "/to//to//to//to//a"}, InvalidRequestError, "3 redirects"),
-            ({"path": "/large"}, TooLargeError, "2000 bytes"),
-            ({"path": "/stated"}, TooLargeError, "2000 bytes"),
+            ({"path": "/large"}, TooLargeError, "1048576 bytes"),
+            ({"path": "/stated"}, TooLargeError, "1048576 bytes"),
             ({"path": "/gone"}, InvalidRequestError, "answered 404"),
             ({"path": "/drip", "timeout_s": 0.3}, InvalidRequestError, "within 0.3 s"),
             # Named in the allow-list, but the certificate is for another.
@@ -151,7 +154,7 @@ def test_fetch__refuses(certificate: tuple[Path, Path]) -> None:
 
 def test_fetch__off_unless_configured() -> None:
     with pytest.raises(InvalidRequestError, match="not taken here"):
-        asyncio.run(fetch("https://example.org/a.jpg", None))
+        asyncio.run(fetch("https://example.org/a.jpg", Urls()))
 
 
 @pytest.mark.parametrize("address", ["8.8.8.8", "2001:4860:4860::8888", "::ffff:8.8.8.8"])
@@ -177,7 +180,7 @@ def test_is_public__everything_inside(address: str) -> None:
 )
 def test_fetch__knows_loopback_however_it_is_written(host: str) -> None:
     with pytest.raises(InvalidRequestError, match="public internet|no host"):
-        asyncio.run(fetch(f"https://{host}/", UrlPolicy((host,))))
+        asyncio.run(fetch(f"https://{host}/", Urls(allowed_hosts=(host,))))
 
 
 def test_fetch__looks_up_the_name_that_was_allowed() -> None:
@@ -188,15 +191,14 @@ def test_fetch__looks_up_the_name_that_was_allowed() -> None:
         asked.append(name)
         return []
 
+    urls = Urls(allowed_hosts=("Straße.example.org",))
     for host in ("straße.example.org", "xn--strae-oqa.example.org"):
         with pytest.raises(InvalidRequestError, match="public internet"):
-            asyncio.run(
-                fetch(f"https://{host}/", UrlPolicy(("Straße.example.org",)), resolver=resolver)
-            )
+            asyncio.run(fetch(f"https://{host}/", urls, resolver=resolver))
     assert asked == ["xn--strae-oqa.example.org"] * 2
 
 
 @pytest.mark.parametrize("entry", ["*", "", "https://a.org", "a.org/b", "a.org:https", "u@a.org"])
-def test_policy__refuses_what_is_no_host(entry: str) -> None:
-    with pytest.raises(ServingError, match="allowed_hosts"):
-        UrlPolicy((entry,))
+def test_urls__refuse_what_is_no_host(entry: str) -> None:
+    with pytest.raises(ValidationError, match="allowed_hosts"):
+        Urls(allowed_hosts=(entry,))

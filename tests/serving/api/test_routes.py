@@ -20,7 +20,7 @@ JPEG = {"Content-Type": "image/jpeg"}
 @pytest.fixture(scope="module")
 def client(application: Callable[..., Any]) -> Iterator[TestClient]:
     limits = {"body_mib": 1, "pictures": 8, "picture_pixels": 30_000, "input_pixels": 60_000}
-    with TestClient(application(edge={"limits": limits}, max_batch_size=4)) as client:
+    with TestClient(application(gateway={"limits": limits}, max_batch_size=4)) as client:
         yield client
 
 
@@ -181,8 +181,8 @@ def test_routes__versions_and_unknown_ones(client: TestClient) -> None:
         ("/v2/models/alpha/versions/2", 404),
         ("/v2/models/alpha/nothing", 404),
         ("/v2/models/gamma", 404),
-        ("/page/../app.py", 404),
-        ("/page/..%2Fapp.py", 404),
+        ("/page/../config.py", 404),
+        ("/page/..%2Fconfig.py", 404),
         (INFER, 405),
     ]:
         response = client.get(path)
@@ -198,10 +198,10 @@ def test_home__a_page_for_browsers(client: TestClient) -> None:
     assert [m["name"] for m in client.get("/").json()["models"]] == ["alpha", "beta"]
 
 
-def test_edge__asks_for_the_key(application: Callable[..., Any]) -> None:
+def test_gateway__asks_for_the_key(application: Callable[..., Any]) -> None:
     from mimray.serving.api.keys import hash_key
 
-    app = application(("alpha",), edge={"key_sha256": hash_key("secret")}, ready={"beta": False})
+    app = application(("alpha",), gateway={"key_sha256": hash_key("secret")}, ready={"beta": False})
     with TestClient(app) as client:
         for headers in ({}, {"X-API-Key": "Secret"}, {"Authorization": "Basic secret"}):
             response = client.get("/v2/models/alpha", headers=headers)
@@ -218,7 +218,7 @@ def test_edge__asks_for_the_key(application: Callable[..., Any]) -> None:
         assert "beta" in waiting.json()["error"]
 
 
-def test_edge__continues_a_trace_and_names_the_request(client: TestClient) -> None:
+def test_gateway__continues_a_trace_and_names_the_request(client: TestClient) -> None:
     parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     answer = client.get("/v2/health/live", headers={"traceparent": parent})
     version, trace, span, _ = answer.headers["traceparent"].split("-")
@@ -226,12 +226,12 @@ def test_edge__continues_a_trace_and_names_the_request(client: TestClient) -> No
     assert span != "b7ad6b7169203331"
 
 
-def test_edge__bodies_that_do_not_come_and_bodies_that_are_too_many(
+def test_gateway__bodies_that_do_not_come_and_bodies_that_are_too_many(
     application: Callable[..., Any],
 ) -> None:
     import asyncio
 
-    app = application(("alpha",), edge={"limits": {"body_timeout_s": 0.05, "bodies_mib": 1}})
+    app = application(("alpha",), gateway={"limits": {"body_timeout_s": 0.05, "bodies_mib": 1}})
 
     async def post(messages: list[dict[str, Any]], hang: bool) -> tuple[int, bytes]:
         sent: list[dict[str, Any]] = []
@@ -262,14 +262,14 @@ def test_edge__bodies_that_do_not_come_and_bodies_that_are_too_many(
     assert asyncio.run(post([dict(chunk)], hang=True))[0] == 408
 
 
-def test_edge__what_nobody_foresaw_is_a_problem_too(
+def test_gateway__what_nobody_foresaw_is_a_problem_too(
     application: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
 
     def fail() -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(serving.openapi, "document", fail)
+    monkeypatch.setattr("mimray.serving.api.routes.document", fail)
     with TestClient(application(("alpha",))) as client:
         response = client.get("/openapi.json")
     assert response.status_code == 500

@@ -12,27 +12,33 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mimray.serving.config import Limits, ReplicaConfig
 from mimray.serving.inference.options import Options
 from mimray.serving.inference.placement import Sizing
-from mimray.serving.inference.predictor import Prediction, Predictor, PredictorLimits, output_bytes
-from mimray.serving.inference.preprocess import PictureLimits
+from mimray.serving.inference.predictor import Prediction, Predictor, output_bytes
 from mimray.serving.inference.timeline import Timeline
 from mimray.serving.wire.errors import OverloadedError, TooLargeError, UnusablePictureError
 
-LIMITS = PredictorLimits(max_batch_size=8, batch_wait_s=0.01)
+CONFIG = ReplicaConfig(device="cpu", max_batch_size=8, batch_wait_ms=10)
 
 
 @pytest.fixture
 def predictor(bundles: dict[str, Path]) -> Predictor:
-    return Predictor(bundles["alpha"], device="cpu", limits=LIMITS)
+    return Predictor(bundles["alpha"], CONFIG, Limits())
 
 
-def _predict(bundle: Path, data: list[Any], options: Options, **limits: Any) -> list[Any]:
+def _predict(
+    bundle: Path,
+    data: list[Any],
+    options: Options,
+    limits: Limits | None = None,
+    **config: Any,
+) -> list[Any]:
     """Each picture as a request of its own, all at once."""
 
     async def main() -> list[Any]:
-        settings = {"max_batch_size": 8, "batch_wait_s": 0.02, **limits}
-        predictor = Predictor(bundle, device="cpu", limits=PredictorLimits(**settings))
+        settings = {"max_batch_size": 8, "batch_wait_ms": 20, **config}
+        predictor = Predictor(bundle, ReplicaConfig(device="cpu", **settings), limits or Limits())
         try:
             jobs = (predictor.predict([picture], options) for picture in data)
             return await asyncio.gather(*jobs, return_exceptions=True)
@@ -81,7 +87,7 @@ def test_predict__padding_does_not_enter_the_pooled_vector(
     tokens = tall.outputs["tokens"].reshape(3, 4, 64)
     np.testing.assert_allclose(tall.outputs["pooled"], tokens[:, 0].mean(0), atol=1e-5)
     # The padding is the mean colour, which is nothing once normalised.
-    predictor = Predictor(bundles["alpha"], device="cpu")
+    predictor = Predictor(bundles["alpha"], CONFIG, Limits())
     pixels = predictor._preparer.prepare(data, Sizing("keep")).pixels
     assert pixels[:, :, 12:].reshape(3, -1).std(axis=1).max() == 0
     np.testing.assert_allclose(pixels[:, 0, -1] / 255, (0.4, 0.5, 0.6), atol=0.5 / 255)
@@ -128,14 +134,14 @@ def test_predict__narrow_types(
 def test_predict__refuses_what_would_be_too_much(
     bundles: dict[str, Path], picture: Callable[..., bytes]
 ) -> None:
-    (too_large,) = _predict(bundles["alpha"], [picture(1)], Options(tokens=True),
-                            max_output_bytes=1000)  # fmt: skip
+    large = Options(tokens=True, sizing=Sizing("stretch", (1024, 1024)))
+    (too_large,) = _predict(bundles["alpha"], [picture(1)], large, Limits(answer_mib=1))
     assert isinstance(too_large, TooLargeError)
     frames = [Image.new("RGB", (20, 20), (i, 0, 0)) for i in range(5)]
     file = io.BytesIO()
     frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
-    limits = PictureLimits(max_frames=3)
-    (animated,) = _predict(bundles["alpha"], [file.getvalue()], Options(), pictures=limits)
+    limits = Limits(picture_frames=3)
+    (animated,) = _predict(bundles["alpha"], [file.getvalue()], Options(), limits)
     assert animated.details["pictures"][0]["reason"] == "too_many_frames"
     found = _predict(bundles["alpha"], [picture(i) for i in range(9)], Options(),
                      max_queue_size=4)  # fmt: skip
@@ -148,8 +154,8 @@ def test_predict__a_slow_model_is_not_queued_for_longer_than_allowed(
     bundles: dict[str, Path], picture: Callable[..., bytes]
 ) -> None:
     async def main() -> None:
-        limits = PredictorLimits(max_wait_s=1.0)
-        predictor = Predictor(bundles["alpha"], device="cpu", limits=limits)
+        config = ReplicaConfig(device="cpu", max_wait_s=1.0)
+        predictor = Predictor(bundles["alpha"], config, Limits())
         predictor._seconds_per_picture = 0.4
         first = asyncio.gather(*(predictor.predict([picture(i)], Options()) for i in range(3)))
         await asyncio.sleep(0)
@@ -188,7 +194,7 @@ def test_output_bytes__is_what_comes_out(
     found = asyncio.run(main())
     size = sum(values.nbytes for values in found.outputs.values())
     # Levels of odd grids are kept whole, so a little more than the arithmetic.
-    assert size * 0.97 <= output_bytes(predictor.facts, found.placement, options) <= size
+    assert size * 0.97 <= output_bytes(predictor.info, found.placement, options) <= size
 
 
 def test_compile__where_it_pays_and_never_at_the_price_of_an_answer(
@@ -219,7 +225,7 @@ def test_compile__where_it_pays_and_never_at_the_price_of_an_answer(
     monkeypatch.setattr(torch, "compile", compile)
 
     async def pooled() -> Any:
-        predictor = Predictor(bundles["alpha"], device="cpu", compile=True)
+        predictor = Predictor(bundles["alpha"], ReplicaConfig(device="cpu", compile=True), Limits())
         predictor.warm_up()
         (found,) = await predictor.predict([picture(1)], Options())
         await predictor.close()

@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 
-from mimray.serving.inference.options import EncoderFacts, Options, parse_options, pyramid_source
+from mimray.serving.inference.options import EncoderInfo, Options, parse_options, pyramid_source
 from mimray.serving.inference.placement import Sizing
 from mimray.serving.wire.errors import InvalidRequestError, TooLargeError
 
-FACTS = EncoderFacts(
+INFO = EncoderInfo(
     depth=12, width=192, stride=16, strides=(16,) * 12, widths=(192,) * 12, trained=(224, 224),
-    max_input_pixels=512 * 512,
+    pooling="mean", has_class_token=True, max_input_pixels=512 * 512,
 )  # fmt: skip
 
 
@@ -22,7 +22,7 @@ def test_parse_options__one_meaning_for_every_protocol() -> None:
         pooled=True, layers=(2, 5, 11), pyramid=11, norm=False, pooling="gem",
         sizing=Sizing("keep", (448, 448)), dtype="bfloat16",
     )  # fmt: skip
-    assert parse_options(as_text, FACTS) == parse_options(as_json, FACTS) == expected
+    assert parse_options(as_text, INFO) == parse_options(as_json, INFO) == expected
     assert expected.names == (
         "pooled", "layer_2", "layer_5", "layer_11", "pyramid_4", "pyramid_8", "pyramid_16",
         "pyramid_32",
@@ -30,9 +30,9 @@ def test_parse_options__one_meaning_for_every_protocol() -> None:
 
 
 def test_parse_options__named_outputs_decide() -> None:
-    found = parse_options({"layers": "3"}, FACTS, outputs=["layer_7", "pyramid_8", "tokens"])
+    found = parse_options({"layers": "3"}, INFO, outputs=["layer_7", "pyramid_8", "tokens"])
     assert (found.pooled, found.tokens, found.layers, found.pyramid) == (False, True, (7,), 3)
-    assert parse_options({}, FACTS, outputs=["pooled"]) == Options()
+    assert parse_options({}, INFO, outputs=["pooled"]) == Options()
 
 
 @pytest.mark.parametrize(
@@ -52,13 +52,13 @@ def test_parse_options__named_outputs_decide() -> None:
 )
 def test_parse_options__refusals(parameters: Any, outputs: list[str], match: str) -> None:
     with pytest.raises(InvalidRequestError, match=match):
-        parse_options(parameters, FACTS, outputs=outputs)
+        parse_options(parameters, INFO, outputs=outputs)
 
 
 def test_parse_options__what_an_encoder_cannot() -> None:
     with pytest.raises(TooLargeError):
-        parse_options({"size": "1024"}, FACTS)
-    patch14 = EncoderFacts(2, 8, 14, (14, 14), (8, 8), (224, 224), has_class_token=False)
+        parse_options({"size": "1024"}, INFO)
+    patch14 = EncoderInfo(2, 8, 14, (14, 14), (8, 8), (224, 224), "mean", False, 512 * 512)
     with pytest.raises(InvalidRequestError, match="patches of 14"):
         parse_options({"pyramid": "1"}, patch14)
     with pytest.raises(InvalidRequestError, match="no class token"):

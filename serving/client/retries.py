@@ -1,13 +1,4 @@
-"""How a client's work is written down, and when a request is sent again; no network here.
-
-An operation is a generator (a `Flow`). It yields what it needs done, gets the outcome sent back,
-and returns its result, so that one description serves clients that block and clients that do not:
-
-    Send    an HTTP request       -> Answer, or Failure when none came
-    Pause   seconds to wait       -> None
-    Load    a call that blocks    -> what it returns; what it raises ends the flow
-    All     flows to run at once  -> list of their results, in order
-"""
+"""Sender a request until it is answered: attempts, pauses, and refusals as exceptions."""
 
 from __future__ import annotations
 
@@ -15,13 +6,12 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC
 from email.utils import parsedate_to_datetime
-from itertools import chain, islice
-from typing import Any, Generic, TypeVar
 
+from mimray.serving.client.steps import Answer, Pause, Send, Steps
 from mimray.serving.wire.errors import (
     EndpointError,
     LaterError,
@@ -30,8 +20,6 @@ from mimray.serving.wire.errors import (
     error_from_status,
 )
 from mimray.trainers.errors import ServingError
-
-T = TypeVar("T")
 
 _FIRST_PAUSE_S = 0.25
 _LONGEST_PAUSE_S = 10.0
@@ -43,80 +31,23 @@ _PROBLEM = ("type", "title", "status", "code", "detail", "error", "instance")
 
 
 @dataclass(frozen=True)
-class Send:
-    """A request to send; `left_s` is all the time there is for its answer."""
-
-    method: str
-    path: str
-    content: bytes | None
-    headers: Mapping[str, str]
-    timeout_s: float
-    left_s: float
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A whole answer; names of headers are in lower case."""
-
-    status: int
-    headers: Mapping[str, str]
-    content: bytearray
-
-
-@dataclass(frozen=True)
-class Failure:
-    """No answer, or a part of one."""
-
-    cause: Exception
-
-
-@dataclass(frozen=True)
-class Pause:
-    """Time to let pass."""
-
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Load:
-    """Something that waits for a disk, or computes for a while."""
-
-    function: Callable[[], Any]
-
-
-@dataclass(frozen=True)
-class All(Generic[T]):
-    """Flows to run, at most `concurrency` at once; each is made when its turn comes."""
-
-    flows: Iterator[Flow[T]]
-    concurrency: int
-
-    def __post_init__(self) -> None:
-        if self.concurrency < 1:
-            raise ServingError(f"concurrency is {self.concurrency}", hint="use at least 1")
-
-
-Flow = Generator[Send | Pause | Load | All[Any], Any, T]
-
-
-@dataclass(frozen=True)
-class Sending:
-    """Where requests go, and how often.
+class Sender:
+    """Sends requests to one endpoint.
 
     Attributes:
-        base_url: where the endpoint answers.
+        base_url: the endpoint's address.
         timeout_s: longest wait for a connection and between bytes.
         deadline_s: longest time for a request, its retries and pauses included.
         max_retries: further attempts after the first.
-        clock: seconds, for deadlines.
-        now: seconds since 1970, for dates in `Retry-After`.
-        jitter: a number between two others.
+        clock: gives seconds, for deadlines.
+        now: gives seconds since 1970, for dates in `Retry-After`.
+        jitter: gives a random number between two others.
     """
 
     base_url: str
-    timeout_s: float = 30.0
-    deadline_s: float = 120.0
-    max_retries: int = 3
+    timeout_s: float
+    deadline_s: float
+    max_retries: int
     clock: Callable[[], float] = time.monotonic
     now: Callable[[], float] = time.time
     jitter: Callable[[float, float], float] = field(default_factory=lambda: random.Random().uniform)
@@ -131,7 +62,7 @@ class Sending:
         path: str,
         content: bytes | None = None,
         headers: Mapping[str, str] | None = None,
-    ) -> Flow[Answer]:
+    ) -> Steps[Answer]:
         """Send until it is answered, refused for good, or attempts or time are spent.
 
         Every request may be sent twice, since none of them changes anything.
@@ -173,15 +104,6 @@ class Sending:
         """One attempt, for which there is `left_s`."""
         left_s = max(left_s, _SHORTEST_S)
         return Send(method, path, content, headers, min(self.timeout_s, left_s), left_s)
-
-
-def gather(flows: Iterator[Flow[T]], concurrency: int) -> Flow[list[T]]:
-    """All results, in order; of one flow, without the machinery for several."""
-    first = list(islice(flows, 2))
-    if len(first) == 1:
-        return [(yield from first[0])]
-    results: list[T] = yield All(chain(first, flows), concurrency)
-    return results
 
 
 def retry_after_s(value: str, now_s: float) -> float | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import os
-import subprocess
 import sys
 import threading
 import time
@@ -13,21 +12,37 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+from opentelemetry.trace import Span
 
-from mimray.serving.telemetry.tracing import Tracer, continued
+from mimray.serving.telemetry.tracing import Tracer, trace_headers
 from mimray.trainers.errors import ServingError
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
 
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """An environment that says nothing of OpenTelemetry."""
+    for name in os.environ:
+        if name.startswith("OTEL_"):
+            monkeypatch.delenv(name)
+    return monkeypatch
+
+
+def _traceparent(span: Span) -> tuple[str, str, bool]:
+    """Trace, span, and True if it is recorded."""
+    version, trace, own, flags = trace_headers(span)["traceparent"].split("-")
+    assert version == "00"
+    return trace, own, bool(int(flags, 16) & 1)
+
+
 @pytest.mark.parametrize(
     "header", [f"00-{TRACE}-{PARENT}-01", f"cc-{TRACE}-{PARENT}-01-what-the-future-brings"]
 )
-def test_continued__takes_a_trace_up(header: str) -> None:
-    span = continued(header)
-    assert (span.trace_id, span.parent_id, span.sampled) == (TRACE, PARENT, True)
-    assert span.traceparent == f"00-{TRACE}-{span.span_id}-01"
-    assert span.span_id != PARENT
+def test_start__takes_a_trace_up(plain: pytest.MonkeyPatch, header: str) -> None:
+    trace, own, sampled = _traceparent(Tracer().start({"traceparent": header}))
+    assert (trace, sampled) == (TRACE, True)
+    assert own != PARENT
 
 
 @pytest.mark.parametrize(
@@ -38,24 +53,17 @@ def test_continued__takes_a_trace_up(header: str) -> None:
         f"00-{TRACE}-{PARENT}-01-more", f"00-{TRACE}-{PARENT}",
     ],
 )  # fmt: skip
-def test_continued__begins_anew_where_the_rules_are_broken(header: str) -> None:
-    span = continued(header)
-    assert span.trace_id != TRACE
-    assert len(span.trace_id) == 32
-    assert span.parent_id == ""
+def test_start__begins_anew_where_the_rules_are_broken(
+    plain: pytest.MonkeyPatch, header: str
+) -> None:
+    trace, _, sampled = _traceparent(Tracer().start({"traceparent": header}))
+    assert trace != TRACE
+    assert not sampled  # it is recorded nowhere
 
 
-def test_continued__keeps_the_decision_not_to_record() -> None:
-    assert continued(f"00-{TRACE}-{PARENT}-00").traceparent.endswith("-00")
-
-
-@pytest.fixture
-def plain(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """An environment that says nothing of OpenTelemetry."""
-    for name in os.environ:
-        if name.startswith("OTEL_"):
-            monkeypatch.delenv(name)
-    return monkeypatch
+def test_start__keeps_the_decision_not_to_record(plain: pytest.MonkeyPatch) -> None:
+    span = Tracer().start({"traceparent": f"00-{TRACE}-{PARENT}-00"})
+    assert _traceparent(span)[::2] == (TRACE, False)
 
 
 @pytest.fixture
@@ -72,7 +80,7 @@ def collector(plain: pytest.MonkeyPatch) -> Iterator[list[Any]]:
                 body = gzip.decompress(body)
             message = ExportTraceServiceRequest.FromString(body)
             for resource in message.resource_spans:
-                about = _facts(resource.resource.attributes)
+                about = _attributes(resource.resource.attributes)
                 for scope in resource.scope_spans:
                     spans.extend((span, about) for span in scope.spans)
             self.send_response(200 if self.path == "/v1/traces" else 404)
@@ -91,44 +99,44 @@ def collector(plain: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     thread.join()
 
 
-def _facts(attributes: Any) -> dict[str, Any]:
+def _attributes(attributes: Any) -> dict[str, Any]:
     return {a.key: getattr(a.value, a.value.WhichOneof("value")) for a in attributes}
 
 
 def test_tracer__exports_what_was_on_the_wire(collector: list[Any]) -> None:
     tracer = Tracer()
-    span = tracer.start(f"00-{TRACE}-{PARENT}-01")
+    span = tracer.start({"traceparent": f"00-{TRACE}-{PARENT}-01", "tracestate": "a=b"})
     started = time.perf_counter() - 1
     parts = [("decode", started + at, started + at + 0.2) for at in (0.1, 0.2)]
-    tracer.record(span.traceparent, parts, {"mimray.model": "m"})
-    tracer.finish(span, "POST features", started, {"http.response.status_code": 200})
-    unsampled = tracer.start(f"00-{TRACE}-{PARENT}-00")
-    assert unsampled.traceparent.endswith("-00")
-    tracer.record(unsampled.traceparent, parts, {})
-    tracer.finish(unsampled, "unsampled", started, {})
+    tracer.record(trace_headers(span), parts, {"mimray.model": "m"})
+    tracer.finish(span, "POST features", {"http.response.status_code": 200})
+    unsampled = tracer.start({"traceparent": f"00-{TRACE}-{PARENT}-00"})
+    tracer.record(trace_headers(unsampled), parts, {})
+    tracer.finish(unsampled, "unsampled", {})
     tracer.close()
     found = {span.name: span for span, _ in collector}
     assert found.keys() == {"decode", "POST features"}
     server, decode = found["POST features"], found["decode"]
     assert server.trace_id.hex() == decode.trace_id.hex() == TRACE
-    assert (server.span_id.hex(), server.parent_span_id.hex()) == (span.span_id, PARENT)
-    assert decode.parent_span_id.hex() == span.span_id
+    assert (server.span_id.hex(), server.parent_span_id.hex()) == (_traceparent(span)[1], PARENT)
+    assert decode.parent_span_id.hex() == _traceparent(span)[1]
+    assert server.trace_state == decode.trace_state == "a=b"
     assert decode.end_time_unix_nano - decode.start_time_unix_nano == pytest.approx(3e8, rel=1e-3)
     assert abs(server.end_time_unix_nano - time.time_ns()) < 60e9
     assert (server.kind, server.status.code) == (server.SPAN_KIND_SERVER, 0)
-    assert _facts(server.attributes) == {"http.response.status_code": 200}
-    assert _facts(decode.attributes) == {"mimray.model": "m"}
+    assert _attributes(server.attributes) == {"http.response.status_code": 200}
+    assert _attributes(decode.attributes) == {"mimray.model": "m"}
     assert {about["service.name"] for _, about in collector} == {"mimray"}
 
 
 def test_tracer__a_failure_is_one(collector: list[Any], plain: pytest.MonkeyPatch) -> None:
     plain.setenv("OTEL_SERVICE_NAME", "features")
     tracer = Tracer()
-    tracer.finish(tracer.start(""), "POST", 0.0, {"http.response.status_code": 500})
+    tracer.finish(tracer.start({}), "POST", {"http.response.status_code": 500})
     tracer.close()
     ((span, about),) = collector
     assert span.status.code == span.status.STATUS_CODE_ERROR
-    assert _facts(span.attributes)["error.type"] == "500"
+    assert _attributes(span.attributes)["error.type"] == "500"
     assert (span.parent_span_id, about["service.name"]) == (b"", "features")
 
 
@@ -137,25 +145,14 @@ def test_tracer__samples_as_the_environment_says(
 ) -> None:
     plain.setenv("OTEL_TRACES_SAMPLER", "parentbased_always_off")
     tracer = Tracer()
-    begun = tracer.start("")
-    assert begun.traceparent.endswith("-00")
-    taken_up = tracer.start(f"00-{TRACE}-{PARENT}-01")
+    begun = tracer.start({})
+    assert not _traceparent(begun)[2]
+    taken_up = tracer.start({"traceparent": f"00-{TRACE}-{PARENT}-01"})
     for span in (begun, taken_up):
-        tracer.record(span.traceparent, [("model", 0.0, 1.0)], {})
-        tracer.finish(span, "x", 0.0, {})
+        tracer.record(trace_headers(span), [("model", 0.0, 1.0)], {})
+        tracer.finish(span, "x", {})
     tracer.close()
     assert {span.trace_id.hex() for span, _ in collector} == {TRACE}
-
-
-def test_tracer__loads_nothing_where_nobody_asked(plain: pytest.MonkeyPatch) -> None:
-    code = (
-        "import sys; from mimray.serving.telemetry.tracing import Tracer\n"
-        "tracer = Tracer(); span = tracer.start(''); tracer.finish(span, 'x', 0.0, {})\n"
-        "tracer.record(span.traceparent, [('model', 0.0, 1.0)], {}); tracer.close()\n"
-        "assert not [name for name in sys.modules if name.startswith('opentelemetry')]\n"
-        "assert span.traceparent.endswith('-00')  # it is recorded nowhere"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +170,7 @@ def test_tracer__refuses_what_it_does_not_know(
     with pytest.raises(ServingError, match=told):
         Tracer()
     plain.setenv("OTEL_SDK_DISABLED", "true")
-    Tracer()
+    assert trace_headers(Tracer().start({})) == {}
 
 
 def test_tracer__names_the_extra_that_is_missing(plain: pytest.MonkeyPatch) -> None:

@@ -16,11 +16,13 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from mimray.serving.api.openapi import document
 from mimray.serving.inference.options import NAMES
+from mimray.serving.operations.operation import Computation
 from mimray.serving.operations.response_formats import WRITERS
+from mimray.serving.operations.table import OPERATIONS
 
 EXAMPLES = 20
 
-FILE = Path(__file__).parents[2] / "docs" / "openapi.json"
+FILE = Path(__file__).parents[3] / "docs" / "openapi.json"
 
 
 def test_document__is_what_the_repository_holds() -> None:
@@ -47,6 +49,13 @@ def test_document__describes_every_route_and_no_other(application: Callable[...,
     assert described == served
 
 
+def test_document__says_what_each_computation_takes() -> None:
+    described = {path: item["post"] for path, item in document()["paths"].items() if "post" in item}
+    for operation in OPERATIONS.values():
+        if isinstance(operation, Computation):
+            assert all("requestBody" in described[path] for path in operation.paths)
+
+
 def test_document__knows_every_option_and_format() -> None:
     features = document()["paths"]["/v1/features"]["post"]
     assert {p["name"] for p in features["parameters"]} == {"model", "version", "outputs", *NAMES}
@@ -62,7 +71,7 @@ def test_document__knows_every_option_and_format() -> None:
 @pytest.fixture(scope="module")
 def url(application: Callable[..., Any], serve_application: Callable[..., Any]) -> Iterator[str]:
     limits = {"body_mib": 1, "pictures": 8, "input_pixels": 448 * 448}
-    with serve_application(application(edge={"limits": limits})) as url:
+    with serve_application(application(gateway={"limits": limits})) as url:
         yield url
 
 
