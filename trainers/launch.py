@@ -131,15 +131,15 @@ def pretrain(
     run.write("plan.json", plan.model_dump_json(indent=2).encode())
     keep_needs(plan.recipe, run)
 
-    desk = _open_desk(job, plan)
-    watcher = _Watcher(desk, on_progress)
+    recorder = _open_recorder(job, plan)
+    watcher = _Watcher(recorder, on_progress)
     config = {
         "plan": plan.model_dump_json(),
         "run": run.uri,
         "name": job.name,
         "command": job.command,
         "launch_id": launch_id,
-        "desk": desk,
+        "recorder": recorder,
     }
     trainer = workers(_work, config, plan, run, share)
     failure: BaseException | None = None
@@ -148,7 +148,7 @@ def pretrain(
             trainer.fit()
     except ray.train.TrainingFailedError as error:
         failure = error
-    state: RunState = ray.get(desk.state.remote())
+    state: RunState = ray.get(recorder.state.remote())
     if state.error is None and failure is not None:
         state.error = MimrayError(
             f"the run gave up after {plan.recipe.resources.max_failures} failures: "
@@ -156,8 +156,8 @@ def pretrain(
             hint=f"the same command continues from the last checkpoint in {run}",
         )
         state.error.exit_code = 1
-    ray.get(desk.close.remote("FAILED" if state.error else "FINISHED"))
-    ray.kill(desk)
+    ray.get(recorder.close.remote("FAILED" if state.error else "FINISHED"))
+    ray.kill(recorder)
     if state.error is not None:
         raise state.error from failure
     run.delete(".ray")
@@ -261,10 +261,10 @@ def autoscaler_limits() -> dict[str, float]:
     return state.get_max_resources_from_cluster_config() or {}
 
 
-def _open_desk(job: Job, plan: Plan) -> Any:
+def _open_recorder(job: Job, plan: Plan) -> Any:
     """The actor that records a run; on the driver's node, where MLflow's SQLite file is."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    desk = (
+    recorder = (
         ray.remote(RunRecorder)
         .options(num_cpus=0, scheduling_strategy=here)
         .remote(
@@ -276,8 +276,8 @@ def _open_desk(job: Job, plan: Plan) -> Any:
             fresh=job.fresh,
         )
     )
-    ray.get(desk.ready.remote())
-    return desk
+    ray.get(recorder.ready.remote())
+    return recorder
 
 
 def _work(config: dict[str, Any]) -> None:
@@ -287,7 +287,7 @@ def _work(config: dict[str, Any]) -> None:
     from mimray.trainers.engine.export import write_bundle
     from mimray.trainers.engine.loop import train
 
-    link = RunLink(config["desk"])
+    link = RunLink(config["recorder"])
     if link.failed():
         return  # a failure that trying again cannot mend; let the group end
     plan = Plan.model_validate_json(config["plan"])
@@ -328,10 +328,10 @@ def _work(config: dict[str, Any]) -> None:
 
 
 class _Watcher:
-    """Polls the desk while the driver waits in `fit`."""
+    """Polls the recorder while the driver waits in `fit`."""
 
-    def __init__(self, desk: Any, on_progress: Callable[[RunState], None] | None) -> None:
-        self.desk = desk
+    def __init__(self, recorder: Any, on_progress: Callable[[RunState], None] | None) -> None:
+        self.recorder = recorder
         self.on_progress = on_progress
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._poll, daemon=True)
@@ -344,12 +344,12 @@ class _Watcher:
         self._stop.set()
         if self.on_progress is not None:
             self._thread.join()
-            self.on_progress(ray.get(self.desk.state.remote()))
+            self.on_progress(ray.get(self.recorder.state.remote()))
 
     def _poll(self) -> None:
         assert self.on_progress is not None
         while not self._stop.wait(POLL_S):
-            self.on_progress(ray.get(self.desk.state.remote()))
+            self.on_progress(ray.get(self.recorder.state.remote()))
 
 
 def last_line(error: BaseException) -> str:

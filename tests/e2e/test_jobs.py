@@ -72,10 +72,14 @@ def test_job__trains_from_the_package_alone(cluster: Any, photos: Path, tree: Pa
     storage = cluster.folder / "runs"
     arguments = cluster.pretraining(photos, storage, "job", STEPS)
     arguments[arguments.index("mae-tiny")] = "mae-clone"
-    job = cluster.start(
+    submit = (
         "ray", "job", "submit", "--working-dir", ".", "--address", cluster.dashboard,
-        "--", "python", "-m", "service", *arguments, cwd=tree,
+        "--", "python", "-m", "service", *arguments,
     )  # fmt: skip
+    job = cluster.start(*submit, cwd=tree)
+    # A node takes jobs some seconds after it has started.
+    while job.wait(200) and "No available agent" in cluster.output(job):
+        job = cluster.start(*submit, cwd=tree)
     printed = cluster.finish(job)
     assert "succeeded" in printed
     run = storage / "job"

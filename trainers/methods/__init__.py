@@ -1,4 +1,6 @@
-"""The objectives, one file each; `base` says what a method is, `catalogue` finds it by its name.
+"""The objectives, one file each, and what a method is.
 
-Order: the methods -> mixing, losses | base -> inputs | needs -> catalogue.
+In order: `reconstruction` draws; `load` reads a trained method; the methods; `base` is their protocol,
+`inputs` makes their arguments, `needs` brings what they get from elsewhere, `assignment` groups
+pictures; `catalogue` finds a method by its name.
 """
