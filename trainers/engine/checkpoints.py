@@ -24,6 +24,7 @@ from typing import Any
 import torch.distributed as dist
 
 from mimray.trainers.engine import reshard
+from mimray.trainers.engine.deepspeed import Engine
 from mimray.trainers.errors import CheckpointError, MimrayError, StorageError
 from mimray.trainers.storage import RunDir, check_owner, storage_errors
 
@@ -77,7 +78,7 @@ def checkpoint_name(step: int) -> str:
 
 def save(
     run: RunDir,
-    engine: Any,
+    engine: Engine,
     identity: Identity,
     *,
     step: int,
@@ -179,7 +180,7 @@ def find(run: RunDir, *, sweep: bool = False) -> list[Checkpoint]:
     return sorted(found, key=lambda c: c.step, reverse=True)
 
 
-def load_newest(run: RunDir, engine: Any, identity: Identity) -> Checkpoint | None:
+def load_newest(run: RunDir, engine: Engine, identity: Identity) -> Checkpoint | None:
     """Load the newest checkpoint that is whole, whatever number of workers wrote it; collective.
 
     Rank 0 verifies and all ranks load the one it names.

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from mimray.trainers.engine.deepspeed import Engine
 from mimray.trainers.errors import StorageError
 from mimray.trainers.storage import storage_errors
 
@@ -55,7 +56,7 @@ def convert(shards: Path, folder: Path) -> None:
             ) from error
 
 
-def load(engine: Any, folder: Path, tag: str) -> None:
+def load(engine: Engine, folder: Path, tag: str) -> None:
     """Load a universal checkpoint; collective.
 
     Frozen parameters are left as the engine has them, for they follow from the recipe.
@@ -69,16 +70,17 @@ def load(engine: Any, folder: Path, tag: str) -> None:
     ours = [{k: v for k, v in group.items() if k != "params"} for group in groups]
     # A setting of the whole engine by its documentation, but read at each load only. Whether it
     # is needed is known when a checkpoint has been chosen, and not to every engine.
-    engine._config.load_universal_checkpoint = True
+    config: Any = vars(engine)["_config"]
+    config.load_universal_checkpoint = True
     try:
         engine.load_checkpoint(str(folder), tag=tag)
     finally:
-        engine._config.load_universal_checkpoint = False
+        config.load_universal_checkpoint = False
     _repair(engine, ours)
     _load_buffers(engine, folder / tag)
 
 
-def _repair(engine: Any, hyperparameters: list[dict[str, Any]]) -> None:
+def _repair(engine: Engine, hyperparameters: list[dict[str, Any]]) -> None:
     for group, ours in zip(engine.optimizer.param_groups, hyperparameters, strict=True):
         group.update(ours)  # ZeRO 3 gives those of the first group to all: biases would decay
     for parameter, state in engine.optimizer.optimizer.state.items():
@@ -87,7 +89,7 @@ def _repair(engine: Any, hyperparameters: list[dict[str, Any]]) -> None:
         state["step"] = torch.as_tensor(state["step"]).to(parameter.device, copy=True)
 
 
-def _load_buffers(engine: Any, folder: Path) -> None:
+def _load_buffers(engine: Engine, folder: Path) -> None:
     """The universal format knows parameters only; buffers are whole in any rank's file."""
     file = min(folder.glob("*model_states.pt"))
     # Written by DeepSpeed in this run's own directory; holds more than tensors.

@@ -196,3 +196,16 @@ def test_plan__refuses_a_group_that_micro_batches_do_not_hold():
     )
 
     assert "normalises over 3 pictures" in " ".join(said.split())
+
+
+@pytest.mark.slow
+def test_pretrain__trains_it_on_two_workers_of_ray(pictures: Path, tmp_path: Path):
+    recipe = str(PLUGIN / "selfdistil-tiny.yaml")
+
+    command(
+        "-m", "service", "pretrain", recipe, "--data", str(pictures), "--storage", str(tmp_path),
+        "--name", "run", "--workers", "2", "--set", "engine.zero_stage=2",
+    )  # fmt: skip
+
+    assert len(losses(tmp_path / "run")) == 9
+    assert load_bundle(tmp_path / "run").card.method == "selfdistil"
