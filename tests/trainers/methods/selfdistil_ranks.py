@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,21 +32,15 @@ class Watching:
     def resumed(self, step: int) -> None:
         pass
 
-    def metrics(self, row: dict) -> None:
+    def metrics(self, row: dict[str, Any]) -> None:
         if row["step"] == self.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def pictures(self, step: int, panels: list) -> None:
+    def pictures(self, step: int, panels: list[Any]) -> None:
         pass
 
 
-def main(job: dict, rank: int, world_size: int) -> None:
-    os.environ["LOCAL_RANK"] = str(rank)
-    prepare_process(torch.device("cpu"))
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{job['meeting']}", rank=rank, world_size=world_size
-    )
+def train(job: dict[str, Any], world_size: int) -> None:
     recipe = load_recipe(str(RECIPE), job["overrides"])
     source = open_training(job["pictures"], recipe)
     plan = resolve(recipe, source.facts, world_size)
@@ -55,19 +50,30 @@ def main(job: dict, rank: int, world_size: int) -> None:
         run,
         source,
         device=torch.device("cpu"),
-        observer=Watching(job.get("kill_at", 0)),
+        observer=Watching(job["kill_at"]),
         pauses=(1, job["stop"]),
     )
     for trained in training:
-        if rank == 0:
+        if dist.get_rank() == 0:
             torch.save(trained.state, Path(job["run"]) / f"state-{trained.step}.pt")
         if trained.step == job["stop"]:
             break
-    if rank == 0:
+    if dist.get_rank() == 0:
         write_bundle(run, plan, trained.state, step=trained.step, name="s", command="test")
     dist.barrier()
+
+
+def main(jobs: list[dict[str, Any]], meeting: str, rank: int, world_size: int) -> None:
+    os.environ["LOCAL_RANK"] = str(rank)
+    prepare_process(torch.device("cpu"))
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size
+    )
+    for job in jobs:
+        train(job, world_size)
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

@@ -8,9 +8,9 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,6 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
 }
 
-Train = Callable[..., dict[str, torch.Tensor]]
-
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -44,26 +42,30 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def train(pictures: Path, tmp_path: Path) -> Train:
-    """Trains to a step on so many ranks; continues what the run has."""
-    meetings = itertools.count()
+class Trainings:
+    """Trainings by processes of their own; a run of the same name is continued."""
 
-    def run(
-        name: str, *overrides: str, stop: int = 9, ranks: int = 1, kill_at: int = 0
-    ) -> dict[str, torch.Tensor]:
-        (tmp_path / name).mkdir(exist_ok=True)
-        job = {
-            "run": str(tmp_path / name),
-            "pictures": str(pictures),
+    def __init__(self, pictures: Path, folder: Path) -> None:
+        self.pictures, self.folder = pictures, folder
+        self._meetings = itertools.count()
+
+    def job(self, name: str, *overrides: str, stop: int = 9, kill_at: int = 0) -> dict[str, Any]:
+        """One training, to a step."""
+        (self.folder / name).mkdir(exist_ok=True)
+        return {
+            "run": str(self.folder / name),
+            "pictures": str(self.pictures),
             "overrides": overrides,
             "stop": stop,
             "kill_at": kill_at,
-            "meeting": str(tmp_path / f"meeting-{next(meetings)}"),
         }
+
+    def run(self, *jobs: dict[str, Any], ranks: int = 1) -> None:
+        """Train one after the other, on so many ranks; a process costs the time of its imports."""
+        meeting = str(self.folder / f"meeting-{next(self._meetings)}")
         processes = [
             subprocess.Popen(
-                [sys.executable, str(RANKS), json.dumps(job), str(rank), str(ranks)],
+                [sys.executable, str(RANKS), json.dumps(jobs), meeting, str(rank), str(ranks)],
                 env=ENVIRONMENT,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -76,14 +78,24 @@ def train(pictures: Path, tmp_path: Path) -> Train:
         finally:
             for process in processes:
                 process.kill()
-        if kill_at:
-            assert processes[0].returncode == -9, said[0][-3000:]
-            return {}
-        assert [p.returncode for p in processes] == [0] * ranks, "\n".join(s[-3000:] for s in said)
-        state: dict[str, torch.Tensor] = torch.load(tmp_path / name / f"state-{stop}.pt")
+        wanted = -signal.SIGKILL if jobs[-1]["kill_at"] else 0
+        assert [p.returncode for p in processes] == [wanted] * ranks, "\n".join(
+            text[-3000:] for text in said
+        )
+
+    def state(self, name: str, step: int = 9) -> dict[str, torch.Tensor]:
+        """The weights of a run at a step."""
+        state: dict[str, torch.Tensor] = torch.load(self.folder / name / f"state-{step}.pt")
         return state
 
-    return run
+    def losses(self, name: str) -> list[float]:
+        """The losses of a run, a value a step."""
+        return losses(self.folder / name)
+
+
+@pytest.fixture
+def trainings(pictures: Path, tmp_path: Path) -> Trainings:
+    return Trainings(pictures, tmp_path)
 
 
 def losses(folder: Path) -> list[float]:
@@ -100,15 +112,16 @@ def test_house__does_not_know_the_method():
 
 @pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_run__killed_goes_on_bit_for_bit_and_exports_its_teacher(
-    train: Train, tmp_path: Path, stage: int
+    trainings: Trainings, tmp_path: Path, stage: int
 ):
     overrides = (f"engine.zero_stage={stage}", "engine.precision=fp32")
-    state = train("whole", *overrides)
+    trainings.run(
+        trainings.job("whole", *overrides), trainings.job("killed", *overrides, kill_at=8)
+    )
+    trainings.run(trainings.job("killed", *overrides))
+    state, resumed = trainings.state("whole"), trainings.state("killed")
 
-    train("killed", *overrides, kill_at=8)
-    resumed = train("killed", *overrides)
-
-    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    assert trainings.losses("killed") == trainings.losses("whole")
     assert state.keys() == resumed.keys()
     for name, value in state.items():
         assert torch.equal(value, resumed[name]), name
@@ -117,7 +130,7 @@ def test_run__killed_goes_on_bit_for_bit_and_exports_its_teacher(
     assert len(encoder) > 20
     for name, value in encoder.items():
         assert torch.equal(value, state[f"averages.encoder.{name}"]), name
-    start = torch.load(tmp_path / "whole" / "state-1.pt")
+    start = trainings.state("whole", 1)
     moved = "averages.encoder.blocks.0.attn.qkv.weight"
     assert not torch.equal(state[moved], start[moved])
     assert not torch.equal(state[moved], state[moved.removeprefix("averages.")])
@@ -130,39 +143,40 @@ SLOW = [pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1, 2)]
 
 
 @pytest.mark.parametrize("stage", [*SLOW, 3])
-def test_run__goes_on_with_other_numbers_of_workers(train: Train, tmp_path: Path, stage: int):
+def test_run__goes_on_with_other_numbers_of_workers(trainings: Trainings, stage: int):
     # A larger eps, since Adam makes whole steps of the rounding of gradients that are zero.
     overrides = (f"engine.zero_stage={stage}", "engine.precision=fp32", "optim.eps=1e-4")
-    whole = train("whole", *overrides, ranks=2)
 
-    train("cut", *overrides, stop=3, ranks=2)
-    train("cut", *overrides, stop=6, ranks=1)
-    cut = train("cut", *overrides, stop=9, ranks=2)
+    trainings.run(
+        trainings.job("whole", *overrides), trainings.job("cut", *overrides, stop=3), ranks=2
+    )
+    trainings.run(trainings.job("cut", *overrides, stop=6), ranks=1)
+    trainings.run(trainings.job("cut", *overrides), ranks=2)
 
-    np.testing.assert_allclose(losses(tmp_path / "cut"), losses(tmp_path / "whole"), rtol=1e-5)
-    for name, value in whole.items():
+    np.testing.assert_allclose(trainings.losses("cut"), trainings.losses("whole"), rtol=1e-5)
+    cut = trainings.state("cut")
+    for name, value in trainings.state("whole").items():
         torch.testing.assert_close(cut[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("group", [pytest.param(1, marks=pytest.mark.slow), 8])
-def test_targets__do_not_depend_on_workers_or_accumulation(
-    train: Train, tmp_path: Path, group: int
-):
-    overrides = (
-        "engine.precision=fp32",
-        f"method.assignment_group={group}",
-        "optim.batch_size=16",
-    )
-    train("one", *overrides, stop=4)
-    train("two", *overrides, "engine.micro_batch_size=8", stop=4, ranks=2)
-    train("parts", *overrides, "engine.micro_batch_size=8", stop=4)
-    if group == 8:
-        train("quarters", *overrides, "engine.micro_batch_size=4", stop=4, ranks=2)
+def test_targets__do_not_depend_on_workers_or_accumulation(trainings: Trainings, group: int):
+    def job(name: str, micro_batch_size: int) -> dict[str, Any]:
+        return trainings.job(
+            name,
+            "engine.precision=fp32",
+            f"method.assignment_group={group}",
+            "optim.batch_size=16",
+            f"engine.micro_batch_size={micro_batch_size}",
+            stop=4,
+        )
 
-    ways = ["two", "parts", "quarters"][: 3 if group == 8 else 2]
-    for way in ways:
+    trainings.run(job("one", 16), job("parts", 8))
+    trainings.run(job("two", 8), job("quarters", 4), ranks=2)
+
+    for way in ("parts", "two", "quarters"):
         np.testing.assert_allclose(
-            losses(tmp_path / way), losses(tmp_path / "one"), rtol=2e-5, err_msg=way
+            trainings.losses(way), trainings.losses("one"), rtol=2e-5, err_msg=way
         )
 
 
