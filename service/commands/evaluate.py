@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
@@ -252,7 +251,7 @@ def _device_share() -> _Share:
 def _setting(
     request: Request, subject: Subject, config: Config, data: str, val: str | None, device: str
 ) -> Setting:
-    from mimray.trainers.data.cache import default_cache_dir
+    from mimray.trainers.data.cache import user_cache
     from mimray.trainers.evaluation.score import Setting
 
     options = config.model_dump(mode="json")
@@ -265,7 +264,7 @@ def _setting(
         seed=request.seed,
         skip_invalid=request.skip_invalid,
         device=device,
-        folder=Path(default_cache_dir()).with_name("evaluation") / digest,
+        folder=user_cache("evaluation") / digest,
         progress=_silent,
     )
 
