@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 
 from mimray.trainers.bundles import BundleCard, FrozenEncoder, bundle_place, fetch_bundle, read_card
 from mimray.trainers.bundles import load_bundle as load_bundle_at
-from mimray.trainers.data.cache import default_cache_dir
+from mimray.trainers.data.cache import user_cache
 from mimray.trainers.data.files import parent
 from mimray.trainers.errors import BundleError, ConfigError, StorageError
 from mimray.trainers.storage import RunDir
@@ -190,7 +190,7 @@ class Registry:
         if place.scheme in ("", "file"):
             folder = Path(unquote(place.path)) / ARTIFACT
         else:
-            kept = Path(default_cache_dir()).with_name("registry") / version.run_id
+            kept = user_cache("registry") / version.run_id
             folder = kept / ARTIFACT
             if not folder.is_dir():
                 aside = kept.with_name(f".{version.run_id}.{os.getpid()}")

@@ -10,10 +10,9 @@ import time
 import uuid
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from mimray.trainers.data.cache import default_cache_dir
+from mimray.trainers.data.cache import user_cache
 from mimray.trainers.data.selection import labels_of
 from mimray.trainers.data.sources import open_source
 from mimray.trainers.errors import DataError
@@ -151,7 +150,7 @@ def _setting(config: ScoreConfig, data: str, seed: int, device: str) -> Setting:
         seed=seed,
         skip_invalid=False,
         device=device,
-        folder=Path(default_cache_dir()).with_name("evaluation") / f"tuning-{uuid.uuid4().hex}",
+        folder=user_cache("evaluation") / f"tuning-{uuid.uuid4().hex}",
         progress=_silent,
     )
 

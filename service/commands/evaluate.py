@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mimray.service.cluster import connected
@@ -266,7 +265,7 @@ def _setting(
     val: str | None,
     device: str,
 ) -> Setting:
-    from mimray.trainers.data.cache import default_cache_dir
+    from mimray.trainers.data.cache import user_cache
     from mimray.trainers.evaluation.score import Setting
 
     options = config.model_dump(mode="json")
@@ -279,7 +278,7 @@ def _setting(
         seed=request.seed,
         skip_invalid=request.skip_invalid,
         device=device,
-        folder=Path(default_cache_dir()).with_name("evaluation") / digest,
+        folder=user_cache("evaluation") / digest,
         progress=_silent,
     )
 

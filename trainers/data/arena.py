@@ -24,7 +24,7 @@ import numpy as np
 import PIL
 from PIL import Image, features
 
-from mimray.trainers.data.cache import default_cache_dir
+from mimray.trainers.data.cache import user_cache
 
 logger = logging.getLogger(__name__)
 
@@ -215,7 +215,7 @@ def release(fingerprint: str) -> None:
 
 
 def _roots() -> list[Path]:
-    cache = Path(default_cache_dir()).with_name(f"decoded-{os.getuid()}")
+    cache = user_cache(f"decoded-{os.getuid()}")
     return [SHARED_MEMORY / f"mimray-{os.getuid()}", cache]
 
 

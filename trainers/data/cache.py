@@ -17,10 +17,10 @@ logger = logging.getLogger(__name__)
 MEMORY_BYTES = 256 << 20
 
 
-def default_cache_dir() -> str:
-    """Folder of downloaded row groups, unless the user names another."""
+def user_cache(name: str) -> Path:
+    """Folder of one kind of thing in the user's cache, e.g. `row-groups` or `features`."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return os.path.join(base, "mimray", "row-groups")
+    return Path(base, "mimray", name)
 
 
 class MemoryCache:

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mimray.trainers.data.cache import DiskCache, MemoryCache, default_cache_dir
+from mimray.trainers.data.cache import DiskCache, MemoryCache, user_cache
 from mimray.trainers.data.discover import Contents
 from mimray.trainers.data.files import is_local, is_parquet, join, locate, unreachable
 from mimray.trainers.data.manifest import CLASS_NAMES_KEY, FORMAT_KEY, is_shard_name, read_manifest
@@ -109,7 +109,9 @@ class ParquetSource:
         )
         self.num_bytes = sum(shard.num_bytes for shard in self._shards)
         remote = not is_local(locate(self._root)[0])
-        self._disk = DiskCache(cache_dir or default_cache_dir(), cache_mib) if remote else None
+        self._disk = (
+            DiskCache(cache_dir or str(user_cache("row-groups")), cache_mib) if remote else None
+        )
         self._labels: np.ndarray | None = None
         self._opened_by = -1
 

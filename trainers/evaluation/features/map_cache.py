@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mimray.trainers.bundles import BundleCard
-from mimray.trainers.data.cache import default_cache_dir
+from mimray.trainers.data.cache import user_cache
 from mimray.trainers.evaluation.features.encoders import FeatureEncoder
 from mimray.trainers.types import Features
 
@@ -57,7 +57,7 @@ class CachedEncoder:
     ) -> None:
         self._encoder = encoder
         self._identity = identity
-        self._folder = folder or Path(default_cache_dir()).with_name("maps")
+        self._folder = folder or user_cache("maps")
         self._most_bytes = self._left_bytes = cache_gib * _GIB
         self.card: BundleCard = encoder.card
         self.depth, self.stride = encoder.depth, encoder.stride

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from mimray.trainers.config.evaluation.extract import ExtractSpec
-from mimray.trainers.data.cache import default_cache_dir
+from mimray.trainers.data.cache import user_cache
 from mimray.trainers.data.selection import evenly_spread, labelled, num_classes_of
 from mimray.trainers.data.sources import Source
 from mimray.trainers.errors import ConfigError, EmptyDatasetError
@@ -176,7 +176,7 @@ def pooled_features(
         seed=setting.seed if num_views else 0,
         skip_invalid=setting.skip_invalid,
     )
-    cache = Path(default_cache_dir()).with_name("features")
+    cache = user_cache("features")
     folder = cache / describe(ref, source, spec).key[:32]
     found = extract(
         ref,
