@@ -64,7 +64,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Share:
+class WorkerResources:
     """What each worker gets."""
 
     gpus: int
@@ -169,7 +169,7 @@ def workers(
     config: dict[str, Any],
     plan: Plan,
     run: RunDir,
-    share: Share,
+    share: WorkerResources,
 ) -> TorchTrainer:
     """The workers of a plan, ready to `fit`; they start again after a failure.
 
@@ -210,7 +210,7 @@ def finished(job: Job, plan: Plan) -> Outcome | None:
     return Outcome(run, plan, rows[-1]) if rows and rows[-1]["step"] >= plan.steps else None
 
 
-def preflight(plan: Plan) -> Share:
+def preflight(plan: Plan) -> WorkerResources:
     """Hold what a plan needs against the cluster.
 
     Returns:
@@ -242,7 +242,7 @@ def preflight(plan: Plan) -> Share:
             f"the cluster has {shown} and fits {fits} such workers",
             hint=f"--workers {max(1, fits)}, or --set resources.cpus_per_worker=1",
         )
-    return Share(gpus=int(on_gpu), cpus=cpus)
+    return WorkerResources(gpus=int(on_gpu), cpus=cpus)
 
 
 def _fair_cpus(nodes: list[dict[str, float]], num_workers: int, on_gpu: bool) -> int:

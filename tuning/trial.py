@@ -23,7 +23,7 @@ from mimray.trainers.data.selection import open_training
 from mimray.trainers.engine.export import write_bundle
 from mimray.trainers.engine.loop import Trained, stages
 from mimray.trainers.errors import MimrayError, NonFiniteLossError, ResourceError
-from mimray.trainers.launch import Share, last_line, workers
+from mimray.trainers.launch import WorkerResources, last_line, workers
 from mimray.trainers.methods.needs import keep_needs
 from mimray.trainers.storage import RunDir, check_seen, claim
 from mimray.tuning.capacity import Capacity
@@ -162,7 +162,7 @@ def _in_workers(
     context: LaunchContext, number: int, plan: Plan, run: RunDir, known: set[int]
 ) -> Iterator[Rung]:
     """Train in a `TorchTrainer`, started anew for each rung; devices are free in between."""
-    share = Share(gpus=int(context.capacity.gpus), cpus=context.capacity.cpus)
+    share = WorkerResources(gpus=int(context.capacity.gpus), cpus=context.capacity.cpus)
     for step, rung in context.plan.pauses(plan).items():
         if rung in known:
             continue

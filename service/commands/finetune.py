@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mimray.trainers.evaluation.features.encoders import EncoderRef
     from mimray.trainers.evaluation.probes.classifier import Classified
     from mimray.trainers.evaluation.score import Score, Setting
-    from mimray.trainers.launch import Job, Share
+    from mimray.trainers.launch import Job, WorkerResources
     from mimray.trainers.recorder import RunState
 
 SHEET = "finetune.png"
@@ -152,7 +152,9 @@ def _name(ref: EncoderRef, setting: Setting, recipe: Recipe) -> str:
     return f"finetune-{encoder}-{digest}"
 
 
-def _classified(job: Job, setting: Setting, config: FinetuneTask, share: Share) -> Classified:
+def _classified(
+    job: Job, setting: Setting, config: FinetuneTask, share: WorkerResources
+) -> Classified:
     """Score the run's bundle on a device like those it was trained on."""
     import ray
 

@@ -1,4 +1,4 @@
-"""Sender a request until it is answered: attempts, pauses, and refusals as exceptions."""
+"""Sends a request until it is answered: attempts, pauses, and refusals as exceptions."""
 
 from __future__ import annotations
 
