@@ -157,11 +157,11 @@ class Predictor:
 
     def warm_up(self) -> None:
         """Make the model faster, run it twice and time it, so that no request waits for this."""
-        height, width = self.card.image_size
+        size = self.card.image_size
         if self._faster is not None:
             self._model_thread.submit(self._faster, self._encoder).result()
-        blank = np.zeros((self.card.channels, height, width), np.uint8)
-        item = Prepared(blank, whole_view((height, width), (height, width)))
+        blank = np.zeros((self.card.channels, *size), np.uint8)
+        item = Prepared(blank, whole_view(size, size))
         options = Options(tokens=True, layers=(self.info.depth - 1,))
         for _ in range(2):
             started = time.perf_counter()
@@ -326,12 +326,9 @@ class Predictor:
 
         with torch.inference_mode():
             # uint8 to the device, a quarter of the bytes; normalised there.
-            batch = torch.from_numpy(np.stack([item.pixels for item in items])).to(self._device)
-            images = (
-                batch
-                if batch.is_floating_point()
-                else (batch.float().div_(255) - self._mean) / self._std
-            )
+            images = torch.from_numpy(np.stack([item.pixels for item in items])).to(self._device)
+            if not images.is_floating_point():
+                images = (images.float().div_(255) - self._mean) / self._std
             valid = None
             if any(item.placement.is_padded for item in items):
                 stride = self.info.stride
