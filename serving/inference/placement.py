@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mimray.serving.wire.errors import InvalidRequestError, TooLargeError
-from mimray.trainers.data.geometry import Size, View, whole_view
+from mimray.trainers.data.geometry import Placement, Size, whole_view
 
 _SIDE = r"([1-9][0-9]{0,4})"
 _SQUARE = re.compile(_SIDE)
@@ -42,7 +42,9 @@ def parse_size(text: str) -> Sizing:
     return Sizing("stretch", _sides(text.strip(), text))
 
 
-def place(source: Size, sizing: Sizing, *, trained: Size, stride: int, max_pixels: int) -> View:
+def place(
+    source: Size, sizing: Sizing, *, trained: Size, stride: int, max_pixels: int
+) -> Placement:
     """Place a picture in the model's input.
 
     Args:
@@ -65,7 +67,7 @@ def place(source: Size, sizing: Sizing, *, trained: Size, stride: int, max_pixel
     return whole_view(source, size, keep_aspect=sizing.mode == "keep")
 
 
-def described(view: View, stride: int) -> dict[str, Any]:
+def described(view: Placement, stride: int) -> dict[str, Any]:
     """The geometry of a picture as every answer carries it.
 
     Args:

@@ -36,7 +36,7 @@ from mimray.serving.wire.errors import (
     OverloadedError,
     TooLargeError,
 )
-from mimray.trainers.data.geometry import View, whole_view
+from mimray.trainers.data.geometry import Placement, whole_view
 from mimray.trainers.errors import ImageError
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Prediction(NamedTuple):
     """
 
     outputs: dict[str, Array]
-    placement: View
+    placement: Placement
 
 
 class _Key(NamedTuple):
@@ -338,7 +338,7 @@ class Predictor:
             return {name: _to_numpy(tensor) for name, tensor in outputs.items()}
 
 
-def output_bytes(info: EncoderInfo, placement: View, options: Options) -> int:
+def output_bytes(info: EncoderInfo, placement: Placement, options: Options) -> int:
     """Bytes of one picture's features, without the few of int8 scales."""
     height, width = placement.input_size
     pixels = height * width

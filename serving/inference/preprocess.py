@@ -10,7 +10,7 @@ import numpy as np
 from mimray.serving.config import Limits
 from mimray.serving.inference.placement import Sizing, place
 from mimray.serving.wire.errors import InvalidRequestError, UnusablePictureError
-from mimray.trainers.data.geometry import Size, View
+from mimray.trainers.data.geometry import Placement, Size
 from mimray.trainers.errors import ImageError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Prepared(NamedTuple):
     """
 
     pixels: Array
-    placement: View
+    placement: Placement
 
 
 class Preparer:
@@ -101,7 +101,7 @@ class Preparer:
             image = image.convert("L")
         return image, (header.height, header.width)
 
-    def _placed(self, source: Size, sizing: Sizing) -> View:
+    def _placed(self, source: Size, sizing: Sizing) -> Placement:
         return place(
             source,
             sizing,
@@ -128,7 +128,7 @@ class Preparer:
         return Prepared(values, placement)
 
 
-def token_validity(placement: View, stride: int) -> Array:
+def token_validity(placement: Placement, stride: int) -> Array:
     """Validity of tokens, bool [N]: False for those that show padding alone."""
     rows, columns = (side // stride for side in placement.input_size)
     down = np.arange(rows) * stride < placement.shown_size[0]

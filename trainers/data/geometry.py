@@ -1,8 +1,8 @@
 """Geometry of a picture in a network's input: its place there, and the way back.
 
-One `View` moves a picture, its masks and its boxes alike, so that they stay together. Coordinates
-are continuous pixels (x, y) with (0, 0) at the outer corner of the first pixel: a resize is a
-multiplication, and the centre of pixel i lies at i + 0.5.
+One `Placement` moves a picture, its masks and its boxes alike, so that they stay together.
+Coordinates are continuous pixels (x, y) with (0, 0) at the outer corner of the first pixel: a
+resize is a multiplication, and the centre of pixel i lies at i + 0.5.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class View:
+class Placement:
     """A part of a picture, resized, perhaps mirrored, at the top left of a padded input.
 
     Attributes:
@@ -73,7 +73,7 @@ class View:
         across = [-horizontal, 0.0, right] if self.flip else [horizontal, 0.0, left]
         return [across, [0.0, vertical, top], [0.0, 0.0, 1.0]]
 
-    def mirrored(self) -> View:
+    def mirrored(self) -> Placement:
         """The same view from left to right."""
         return replace(self, flip=not self.flip)
 
@@ -145,7 +145,7 @@ class View:
         return rows.clip(0, height - 1), columns.clip(0, width - 1)
 
 
-def whole_view(source_size: Size, input_size: Size, *, keep_aspect: bool = True) -> View:
+def whole_view(source_size: Size, input_size: Size, *, keep_aspect: bool = True) -> Placement:
     """The whole picture in the input.
 
     Args:
@@ -158,7 +158,7 @@ def whole_view(source_size: Size, input_size: Size, *, keep_aspect: bool = True)
     if keep_aspect:
         scale = min(input_size[0] / height, input_size[1] / width)
         shown_size = max(1, round(height * scale)), max(1, round(width * scale))
-    return View(source_size, (0.0, 0.0, float(width), float(height)), shown_size, input_size)
+    return Placement(source_size, (0.0, 0.0, float(width), float(height)), shown_size, input_size)
 
 
 def clip_boxes(boxes: np.ndarray, region: Box) -> np.ndarray:

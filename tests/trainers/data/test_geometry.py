@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mimray.trainers.data.geometry import View, clip_boxes, whole_view
+from mimray.trainers.data.geometry import Placement, clip_boxes, whole_view
 from mimray.trainers.data.transforms import inference_view
 from mimray.trainers.evaluation.heads.views import training_view
 
@@ -16,7 +16,7 @@ seeds = st.integers(0, 2**32)
 
 
 @st.composite
-def views(draw: st.DrawFn) -> View:
+def views(draw: st.DrawFn) -> Placement:
     """Any view that the code makes: whole, stretched or a numbered version."""
     source, size = draw(sizes), draw(sizes)
     seed, number = draw(seeds), draw(st.integers(0, 5))
@@ -39,7 +39,7 @@ def _boxes(size: tuple[int, int], seed: int) -> np.ndarray:
 
 
 @given(views(), seeds)
-def test_boxes__come_back_exactly(view: View, seed: int) -> None:
+def test_boxes__come_back_exactly(view: Placement, seed: int) -> None:
     boxes = _boxes(view.source_size, seed)
     there = view.boxes(boxes)
     np.testing.assert_allclose(view.boxes_back(there), boxes, rtol=0, atol=1e-9)
@@ -47,7 +47,7 @@ def test_boxes__come_back_exactly(view: View, seed: int) -> None:
 
 
 @given(views(), seeds)
-def test_boxes__go_where_the_transform_says(view: View, seed: int) -> None:
+def test_boxes__go_where_the_transform_says(view: Placement, seed: int) -> None:
     boxes = _boxes(view.source_size, seed)
     corners = boxes[:, [0, 1, 2, 1, 0, 3, 2, 3]].reshape(-1, 4, 2)  # N 4 xy
     moved = np.concatenate([corners, np.ones((5, 4, 1))], axis=2) @ np.array(view.transform).T
@@ -58,7 +58,7 @@ def test_boxes__go_where_the_transform_says(view: View, seed: int) -> None:
 
 
 @given(views())
-def test_inverse__undoes_the_transform(view: View) -> None:
+def test_inverse__undoes_the_transform(view: Placement) -> None:
     there, back = np.array(view.transform), np.array(view.inverse)
     np.testing.assert_allclose(back @ there, np.eye(3), atol=1e-9)
 
@@ -104,7 +104,7 @@ def test_mask__a_crop_shows_its_part_alone(
     right = data.draw(st.integers(left + 2, source[1]))
     times = data.draw(st.integers(1, 4))
     size = (bottom - top) * times, (right - left) * times
-    view = View(source, (left, top, right, bottom), size, size, flip=data.draw(st.booleans()))
+    view = Placement(source, (left, top, right, bottom), size, size, flip=data.draw(st.booleans()))
     mask = np.random.default_rng(seed).integers(0, 5, source)
     there = view.mask(mask, fill=9)
     assert (there != 9).all()
@@ -112,7 +112,7 @@ def test_mask__a_crop_shows_its_part_alone(
     np.testing.assert_array_equal(part, mask[top:bottom, left:right])
 
 
-def _at_centres(view: View, mask: np.ndarray) -> np.ndarray:
+def _at_centres(view: Placement, mask: np.ndarray) -> np.ndarray:
     """The mask of the input, read at the place of the centre of each of the picture's pixels."""
     height, width = view.source_size
     rows, columns = np.mgrid[:height, :width] + 0.5
@@ -123,7 +123,7 @@ def _at_centres(view: View, mask: np.ndarray) -> np.ndarray:
 
 @given(views())
 @settings(max_examples=60)
-def test_view__pixels_and_their_labels_stay_together(view: View) -> None:
+def test_view__pixels_and_their_labels_stay_together(view: Placement) -> None:
     """A ramp tells of each pixel of the input which place of the picture it shows."""
     height, width = view.source_size
     rows, columns = np.mgrid[:height, :width]

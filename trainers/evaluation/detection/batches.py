@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mimray.trainers.config.evaluation.detection import DetectionConfig
-from mimray.trainers.data.geometry import View, clip_boxes
+from mimray.trainers.data.geometry import Placement, clip_boxes
 from mimray.trainers.evaluation.annotations.base import DetectionExample, DetectionSet
 from mimray.trainers.evaluation.detection.detector import Batch, Detector
 from mimray.trainers.evaluation.heads.views import tensor_of, training_view
@@ -56,7 +56,7 @@ class TrainingViews:
         return Batch(tensor_of(images), targets)
 
 
-def target_of(example: DetectionExample, view: View, *, with_masks: bool) -> dict[str, Tensor]:
+def target_of(example: DetectionExample, view: Placement, *, with_masks: bool) -> dict[str, Tensor]:
     """The objects that a view shows, as torchvision takes them; never a crowd.
 
     Args:

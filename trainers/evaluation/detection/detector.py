@@ -22,7 +22,7 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from mimray.trainers.bundles import FrozenEncoder
 from mimray.trainers.config.evaluation.detection import DetectionConfig
-from mimray.trainers.data.geometry import Size, View, clip_boxes, whole_view
+from mimray.trainers.data.geometry import Placement, Size, clip_boxes, whole_view
 from mimray.trainers.evaluation.detection.anchors import StrideAnchors, region_pool
 from mimray.trainers.evaluation.detection.pyramid import Pyramid, build_pyramid
 from mimray.trainers.evaluation.features.encoders import FeatureEncoder
@@ -126,7 +126,7 @@ class Detector(nn.Module):
         outputs = self.network(list(self._inputs(images)))
         return [self._back(out, view) for out, view in zip(outputs, views, strict=True)]
 
-    def view(self, view: View, picture: Image.Image) -> np.ndarray:
+    def view(self, view: Placement, picture: Image.Image) -> np.ndarray:
         """A view of a picture as this encoder takes it, uint8 [C, H, W]."""
         picture = picture.convert("L") if self._card.channels == 1 else picture
         return view.image(picture, self._card.interpolation, self._card.mean)
@@ -135,7 +135,7 @@ class Detector(nn.Module):
         device = next(self.parameters()).device
         return normalise(images.to(device), self._card.mean, self._card.std)
 
-    def _back(self, output: dict[str, Tensor], view: View) -> Detections:
+    def _back(self, output: dict[str, Tensor], view: Placement) -> Detections:
         """Bring what was found from the input to the picture; nothing is found in padding."""
         height, width = view.source_size
         whole = view.boxes_back(output["boxes"].double().cpu().numpy())
@@ -211,7 +211,7 @@ class _Backbone(nn.Module):
 
 
 class _AsGiven(nn.Module):
-    """Stands in for torchvision's resizing and padding, which a `View` has done."""
+    """Stands in for torchvision's resizing and padding, which a `Placement` has done."""
 
     def forward(
         self, images: list[Tensor], targets: list[dict[str, Tensor]] | None

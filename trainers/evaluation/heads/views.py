@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mimray.trainers.data.geometry import Size, View, whole_view
+from mimray.trainers.data.geometry import Placement, Size, whole_view
 from mimray.trainers.data.rng import Stream, generator
 
 
 def training_view(
     source_size: Size, input_size: Size, *, seed: int, index: int, number: int
-) -> View:
+) -> Placement:
     """One of a picture's numbered versions: 0 whole, 1 its mirror image, then crops in pairs.
 
     A crop has the shape of the input and between a quarter and all of the largest such area.
@@ -34,7 +34,9 @@ def training_view(
         scale = share * min(height / input_size[0], width / input_size[1])
         rows, columns = input_size[0] * scale, input_size[1] * scale
         top, left = rng.uniform(0, height - rows), rng.uniform(0, width - columns)
-        view = View(source_size, (left, top, left + columns, top + rows), input_size, input_size)
+        view = Placement(
+            source_size, (left, top, left + columns, top + rows), input_size, input_size
+        )
     return view.mirrored() if number % 2 else view
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from mimray.trainers.data.geometry import Size, View, whole_view
+from mimray.trainers.data.geometry import Placement, Size, whole_view
 from mimray.trainers.data.rng import Stream, generator
 from mimray.trainers.evaluation.heads.views import tensor_of, training_view
 
@@ -35,7 +35,7 @@ def scaled_size(source_size: Size, input_size: Size, scale: float | None) -> Siz
 
 def window_views(
     source_size: Size, input_size: Size, scale: float | None, overlap: float
-) -> list[tuple[View, tuple[int, int]]]:
+) -> list[tuple[Placement, tuple[int, int]]]:
     """Windows that cover a picture, each with its (top, left) in the scaled picture.
 
     They are spread evenly; where one suffices there is one.
@@ -65,7 +65,7 @@ def learning_view(
     seed: int,
     index: int,
     number: int,
-) -> View:
+) -> Placement:
     """One of a picture's numbered versions to learn from, at the scale it is scored at.
 
     Args:
@@ -111,7 +111,7 @@ def predict(
         overlap: least share of a window that the next one covers.
         batch_size: windows encoded at once.
         interpolation: filter of the resize.
-        fill: colour of the padding, see `View.image`.
+        fill: colour of the padding, see `Placement.image`.
     """
     laid = [
         window_views((picture.height, picture.width), input_size, scale, overlap)
@@ -154,7 +154,7 @@ def _starts(side: int, window: int, overlap: float) -> list[int]:
     return starts
 
 
-def _window(source_size: Size, scaled: Size, input_size: Size, start: tuple[int, int]) -> View:
+def _window(source_size: Size, scaled: Size, input_size: Size, start: tuple[int, int]) -> Placement:
     """The part of the scaled picture that a window at (top, left) shows."""
     size = min(scaled[0], input_size[0]), min(scaled[1], input_size[1])
     vertical, horizontal = (whole / side for whole, side in zip(source_size, scaled, strict=True))
@@ -165,4 +165,4 @@ def _window(source_size: Size, scaled: Size, input_size: Size, start: tuple[int,
         min((left + size[1]) * horizontal, source_size[1]),
         min((top + size[0]) * vertical, source_size[0]),
     )
-    return View(source_size, crop, size, input_size)
+    return Placement(source_size, crop, size, input_size)

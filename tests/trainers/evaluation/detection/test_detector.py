@@ -11,7 +11,7 @@ from PIL import Image
 
 from mimray.trainers.bundles import FrozenEncoder
 from mimray.trainers.config.evaluation.detection import DetectionConfig
-from mimray.trainers.data.geometry import View, whole_view
+from mimray.trainers.data.geometry import Placement, whole_view
 from mimray.trainers.errors import DataError
 from mimray.trainers.evaluation.annotations.base import DetectionExample
 from mimray.trainers.evaluation.detection.batches import target_of
@@ -160,7 +160,7 @@ def test_target__moves_with_the_view() -> None:
 def test_target__leaves_out_crowds_and_what_is_out_of_view() -> None:
     whole = whole_view((20, 28), SIZE)
     assert target_of(_example((True, False)), whole, with_masks=False)["labels"].tolist() == [0]
-    crop = View((20, 28), (0.0, 0.0, 14.0, 10.0), SIZE, SIZE)
+    crop = Placement((20, 28), (0.0, 0.0, 14.0, 10.0), SIZE, SIZE)
     target = target_of(_example(), crop, with_masks=True)
     assert target["labels"].tolist() == [1]
     assert target["boxes"].tolist() == [[16, 8, 48, 40]]
