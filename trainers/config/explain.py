@@ -1,4 +1,4 @@
-"""Errors of pydantic, told to people in one line."""
+"""Pydantic's validation errors as messages of one line."""
 
 from __future__ import annotations
 

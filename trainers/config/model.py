@@ -1,4 +1,4 @@
-"""Encoders a recipe may name. One class an architecture family, told apart by `name`."""
+"""Encoders a recipe may name: one class for each architecture family, selected by `name`."""
 
 from __future__ import annotations
 
