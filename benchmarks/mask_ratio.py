@@ -1,4 +1,4 @@
-"""Claim: the encoder's training step on visible tokens costs what the token arithmetic says.
+"""Claim: on visible tokens the encoder's training step speeds up as token counts predict.
 
     python benchmarks/mask_ratio.py [--batch 8] [--rounds 5] [--encoder vit_base]
 
