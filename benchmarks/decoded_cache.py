@@ -85,7 +85,7 @@ def main() -> None:
         )
         for bound in (0, mib)
     )
-    off[Place(0, 0)]  # warm up: imports, the first row group
+    off[Place(0, 0)]  # warm-up: imports, the first row group
     try:
         first = compare(off, on, samples, 0)
         later = [compare(off, on, samples, 1 + n) for n in range(arguments.rounds)]

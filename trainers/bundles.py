@@ -102,7 +102,16 @@ class FrozenEncoder(torch.nn.Module):
     def features(
         self, images: Tensor, layers: Sequence[int] | None = None, norm: bool = True
     ) -> tuple[Tensor, ...]:
-        """Maps [B, D, h, w] after the given layers (the card's by default)."""
+        """Feature maps of normalised pictures.
+
+        Args:
+            images: float [B, C, H, W], normalised.
+            layers: indices of the layers; the card's by default.
+            norm: True to apply the final norm to each map of the final width.
+
+        Returns:
+            Maps, float [B, D, h, w], one for each layer.
+        """
         return self.encoder.features(images, layers or self.card.layers, norm)
 
 

@@ -1,4 +1,4 @@
-"""The one exception tree of the project.
+"""The exceptions of the project.
 
     MimrayError
     ├── ConfigError            a recipe, a key, a value

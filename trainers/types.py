@@ -46,7 +46,7 @@ class Batch:
 
 
 class Panel(NamedTuple):
-    """One column of a sheet of pictures: a heading and uint8 [B, H, W, C]."""
+    """One column of a sheet of pictures: a heading, and pictures uint8 [B, H, W, C]."""
 
     title: str
     pixels: np.ndarray
@@ -58,7 +58,7 @@ class MethodOutput(NamedTuple):
     """Loss, predictions and targets of a method for a batch.
 
     Attributes:
-        loss: scalar.
+        loss: the loss, a scalar.
         prediction: [B, N, P] for patch targets; for codes the logits [M, K] of the M hidden
             tokens, in row-major order; for classes the logits [B, K].
         target: targets of the prediction: [B, N, P], int64 [M], or for classes probabilities

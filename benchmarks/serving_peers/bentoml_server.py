@@ -1,7 +1,7 @@
 """BentoML with the bare model: `bentoml serve bentoml_server:Front`.
 
-Its batching is of a service that another one calls, so there are two: one that decodes, one with
-the model. BUNDLE comes by the environment.
+BentoML batches the calls of one service to another, so there are two: one that decodes, one with
+the model. The environment variable BUNDLE names the bundle.
 """
 
 import asyncio

@@ -169,7 +169,7 @@ class Bare:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """The environment of every process: the repository, two threads, equal priority."""
+    """Environment variables of every process: the repository, two threads, equal priority."""
     own = {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "2"}
     own["RAY_worker_niceness"] = "0"  # Ray's default of 15 matters on a loaded machine
     return {**os.environ, **own, **more}

@@ -11,7 +11,7 @@ FEWEST_STEPS_AN_EPOCH = 4
 
 
 def advice(plan: Plan) -> list[str]:
-    """Warnings, a sentence each, with the numbers and what to set instead.
+    """Warnings about a plan, a sentence each, with the numbers and a better setting.
 
     Args:
         plan: a resolved plan, which has passed every check.

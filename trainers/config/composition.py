@@ -23,7 +23,7 @@ def check_masking(method: str, encoder: EncoderConfig) -> None:
 
 
 def check_drops_hidden(method: str, encoder: EncoderConfig) -> None:
-    """Refuse an encoder that cannot do without the hidden patches, or without their positions."""
+    """Refuse an encoder that cannot leave patches out, or whose positions are not absolute."""
     if not isinstance(encoder, ViTConfig):
         raise ValueError(
             f"method {method} with a decoder leaves hidden patches out of the encoder, "
@@ -39,7 +39,7 @@ def check_drops_hidden(method: str, encoder: EncoderConfig) -> None:
 
 
 def check_size(encoder: EncoderConfig, image_size: tuple[int, int]) -> None:
-    """Refuse a size of input that an encoder cannot cut into tokens.
+    """Refuse a picture size that an encoder cannot divide into tokens and windows.
 
     Args:
         encoder: the encoder's architecture.

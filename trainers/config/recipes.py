@@ -27,7 +27,7 @@ def load_recipe(
     Args:
         name_or_path: a shipped recipe's name, e.g. `mae-tiny`, or a path ending in .yaml or .yml.
         overrides: assignments `a.b=c` to dotted keys; values are YAML.
-        steps: length of the run in steps; the warm-up keeps its proportion.
+        steps: length of the run in steps, to which the warm-up is scaled; None for the recipe's.
 
     Raises:
         ConfigError: there is no such recipe, or a key or a value is wrong.
@@ -37,7 +37,7 @@ def load_recipe(
 
 
 def recipe_tree(name_or_path: str, steps: int | None = None) -> dict[str, Any]:
-    """A recipe as it is written, unchecked; arguments and errors are those of `load_recipe`."""
+    """A recipe's tree as written, unchecked; arguments and errors are those of `load_recipe`."""
     tree = _read(name_or_path)
     return tree if steps is None else _with_steps(tree, steps, f"recipe {name_or_path}")
 
@@ -80,7 +80,7 @@ def _read(name_or_path: str) -> dict[str, Any]:
 
 
 def read_tree(path: Path) -> dict[str, Any]:
-    """The sections of a YAML file, unchecked.
+    """Read the sections of a YAML file, unchecked.
 
     Raises:
         ConfigError: the file is not YAML, or holds no mapping.

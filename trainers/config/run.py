@@ -84,7 +84,7 @@ class ResourcesConfig(Config):
 
 
 class Recipe(Config):
-    """Everything a user decides about a pre-training."""
+    """A user's settings of a pre-training."""
 
     about: About | None = None
     encoder: EncoderConfig
@@ -105,7 +105,7 @@ class Recipe(Config):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Output tokens of the encoder, down and across; masks are over this grid."""
+        """Rows and columns of the encoder's output tokens; masks are over this grid."""
         height, width = self.data.image_size
         return height // self.encoder.stride, width // self.encoder.stride
 
@@ -158,7 +158,7 @@ class Plan(Config):
 
 
 def resolve(recipe: Recipe, facts: DatasetFacts, world_size: int) -> Plan:
-    """Turn a recipe into the plan of one run.
+    """Resolve a recipe into the plan of one run.
 
     Args:
         recipe: the recipe of the run.
@@ -229,7 +229,7 @@ def resolve(recipe: Recipe, facts: DatasetFacts, world_size: int) -> Plan:
 
 
 def essential(recipe: Recipe) -> dict[str, Any]:
-    """The recipe without what may change between a run and its continuation."""
+    """The recipe's tree without keys that may change when a run is continued."""
     tree = recipe.model_dump(mode="json", exclude=set(OPERATIONAL))
     for dotted in OPERATIONAL_KEYS:
         section, key = dotted.split(".")

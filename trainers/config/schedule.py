@@ -34,7 +34,7 @@ class Schedule(Config):
     warmup_steps: NonNegativeInt = Field(default=0, description="steps from warmup_start to start")
 
     def at(self, step: int, num_steps: int) -> float:
-        """The value of one update.
+        """The value at one update.
 
         Args:
             step: updates made before this one.

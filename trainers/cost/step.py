@@ -36,7 +36,7 @@ REST = "decoder"
 
 @dataclass(frozen=True)
 class Step:
-    """Forward and backward of one micro batch.
+    """FLOPs, tokens and memory of the forward and backward pass of one micro batch.
 
     Attributes:
         forward_flops: forward FLOPs per picture, by part; a multiply-add counts as 2.
@@ -133,7 +133,7 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Args:
         parts: names of the method's parts.
-        ignored: tensors whose memory does not count.
+        ignored: tensors whose memory is not counted.
     """
 
     def __init__(self, parts: Iterable[str], ignored: Iterable[Tensor]) -> None:

@@ -110,7 +110,7 @@ class Numbered(NamedTuple):
 
 
 def training_view(recipe: Recipe, name: str = "images", *, masks: Masks | None = None) -> View:
-    """The view that a recipe's `data` section describes.
+    """Make the view that a recipe's `data` section describes.
 
     Args:
         recipe: the recipe, with size, crop, flip and augmentation.
@@ -214,7 +214,7 @@ def draw_masks(view: View, first: int, *, seed: int, epoch: int, index: int = 0)
         index: the sample's index.
 
     Returns:
-        bool [views, masks, N], without the axes of length 1.
+        bool [views, masks, N], without axes of length 1.
     """
     assert view.masks is not None
     found = []

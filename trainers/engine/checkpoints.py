@@ -90,7 +90,7 @@ def save(
     keep: int,
     launch_id: str = "",
 ) -> None:
-    """Write a checkpoint; collective, every rank calls it.
+    """Write a checkpoint, and prune old ones; collective.
 
     Args:
         run: the run's directory.
@@ -160,7 +160,7 @@ def save(
 
 
 def find(run: RunDir, *, sweep: bool = False) -> list[Checkpoint]:
-    """Checkpoints of a run, newest first.
+    """Find the checkpoints of a run, newest first.
 
     Args:
         run: the run's directory.

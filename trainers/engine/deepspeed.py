@@ -70,8 +70,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def choose_precision(wanted: str, device: torch.device) -> str:
     """Precision of a run on a device: fp32, bf16 or fp16.
 
-    `auto` is bf16 where the device multiplies in it: GPUs from Ampere on, CPUs with
-    AVX512-BF16 or AMX. Elsewhere bf16 is emulated, hundreds of times slower than fp32.
+    `auto` is bf16 on devices that multiply in it: GPUs from Ampere on, CPUs with AVX512-BF16 or
+    AMX; fp32 on others, where bf16 is emulated, hundreds of times slower than fp32.
 
     Args:
         wanted: the recipe's `engine.precision`: auto, fp32, bf16 or fp16.
@@ -223,7 +223,7 @@ def fixed_weights(method: nn.Module) -> dict[str, Tensor]:
 def full_state(engine: Engine, fixed: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Whole fp32 weights of an engine's module, at any ZeRO stage and precision.
 
-    Collective under ZeRO: every rank calls it, every rank gets the result.
+    Collective under ZeRO; every rank gets the result.
 
     Args:
         engine: a result of `initialize`.

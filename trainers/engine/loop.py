@@ -116,7 +116,7 @@ def stages(
     launch_id: str = "",
     pauses: Collection[int] = (),
 ) -> Iterator[Trained]:
-    """Train a plan, continuing from its newest whole checkpoint, with pauses on the way.
+    """Train a plan with pauses, continuing from its newest undamaged checkpoint.
 
     Collective: every rank of the default process group iterates over it. It may be closed at a
     pause: a checkpoint is written before each, from which another start continues.

@@ -26,7 +26,7 @@ def read_metrics(run: RunDir) -> list[dict[str, Any]]:
 
 
 def rewind_metrics(run: RunDir, step: int) -> list[dict[str, Any]]:
-    """Drop rows after a step, which a continued run will write again; returns the rest."""
+    """Drop rows after a step, which a continued run writes again; returns the rest."""
     rows = [row for row in read_metrics(run) if row["step"] <= step]
     run.write(METRICS, _lines(rows))
     return rows

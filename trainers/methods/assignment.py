@@ -1,9 +1,8 @@
 """Groups of pictures over which a method normalises jointly, as Sinkhorn assignment does.
 
-A group is so many neighbouring positions of the global batch (`MethodConfig.assignment_pictures`).
-The loader hands out positions so that the micro batches of all workers at once hold whole groups,
-in the order of ranks; so the same pictures form a group whatever the number of workers or of micro
-batches.
+A group is a range of `MethodConfig.assignment_pictures` neighbouring positions of the global batch.
+The loader assigns positions so that the micro batches of all workers together hold whole groups, in
+the order of ranks; so the same pictures form a group for any number of workers or micro batches.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ class Autoencoding(Method):
 
     Args:
         recipe: the checked recipe.
-        latent_dim: channels of the latent that the decoder takes.
+        latent_dim: channels of the decoder's input, the latent.
     """
 
     def __init__(self, recipe: Recipe, latent_dim: int) -> None:
@@ -45,7 +45,7 @@ class Autoencoding(Method):
         return torch.unflatten(features.tokens.transpose(1, 2), 2, features.grid)
 
     def decode(self, latent: Float[Tensor, "B L h w"]) -> Float[Tensor, "B C H W"]:
-        """Normalised pictures from latents.
+        """Decode latents into normalised pictures.
 
         Raises:
             BundleError: the method has no decoder.

@@ -40,7 +40,7 @@ class Method(nn.Module, ABC):
         recipe: the checked recipe; a method reads its sections `encoder`, `method` and `data`.
 
     Attributes:
-        encoder: the backbone that is trained.
+        encoder: the encoder that is trained.
         averages: moving averages of modules, such as a teacher; None for none.
         result: name of the encoder to export: `encoder`, or its moving average,
             `averages.encoder`.
@@ -179,7 +179,7 @@ class Method(nn.Module, ABC):
         Args:
             images: the normalised pictures that were encoded.
             output: the result of `forward` for them.
-            oracle: as for `reconstruct`; the headings say so.
+            oracle: True to draw as `reconstruct` does with `oracle`; the headings then say so.
         """
         original = self.pixels(images)
         drawn = self.pixels(self.reconstruct(images, output, oracle=oracle))

@@ -60,7 +60,7 @@ class BEiT(Method):
     stays in fp32 and evaluation mode when the method is cast or trained.
 
     Attributes:
-        config: the method's part of the recipe.
+        config: the recipe's `method` section.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -128,7 +128,7 @@ class BEiT(Method):
         """The attached tokenizer.
 
         Raises:
-            BundleError: none is attached.
+            BundleError: no tokenizer is attached.
         """
         if self._tokenizer is None:
             raise BundleError(

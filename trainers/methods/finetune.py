@@ -45,7 +45,7 @@ class Finetune(Method):
     normalised too.
 
     Attributes:
-        config: the method's part of the recipe.
+        config: the recipe's `method` section.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -171,7 +171,7 @@ def trainable_encoder(card: BundleCard, image_size: tuple[int, int]) -> EncoderC
     """The architecture that takes a bundle's weights and can train all of them.
 
     Args:
-        card: the bundle's description.
+        card: the bundle's description, bundle.json.
         image_size: (height, width) of the pictures to train on.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Masked autoencoder.
+"""Masked autoencoder (MAE).
 
 Source: He et al. 2022, "Masked Autoencoders Are Scalable Vision Learners".
 """

@@ -45,7 +45,7 @@ class SimMIM(Method):
     ) -> MethodOutput:
         """Mean absolute or squared error over the pixels of hidden patches only.
 
-        Source: Xie et al. 2022, sec. 3.4; the document's variant squares.
+        Source: Xie et al. 2022, sec. 3.4, for the absolute error; the squared one is a variant.
         """
         if mask is None:
             mask = self.draw_masks(images)

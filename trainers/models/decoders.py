@@ -59,7 +59,10 @@ class MAEDecoder(nn.Module):
         Args:
             tokens: tokens of the visible patches, in row-major order.
             prefix: the class token.
-            mask: True = hidden.
+            mask: mask of the patches, True = hidden.
+
+        Returns:
+            Predictions, float [B, N, P], in row-major order.
         """
         x = self.embed(torch.cat([prefix, tokens], dim=1))  # B 1+K W
         n = mask.shape[1]

@@ -22,7 +22,7 @@ class Encoder(nn.Module, ABC):
 
     Attributes:
         width: width D of the output tokens.
-        depth: number of layers that `features` can be asked for.
+        depth: number of layers that have feature maps.
         stride: pixels between neighbouring output tokens; a vit's patch size.
         in_chans: channels of the input.
         image_size: (height, width) it was built for, pixels; other multiples of the stride work.
@@ -79,7 +79,7 @@ class Encoder(nn.Module, ABC):
             norm: True to apply the final norm to each map of the final width.
 
         Returns:
-            Maps [B, widths[layer], H / strides[layer], W / strides[layer]].
+            Maps, float [B, widths[layer], H / strides[layer], W / strides[layer]].
         """
 
     def forward_intermediates(
@@ -127,7 +127,7 @@ class Encoder(nn.Module, ABC):
 
     def _cast(self, images: Tensor) -> Tensor:
         """Cast pictures to the weights' precision; methods keep their targets in fp32."""
-        weights = chain(self.parameters(), self.buffers())  # an average's are buffers
+        weights = chain(self.parameters(), self.buffers())  # a moving average has buffers only
         return images.to(next(w.dtype for w in weights if w.is_floating_point()))
 
     def _run(self, block: nn.Module, *inputs: object) -> Tensor:

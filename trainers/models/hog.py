@@ -91,8 +91,8 @@ def orientation_histograms(
     Each pixel votes for one bin of one cell; nothing is shared between neighbours.
 
     Args:
-        gx: gradient across.
-        gy: gradient down.
+        gx: horizontal gradient.
+        gy: vertical gradient.
         bins: number of bins K; the angle atan2(gx, gy) falls into bin floor(angle / pi * K) mod K.
         cell_px: side of a cell, pixels; divides H and W.
     """

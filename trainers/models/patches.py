@@ -15,7 +15,7 @@ def patchify(images: Float[Tensor, "B C H W"], patch_size: int) -> Float[Tensor,
         patch_size: side of a patch, pixels.
 
     Returns:
-        [B, N, patch_size^2 * C].
+        Patches, [B, N, patch_size^2 * C].
     """
     b, c, height, width = images.shape
     p = patch_size

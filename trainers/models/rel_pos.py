@@ -116,7 +116,7 @@ def resize_table(
 
 @functools.lru_cache(maxsize=64)
 def _interpolation(old: int, new: int) -> np.ndarray:
-    """Weights [2 new - 1, 2 old - 1] that take values at old offsets to new ones."""
+    """Interpolation weights, float [2 new - 1, 2 old - 1], from old offsets to new ones."""
     growth = _growth(old - 1, new - 1)
     far = np.cumsum(growth ** np.arange(old - 1))
     known = np.concatenate([-far[::-1], [0.0], far])
