@@ -1,13 +1,13 @@
-"""Claim: an epoch over pictures that are kept decoded is faster than one that decodes them.
+"""Claim: an epoch is faster with the cache of decoded pictures than without it.
 
     python benchmarks/decoded_cache.py DATA [--pictures 2000] [--rounds 3] [--size 32]
 
 Samples of MAE's recipe (random crop, flip, mask) are made in this process, one after the other,
 with data.decoded_cache_mib off and on, taking turns in one run. Prints pictures a second of the
-first epoch, in which the cache is filled, and of the later ones, and what the cache makes of
-each (median of the pairs, least and most); then the same of the pictures alone, without crop and
-mask. Seconds are those of this process's CPU, so that little depends on what else runs. With and
-without the cache the samples must have the same pixels.
+first epoch, in which the cache is filled, and of the later ones, and the speed-up of each (median
+of the pairs, least and most); then the same of the pictures alone, without crop and mask. Seconds
+are CPU time of this process, which depends little on other load. With and without the cache the
+samples must have the same pixels.
 """
 
 from __future__ import annotations
@@ -28,19 +28,26 @@ from mimray.trainers.methods.catalogue import inputs_of
 
 
 def samples(views: Samples, epoch: int) -> int:
-    """Make every sample of an epoch; gives a sum over their pixels."""
+    """Make every sample of an epoch; returns the sum of their pixels."""
     places = (Place(epoch, index) for index in range(len(views.source)))
     return sum(int(views[place].inputs["images"].sum(dtype=np.int64)) for place in places)
 
 
 def pictures(views: Samples, epoch: int) -> int:
-    """Take every whole picture."""
+    """Decode every whole picture; returns the sum of their widths."""
     size = views.recipe.data.image_size
     return sum(views.pictures[index].decoded(size).width for index in range(len(views.source)))
 
 
 def compare(off: Samples, on: Samples, make: Callable[[Samples, int], int], epoch: int) -> float:
-    """How many times faster an epoch is with the cache."""
+    """Speed-up of an epoch by the cache.
+
+    Args:
+        off: samples without the cache.
+        on: samples with the cache.
+        make: goes through an epoch and returns a sum to compare.
+        epoch: number of the epoch.
+    """
     seconds, sums = [], []
     for views in (off, on):
         began = time.process_time()
@@ -78,11 +85,11 @@ def main() -> None:
         )
         for bound in (0, mib)
     )
-    off[Place(0, 0)]  # warm up: imports, the first row group
+    off[Place(0, 0)]  # warm-up: imports, the first row group
     try:
         first = compare(off, on, samples, 0)
         later = [compare(off, on, samples, 1 + n) for n in range(arguments.rounds)]
-        pictures(on, 0)  # whole ones may be wanted at a scale that no crop was
+        pictures(on, 0)  # fills the cache at the scale of whole pictures, which crops may not need
         alone = [compare(off, on, pictures, 1 + n) for n in range(arguments.rounds)]
     finally:
         release(source.facts.fingerprint)

@@ -1,4 +1,4 @@
-"""Claim: our MAE training step is no slower than transformers' ViTMAE on the same machine.
+"""Claim: MAE's training step is no slower than that of transformers' ViTMAE.
 
     python benchmarks/mae_step.py [--batch 8] [--rounds 5]
 

@@ -1,12 +1,11 @@
-"""Claim: the encoder's training step on visible tokens costs what the token arithmetic says.
+"""Claim: on visible tokens the encoder's training step speeds up as token counts predict.
 
     python benchmarks/mask_ratio.py [--batch 8] [--rounds 5] [--encoder vit_base]
 
 ViT-B/16 at 224, forward and backward of the encoder in fp32, on the visible tokens at each mask
-ratio and on the full sequence, taking turns in one process. Prints how many times faster each is
-(median of the rounds' ratios), beside two bounds: the ratio of sequence lengths, and the ratio
-of FLOPs, where attention counts with the square of the length. The often-quoted table says 1x,
-2x, 4x and 10x.
+ratio and on the full sequence, taking turns in one process. Prints the speed-up of each (median of
+the rounds' ratios), beside two bounds: the ratio of sequence lengths, and the ratio of FLOPs, where
+attention counts with the square of the length. The often-quoted table says 1x, 2x, 4x and 10x.
 """
 
 from __future__ import annotations

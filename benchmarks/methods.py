@@ -1,4 +1,4 @@
-"""The table of docs/methods.md: what each recipe costs, beside MAE on the same machine.
+"""The table of docs/methods.md: cost of each recipe, beside MAE on the same machine.
 
     python benchmarks/methods.py [--batch 4] [--rounds 3] [RECIPE…]
 
@@ -28,12 +28,12 @@ TOKENIZERS = {"beit-tiny": "dvae-tiny", "beit-vit-b": "dvae-vq-8192"}
 
 
 def recipe_of(name: str) -> Recipe:
-    """A shipped recipe; a codebook is not begun by k-means, which a small batch cannot fill."""
+    """A shipped recipe, without k-means, for which a small batch has too few encodings."""
     return load_recipe(name, ["method.kmeans_init=false"] if name.startswith("dvae") else [])
 
 
 def step_of(name: str, batch: int) -> Callable[[], None]:
-    """One whole update of a recipe on random pictures."""
+    """Make a function that runs one whole update of a recipe on random pictures."""
     recipe = recipe_of(name)
     torch.manual_seed(0)
     method = build_method(recipe).train()
@@ -57,7 +57,7 @@ def step_of(name: str, batch: int) -> Callable[[], None]:
 
 
 def counts(name: str) -> tuple[float, float, float]:
-    """Millions of parameters of the encoder and of the rest, forward GFLOPs a picture."""
+    """Millions of parameters of the encoder and of the rest, and forward GFLOPs per picture."""
     recipe = recipe_of(name)
     networks = {"tokenizer": recipe_of(TOKENIZERS[name])} if name in TOKENIZERS else {}
     method = shape_of(recipe, torch.float32, networks)
@@ -68,7 +68,7 @@ def counts(name: str) -> tuple[float, float, float]:
 
 
 def speed(name: str, batch: int, rounds: int) -> tuple[float, float, float]:
-    """Images a second over those of MAE: median, least and most of the pairs."""
+    """Images per second over those of MAE: median, least and most of the pairs."""
     tiny = name.endswith("-tiny")
     batch *= 8 if tiny else 1
     reference = "mae-tiny" if tiny else "mae-vit-b"

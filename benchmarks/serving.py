@@ -1,12 +1,12 @@
-"""Speed of the endpoint beside the bare model, LitServe and BentoML; everything in one run.
+"""Speed of the endpoint beside the bare model, LitServe and BentoML, in one run.
 
     python benchmarks/serving.py [--peers FOLDER] [--models ti,b] [--plain] [--quick] [--json FILE]
 
 On 2 cores, ViT-Ti/16 and ViT-B/16 at 224, untrained; photographs as JPEG in, tokens out as
-float16; 16 connections that ask again as soon as they are answered; caching off. The systems take
-turns in rounds, and what is printed are medians over the rounds of ratios within a round, with the
-least and the most. The bare model is the forward pass alone at its best batch size; it may use both
-cores as two threads of one pass (`bare`) or as two passes of one thread (`bare, two passes`).
+float16; 16 connections in a closed loop; caching off. The systems take turns in rounds; printed are
+medians over the rounds of ratios within a round, with the least and the most. The bare model is the
+forward pass alone at its best batch size; it may use both cores as two threads of one pass (`bare`)
+or as two passes of one thread (`bare, two passes`).
 
 --peers names a folder for the virtual environments of LitServe and BentoML, which are made there
 if they are missing; without it they are left out. --plain has the endpoint compute with torch's own
@@ -42,15 +42,24 @@ PEERS = ("litserve", "bentoml")
 PICTURES = 64
 IDLE_S = 3
 LAYERS = (2, 5, 8, 11)
-# Passes at once that share the two threads.
+# Simultaneous passes, which share the two threads.
 BARE = {"bare": 1, "bare, two passes": 2}
-# Ratios to the bare model and to each peer that are asked for.
+# Required ratios to the bare model and to each peer.
 TARGETS = {"ti": (0.90, 1.2), "b": (0.95, 1.0)}
 
 
 @dataclass
 class Settings:
-    """Sizes and durations of a run's parts."""
+    """Sizes and durations of a benchmark's parts.
+
+    Attributes:
+        rounds: rounds in which the systems take turns.
+        seconds: duration of a measurement.
+        warm_up_s: seconds of load before it.
+        batches: batch sizes to try for the bare model.
+        pairs: requests of the measurement with one connection.
+        large_pairs: requests of the measurement with large answers.
+    """
 
     rounds: int
     seconds: float
@@ -62,14 +71,20 @@ class Settings:
 
 @dataclass
 class Findings:
-    """Figures of one model, by name and round."""
+    """Figures of one model.
+
+    Attributes:
+        model: a key of `MODELS`.
+        loads: results under load, by system and round.
+        figures: all other figures, by name.
+    """
 
     model: str
     loads: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     figures: dict[str, Any] = field(default_factory=dict)
 
     def ratios(self, one: str, other: str) -> list[float]:
-        """Ratios of two loads' speeds, round by round."""
+        """Ratios of two systems' speeds, round by round."""
         pairs = zip(self.loads[one], self.loads[other], strict=True)
         return [a["pictures_per_s"] / b["pictures_per_s"] for a, b in pairs]
 
@@ -95,7 +110,7 @@ def photographs(count: int) -> list[bytes]:
 
 
 def write_bundle(folder: Path, width: int, heads: int) -> Path:
-    """An untrained encoder."""
+    """Write a bundle with an untrained ViT of 12 blocks."""
     import torch
 
     from mimray.trainers.bundles import BundleCard, save_bundle
@@ -120,7 +135,7 @@ def write_bundle(folder: Path, width: int, heads: int) -> Path:
 def our_request(
     picture: bytes, outputs: tuple[str, ...], **parameters: str
 ) -> tuple[bytes, dict[str, str]]:
-    """Body and headers of the Open Inference Protocol."""
+    """Body and headers of a request of the Open Inference Protocol."""
     from mimray.serving.wire.oip_messages import build_request
 
     request = build_request({"image": [picture]}, outputs, {"dtype": "FP16", **parameters})
@@ -128,7 +143,7 @@ def our_request(
 
 
 def write_bodies(folder: Path, bodies: list[tuple[bytes, dict[str, str]]]) -> Path:
-    """Requests as `serving_peers/load.py` reads them."""
+    """Write requests as `serving_peers/load.py` reads them."""
     folder.mkdir()
     listed = []
     for number, (body, headers) in enumerate(bodies):
@@ -146,7 +161,16 @@ def measure(
     peers: Path | None,
     compile: str,
 ) -> Findings:
-    """All figures of one model."""
+    """Measure all figures of one model.
+
+    Args:
+        model: a key of `MODELS`.
+        scratch: a temporary folder.
+        pictures: JPEG files.
+        settings: sizes and durations.
+        peers: the folder of the peers' virtual environments; None to leave them out.
+        compile: the endpoint's option `compile`, `auto` or `false`.
+    """
     import bare as reference
 
     findings = Findings(model)
@@ -206,7 +230,7 @@ def measure(
 
 
 def one_connection(system: System, bare: Bare, bodies: Path, pairs: int) -> dict[str, float]:
-    """Latency of one picture at a time beside decoding it and the model alone, in turns."""
+    """Latency of one picture at a time, and its excess over decoding and the model alone."""
     requests = requests_of(system.port, system.path, system.bodies)
     latencies, base = [], []
     with system.awake():
@@ -226,12 +250,12 @@ def one_connection(system: System, bare: Bare, bodies: Path, pairs: int) -> dict
 def large_answer(
     system: System, body: Path, bare: Bare, picture: Path, pairs: int
 ) -> dict[str, Any]:
-    """Four layers of a picture at 1024 x 1024: what does not belong to decoding and the model."""
+    """Overhead of a large answer, four layers at 1024 x 1024, over decoding and the model."""
     (request,) = requests_of(system.port, system.path, body)
     shares, size = [], 0
     for _ in range(pairs + 1):
         alone = bare.once(picture, 1024, LAYERS)
-        connection = Connection(system.port)  # an idle one would be closed meanwhile
+        connection = Connection(system.port)  # a new one, since an idle one would be closed
         began = time.perf_counter()
         size = len(connection.ask(request))
         over = time.perf_counter() - began - sum(alone.values())

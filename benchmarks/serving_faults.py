@@ -1,12 +1,12 @@
-"""Answers that clients get during faults of an endpoint, over minutes.
+"""Answers to clients during faults of an endpoint, over minutes.
 
     python benchmarks/serving_faults.py [--seconds 30] [--json FILE]
 
 Two replicas of an untrained ViT-Ti/16, a photograph as JPEG in, pooled vectors out, 8 connections
-that ask again as soon as they are answered. Each part lasts `--seconds`: nothing, a replica killed
-every few seconds, HAProxy killed once, ten times as many connections as are admitted, versions
-rolled in one after the other. Printed of each: answers by status, connections lost, answers that
-were wrong, the median and the 99th percentile of the time of a 200, and the memory of all replicas.
+in a closed loop. Each part lasts `--seconds`: no fault, a replica killed every few seconds, HAProxy
+killed once, ten times as many connections as are admitted, versions rolled in one after the other.
+Printed of each: answers by status, connections lost, wrong answers, the median and the 99th
+percentile of the latency of a 200, and the memory of all replicas.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def _part(
         with httpx2.Client(base_url=url, timeout=60) as client:
             while time.monotonic() < stop:
                 started = time.perf_counter()
-                # No two requests are equal, or they would be computed together.
+                # No two requests are equal, since equal ones would be computed once.
                 body = picture + str(next(numbers)).encode()
                 try:
                     answer = client.post(PATH, content=body)
@@ -173,7 +173,7 @@ def _table(results: list[dict[str, Any]]) -> str:
 
 
 def _pooled(bundle: Path, picture: bytes) -> Any:
-    """The model's pooled vector, without a server."""
+    """The model's pooled vector, computed without a server."""
     from mimray.serving.config import Limits, ReplicaConfig
     from mimray.serving.inference.options import Options
     from mimray.serving.inference.predictor import Predictor

@@ -1,9 +1,9 @@
-"""Claim: a sweep costs at most 1.2 times what its trials themselves take.
+"""Claim: a sweep takes at most 1.2 times as long as its trials themselves.
 
     python benchmarks/sweep_overhead.py [--data PICTURES] [--trials 12] [--steps 300]
 
-Runs a sweep of short trials for real (Ray Tune, DeepSpeed, kNN) on this machine and prints its wall
-time over the sum of the trials' own training and scoring time divided by how many run at once.
+Runs a sweep of short trials (Ray Tune, DeepSpeed, kNN) on this machine and prints its wall time
+over the trials' own time, the sum of training and scoring divided by the number that run at once.
 Wall time is the whole command after imports: starting Ray, processes, engines, the study, MLflow,
 the report. Without --data, photographs that come with the installation are cut into tiles.
 """

@@ -1,8 +1,8 @@
-"""The frozen encoder as files: `encoder.safetensors` and `bundle.json`; no pickle, ever.
+"""Bundles: a frozen encoder as `encoder.safetensors` and `bundle.json`, without pickle.
 
-A bundle knows no method. It carries the recipe it was trained by, and beside the encoder the
-rest of the method's weights (`method.safetensors`) and the networks that the method needs beside
-it (folders that are bundles themselves) where there are any, all opaque here.
+A bundle may also hold the recipe it was trained by, the rest of the method's weights
+(`method.safetensors`), and the networks that the method needs (folders that are bundles
+themselves). They are opaque here: this module knows no method.
 """
 
 from __future__ import annotations
@@ -37,13 +37,16 @@ METHOD = "method.safetensors"
 
 
 class BundleCard(Config):
-    """Everything needed to use an encoder, and where it came from.
+    """A bundle's description, bundle.json: how to use the encoder, and its origin.
 
     Attributes:
-        image_size: (height, width) of the input it was trained at, pixels.
-        mean: a value a channel, of pixels in [0, 1].
-        layers: layers worth asking for, evenly spread over the depth.
-        source: where imported weights came from, with the digest of their file.
+        image_size: (height, width) of the input in training, pixels.
+        mean: the mean of each channel, of pixels in [0, 1].
+        std: the standard deviation of each channel, of pixels in [0, 1].
+        layers: layers of the default feature maps, evenly spread over the depth.
+        step: updates made.
+        samples: pictures seen.
+        source: the origin of imported weights, with the digest of their file.
         scores: headline figures by task, each with its command and data.
     """
 
@@ -71,9 +74,9 @@ class BundleCard(Config):
 
 
 class FrozenEncoder(torch.nn.Module):
-    """An encoder in evaluation mode that cannot be trained, with its card.
+    """An encoder in evaluation mode, without gradients, with its card.
 
-    Calling it gives `Features`; `features(images, layers, norm)` gives maps.
+    Calling it returns `Features`; `features(images, layers, norm)` returns maps.
     """
 
     def __init__(self, encoder: Encoder, card: BundleCard) -> None:
@@ -84,12 +87,12 @@ class FrozenEncoder(torch.nn.Module):
         self.strides, self.widths = encoder.strides, encoder.widths
 
     def train(self, mode: bool = True) -> FrozenEncoder:
-        """Stays in evaluation mode: frozen features are deterministic."""
+        """Keep evaluation mode, whatever the argument: frozen features are deterministic."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Features:
-        """Features of normalised pictures, float [B, C, H, W]."""
+        """Features of normalised pictures, float [B, C, H, W], pooled as the card says."""
         features: Features = self.encoder(images)
         if self.card.pooling == "cls":
             return features._replace(pooled=features.prefix[:, 0])
@@ -99,12 +102,21 @@ class FrozenEncoder(torch.nn.Module):
     def features(
         self, images: Tensor, layers: Sequence[int] | None = None, norm: bool = True
     ) -> tuple[Tensor, ...]:
-        """Maps [B, D, h, w] after the given layers (the card's by default)."""
+        """Feature maps of normalised pictures.
+
+        Args:
+            images: float [B, C, H, W], normalised.
+            layers: indices of the layers; the card's by default.
+            norm: True to apply the final norm to each map of the final width.
+
+        Returns:
+            Maps, float [B, D, h, w], one for each layer.
+        """
         return self.encoder.features(images, layers or self.card.layers, norm)
 
 
 def spread_layers(depth: int, count: int = 4) -> tuple[int, ...]:
-    """Evenly spaced layers ending at the last, e.g. (2, 5, 8, 11) of 12."""
+    """Evenly spaced layers that end with the last, e.g. (2, 5, 8, 11) of 12."""
     count = min(count, depth)
     return tuple(round((i + 1) * depth / count) - 1 for i in range(count))
 
@@ -116,22 +128,22 @@ def save_bundle(
     method: dict[str, Tensor] | None = None,
     networks: Mapping[str, Path] | None = None,
 ) -> BundleCard:
-    """Write a bundle; it is whole or not there.
+    """Write a bundle atomically.
 
     Args:
-        folder: where to; replaced if it is a bundle already.
-        card: its description; the checksums are filled in.
-        encoder: the encoder's state, fp32, on the host.
-        method: the rest of the method's state, to reconstruct or train on with.
-        networks: folders of bundles to carry along, by the names they get; those that the method
-            needs beside it.
+        folder: the bundle's folder; replaced if it is a bundle already.
+        card: the bundle's description, bundle.json; the checksums are filled in.
+        encoder: the encoder's state, in fp32, on the host.
+        method: the rest of the method's state, to reconstruct or to train further.
+        networks: folders of bundles to include, which the method needs, by their names in the
+            bundle.
 
     Returns:
         The card as written.
 
     Raises:
-        BundleError: `folder` holds something else.
-        StorageError: it cannot be written.
+        BundleError: the folder exists and is no bundle.
+        StorageError: the bundle cannot be written.
     """
     if folder.exists() and not (folder / CARD).is_file() and any(folder.iterdir()):
         raise BundleError(f"{folder} exists and is not a bundle", hint="choose another place")
@@ -159,10 +171,10 @@ def save_bundle(
 
 
 def read_card(path: str | Path) -> BundleCard:
-    """The card of a bundle, or of the bundle of a run.
+    """Read the card of a bundle, or of a run's bundle.
 
     Raises:
-        BundleError: there is none, or it is not one of ours.
+        BundleError: there is no bundle, or its card cannot be read.
     """
     folder = bundle_folder(path)
     try:
@@ -177,14 +189,14 @@ def load_bundle(path: str | Path, *, verify: bool = True) -> FrozenEncoder:
     """Load a frozen encoder.
 
     Args:
-        path: a bundle's folder, or a run's folder that holds one.
-        verify: hold the weights against the card's checksum first.
+        path: the folder of a bundle, or of a run that has one.
+        verify: True to verify the weights against the card's checksum first.
 
     Returns:
         The encoder on the CPU in fp32, in evaluation mode, with its card.
 
     Raises:
-        BundleError: no bundle there, weights damaged, or keys that do not fit the card.
+        BundleError: there is no bundle, its weights are damaged, or do not fit its card.
     """
     folder = bundle_folder(path)
     card = read_card(folder)
@@ -196,12 +208,12 @@ def load_bundle(path: str | Path, *, verify: bool = True) -> FrozenEncoder:
 
 
 def verify_weights(folder: Path, card: BundleCard, name: str) -> None:
-    """Hold a file of a bundle against its checksum.
+    """Verify a file of a bundle against its checksum.
 
     Args:
-        folder: the bundle's.
-        card: its card.
-        name: `ENCODER` or `METHOD`.
+        folder: the bundle's folder.
+        card: the bundle's description, bundle.json.
+        name: the file's name, `ENCODER` or `METHOD`.
 
     Raises:
         BundleError: the file is missing or damaged.
@@ -217,12 +229,12 @@ def verify_weights(folder: Path, card: BundleCard, name: str) -> None:
 
 
 def load_state(module: torch.nn.Module, *files: Path, prefixes: tuple[str, ...] = ("",)) -> None:
-    """Load safetensors into a module, every key and shape accounted for.
+    """Load safetensors into a module; every key and shape must match.
 
     Args:
-        module: whose state it is.
-        files: one or more files that hold it together.
-        prefixes: put before the keys of each file.
+        module: the module to load into.
+        files: files that together hold the module's state.
+        prefixes: a prefix for the keys of each file.
 
     Raises:
         BundleError: a file is damaged, or keys or shapes differ; they are listed.
@@ -250,7 +262,11 @@ def load_state(module: torch.nn.Module, *files: Path, prefixes: tuple[str, ...] 
 
 
 def bundle_folder(path: str | Path) -> Path:
-    """The folder that holds the card: the path itself, or `bundle/` inside a run."""
+    """The folder of a bundle: the path itself, or `bundle/` inside a run.
+
+    Raises:
+        BundleError: there is no bundle.
+    """
     path = Path(path).expanduser()
     for folder in (path, path / "bundle"):
         if (folder / CARD).is_file():
@@ -267,7 +283,7 @@ def bundle_place(path: str) -> RunDir:
     """The directory of a bundle: the path or URI itself, or `bundle/` inside a run.
 
     Raises:
-        BundleError: there is none.
+        BundleError: there is no bundle.
     """
     if "://" not in path:
         return RunDir(str(bundle_folder(path)))
@@ -284,10 +300,10 @@ def fetch_bundle(path: str) -> Path:
     """A bundle's folder on this machine; a remote one is copied until the process ends.
 
     Args:
-        path: path or URI of a bundle, or of a run that has one.
+        path: the path or URI of a bundle, or of a run that has one.
 
     Raises:
-        BundleError: there is none.
+        BundleError: there is no bundle.
     """
     place = bundle_place(path)
     if place.local is not None:
@@ -299,7 +315,7 @@ def fetch_bundle(path: str) -> Path:
 
 
 def _write_tensors(file: Path, state: dict[str, Tensor]) -> None:
-    # Not save_file: its errors do not say that a disk is full.
+    # Not `save_file`, whose errors do not say that a disk is full.
     file.write_bytes(save({name: value.contiguous() for name, value in state.items()}))
 
 

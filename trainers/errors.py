@@ -1,4 +1,4 @@
-"""The one exception tree of the project.
+"""The exceptions of the project.
 
     MimrayError
     ├── ConfigError            a recipe, a key, a value
@@ -15,8 +15,8 @@
     ├── CodebookCollapseError  a tokenizer uses next to none of its codes
     └── ServingError           the endpoint (its own leaves live in `mimray.serving.wire.errors`)
 
-Everything a person can cause is one of these; the command line prints it in one line
-and exits with `exit_code`. Broken invariants of our own are asserts, not errors.
+Every error that a person can cause is one of these; the command line prints it in one line
+and exits with `exit_code`. Broken invariants of our own are asserts.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class MimrayError(Exception):
     """Base of every error a user may see.
 
     Args:
-        message: sentence that says what is wrong, naming the thing.
-        hint: the cure, in a few words.
+        message: a sentence on what is wrong, with the name and the value.
+        hint: the cure, in a few words; empty for none.
     """
 
     code = "error"
     exit_code = 2
-    # Set when every rank of a training raises the same error, so that none is left waiting.
+    # True if every rank of a training raises the same error, so that none is left waiting.
     on_every_rank = False
 
     def __init__(self, message: str, *, hint: str = "") -> None:
@@ -79,8 +79,9 @@ class ImageError(DataError):
     """One picture that cannot be decoded or is not acceptable.
 
     Args:
-        reason: a short stable word, e.g. `truncated`, `too_small`, `too_large`, `not_an_image`.
-        message: sentence that says what is wrong, for people.
+        reason: a stable key, e.g. `truncated`, `too_small`, `too_large`, `not_an_image`.
+        message: a sentence on what is wrong, for people.
+        hint: the cure, in a few words; empty for none.
     """
 
     code = "image"
@@ -141,7 +142,7 @@ class NonFiniteLossError(MimrayError):
 
 
 class CodebookCollapseError(MimrayError):
-    """Too few codes of a tokenizer are in use for it to be worth training on."""
+    """Too few codes of a tokenizer are in use for further training to be worthwhile."""
 
     code = "codebook_collapse"
     exit_code = 1

@@ -1,4 +1,4 @@
-"""From a recipe and a dataset to a finished run: preflight, TorchTrainer, failures, progress."""
+"""Launch of a training on Ray: plan, preflight, TorchTrainer, failures, progress."""
 
 from __future__ import annotations
 
@@ -30,10 +30,13 @@ COLLECTIVE_TIMEOUT_S = 1800
 
 @dataclass(frozen=True)
 class Job:
-    """One training as the user asked for it.
+    """A user's request for one training.
 
     Attributes:
-        storage: where runs are kept; the run is `<storage>/<name>`.
+        data: path or URI of the training pictures.
+        name: the run's name.
+        storage: path or URI of the folder of runs; the run is `<storage>/<name>`.
+        fresh: True to delete an existing run and start over.
         command: the command line, for the record.
     """
 
@@ -52,7 +55,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a job.
+    """The result of a finished job.
 
     Attributes:
         last: the last row of metrics.
@@ -65,23 +68,23 @@ class Outcome:
 
 @dataclass(frozen=True)
 class WorkerResources:
-    """What each worker gets."""
+    """Resources of each worker."""
 
     gpus: int
     cpus: float
 
 
 def prepare(job: Job) -> Plan:
-    """Resolve a job into its plan and hold it against what its directory already has.
+    """Resolve a job into its plan and check that against the run's directory.
 
-    Needs no cluster. Writes nothing.
+    Needs no cluster and writes nothing.
 
     Raises:
         ConfigError: the recipe does not fit the data, the workers or a bundle it needs.
-        DataError: classes are to be learnt of pictures that have none.
-        BundleError: a bundle that the recipe needs is not there or damaged.
-        RunConflictError: the directory holds a run of another recipe or other data, or is to be
-            started over and is no run, or holds a bundle that the recipe needs.
+        DataError: the method learns classes, which the pictures do not have.
+        BundleError: a bundle that the recipe needs is missing or damaged.
+        RunConflictError: the directory holds a run of another recipe or other data; or it is to be
+            started over, but is no run or holds a bundle that the recipe needs.
     """
     if job.fresh and job.run.exists() and not job.run.exists("plan.json"):
         raise RunConflictError(
@@ -103,23 +106,23 @@ def prepare(job: Job) -> Plan:
             f"{job.run} holds a run of another recipe: " + "; ".join(changed),
             hint="--fresh starts over, another --name keeps both",
         )
-    # What a later version adds to a recipe changes its digest, but not what is being continued.
+    # Keys that a later version adds to recipes change the digest, but not the run.
     return plan.model_copy(update={"hash": before.hash})
 
 
 def pretrain(
     job: Job, plan: Plan, on_progress: Callable[[RunState], None] | None = None
 ) -> Outcome:
-    """Run a job on the cluster that Ray is connected to; continues what is there.
+    """Run a job on the connected Ray cluster, continuing an existing run.
 
     Args:
-        job: what was asked.
-        plan: from `prepare`.
-        on_progress: called about twice a second with how it stands.
+        job: the job to run.
+        plan: a result of `prepare`.
+        on_progress: called about twice a second with the run's state.
 
     Raises:
-        ResourceError: the cluster can never give what the plan needs.
-        MimrayError: what a worker raised, or the run gave up after too many failures.
+        ResourceError: the cluster can never provide the plan's resources.
+        MimrayError: a worker raised it, or the run gave up after too many failures.
     """
     run = job.run
     share = preflight(plan)
@@ -171,14 +174,14 @@ def workers(
     run: RunDir,
     share: WorkerResources,
 ) -> TorchTrainer:
-    """The workers of a plan, ready to `fit`; they start again after a failure.
+    """The TorchTrainer of a plan's workers, which restarts them after a failure.
 
     Args:
-        work: what each does.
-        config: told to each.
-        plan: how many they are, and how many losses they survive.
-        run: where Ray keeps its own files while they work.
-        share: what each gets.
+        work: the function that each worker runs.
+        config: the argument of `work`.
+        plan: the run's plan, with the number of workers and of failures survived.
+        run: the run's directory, in which Ray keeps its own files meanwhile.
+        share: resources of each worker.
     """
     return TorchTrainer(
         work,
@@ -189,7 +192,7 @@ def workers(
             use_gpu=share.gpus > 0,
             resources_per_worker={"CPU": share.cpus, **({"GPU": 1} if share.gpus else {})},
         ),
-        # Ray resumes silently on a known name; resuming is ours, so each start has its own.
+        # Ray silently resumes a known name. Resuming is done here, so each start has a new name.
         run_config=RunConfig(
             name=uuid.uuid4().hex,
             storage_path=(run / ".ray").uri,
@@ -199,7 +202,7 @@ def workers(
 
 
 def finished(job: Job, plan: Plan) -> Outcome | None:
-    """The outcome of a job that has nothing left to do; needs no cluster."""
+    """The outcome of a job if its run is complete, else None; needs no cluster."""
     from mimray.trainers.bundles import CARD
     from mimray.trainers.engine.metrics import read_metrics
 
@@ -211,13 +214,13 @@ def finished(job: Job, plan: Plan) -> Outcome | None:
 
 
 def preflight(plan: Plan) -> WorkerResources:
-    """Hold what a plan needs against the cluster.
+    """Check a plan's resources against the cluster.
 
     Returns:
-        CPUs and GPUs of each worker.
+        Resources of each worker.
 
     Raises:
-        ResourceError: with the arithmetic, when the cluster can never give it.
+        ResourceError: the cluster can never provide them; the message has the arithmetic.
     """
     wanted = plan.recipe.resources
     nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
@@ -246,7 +249,7 @@ def preflight(plan: Plan) -> WorkerResources:
 
 
 def _fair_cpus(nodes: list[dict[str, float]], num_workers: int, on_gpu: bool) -> int:
-    """The largest whole number of CPUs that every worker can have at once."""
+    """The largest whole number of CPUs that all workers can have at once."""
     slots = [(int(n.get("CPU", 0)), int(n.get("GPU", 0)) if on_gpu else 1_000_000) for n in nodes]
     for cpus in range(max((c for c, _ in slots), default=1), 1, -1):
         if sum(min(c // cpus, g) for c, g in slots) >= num_workers:
@@ -255,14 +258,14 @@ def _fair_cpus(nodes: list[dict[str, float]], num_workers: int, on_gpu: bool) ->
 
 
 def autoscaler_limits() -> dict[str, float]:
-    """The most an autoscaling cluster may grow to; empty where it does not grow."""
+    """Resources of an autoscaling cluster at its largest; empty without autoscaling."""
     from ray._private.state import state
 
     return state.get_max_resources_from_cluster_config() or {}
 
 
 def _open_recorder(job: Job, plan: Plan) -> Any:
-    """The actor that records a run; on the driver's node, where MLflow's SQLite file is."""
+    """Start the actor that records a run, on the driver's node, where MLflow's SQLite file is."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     recorder = (
         ray.remote(RunRecorder)
@@ -281,7 +284,7 @@ def _open_recorder(job: Job, plan: Plan) -> Any:
 
 
 def _work(config: dict[str, Any]) -> None:
-    """What every worker runs; called again after a failure, it continues."""
+    """Train on one worker; called again after a failure, it continues."""
     import ray.train.torch
 
     from mimray.trainers.engine.export import write_bundle
@@ -289,7 +292,7 @@ def _work(config: dict[str, Any]) -> None:
 
     link = RunLink(config["recorder"])
     if link.failed():
-        return  # a failure that trying again cannot mend; let the group end
+        return  # trying again cannot mend this failure; let the group end
     plan = Plan.model_validate_json(config["plan"])
     run = RunDir(config["run"])
     rank = ray.train.get_context().get_world_rank()
@@ -324,7 +327,7 @@ def _work(config: dict[str, Any]) -> None:
     except MimrayError as error:
         link.fail(error)
         if plan.world_size > 1 and not error.on_every_rank:
-            raise  # others may be waiting for this rank; Ray Train ends the group
+            raise  # other ranks may be waiting for this one; Ray Train ends the group
 
 
 class _Watcher:
@@ -353,6 +356,6 @@ class _Watcher:
 
 
 def last_line(error: BaseException) -> str:
-    """What an error of Ray's, which carries a whole traceback, says in the end."""
+    """The last line of an error's text, which in Ray's errors is a whole traceback."""
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""Values that pass between the rooms, and the axis legend used in all shape comments.
+"""Values that pass between packages, and the axis legend of all shape comments.
 
 B batch, C channels, H/W pixels, N patches (row-major over the grid), D width, h/w grid.
 `mask` is bool [B, N] everywhere and True means hidden.
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Record(NamedTuple):
-    """One stored picture: its encoded bytes and, when the dataset is labelled, its label."""
+    """One stored picture: its encoded bytes, and its label if the dataset is labelled."""
 
     image: bytes
     label: int | None
@@ -23,15 +23,15 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples as the loader hands them to the loop, on the host.
+    """A micro batch of the loader, on the host.
 
     Attributes:
         inputs: tensors by the names that the method's `views` declare: pictures uint8
             [B, C, H, W], masks bool [B, N] with True = hidden, labels int64 [B]; with an axis
-            for views or masks where there are several.
+            for views or masks if there are several.
         indices: int64 [B], sample indices in the dataset.
-        epoch: epoch of every sample, int64 [B].
-        problems: what was wrong with pictures that others stand in for.
+        epoch: int64 [B], the epoch of each sample.
+        problems: reasons why pictures could not be used and were substituted.
     """
 
     inputs: dict[str, Tensor]
@@ -40,13 +40,13 @@ class Batch:
     problems: tuple[str, ...] = ()
 
     def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory; torch's loader asks for it by this name."""
+        """Copy the batch to page-locked memory; torch's loader calls it by this name."""
         pinned = {name: tensor.pin_memory() for name, tensor in self.inputs.items()}
         return replace(self, inputs=pinned)
 
 
 class Panel(NamedTuple):
-    """One column of a sheet of pictures: a heading and uint8 [B, H, W, C]."""
+    """One column of a sheet of pictures: a heading, and pictures uint8 [B, H, W, C]."""
 
     title: str
     pixels: np.ndarray
@@ -55,16 +55,16 @@ class Panel(NamedTuple):
 # Outputs of modules are named tuples: DeepSpeed's ZeRO-3 hooks look for tensors inside tuples
 # and would not find those of a dataclass.
 class MethodOutput(NamedTuple):
-    """What a method computes from a batch.
+    """Loss, predictions and targets of a method for a batch.
 
     Attributes:
-        loss: scalar.
+        loss: the loss, a scalar.
         prediction: [B, N, P] for patch targets; for codes the logits [M, K] of the M hidden
             tokens, in row-major order; for classes the logits [B, K].
-        target: what the prediction is held against: [B, N, P], int64 [M], or for classes
-            probabilities [B, K].
-        mask: bool [B, N], True = hidden (all True where the method hides nothing).
-        terms: scalars worth a curve of their own beside the loss, by name.
+        target: targets of the prediction: [B, N, P], int64 [M], or for classes probabilities
+            [B, K].
+        mask: bool [B, N], True = hidden (all True if the method hides nothing).
+        terms: scalars to log beside the loss, by name.
     """
 
     loss: Tensor
@@ -75,14 +75,14 @@ class MethodOutput(NamedTuple):
 
 
 class Features(NamedTuple):
-    """What an encoder says about a batch of pictures.
+    """Features of a batch of pictures.
 
     Attributes:
-        tokens: [B, N, D], patch tokens after the final norm, row-major over the grid; under a
+        tokens: float [B, N, D], patch tokens after the final norm, row-major over the grid; under a
             mask only the visible ones.
-        prefix: [B, T, D], tokens that stand for no place, such as the class token.
-        pooled: [B, D], mean of the patch tokens.
-        grid: (h, w); h * w == N where nothing is hidden.
+        prefix: float [B, T, D], tokens without a place in the grid, such as the class token.
+        pooled: float [B, D], mean of the patch tokens.
+        grid: (rows, columns) of patches, (h, w); h * w == N if nothing is hidden.
     """
 
     tokens: Tensor
@@ -93,10 +93,10 @@ class Features(NamedTuple):
 
 @dataclass(frozen=True)
 class DatasetFacts:
-    """What a dataset is, independent of where it lies.
+    """A dataset's description: place, size, fingerprint and classes.
 
     Attributes:
-        uri: where it was read from.
+        uri: path or URI that the dataset was read from.
         num_samples: number of pictures.
         fingerprint: hex digest that changes when any picture, label or their order changes.
         class_names: names by label; empty when unlabelled.

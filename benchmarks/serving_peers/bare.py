@@ -1,6 +1,6 @@
-"""The model without a server: what servers are measured against, and what peers serve.
+"""The bare model: the reference that servers are measured against, and that peers serve.
 
-As a program, `python bare.py BUNDLE`: answers one JSON line for each JSON line that comes in.
+As a program, `python bare.py BUNDLE`: answers each JSON line on standard input with one.
 `{"batch": 16, "passes": 1, "seconds": 5}` gives pictures a second of the forward pass alone;
 `{"picture": FILE, "size": 224, "layers": []}` the seconds that decoding and the model take.
 """
@@ -25,7 +25,7 @@ THREADS = 2
 
 
 class Bare:
-    """An encoder and the view of a picture it was trained with."""
+    """An encoder, with its resizing and normalisation of pictures."""
 
     def __init__(self, bundle: str) -> None:
         torch.set_num_threads(THREADS)
@@ -36,19 +36,19 @@ class Bare:
         )
 
     def prepare(self, data: bytes, size: int | None = None) -> np.ndarray[Any, Any]:
-        """Encoded picture to uint8 [C, H, W]."""
+        """Decode and resize a picture, uint8 [C, H, W]."""
         wanted = (size, size) if size else self.card.image_size
         return inference_view(decode_rgb(data), wanted, self.card.interpolation)
 
     @torch.inference_mode()
     def tokens(self, pictures: list[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
-        """Tokens float16 [B, N, D]."""
+        """Tokens of pictures, float16 [B, N, D]."""
         tokens = self.encoder(self._images(pictures)).tokens
         return tokens.half().numpy()
 
     @torch.inference_mode()
     def maps(self, picture: np.ndarray[Any, Any], layers: tuple[int, ...]) -> None:
-        """Maps of some layers, dropped."""
+        """Compute maps of some layers, and drop them."""
         self.encoder.features(self._images([picture]), layers)
 
     def _images(self, pictures: list[np.ndarray[Any, Any]]) -> torch.Tensor:
@@ -56,7 +56,7 @@ class Bare:
         return (batch.float().div_(255) - self._mean) / self._std
 
     def rate(self, batch: int, passes: int, seconds: float) -> dict[str, float]:
-        """Pictures a second of the forward pass, with `passes` batches at once, and its CPU."""
+        """Pictures per second and CPU time of the forward pass, with `passes` batches at once."""
         done: list[int] = []
         cpu = time.process_time()
         stop = time.perf_counter() + seconds
@@ -82,7 +82,7 @@ class Bare:
         }
 
     def once(self, file: str, size: int, layers: tuple[int, ...]) -> dict[str, float]:
-        """Seconds of decoding one picture and of the model, alone."""
+        """Seconds of decoding one picture, and of the model."""
         data = Path(file).read_bytes()
         began = time.perf_counter()
         picture = self.prepare(data, size)

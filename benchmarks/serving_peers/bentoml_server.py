@@ -1,7 +1,7 @@
 """BentoML with the bare model: `bentoml serve bentoml_server:Front`.
 
-Its batching is of a service that another one calls, so there are two: one that decodes, one with
-the model. BUNDLE comes by the environment.
+BentoML batches the calls of one service to another, so there are two: one that decodes, one with
+the model. The environment variable BUNDLE names the bundle.
 """
 
 import asyncio
@@ -27,15 +27,15 @@ OPTIONS: dict[str, Any] = {
 
 @bentoml.service(**OPTIONS)
 class Model:
-    """The model, in batches."""
+    """The bare model, in batches."""
 
     def __init__(self) -> None:
         self.bare = Bare(os.environ["BUNDLE"])
 
-    # BentoML finds the wait itself; this is when it would give up.
+    # BentoML adapts the wait for a batch itself; max_latency_ms is when it gives up.
     @bentoml.api(batchable=True, max_batch_size=MAX_BATCH, max_latency_ms=60_000)
     def tokens(self, pictures: np.ndarray) -> np.ndarray:
-        """Tokens float16 of uint8 [B, C, H, W]."""
+        """Tokens, float16 [B, N, D], of pictures, uint8 [B, C, H, W]."""
         return self.bare.tokens(list(pictures))
 
 
@@ -52,7 +52,7 @@ class Front:
 
     @bentoml.api(route="/tokens")
     async def tokens(self, image: Annotated[Path, ContentType("image/jpeg")], /) -> bytes:
-        """Decode in a thread, and have the model answer."""
+        """Decode in a thread, and call the model."""
         view = await asyncio.to_thread(self._prepare, image)
         tokens: np.ndarray = await self.model.to_async.tokens(view[None])
         return tokens.tobytes()

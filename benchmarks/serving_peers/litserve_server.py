@@ -17,23 +17,23 @@ class Tokens(litserve.LitAPI):
         self.bare = Bare(sys.argv[1])
 
     def decode_request(self, request: Annotated[bytes, Body()]) -> Any:
-        """Decode and resize."""
+        """Decode and resize a picture."""
         return self.bare.prepare(request)
 
     def batch(self, inputs: list[Any]) -> list[Any]:
-        """The bare model stacks them."""
+        """Return the pictures as they are; the bare model stacks them."""
         return list(inputs)
 
     def predict(self, batch: list[Any]) -> Any:
-        """Tokens of a batch."""
+        """Tokens of a batch of pictures."""
         return self.bare.tokens(batch)
 
     def unbatch(self, output: Any) -> list[Any]:
-        """A picture's tokens each."""
+        """Split tokens by picture."""
         return list(output)
 
     def encode_response(self, output: Any) -> Response:
-        """Raw bytes."""
+        """Answer with raw bytes."""
         return Response(output.tobytes(), media_type="application/octet-stream")
 
 

@@ -1,4 +1,4 @@
-"""A closed loop of HTTP requests; plain sockets and threads, so that it costs little itself.
+"""A closed loop of HTTP requests, on plain sockets and threads, which take little CPU.
 
     python load.py PORT PATH BODIES CONNECTIONS SECONDS WARM_UP_S
 
@@ -19,7 +19,7 @@ from pathlib import Path
 
 
 class Connection:
-    """One connection, kept open."""
+    """A persistent HTTP connection."""
 
     def __init__(self, port: int) -> None:
         self._socket = socket.create_connection(("127.0.0.1", port), timeout=120)
@@ -27,7 +27,7 @@ class Connection:
         self._buffer = bytearray(1 << 16)
 
     def ask(self, request: bytes) -> memoryview:
-        """Send a whole request, and give the answer's body back; it is valid until the next."""
+        """Send a whole request; returns the answer's body, valid until the next request."""
         self._socket.sendall(request)
         head_end, filled = -1, 0
         while head_end < 0:
@@ -44,7 +44,7 @@ class Connection:
         return body
 
     def _receive(self, filled: int, wanted: int = 0) -> int:
-        if len(self._buffer) < max(wanted, filled + 1):  # grows before there are views of it
+        if len(self._buffer) < max(wanted, filled + 1):  # no growth once there are views of it
             grown = bytearray(2 * max(wanted, filled + 1))
             grown[:filled] = self._buffer[:filled]
             self._buffer = grown
@@ -55,7 +55,7 @@ class Connection:
 
 
 def requests_of(port: int, path: str, bodies: Path) -> list[bytes]:
-    """Whole requests, ready to be sent."""
+    """Whole HTTP requests with the bodies of a folder."""
     requests = []
     for file, headers in json.loads((bodies / "bodies.json").read_text()):
         body = (bodies / file).read_bytes()
@@ -68,7 +68,7 @@ def requests_of(port: int, path: str, bodies: Path) -> list[bytes]:
 def measure(
     port: int, requests: list[bytes], connections: int, seconds: float, warm_up_s: float
 ) -> dict[str, float]:
-    """Keep `connections` requests in flight for a while."""
+    """Keep `connections` requests in flight for `warm_up_s + seconds`, and time the answers."""
     began = time.perf_counter()
     stop = began + warm_up_s + seconds
     number = count()
@@ -93,8 +93,9 @@ def measure(
         thread.join()
     if failures:
         raise failures[0]
-    # From an answer to an answer, as batches answer in bursts: counting from a moment between two
-    # bursts would add or lose most of one. The first answer to everyone ends such a burst, too.
+    # Count from an answer to an answer, since batches answer in bursts: from a moment between two
+    # bursts, most of one would be added or lost. The first answers to all connections end a burst,
+    # too.
     times = sorted(end for end, _ in finished)
     first = max(connections - 1, sum(end <= began + warm_up_s for end in times) - 1)
     last = sum(end <= stop for end in times) - 1

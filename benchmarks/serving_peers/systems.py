@@ -1,4 +1,4 @@
-"""Starts and ends what is measured: the bare model, the endpoint, LitServe and BentoML."""
+"""Start and end of the measured systems: the bare model, the endpoint, LitServe and BentoML."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ WAKE_S = 1
 
 @dataclass
 class System:
-    """A server that is running.
+    """A running server.
 
     Attributes:
-        path: of the URL.
-        bodies: folder of the requests' bodies, see `load.py`.
-        process: all of the server are it and its descendants.
+        path: the path of the URL.
+        bodies: the folder of the requests' bodies, see `load.py`.
+        process: the server's main process; the others are its descendants.
     """
 
     name: str
@@ -44,11 +44,11 @@ class System:
     process: psutil.Process
 
     def processes(self) -> list[psutil.Process]:
-        """Everything that was started for it."""
+        """All living processes of the server."""
         return [self.process, *self.process.children(recursive=True)]
 
     def cpu_seconds(self) -> float:
-        """CPU that its living processes have taken so far."""
+        """CPU time of the server's living processes so far, seconds."""
         total = 0.0
         for process in self.processes():
             try:
@@ -60,7 +60,7 @@ class System:
 
     @contextmanager
     def awake(self) -> Iterator[None]:
-        """Lets it run for a while; outside, its processes are stopped, as idling costs CPU, too."""
+        """Resume the server within the context, then stop its processes, since idling takes CPU."""
         self.tell(signal.SIGCONT)
         time.sleep(WAKE_S)
         try:
@@ -69,13 +69,13 @@ class System:
             self.tell(signal.SIGSTOP)
 
     def tell(self, number: signal.Signals) -> None:
-        """Send a signal to every process of it."""
+        """Send a signal to every process of the server."""
         for process in self.processes():
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
 
     def ask(self) -> bytes:
-        """The tensors of the first picture; waits for a server that is starting."""
+        """The tensors of the answer to the first request; waits for a server that is starting."""
         file, headers = json.loads((self.bodies / "bodies.json").read_text())[0]
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}{self.path}",
@@ -94,7 +94,7 @@ class System:
                 time.sleep(0.5)
 
     def load(self, connections: int, seconds: float, warm_up_s: float) -> dict[str, float]:
-        """One round of a closed loop: what `load.py` says, and the CPU it cost."""
+        """Run one round of a closed loop: the figures of `load.py`, and the CPU it took."""
         command = [sys.executable, "-S", str(HERE / "load.py"), str(self.port), self.path]
         command += [str(self.bodies), str(connections), str(seconds), str(warm_up_s)]
         busy, own = busy_seconds(), self.cpu_seconds()
@@ -113,13 +113,13 @@ class System:
 
 
 def busy_seconds() -> float:
-    """CPU that everything on this machine has taken so far."""
+    """CPU time of all processes of this machine so far, seconds."""
     times = psutil.cpu_times()
     return float(sum(times) - times.idle - times.iowait)
 
 
 class Bare:
-    """The model alone, in a process of its own that waits between measurements."""
+    """The bare model, in its own process, which waits between measurements."""
 
     def __init__(self, bundle: Path) -> None:
         self.process = subprocess.Popen(
@@ -132,7 +132,7 @@ class Bare:
         self._read()
 
     def rate(self, batch: int, passes: int, seconds: float) -> dict[str, float]:
-        """Pictures a second of the forward pass, and what others took of the CPU meanwhile."""
+        """Pictures per second of the forward pass, and the CPU share of other processes."""
         busy, began = busy_seconds(), time.perf_counter()
         answer: dict[str, float] = self._ask(batch=batch, passes=passes, seconds=seconds)
         cores_s = (time.perf_counter() - began) * (os.cpu_count() or 1)
@@ -144,7 +144,7 @@ class Bare:
         }
 
     def once(self, file: Path, size: int, layers: tuple[int, ...]) -> dict[str, float]:
-        """Seconds of decoding and of the model for one picture."""
+        """Seconds of decoding one picture, and of the model."""
         answer: dict[str, float] = self._ask(picture=str(file), size=size, layers=layers)
         return answer
 
@@ -169,14 +169,14 @@ class Bare:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """The environment of every process: the repository, two threads, equal priority."""
+    """Environment variables of every process: the repository, two threads, equal priority."""
     own = {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "2"}
-    own["RAY_worker_niceness"] = "0"  # 15 by default, which matters when others use the machine
+    own["RAY_worker_niceness"] = "0"  # Ray's default of 15 matters on a loaded machine
     return {**os.environ, **own, **more}
 
 
 def peer_python(folder: Path, package: str) -> Path:
-    """Python of a virtual environment that has the package, and torch from this one."""
+    """Python of a virtual environment, made if missing, with a package and this one's torch."""
     python = folder / package / "bin" / "python"
     if not python.is_file():
         subprocess.run([sys.executable, "-m", "venv", str(folder / package)], check=True)
@@ -196,15 +196,15 @@ def started(
     peers: Path | None = None,
     compile: str = "auto",
 ) -> Iterator[System]:
-    """The endpoint (`mimray`), or a peer with the bare model; ended on leaving.
+    """Start the endpoint (`mimray`) or a peer with the bare model; it ends with the context.
 
     Args:
         name: `mimray`, `litserve` or `bentoml`.
-        bundle: of the encoder.
-        bodies: see `System`.
-        scratch: where its log goes.
-        peers: folder of the peers' environments.
-        compile: of the endpoint, `auto` or `false`.
+        bundle: the folder of the encoder's bundle.
+        bodies: the folder of the requests' bodies.
+        scratch: the folder of the log.
+        peers: the folder of the peers' environments; None to run under this Python.
+        compile: the endpoint's option `compile`, `auto` or `false`.
     """
     python = peer_python(peers, name) if peers else Path(sys.executable)
     port = free_port()
@@ -237,7 +237,7 @@ def started(
 
 
 def free_port() -> int:
-    """A port nobody listens on."""
+    """A port that is free at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

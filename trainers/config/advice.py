@@ -1,4 +1,4 @@
-"""Warnings about a checked plan: allowed, and worth a line before hours are spent."""
+"""Warnings about a plan: settings that pass every check and are still unlikely to train well."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ FEWEST_STEPS_AN_EPOCH = 4
 
 
 def advice(plan: Plan) -> list[str]:
-    """Warnings, a sentence each, with the numbers and what to set instead.
+    """Warnings about a plan, a sentence each, with the numbers and a better setting.
 
     Args:
-        plan: resolved, so that nothing in it is impossible.
+        plan: a resolved plan, which has passed every check.
 
     Returns:
-        Empty where there is nothing to say.
+        The warnings; empty if there are none.
     """
     return [*_on_precision(plan), *_on_lr(plan), *_on_length(plan)]
 

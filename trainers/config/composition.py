@@ -1,4 +1,4 @@
-"""What goes with what: encoder, method and picture size held against one another."""
+"""Checks that encoder, method and picture size go together."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def check_masking(method: str, encoder: EncoderConfig) -> None:
 
 
 def check_drops_hidden(method: str, encoder: EncoderConfig) -> None:
-    """Refuse an encoder that cannot do without the hidden patches, or without their positions."""
+    """Refuse an encoder that cannot leave patches out, or whose positions are not absolute."""
     if not isinstance(encoder, ViTConfig):
         raise ValueError(
             f"method {method} with a decoder leaves hidden patches out of the encoder, "
@@ -39,14 +39,14 @@ def check_drops_hidden(method: str, encoder: EncoderConfig) -> None:
 
 
 def check_size(encoder: EncoderConfig, image_size: tuple[int, int]) -> None:
-    """Refuse a size of input that an encoder cannot cut into tokens.
+    """Refuse a picture size that an encoder cannot divide into tokens and windows.
 
     Args:
-        encoder: architecture.
+        encoder: the encoder's architecture.
         image_size: (height, width) in pixels.
 
     Raises:
-        ValueError: its stride or its windows do not divide it.
+        ValueError: the encoder's stride or its windows do not divide the size.
     """
     stride = encoder.stride
     named = (
@@ -75,7 +75,7 @@ def check_size(encoder: EncoderConfig, image_size: tuple[int, int]) -> None:
 
 
 def check_ratio(mask_ratio: float, num_patches: int) -> None:
-    """Refuse a share of hidden patches that comes to none, or to all."""
+    """Refuse a mask ratio that hides no patch, or every patch."""
     num_visible = int(num_patches * (1 - mask_ratio))
     if num_visible < 1:
         raise ValueError(
@@ -90,7 +90,7 @@ def check_ratio(mask_ratio: float, num_patches: int) -> None:
 
 
 def check_block(mask_ratio: float, min_block_patches: int, num_patches: int) -> None:
-    """Refuse a least block of patches that is more than the ratio hides."""
+    """Refuse a least block that has more patches than the ratio hides."""
     most = int(num_patches * mask_ratio)
     if most < min_block_patches:
         raise ValueError(
@@ -126,7 +126,7 @@ def check_decoder(decoder_widths: tuple[int, ...], encoder: EncoderConfig) -> No
     """Refuse a convolutional decoder whose stages do not enlarge to the encoder's stride."""
     if not decoder_widths:
         raise ValueError("method.decoder_widths names no stage")
-    # Each stage doubles the grid; what is left of the stride is a pixel shuffle at the end.
+    # Each stage after the first doubles the grid; a pixel shuffle at the end covers the rest.
     doublings = len(decoder_widths) - 1
     if encoder.stride % 2**doublings:
         raise ValueError(

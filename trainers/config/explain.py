@@ -1,4 +1,4 @@
-"""Errors of pydantic, told to people in one line."""
+"""Pydantic's validation errors as messages of one line."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def explain(
 
 
 def _dotted(loc: Sequence[int | str], data: Any) -> str:
-    """The key as the user wrote it: union tags, which pydantic puts into `loc`, are left out."""
+    """The key as the user wrote it, without the union tags that pydantic puts into `loc`."""
     parts: list[str] = []
     node = data
     for i, part in enumerate(loc):

@@ -1,4 +1,4 @@
-"""Objectives a recipe may name. One class a method, told apart by `name`."""
+"""Objectives a recipe may name: one class for each method, selected by `name`."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ Size = tuple[int, int]
 
 
 class MethodConfig(Config):
-    """The base of all objectives; a recipe's keys below `method`.
+    """The base of all methods' configurations, a recipe's `method` section.
 
     Attributes:
         implementation: module and class of the method, `package.module:Class`; imported when a
             run needs it.
-        learns_classes: True if the method is told the class of each picture. It then has the keys
+        learns_classes: True if the method is given the class of each picture. It then has the keys
             `num_classes` and `class_names`, which are filled in from the data.
-        places: keys that say where something lies which the method needs (`Method.needs`). Beside
-            each there is a key `…_sha256`, the digest of what is meant, filled in by the plan.
-        name: as the user writes it; each class says its own, a `Literal`.
+        places: keys that hold the path or URI of a bundle the method needs (`Method.needs`). Beside
+            each there is a key `…_sha256`, the digest of its weights, filled in by the plan.
+        name: the method's name in a recipe; each class declares its own as a `Literal`.
     """
 
     implementation: ClassVar[str]
@@ -51,45 +51,45 @@ class MethodConfig(Config):
         name: str
 
     def check(self, encoder: EncoderConfig, image_size: Size) -> None:
-        """Refuse what cannot work, with the reason and the nearest thing that can.
+        """Refuse an encoder or a picture size that the method cannot work with.
 
         Args:
-            encoder: architecture, which fits the size.
+            encoder: the encoder's architecture, which fits the size.
             image_size: (height, width) in pixels.
 
         Raises:
-            ValueError: they do not compose.
+            ValueError: they do not go together; the message names what does.
         """
 
     def check_data(self, facts: DatasetFacts, num_places: int, first_batch: int) -> None:
         """Refuse data that the method cannot learn from.
 
         Args:
-            facts: the data set.
-            num_places: tokens of a picture.
-            first_batch: pictures that all workers see at once.
+            facts: the dataset's description.
+            num_places: the encoder's output tokens of one picture.
+            first_batch: pictures in one micro batch of all workers together.
 
         Raises:
-            ConfigError: too few of something.
+            ConfigError: the dataset or a batch is too small for the method.
         """
 
     @property
     def drops_hidden(self) -> bool:
-        """True if the encoder sees visible patches alone."""
+        """True if hidden patches are left out of the encoder."""
         return False
 
     @property
     def assignment_pictures(self) -> int:
         """Pictures over which targets are normalised together, by position in the global batch.
 
-        1: each by itself. The micro batches of all workers together hold a whole number of such
-        groups, so that results depend neither on workers nor on accumulation.
+        1 if each picture is by itself. The micro batches of all workers together hold a whole
+        number of such groups, so that results depend neither on workers nor on accumulation.
         """
         return 1
 
     @property
     def pooled_by(self) -> Literal["mean", "cls"]:
-        """What stands for a whole picture in the exported bundle."""
+        """Pooling that the exported bundle uses for a whole picture: patch mean or class token."""
         return "mean"
 
 
@@ -98,7 +98,7 @@ def _patches(encoder: EncoderConfig, image_size: Size) -> int:
 
 
 class _TransformerDecoder(MethodConfig):
-    """A light transformer behind the encoder, thrown away after pre-training."""
+    """A light transformer behind the encoder; the exported encoder goes without it."""
 
     decoder_width: PositiveInt = Field(default=512, description="decoder token width")
     decoder_depth: NonNegativeInt = Field(default=8, description="decoder blocks")
@@ -127,14 +127,14 @@ class MAEConfig(_TransformerDecoder):
     )
 
     def check(self, encoder: EncoderConfig, image_size: Size) -> None:
-        """The encoder takes visible patches alone, and both kinds of patches are there."""
+        """Require an encoder that can leave patches out, and patches both hidden and visible."""
         check_masking(self.name, encoder)
         check_drops_hidden(self.name, encoder)
         check_ratio(self.mask_ratio, _patches(encoder, image_size))
 
     @property
     def drops_hidden(self) -> bool:
-        """Always."""
+        """True: the encoder sees visible patches only."""
         return True
 
 
@@ -152,13 +152,13 @@ class SimMIMConfig(MethodConfig):
     loss: Literal["l1", "l2"] = Field(default="l1", description="l1 as in the paper")
 
     def check(self, encoder: EncoderConfig, image_size: Size) -> None:
-        """Mask units are whole tokens, divide the picture, and leave one visible."""
+        """Require mask units that are whole tokens, divide the picture, and leave one visible."""
         check_masking(self.name, encoder)
         check_units(self.mask_ratio, self.mask_unit_px, encoder, image_size)
 
 
 class BlockMasking(MethodConfig):
-    """Block-wise masks (Bao et al. 2022, Algorithm 1)."""
+    """Block-wise masking (Bao et al. 2022, Algorithm 1)."""
 
     mask_ratio: float = Field(
         default=0.4, gt=0, lt=1, description="most of the patches hidden: int(N x mask_ratio)"
@@ -169,12 +169,12 @@ class BlockMasking(MethodConfig):
     )
 
     def check_block(self, num_patches: int) -> None:
-        """Refuse a least block that is more than may be hidden."""
+        """Refuse a least block that has more patches than may be hidden."""
         check_block(self.mask_ratio, self.min_block_patches, num_patches)
 
 
 class MaskFeatConfig(BlockMasking, _TransformerDecoder):
-    """MaskFeat (Wei et al. 2022): histograms of oriented gradients of what is hidden.
+    """MaskFeat (Wei et al. 2022): histograms of oriented gradients of hidden patches.
 
     With `decoder_depth` 0 (the paper) hidden patches go through the encoder as mask tokens and
     a linear head predicts; with more the encoder sees visible patches only, as in MAE.
@@ -199,7 +199,7 @@ class MaskFeatConfig(BlockMasking, _TransformerDecoder):
         return self
 
     def check(self, encoder: EncoderConfig, image_size: Size) -> None:
-        """With a decoder as MAE; cells divide a patch, and a block may be hidden."""
+        """Require cells that divide a patch and a block that fits; with a decoder, as for MAE."""
         num_patches = _patches(encoder, image_size)
         check_masking(self.name, encoder)
         if self.drops_hidden:
@@ -215,12 +215,12 @@ class MaskFeatConfig(BlockMasking, _TransformerDecoder):
 
     @property
     def drops_hidden(self) -> bool:
-        """With a decoder."""
+        """True if there is a decoder."""
         return self.decoder_depth > 0
 
 
 class BEiTConfig(BlockMasking):
-    """BEiT (Bao et al. 2022): the tokenizer's codes of what is hidden."""
+    """BEiT (Bao et al. 2022): the tokenizer's codes of hidden patches."""
 
     implementation = "mimray.trainers.methods.beit:BEiT"
     places = ("tokenizer",)
@@ -248,7 +248,7 @@ class BEiTConfig(BlockMasking):
         return (value, value) if isinstance(value, int) else value
 
     def check(self, encoder: EncoderConfig, image_size: Size) -> None:
-        """Both kinds of patches are there, and a block may be hidden."""
+        """Require patches both hidden and visible, and a least block that may be hidden."""
         num_patches = _patches(encoder, image_size)
         check_masking(self.name, encoder)
         check_ratio(self.mask_ratio, num_patches)
@@ -256,7 +256,7 @@ class BEiTConfig(BlockMasking):
 
 
 class _Autoencoder(MethodConfig):
-    """A convolutional decoder behind a latent of a few channels a place."""
+    """A convolutional decoder behind a latent of a few channels per place of the grid."""
 
     decoder_widths: tuple[PositiveInt, ...] = Field(
         default=(256, 128, 64, 64),
@@ -266,7 +266,7 @@ class _Autoencoder(MethodConfig):
     decoder_blocks: PositiveInt = Field(default=2, description="residual blocks a decoder stage")
 
     def check(self, encoder: EncoderConfig, image_size: Size) -> None:
-        """The decoder's stages enlarge to the encoder's stride."""
+        """Require decoder stages that enlarge to the encoder's stride."""
         check_decoder(self.decoder_widths, encoder)
 
 
@@ -297,7 +297,7 @@ class VAEConfig(_Autoencoder):
     )
 
 
-# What only one of the quantizers of a dvae looks at.
+# Keys that only one of a dvae's quantizers reads.
 _VQ_KEYS = ("beta", "ema_decay", "l2_normalize", "kmeans_init", "revive_below")
 _GUMBEL_KEYS = ("temperature", "min_temperature", "temperature_steps", "kl_weight")
 
@@ -361,12 +361,15 @@ class DVAEConfig(_Autoencoder):
         return self
 
     def check(self, encoder: EncoderConfig, image_size: Size) -> None:
-        """A tokenizer that was imported for its codes alone needs no decoder."""
+        """Require a fitting decoder, save of a dalle tokenizer, imported for its codes alone."""
         if self.decoder_widths or not isinstance(encoder, DalleConfig):
             check_decoder(self.decoder_widths, encoder)
 
     def check_data(self, facts: DatasetFacts, num_places: int, first_batch: int) -> None:
-        """There are as many places to code as codes, in the data and for k-means to begin with."""
+        """Require a decoder, and at least as many places to code as codes.
+
+        With k-means the first micro batches must hold as many places, too.
+        """
         if not self.decoder_widths:
             raise ConfigError(
                 "method.decoder_widths names no stage: without a decoder there is nothing to learn",
@@ -390,7 +393,7 @@ class DVAEConfig(_Autoencoder):
 
 
 class FinetuneConfig(MethodConfig):
-    """Classes of labelled pictures, the whole encoder trained end to end (He et al. 2022, A.1)."""
+    """Fine-tuning: classification with the encoder trained end to end (He et al. 2022, A.1)."""
 
     implementation = "mimray.trainers.methods.finetune:Finetune"
     learns_classes = True
@@ -429,7 +432,7 @@ class FinetuneConfig(MethodConfig):
     )
 
     def check(self, encoder: EncoderConfig, image_size: Size) -> None:
-        """The encoder has what the head is to see."""
+        """Require an encoder with the pooling that the head uses."""
         if isinstance(encoder, DalleConfig):
             raise ValueError("encoder dalle makes codes of pictures; it is not for fine-tuning")
         if self.pooling == "cls" and not isinstance(encoder, ViTConfig):
@@ -439,7 +442,7 @@ class FinetuneConfig(MethodConfig):
 
     @property
     def pooled_by(self) -> Literal["mean", "cls"]:
-        """As the head was taught."""
+        """The pooling that the head was trained on."""
         return self.pooling
 
 
@@ -453,12 +456,12 @@ BUILT_IN: tuple[type[MethodConfig], ...] = (
     DVAEConfig,
     FinetuneConfig,
 )
-"""The methods of this package; one line each."""
+"""The methods of this package."""
 
 ENTRY_POINTS = "mimray.methods"
-"""The group of entry points by which other distributions bring methods: their config classes."""
+"""Entry-point group under which other distributions register their methods' config classes."""
 
-# Known before the recipe's model is built, which is why they are looked up here.
+# Looked up at import, because the recipe's model is built from them.
 METHODS: dict[str, type[MethodConfig]] = {
     get_args(config.model_fields["name"].annotation)[0]: config
     for config in (*BUILT_IN, *(point.load() for point in entry_points(group=ENTRY_POINTS)))

@@ -1,4 +1,4 @@
-"""Encoders a recipe may name. One class an architecture family, told apart by `name`."""
+"""Encoders a recipe may name: one class for each architecture family, selected by `name`."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ VIT_SHAPES: dict[str, _Shape] = {
 class ViTConfig(Config):
     """A plain vision transformer with a class token.
 
-    `name` picks a published shape, of which any part may be overridden; `vit` leaves all of
-    width, depth and num_heads to the recipe.
+    `name` selects a published shape, of which any part may be overridden; `vit` leaves width, depth
+    and num_heads to the recipe.
     """
 
     name: Literal["vit", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"]
@@ -84,7 +84,7 @@ class ViTConfig(Config):
 
     @property
     def num_layers(self) -> int:
-        """Layers whose feature maps can be asked for."""
+        """Number of layers that have feature maps."""
         return self.depth
 
     @property
@@ -109,9 +109,9 @@ SWIN_SHAPES: dict[str, _SwinShape] = {
 
 
 class SwinConfig(Config):
-    """A Swin transformer: attention in shifted windows, four stages, each of half the grid.
+    """A Swin transformer: attention in shifted windows, in stages, each of half the grid.
 
-    `name` picks a published shape, of which any part may be overridden; `swin` leaves width,
+    `name` selects a published shape, of which any part may be overridden; `swin` leaves width,
     depths and num_heads to the recipe.
     """
 
@@ -153,7 +153,7 @@ class SwinConfig(Config):
 
     @property
     def num_layers(self) -> int:
-        """Layers whose feature maps can be asked for: the stages."""
+        """Number of layers that have feature maps: the stages."""
         return len(self.depths)
 
     @property
@@ -182,7 +182,7 @@ class ConvConfig(Config):
 
     @property
     def num_layers(self) -> int:
-        """Layers whose feature maps can be asked for: the stages."""
+        """Number of layers that have feature maps: the stages."""
         return len(self.widths)
 
     @property
@@ -192,7 +192,7 @@ class ConvConfig(Config):
 
 
 class DalleConfig(Config):
-    """The encoder of DALL-E's tokenizer, for weights that are imported."""
+    """The encoder of DALL-E's tokenizer, for imported weights."""
 
     name: Literal["dalle"]
     width: PositiveInt = Field(default=256, description="channels of the first group; doubles")
@@ -206,7 +206,7 @@ class DalleConfig(Config):
 
     @property
     def num_layers(self) -> int:
-        """Layers whose feature maps can be asked for: the groups."""
+        """Number of layers that have feature maps: the groups."""
         return self.num_groups
 
     @property

@@ -1,4 +1,4 @@
-"""What a recipe says about optimisation: length, batch, learning rate, decay."""
+"""The `optim` section of a recipe: length, batch size, learning rate, weight decay."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from mimray.trainers.config.schedule import Schedule, Scheduled
 
 
 class ParameterGroup(Config):
-    """Parameters that are trained in another way than the rest."""
+    """Parameters with a learning rate, a weight decay or frozen steps of their own."""
 
     parameters: tuple[str, ...] = Field(
-        min_length=1, description="names in the method; * stands for anything, e.g. head.last.*"
+        min_length=1, description="patterns of names in the method, e.g. head.last.*; * is anything"
     )
-    lr_scale: float = Field(default=1.0, ge=0, description="times the learning rate of the rest")
+    lr_scale: float = Field(default=1.0, ge=0, description="learning rate over that of the rest")
     weight_decay: Scheduled | None = Field(
-        default=None, description="of those that decay at all; that of the rest by default"
+        default=None, description="decay of the weights among them; that of the rest by default"
     )
     frozen_steps: NonNegativeInt = Field(
         default=0, description="updates at the start during which their gradients are dropped"
@@ -46,7 +46,7 @@ class OptimConfig(Config):
     groups: tuple[ParameterGroup, ...] = Field(
         default=(),
         description="parameters trained otherwise; the first that names one counts",
-        exclude_if=lambda groups: not groups,  # plans without any stay what they were
+        exclude_if=lambda groups: not groups,  # plans without groups keep their form and digest
     )
     no_decay: tuple[str, ...] = Field(
         default=(),
@@ -61,7 +61,7 @@ class OptimConfig(Config):
         "lies behind the encoder keeps the full rate; off by default",
     )
     schedule: Literal["cosine", "multistep"] = Field(
-        default="cosine", description="after the warm-up"
+        default="cosine", description="course of the learning rate after the warm-up"
     )
     milestones: tuple[float, ...] = Field(
         default=(), description="multistep: shares of the run at which the rate falls"

@@ -1,4 +1,4 @@
-"""Recipes as files: the shipped ones by name, a user's by path, both with overrides."""
+"""Recipe files: shipped ones by name, a user's own by path, both with overrides."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import yaml
 from mimray.trainers.config.run import Recipe, parse_recipe
 from mimray.trainers.errors import ConfigError
 
-# A new architecture or method replaces the old one's numbers, so it goes before its own.
+# Assigning a name drops the old one's keys from its section, so names come before keys.
 NAMES_FIRST = ("encoder.name", "method.name")
 
 
@@ -25,19 +25,19 @@ def load_recipe(
     """Read a shipped recipe or a file, apply `a.b=c` overrides, and check it.
 
     Args:
-        name_or_path: `mae-tiny`, or a path ending in .yaml or .yml.
-        overrides: dotted assignments; values are YAML.
-        steps: length of the run in steps; the warm-up keeps its proportion.
+        name_or_path: a shipped recipe's name, e.g. `mae-tiny`, or a path ending in .yaml or .yml.
+        overrides: assignments `a.b=c` to dotted keys; values are YAML.
+        steps: length of the run in steps, to which the warm-up is scaled; None for the recipe's.
 
     Raises:
-        ConfigError: no such recipe, a wrong key, a wrong value.
+        ConfigError: there is no such recipe, or a key or a value is wrong.
     """
     tree = recipe_tree(name_or_path, steps)
     return parse_recipe(override(tree, overrides), f"recipe {name_or_path}")
 
 
 def recipe_tree(name_or_path: str, steps: int | None = None) -> dict[str, Any]:
-    """A recipe as it is written, unchecked; arguments and errors are those of `load_recipe`."""
+    """A recipe's tree as written, unchecked; arguments and errors are those of `load_recipe`."""
     tree = _read(name_or_path)
     return tree if steps is None else _with_steps(tree, steps, f"recipe {name_or_path}")
 
@@ -46,7 +46,7 @@ def override(tree: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]
     """A recipe's tree with `a.b=c` assignments made; values are YAML.
 
     Raises:
-        ConfigError: one of another form.
+        ConfigError: an assignment has another form, or a part of its key is a value.
     """
     for assignment in sorted(assignments, key=lambda a: not a.startswith(NAMES_FIRST)):
         tree = _assign(tree, assignment)
@@ -80,10 +80,10 @@ def _read(name_or_path: str) -> dict[str, Any]:
 
 
 def read_tree(path: Path) -> dict[str, Any]:
-    """The sections of a YAML file, unchecked.
+    """Read the sections of a YAML file, unchecked.
 
     Raises:
-        ConfigError: it is not YAML, or no mapping.
+        ConfigError: the file is not YAML, or holds no mapping.
     """
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -125,7 +125,9 @@ def _assign(tree: dict[str, Any], assignment: str) -> dict[str, Any]:
 
 
 def assign(tree: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
-    """A recipe's tree with one dotted key set; what it excludes is taken out.
+    """A copy of a recipe's tree with one dotted key set, and the keys that it rules out removed.
+
+    These are the other unit of a length and, after a new name, the old name's keys.
 
     Raises:
         ConfigError: a part of the key is a value, not a section.
@@ -138,7 +140,6 @@ def assign(tree: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
         if not isinstance(node, dict):
             raise ConfigError(f"{key}: '{parent}' is a value, not a section")
     node[leaf] = value
-    # Alternatives: setting one takes the other out.
     for one, other in (("epochs", "steps"), ("warmup_epochs", "warmup_steps")):
         if parents == ["optim"] and leaf in (one, other):
             node.pop(other if leaf == one else one, None)

@@ -1,7 +1,7 @@
-"""Recipes and plans: the whole of what a pre-training is, checked once and then frozen.
+"""Recipes and plans: all settings of a pre-training, checked once and then frozen.
 
-A recipe says what is wanted; `resolve` holds it against the data and the number of workers
-and gives the plan, which is written next to the results and never changes.
+`resolve` checks a recipe against the data and the number of workers and returns the plan, which
+is written next to the results and never changes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mimray.trainers.types import DatasetFacts
 
 
 class About(Config):
-    """What a recipe says of itself."""
+    """A recipe's description: its purpose, command, cost, expected result and source."""
 
     summary: str
     command: str = ""
@@ -37,7 +37,7 @@ class About(Config):
 
 
 class EngineConfig(Config):
-    """How DeepSpeed runs the loop."""
+    """DeepSpeed: ZeRO stage, precision, micro batches and raw configuration."""
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
@@ -54,14 +54,14 @@ class EngineConfig(Config):
 
 
 class CheckpointConfig(Config):
-    """When a run is saved, and how many of the saves are kept."""
+    """Updates between two checkpoints, and the number of checkpoints kept."""
 
     every_steps: PositiveInt = 500
     keep: PositiveInt = 2
 
 
 class LoggingConfig(Config):
-    """How often a run speaks."""
+    """Updates between two rows of metrics and between two sheets of pictures."""
 
     every_steps: PositiveInt = 10
     pictures_every_steps: NonNegativeInt = Field(default=1000, description="0 for the end only")
@@ -69,7 +69,7 @@ class LoggingConfig(Config):
 
 
 class ResourcesConfig(Config):
-    """What a run asks of the cluster."""
+    """Workers, devices and CPUs that a run requests, and the failures it survives."""
 
     num_workers: PositiveInt = 1
     device: Literal["auto", "cpu", "gpu"] = Field(
@@ -84,7 +84,7 @@ class ResourcesConfig(Config):
 
 
 class Recipe(Config):
-    """Everything a user decides about a pre-training."""
+    """A user's settings of a pre-training."""
 
     about: About | None = None
     encoder: EncoderConfig
@@ -105,12 +105,13 @@ class Recipe(Config):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Output tokens of the encoder, down and across; masks are over this grid."""
+        """Rows and columns of the encoder's output tokens; masks are over this grid."""
         height, width = self.data.image_size
         return height // self.encoder.stride, width // self.encoder.stride
 
 
-# May differ when a run is continued: they change neither what is learnt nor its files.
+# Sections and keys that may differ when a run is continued: they change neither the weights nor
+# the layout of the files.
 OPERATIONAL = ("about", "checkpoint", "logging", "resources")
 OPERATIONAL_KEYS = (
     "data.num_workers",
@@ -122,7 +123,7 @@ OPERATIONAL_KEYS = (
 
 
 class Plan(Config):
-    """A recipe held against data and cluster; frozen, written to `plan.json`.
+    """A recipe resolved for its data and number of workers; frozen, written to `plan.json`.
 
     Attributes:
         lr: peak learning rate, base_lr x global batch / 256.
@@ -149,7 +150,7 @@ class Plan(Config):
 
     @property
     def batch_arithmetic(self) -> str:
-        """The line that is always shown."""
+        """The global batch as a product, for people."""
         return (
             f"global batch {self.global_batch} = micro batch {self.micro_batch_size} "
             f"x accumulation {self.accumulation} x workers {self.world_size}"
@@ -157,20 +158,22 @@ class Plan(Config):
 
 
 def resolve(recipe: Recipe, facts: DatasetFacts, world_size: int) -> Plan:
-    """Turn a recipe into the plan of one run.
+    """Resolve a recipe into the plan of one run.
 
     Args:
-        recipe: what is wanted.
-        facts: what the dataset is.
+        recipe: the recipe of the run.
+        facts: the dataset's description.
         world_size: number of training workers.
 
     Returns:
-        The frozen plan: learning rate = base_lr x global batch / 256, steps and warm-up steps
-        (Goyal et al. 2017, sec. 2.1; He et al. 2022, Table 8).
+        The frozen plan: learning rate = base_lr x global batch / 256, steps and warm-up steps.
 
     Raises:
-        ConfigError: the global batch cannot be split over the workers, is larger than the
-            dataset, or the warm-up is longer than the run.
+        ConfigError: the global batch cannot be split over the workers or into micro batches, is
+            larger than the dataset, the method refuses the data, or the warm-up is not shorter
+            than the run.
+
+    Source: Goyal et al. 2017, sec. 2.1; He et al. 2022, Table 8.
     """
     optim, engine = recipe.optim, recipe.engine
     batch = optim.batch_size
@@ -226,18 +229,18 @@ def resolve(recipe: Recipe, facts: DatasetFacts, world_size: int) -> Plan:
 
 
 def essential(recipe: Recipe) -> dict[str, Any]:
-    """The recipe without what may change between a run and its continuation."""
+    """The recipe's tree without keys that may change when a run is continued."""
     tree = recipe.model_dump(mode="json", exclude=set(OPERATIONAL))
     for dotted in OPERATIONAL_KEYS:
         section, key = dotted.split(".")
         tree[section].pop(key, None)
-    for key in recipe.method.places:  # what lies there, its digest says
+    for key in recipe.method.places:  # a place may change, its digest may not
         tree["method"].pop(key, None)
     return tree
 
 
 def differences(old: Plan, new: Plan) -> list[str]:
-    """What keeps `new` from continuing `old`, a line a key; empty when nothing does."""
+    """Differences that keep `new` from continuing `old`, one line a key; empty without any."""
     before = dict(_flatten(essential(old.recipe)))
     after = dict(_flatten(essential(new.recipe)))
     lines = [
@@ -254,7 +257,15 @@ def differences(old: Plan, new: Plan) -> list[str]:
 
 
 def parse_recipe(tree: Mapping[str, Any], origin: str = "recipe") -> Recipe:
-    """Check a recipe's tree; errors name the key and what is allowed."""
+    """Check a recipe's tree.
+
+    Args:
+        tree: the recipe as nested mappings.
+        origin: the source of the tree, which errors name.
+
+    Raises:
+        ConfigError: a key or a value is wrong; names each, and what is allowed.
+    """
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:

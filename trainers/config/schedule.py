@@ -1,4 +1,4 @@
-"""Values that move over a run: weight decay, momentum, temperatures."""
+"""Schedules of values over a run: weight decay, momentum, temperatures."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from mimray.trainers.config.base import Config
 
 
 class Schedule(Config):
-    """A number as a function of the step: a warm-up, then a way from `start` to `end`.
+    """A number as a function of the step: a linear warm-up, then a curve from `start` to `end`.
 
-    A plain number stands for a schedule that stays there, and is written as one.
+    A constant schedule is read from a plain number and written as one.
     """
 
-    start: float = Field(description="value behind the warm-up")
+    start: float = Field(description="value after the warm-up")
     end: float | None = Field(
         default=None, description="value at the end; that of start by default"
     )
     shape: Literal["linear", "cosine"] = Field(
-        default="cosine", description="of the way from start to end"
+        default="cosine", description="shape of the curve from start to end"
     )
     length: PositiveFloat = Field(
         default=1.0,
@@ -34,10 +34,10 @@ class Schedule(Config):
     warmup_steps: NonNegativeInt = Field(default=0, description="steps from warmup_start to start")
 
     def at(self, step: int, num_steps: int) -> float:
-        """The value of one update.
+        """The value at one update.
 
         Args:
-            step: updates made before it.
+            step: updates made before this one.
             num_steps: length of the run, in updates.
 
         Source: half a cosine as Loshchilov & Hutter 2017, eq. 5, without restarts.
@@ -60,7 +60,7 @@ class Schedule(Config):
 
     @model_serializer(mode="wrap")
     def _plain(self, handler: Any) -> Any:
-        """A constant as the number it is, so that plans say no more than their recipes."""
+        """Serialise a constant schedule as a number, so that plans read like their recipes."""
         return self.start if self.constant else handler(self)
 
 

@@ -1,4 +1,7 @@
-"""What a plan costs before it runs: parameters, FLOPs, tokens, memory of a device."""
+"""Cost of a plan before it runs: parameters, FLOPs, tokens, device memory.
+
+In order: `step` traces one training step, `memory` adds the states that DeepSpeed holds.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +29,13 @@ ZERO_STAGES = (0, 1, 2, 3)
 
 @dataclass(frozen=True)
 class Cost:
-    """What a plan costs.
+    """Parameters, FLOPs and memory of a plan.
 
     Attributes:
-        parameters: by part of the method, fixed ones included.
-        plain: one step as it is.
-        checkpointed: one step that computes the encoder's activations twice.
-        memory: of one device, by ZeRO stage and whether activations are computed twice.
+        parameters: number of parameters by part of the method, fixed ones included.
+        plain: one step without activation checkpointing.
+        checkpointed: one step with activation checkpointing.
+        memory: memory of one device, by ZeRO stage and activation checkpointing.
         reduce_bucket: elements of DeepSpeed's bucket for gradients.
         trained: elements that the optimiser updates.
     """
@@ -52,16 +55,16 @@ def estimate(
     on_gpu: bool = True,
     networks: Mapping[str, Recipe] | None = None,
 ) -> Cost:
-    """Count what a plan's step computes and holds, at its micro batch and number of workers.
+    """Estimate FLOPs and memory of a plan's step, at its micro batch and number of workers.
 
-    Nothing is allocated and nothing is run, so that any model can be asked about anywhere.
+    Nothing is allocated or computed, so that any model can be estimated on any machine.
 
     Args:
-        plan: what to run.
+        plan: the plan to estimate.
         precision: fp32, bf16 or fp16.
-        on_gpu: memory of a GPU, or of a CPU worker.
-        networks: recipes of the networks that the method needs beside it, by name; one that is
-            not there costs nothing.
+        on_gpu: True for the memory of a GPU, False for that of a CPU worker.
+        networks: recipes of the networks that the method calls but does not own, by the folder of
+            their need; one that is missing costs nothing.
     """
     dtype = DTYPES[precision]
     method = shape_of(plan.recipe, dtype, networks or {})
@@ -114,7 +117,7 @@ def _weights(method: Method) -> Weights:
 
 
 def _by_part(method: Method) -> dict[str, int]:
-    """Weights of each part; the rest is what the method owns and no part has."""
+    """Parameters of each part; the rest are those that the method owns and no part has."""
     counts = {
         part: sum(_count(module) for module in modules) for part, modules in method.parts().items()
     }
@@ -125,6 +128,6 @@ def _by_part(method: Method) -> dict[str, int]:
 
 
 def _count(module: nn.Module) -> int:
-    """Parameters; of a moving average, the buffers that they became."""
+    """Number of parameters; of a moving average, of the buffers in their place."""
     averaged = (b for b in module.buffers() if b.is_floating_point())
     return sum(p.numel() for p in module.parameters()) or sum(b.numel() for b in averaged)

@@ -1,6 +1,6 @@
-"""What DeepSpeed holds on a device: states by ZeRO stage, and the most at any one moment.
+"""Memory of a device under DeepSpeed: states by ZeRO stage, and the peak of a step.
 
-Written down from the code of DeepSpeed 0.19.8 and held against measurement in the tests.
+Derived from the code of DeepSpeed 0.19.8; the tests compare it with measurements.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ MOMENTS_BYTES = 8  # AdamW's two, in fp32
 
 @dataclass(frozen=True)
 class Weights:
-    """The parameters of a method.
+    """Sizes of a method's parameters and buffers.
 
     Attributes:
         trained: elements that the optimiser updates.
-        frozen: elements that it does not.
-        small: elements in parameters that ZeRO 3 does not split.
-        fixed_bytes: of buffers, and of networks beside the method.
+        frozen: elements that it does not update.
+        small: elements of parameters that ZeRO 3 does not split.
+        fixed_bytes: bytes of buffers, and of networks that the method calls but does not own.
     """
 
     trained: int
@@ -38,15 +38,16 @@ class Weights:
 
 @dataclass(frozen=True)
 class Setting:
-    """How the states are spread.
+    """ZeRO stage, precision and number of devices that the states are spread over.
 
     Attributes:
-        zero_stage: 0 to 3.
-        num_workers: devices they are spread over.
-        element_bytes: of a parameter where it is computed with.
-        accumulation: micro batches an update.
+        zero_stage: ZeRO stage, 0 to 3.
+        num_workers: number of devices.
+        element_bytes: bytes of an element in the run's precision.
+        accumulation: micro batches per update.
         reduce_bucket: elements of DeepSpeed's bucket for gradients.
-        on_gpu: a bucket takes all its memory at once; on a CPU only as it fills.
+        on_gpu: True if a bucket takes all its memory at once, as on a GPU; on a CPU it takes it as
+            it fills.
     """
 
     zero_stage: int
@@ -59,17 +60,17 @@ class Setting:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device. Not all of it is held at once; `peak` is the most that is.
+    """Bytes on one device. Not all of it is held at once; `peak` is the largest sum that is.
 
     Attributes:
-        parameters: as they are computed with, buffers and networks beside the method included.
+        parameters: parameters in the run's precision, buffers and networks beside the method.
         optimizer: fp32 masters and both moments.
-        gradients: between two micro batches.
+        gradients: gradients held between two micro batches.
         communication: buckets, and with ZeRO 3 the parameters gathered from other devices.
-        activations: of the micro batch, what operations need in passing included.
-        backward: the most held at once until the last gradient is there.
-        reduction: while gradients are summed over devices.
-        update: while the optimiser works.
+        activations: activations of the micro batch, temporaries of operations included.
+        backward: peak until the last gradient is there.
+        reduction: peak while gradients are summed over devices.
+        update: peak while the optimiser works.
     """
 
     parameters: int
@@ -83,24 +84,24 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """The most that is held at once."""
+        """The largest number of bytes held at once."""
         return max(self.backward, self.reduction, self.update)
 
 
 def memory_of(weights: Weights, step: Step, setting: Setting) -> Memory:
-    """Memory of one device.
+    """Memory of one device at a step.
 
     Args:
-        weights: what the method has.
-        step: what a micro batch takes.
-        setting: stage, workers, precision.
+        weights: sizes of the method's parameters and buffers.
+        step: activations and gradients of a micro batch.
+        setting: ZeRO stage, workers and precision.
     """
     stages = (_whole, _optimizer_split, _gradients_split, _all_split)
     return stages[setting.zero_stage](weights, step, setting)
 
 
 def _whole(weights: Weights, step: Step, setting: Setting) -> Memory:
-    """Stage 0: everything on every device; fp32 parameters are their own masters."""
+    """Stage 0: every device holds all states; fp32 parameters are their own masters."""
     size = setting.element_bytes
     masters = 0 if size == FP32_BYTES else weights.trained * FP32_BYTES
     parameters = (weights.trained + weights.frozen) * size + weights.fixed_bytes
@@ -116,12 +117,12 @@ def _whole(weights: Weights, step: Step, setting: Setting) -> Memory:
         activations=step.activations,
         backward=states + _with_gradients(step, setting, gradients),
         reduction=states + gradients + flattened,
-        update=states + gradients + masters,  # gradients in fp32 take what the masters take
+        update=states + gradients + masters,  # gradients in fp32 take as much as the masters
     )
 
 
 def _optimizer_split(weights: Weights, step: Step, setting: Setting) -> Memory:
-    """Stage 1: whole gradients, copied into a bucket once the last of them is there."""
+    """Stage 1: whole gradients, copied into a bucket after the last of them is computed."""
     s = _Split(weights, setting)
     parameters = (weights.trained + weights.frozen) * setting.element_bytes + weights.fixed_bytes
     states = parameters + s.optimizer
@@ -139,12 +140,12 @@ def _optimizer_split(weights: Weights, step: Step, setting: Setting) -> Memory:
 
 
 def _gradients_split(weights: Weights, step: Step, setting: Setting) -> Memory:
-    """Stage 2: gradients go into the bucket as they come, and out of a full one to their owners."""
+    """Stage 2: gradients go into a bucket as they are computed, from a full one to their owners."""
     s = _Split(weights, setting)
     parameters = (weights.trained + weights.frozen) * setting.element_bytes + weights.fixed_bytes
     states = parameters + s.optimizer
-    kept = s.share if setting.accumulation > 1 else 0  # of the micro batches before
-    owned = s.share if s.filled < s.gradients else 0  # of buckets that were full before the end
+    kept = s.share if setting.accumulation > 1 else 0  # of earlier micro batches
+    owned = s.share if s.filled < s.gradients else 0  # of buckets that fill before the end
     backward = step.activations + s.bucket + owned
     if not setting.on_gpu:
         backward = min(backward, step.with_gradients)
@@ -161,7 +162,7 @@ def _gradients_split(weights: Weights, step: Step, setting: Setting) -> Memory:
 
 
 def _all_split(weights: Weights, step: Step, setting: Setting) -> Memory:
-    """Stage 3: parameters too; once gathered they stay until their last use of the step."""
+    """Stage 3: parameters are split too; gathered, they stay until the step's last use of them."""
     s, size = _Split(weights, setting), setting.element_bytes
     every = weights.trained + weights.frozen
     alone = s.n == 1
@@ -169,11 +170,11 @@ def _all_split(weights: Weights, step: Step, setting: Setting) -> Memory:
     gathered = 0 if alone else min(every - weights.small, MOST_GATHERED) * size
     in_flight = min(gathered, PREFETCH_BUCKET * size)
     flattened = s.filled if setting.on_gpu else 2 * s.filled  # gloo scatters out of a copy
-    # At the very end of a step nothing is gathered any more; a full bucket may come earlier, and
-    # so does the end of every micro batch but the last.
+    # At the very end of a step no parameter is gathered any more; a bucket may be full earlier,
+    # and every micro batch but the last ends earlier.
     at_the_end = s.filled == s.gradients and setting.accumulation == 1
     parameters = every * size // s.n + small + weights.fixed_bytes
-    # The bucket and the owned gradients are never given back.
+    # The bucket and the owned gradients are never freed.
     states = parameters + s.optimizer + s.bucket + s.share
     return Memory(
         parameters=parameters,
@@ -188,16 +189,16 @@ def _all_split(weights: Weights, step: Step, setting: Setting) -> Memory:
 
 
 class _Split:
-    """Bytes that stages 1 to 3 have in common; fp32 masters are kept even of fp32 parameters.
+    """Bytes common to stages 1 to 3, which keep fp32 masters even of fp32 parameters.
 
     Attributes:
-        n: devices.
+        n: number of devices.
         optimizer: masters and moments of this device's share.
-        gradients: all of them.
-        share: those this device owns.
-        bucket: memory of the bucket for gradients.
-        filled: of which gradients are ever written to.
-        update: owned gradients, once flat and, unless they are, once in fp32.
+        gradients: all gradients.
+        share: gradients that this device owns.
+        bucket: the bucket for gradients.
+        filled: the part of the bucket that gradients are written to.
+        update: owned gradients, their flat copy and, in lower precisions, their fp32 copy.
     """
 
     def __init__(self, weights: Weights, setting: Setting) -> None:
@@ -212,6 +213,10 @@ class _Split:
 
 
 def _with_gradients(step: Step, setting: Setting, gradients: int) -> int:
-    """Activations go while gradients come, unless those of an earlier micro batch are there."""
+    """Peak of activations and gradients in the backward pass.
+
+    Activations are freed as gradients are allocated, unless an earlier micro batch's gradients
+    are held already.
+    """
     accumulating = setting.accumulation > 1
     return step.activations + gradients if accumulating else step.with_gradients

@@ -1,4 +1,4 @@
-"""One training step on shapes alone: what it computes and holds, without computing it.
+"""FLOPs and activation memory of one training step, traced on shapes alone.
 
 Parameters and pictures lie on torch's meta device and have no values; masks are real, since
 shapes depend on them. So a ViT-H takes seconds and no memory, at its real batch and precision.
@@ -31,20 +31,21 @@ from mimray.trainers.models.decoders import MAEDecoder
 aten = torch.ops.aten
 
 REST = "decoder"
-"""The part that is all that is in no other."""
+"""The part of all modules that are in no other part."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """Forward and backward of one micro batch.
+    """FLOPs, tokens and memory of the forward and backward pass of one micro batch.
 
     Attributes:
-        forward_flops: of a picture, by part; a multiply-add counts as 2.
-        training_flops: of a picture, forward and backward, what is computed again included.
-        encoder_tokens: that leave the encoder for a picture, class token included.
-        decoder_tokens: in a transformer decoder, class token included; 0 without one.
-        activations: the most bytes held at once beside parameters and their gradients.
-        with_gradients: the same, gradients included, which come while activations go.
+        forward_flops: forward FLOPs per picture, by part; a multiply-add counts as 2.
+        training_flops: forward and backward FLOPs per picture, recomputation included.
+        encoder_tokens: tokens that leave the encoder per picture, class token included.
+        decoder_tokens: tokens in a transformer decoder, class token included; 0 without one.
+        activations: peak of bytes held beside parameters and their gradients.
+        with_gradients: peak of bytes held beside parameters; gradients are allocated while
+            activations are freed.
     """
 
     forward_flops: dict[str, float]
@@ -56,13 +57,13 @@ class Step:
 
 
 def shape_of(recipe: Recipe, dtype: torch.dtype, networks: Mapping[str, Recipe]) -> Method:
-    """A method without values: parameters of `dtype`, buffers as they are, as DeepSpeed casts.
+    """A method on the meta device, cast as by DeepSpeed: parameters to `dtype`, buffers not.
 
     Args:
-        recipe: what to build.
-        dtype: of the parameters.
-        networks: recipes of the networks that it needs beside it, by name; one that is not there
-            costs nothing.
+        recipe: the recipe of the method.
+        dtype: the parameters' data type.
+        networks: recipes of the networks that the method calls but does not own, by the folder of
+            their need; one that is missing costs nothing.
     """
     with torch.device("meta"):
         method = build_method(recipe)
@@ -75,19 +76,20 @@ def shape_of(recipe: Recipe, dtype: torch.dtype, networks: Mapping[str, Recipe])
 
 
 def part_names(method: Method) -> list[str]:
-    """Names of a method's parts, the encoder's and the rest's first."""
+    """Names of a method's parts, the encoder's and `REST` first."""
     first = ["encoder", REST]
     return first + [name for name in method.parts() if name not in first]
 
 
 def trace(method: Method, batch: int, *, checkpointing: bool, on_gpu: bool) -> Step:
-    """Run one step on shapes.
+    """Trace one step on shapes.
 
     Args:
-        method: from `shape_of`.
-        batch: pictures at once.
-        checkpointing: compute the encoder's activations again in the backward pass.
-        on_gpu: attention as GPUs compute it; on CPUs a learnt bias keeps it from being fused.
+        method: a result of `shape_of`.
+        batch: pictures in the micro batch.
+        checkpointing: True to compute the encoder's activations again in the backward pass.
+        on_gpu: True for attention as GPUs compute it; on CPUs a learnt bias keeps it from being
+            fused.
     """
     method.train()
     method.encoder.activation_checkpointing = checkpointing
@@ -127,11 +129,11 @@ def trace(method: Method, batch: int, *, checkpointing: bool, on_gpu: bool) -> S
 
 
 class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees every operation: counts its FLOPs, and the bytes that are alive.
+    """Counts the FLOPs of every operation, and the bytes of live tensors.
 
     Args:
         parts: names of the method's parts.
-        ignored: tensors whose memory does not count.
+        ignored: tensors whose memory is not counted.
     """
 
     def __init__(self, parts: Iterable[str], ignored: Iterable[Tensor]) -> None:
@@ -156,7 +158,7 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return output
 
     def hold(self, tree: Any) -> None:
-        """Count the memory behind tensors until the last of them is gone."""
+        """Count the storage of tensors until the last reference to it is gone."""
         for tensor in tree_leaves(tree):
             if not isinstance(tensor, Tensor):
                 continue
@@ -169,21 +171,21 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.most_beside_gradients = max(self.most_beside_gradients, self._live - self._gradients)
 
     def gradient(self, parameter: Tensor) -> None:
-        """A parameter has got its gradient."""
+        """Count a parameter's new gradient."""
         assert parameter.grad is not None
         self._gradients += parameter.grad.untyped_storage().nbytes()
 
     def enter(self, part: str) -> None:
-        """What follows belongs to this part."""
+        """Attribute the following operations to a part."""
         self._parts.append(part)
 
     def leave(self) -> None:
-        """The part has ended."""
+        """Return to the part before."""
         self._parts.pop()
 
     @contextmanager
     def within(self, part: str) -> Iterator[None]:
-        """What is computed meanwhile belongs to this part."""
+        """Attribute operations within the context to a part."""
         self.enter(part)
         try:
             yield
@@ -209,17 +211,17 @@ def _watch_gradients(method: Method, ledger: _Ledger) -> Iterator[Any]:
 
 
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """An operation; without values where any of its tensors has none."""
+    """Run an operation, on the meta device if any of its tensors lies there."""
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     kinds = {tensor.is_meta for tensor in tensors}
     if func is aten._local_scalar_dense.default and kinds == {True}:
-        return 1  # of a value that nobody knows; where it is asked for, it says yes
+        return 1  # the value is unknown; conditions on it count as true
     if func is aten.bincount.default and kinds == {True}:
         _, _, size = (*args, None, 0)[:3]
         return torch.empty(size, dtype=torch.int64, device="meta")
     if kinds == {True, False}:
         if func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
-            # Only a real mask says how many it chooses.
+            # The number of chosen elements is known from a real mask only.
             args = (args[0], [i for index in args[1] for i in _as_numbers(index)], *args[2:])
         args, kwargs = tree_map_only(Tensor, _without_values, (args, kwargs))
     return func(*args, **kwargs)
@@ -238,7 +240,7 @@ def _without_values(tensor: Tensor) -> Tensor:
 
 
 def _fused_attention(on_gpu: bool) -> Callable[..., Tensor]:
-    """Attention that never holds its scores; by itself torch has none for shapes alone."""
+    """Attention that never holds its scores; torch does not fuse it on the meta device."""
     plain = F.scaled_dot_product_attention
 
     def attention(

@@ -1,8 +1,8 @@
-"""Random erasing: a rectangle of a normalised picture becomes noise.
+"""Random erasing: a rectangle of a normalised picture is filled with noise.
 
-It happens in the loop and not in the loader, for the noise is of unit variance a channel around
-the dataset's mean, and stored pixels of 8 bits end about two deviations from it. Still it is
-counted: rectangle and noise are functions of (seed, epoch, sample index).
+It runs in the loop, not in the loader: the noise has unit variance per channel around the
+dataset's mean, and stored pixels of 8 bits end about two deviations from it. Rectangle and noise
+are functions of (seed, epoch, sample index, view).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mimray.trainers.data.rng import Stream, generator
 
-# Of the rectangle: bounds of its area over the picture's, and its least aspect.
+# Bounds of the rectangle's area over the picture's, and its least aspect.
 AREA = (0.02, 1 / 3)
 MIN_ASPECT = 0.3
 TRIES = 10
@@ -31,15 +31,15 @@ def erase(
     indices: np.ndarray,
     view: int = 0,
 ) -> Float[Tensor, "B C H W"]:
-    """Fill a rectangle in some of the pictures with normal noise, a value a pixel and channel.
+    """Fill a rectangle of some pictures with normal noise, drawn per pixel and channel.
 
     Args:
-        images: normalised, float; changed in place.
-        probability: that a picture loses a rectangle.
-        seed: the run's.
-        epochs: int64 [B], of each sample.
-        indices: int64 [B], of each sample in the dataset.
-        view: number of the view that the pictures are.
+        images: normalised pictures, float; changed in place.
+        probability: probability that a picture gets a rectangle.
+        seed: the run's seed.
+        epochs: int64 [B], the epoch of each sample.
+        indices: int64 [B], the index of each sample in the dataset.
+        view: number of the pictures' view.
 
     Returns:
         The same tensor.
@@ -59,7 +59,7 @@ def erase(
 
 
 def _rectangle(rng: np.random.Generator, size: list[int]) -> tuple[int, int, int, int]:
-    """(top, left, height, width) in pixels; empty where no try fits."""
+    """(top, left, height, width) in pixels; all 0 if no try fits."""
     rows, columns = size
     for _ in range(TRIES):
         area = rows * columns * rng.uniform(*AREA)

@@ -1,7 +1,7 @@
-"""Batches for the training loop: decode processes that work out what a position holds.
+"""The training loader: batches made by decode processes, as a pure function of position.
 
 The loader carries no state. Batch k of a worker is computed from the plan, k and the worker's
-rank alone, so continuing a run is asking for a later first batch.
+rank alone, so a continued run simply begins with a later batch.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from mimray.trainers.data.workers import decode_workers
 from mimray.trainers.errors import DataError, ImageError
 from mimray.trainers.types import Batch
 
-# How many following samples are tried in place of one that cannot be decoded.
+# Number of following samples to try in place of one that cannot be decoded.
 MAX_SUBSTITUTES = 8
 
 
 @dataclass(frozen=True)
 class Place:
-    """One sample to make: which picture, in which epoch."""
+    """The place of a sample: its epoch, and its picture's index in the dataset."""
 
     epoch: int
     index: int
@@ -36,12 +36,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Sample:
-    """One made sample.
+    """The inputs of one sample.
 
     Attributes:
-        inputs: by name, as `views.make_inputs` makes them.
-        place: where it came from.
-        problems: reasons why other pictures could not be used in its place.
+        inputs: arrays by name, as `views.make_inputs` returns them.
+        place: the sample's place.
+        problems: reasons why the pictures before the one used could not be decoded.
     """
 
     inputs: dict[str, np.ndarray]
@@ -50,12 +50,12 @@ class Sample:
 
 
 class Samples(Dataset[Sample]):
-    """Makes the sample at a place; a pure function of (plan, place).
+    """A dataset that makes the sample of a place, a pure function of plan and place.
 
     Args:
-        source: where encoded pictures come from.
-        recipe: seed, channels, and what becomes of pictures that cannot be decoded.
-        inputs: what the method wants of each picture.
+        source: the encoded pictures.
+        recipe: the recipe, with its seed, channels and handling of undecodable pictures.
+        inputs: the method's declared inputs.
     """
 
     def __init__(self, source: Source, recipe: Recipe, inputs: Inputs) -> None:
@@ -69,7 +69,12 @@ class Samples(Dataset[Sample]):
         )
 
     def __getitem__(self, place: Place) -> Sample:
-        """Decode, crop, change and mask; a following picture stands in for one that is broken."""
+        """Decode, crop, augment and mask; the next picture substitutes one that is broken.
+
+        Raises:
+            DataError: a picture cannot be decoded and `data.on_bad` is `fail`, or too many in a
+                row cannot.
+        """
         problems: list[str] = []
         for offset in range(MAX_SUBSTITUTES + 1):
             index = (place.index + offset) % len(self.source)
@@ -100,16 +105,16 @@ class Samples(Dataset[Sample]):
 
 
 class MicroBatches(Sampler[list[Place]]):
-    """The places of one worker's micro batches, from a step to the end of the run.
+    """A sampler of the places of one worker's micro batches, from a step to the end of the run.
 
-    The global batch of step s is positions s * G to (s + 1) * G - 1, whatever the number of
-    workers. A worker takes its equal share of it: one run of positions, or, where the method
-    normalises over groups of pictures, a run of each micro step, so that the micro batches of all
-    workers together are whole groups.
+    The global batch of step s is positions s * G to (s + 1) * G - 1, for any number of workers. A
+    worker takes an equal share: one range of positions, or, if the method normalises over groups of
+    pictures, one range per micro step, so that the micro batches of all workers together are whole
+    groups.
 
     Args:
-        plan: batch sizes and length.
-        order: positions to samples.
+        plan: the run's plan, with batch sizes and length.
+        order: the order of samples, from positions to epochs and indices.
         rank: this worker's rank.
         first_step: the step to begin with.
     """
@@ -147,15 +152,15 @@ def make_loader(
     first_step: int = 0,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """Micro batches of one worker, `accumulation` of them a step, in order.
+    """Make the micro batches of one worker, `accumulation` of them per step, in order.
 
     Args:
-        source: where encoded pictures come from; picklable.
-        plan: sizes, seed, length.
-        inputs: what the method wants of each picture; picklable.
+        source: the encoded pictures; picklable.
+        plan: the run's plan, with sizes, seed and length.
+        inputs: the method's declared inputs; picklable.
         rank: this worker's rank.
-        first_step: the step to begin with; earlier ones are not touched.
-        pin_memory: for copies to a GPU.
+        first_step: the step to begin with; earlier ones are not read.
+        pin_memory: True for batches in page-locked memory, which speeds copies to a GPU.
     """
     data = plan.recipe.data
     order = SampleOrder(source.group_rows, plan.recipe.seed, data.shuffle_window)

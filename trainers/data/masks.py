@@ -1,4 +1,4 @@
-"""Masks of a picture's patches; True = hidden. Pure functions of the generator they are given."""
+"""Masks of a picture's patches, True = hidden; pure functions of their generator."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def random_mask(
     """Hide a uniformly random subset of patches of fixed size.
 
     Args:
-        rng: a generator of this sample's own.
-        grid: (rows, columns).
-        mask_ratio: share hidden; int(N * (1 - mask_ratio)) patches stay visible.
+        rng: the sample's own generator.
+        grid: (rows, columns) of patches.
+        mask_ratio: share of patches hidden; int(N * (1 - mask_ratio)) of them stay visible.
 
     Returns:
         bool [N], True = hidden.
@@ -38,7 +38,7 @@ def unit_mask(
     """Hide a uniformly random subset of square units of patches.
 
     Args:
-        rng: a generator of this sample's own.
+        rng: the sample's own generator.
         grid: (rows, columns) of patches, multiples of `unit_patches`.
         unit_patches: side of a unit in patches; 1 hides single patches.
         mask_ratio: share of units hidden; ceil(units * mask_ratio) of them are.
@@ -66,16 +66,16 @@ def block_mask(
 ) -> Bool[np.ndarray, N]:
     """Hide rectangles of patches, one after another, until the budget is spent or none fits.
 
-    So the number hidden varies from sample to sample. Grids on which no rectangle fits, such as
-    those of one row, lose one patch chosen at random instead, for there is always something to
-    predict.
+    So the number of hidden patches varies from sample to sample. On a grid that no rectangle fits,
+    such as one of a single row, one random patch is hidden instead, so that there is always
+    something to predict.
 
     Args:
-        rng: a generator of this sample's own.
-        grid: (rows, columns).
-        max_hidden: most patches hidden, 1 to N - 1.
-        min_block_patches: least area drawn for a block before rounding; smaller ones appear where
-            less of the budget is left.
+        rng: the sample's own generator.
+        grid: (rows, columns) of patches.
+        max_hidden: largest number of patches hidden, 1 to N - 1.
+        min_block_patches: least area drawn for a block, patches, before rounding; blocks are
+            smaller if less of the budget is left.
         min_block_aspect: least height over width of a block, at most 1; the largest is its
             inverse.
 
@@ -104,23 +104,23 @@ def place_block(
     min_block_patches: int,
     min_block_aspect: float,
 ) -> tuple[slice, slice] | None:
-    """Find a rectangle that hides something new, yet no more than the budget.
+    """Find a rectangle that newly hides at least one patch, and no more than the budget.
 
     Args:
-        rng: a generator of this sample's own.
-        hidden: patches hidden so far.
-        budget: most patches it may newly hide.
-        min_block_patches: as for `block_mask`.
-        min_block_aspect: as for `block_mask`.
+        rng: the sample's own generator.
+        hidden: the patches hidden so far, True = hidden.
+        budget: largest number of patches that it may newly hide.
+        min_block_patches: least area of a block, as for `block_mask`.
+        min_block_aspect: least aspect of a block, as for `block_mask`.
 
     Returns:
-        Rows and columns of the rectangle, which is always smaller than the grid along both;
-        None when ten tries found none.
+        Rows and columns of the rectangle, always smaller than the grid along both axes; None
+        after ten tries without success.
     """
     rows, columns = hidden.shape
     widest = math.log(1 / min_block_aspect)
     for _ in range(BLOCK_TRIES):
-        # The budget may be the smaller of the two, which the generator's `uniform` would refuse.
+        # Not the generator's `uniform`, which would refuse a budget below min_block_patches.
         area = min_block_patches + (budget - min_block_patches) * rng.random()
         aspect = math.exp(rng.uniform(-widest, widest))
         height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))

@@ -1,7 +1,7 @@
-"""Counted randomness: a generator is named by what it is for, never carried along.
+"""Counter-based randomness: a generator is made from its purpose and counters when needed.
 
-Two draws with the same (seed, stream, a, b) are equal on any worker, in any order, after any
-restart. Philox is counter-based, so naming a generator costs microseconds and no state.
+Draws with the same (seed, stream, a, b, view) are equal on any worker, in any order, after any
+restart. Philox is counter-based, so making a generator costs microseconds and no state.
 
 Source: Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3".
 """
@@ -17,7 +17,7 @@ import numpy as np
 
 
 class Stream(IntEnum):
-    """What randomness is used for; streams never share numbers."""
+    """Purposes of randomness; the numbers of different streams are independent."""
 
     GROUP_ORDER = 1
     WINDOW_ORDER = 2
@@ -35,33 +35,33 @@ class Stream(IntEnum):
 
 
 def generator(seed: int, stream: Stream, a: int, b: int = 0, view: int = 0) -> np.random.Generator:
-    """A fresh generator for one purpose.
+    """Make the generator of a purpose and its counters.
 
     Args:
         seed: the run's seed.
         stream: the purpose.
         a: first counter, e.g. the epoch.
         b: second counter, e.g. the sample index.
-        view: number of the view of a picture; each has a stream of its own.
+        view: number of a view of the picture; each has its own stream.
     """
-    # The two low counter words are Philox's own, for drawing on.
+    # Philox itself counts in the two low words.
     key = [seed, int(stream) + (view << 32)]
     return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, a, b]))
 
 
 def permutation(rng: np.random.Generator, n: int) -> np.ndarray:
-    """A permutation of n made from uniform draws alone, whose stream numpy keeps stable."""
+    """A random permutation of n, from uniform draws alone, whose stream numpy keeps stable."""
     return np.argsort(rng.random(n), kind="stable")
 
 
 @contextmanager
 def global_generators(rng: np.random.Generator) -> Iterator[None]:
-    """Let a library that draws from global generators draw from a sample's own instead.
+    """Seed the global generators for a library that draws from them, from a sample's own.
 
-    Python's and NumPy's are seeded from it, and put back afterwards as they were.
+    These are Python's and NumPy's; their states are restored afterwards.
 
     Args:
-        rng: a generator of this sample's own; two draws are taken of it.
+        rng: the sample's own generator; two numbers are drawn from it.
     """
     before = random.getstate(), np.random.get_state()
     random.seed(int(rng.integers(2**63)))

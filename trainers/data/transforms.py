@@ -1,4 +1,4 @@
-"""Views of a picture: the random crop of training, and the plain resize of inference."""
+"""Transforms of a picture: crop and augmentations of training, plain resize of inference."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def random_crop_box(
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> Box:
-    """A random crop of a share of the area and a log-uniform aspect.
+    """Draw a random crop of uniform area and log-uniform aspect.
 
     Args:
-        rng: a generator of this sample's own.
+        rng: the sample's own generator.
         size: (width, height) of the picture.
         scale: bounds of the crop's area over the picture's.
         ratio: bounds of the crop's width over its height.
@@ -60,12 +60,12 @@ def random_crop_box(
 
 
 def color_jitter(rng: np.random.Generator, image: Image.Image, strength: float) -> Image.Image:
-    """Brightness, contrast and saturation by factors in [1 - strength, 1 + strength].
+    """Scale brightness, contrast and saturation by factors in [1 - strength, 1 + strength].
 
     Args:
-        rng: a generator of this sample's own.
+        rng: the sample's own generator.
         image: the whole picture, since contrast is about its mean.
-        strength: in [0, 1).
+        strength: largest relative change, in [0, 1).
 
     Source: Krizhevsky et al. 2012 in spirit; the procedure torchvision names ColorJitter: the
         three in random order, a factor each.
@@ -84,14 +84,15 @@ def auto_augment(
     mean: tuple[float, ...],
     interpolation: str,
 ) -> Image.Image:
-    """RandAugment by timm, a function of the sample's generator alone.
+    """Apply timm's RandAugment, drawing from the sample's generator only.
 
     Args:
-        rng: a generator of this sample's own.
-        image: RGB, of its final size.
-        policy: timm's string, e.g. `rand-m9-mstd0.5-inc1`.
-        mean: of the pixels in [0, 1]; what shifts and turns leave empty is filled with it.
-        interpolation: of shifts and turns.
+        rng: the sample's own generator.
+        image: an RGB picture at its final size.
+        policy: timm's policy string, e.g. `rand-m9-mstd0.5-inc1`.
+        mean: the mean of each channel, of pixels in [0, 1]; fills areas that shifts and turns leave
+            empty.
+        interpolation: interpolation of shifts and turns: bicubic, bilinear or lanczos.
 
     Source: Cubuk et al. 2020, "RandAugment"; timm's variant, with translations of at most 0.45 of
         the shorter side, as in the official MAE code (`util/datasets.py`).
@@ -119,12 +120,12 @@ def _rand_augment(
 def inference_view(
     image: Image.Image, image_size: tuple[int, int], interpolation: str
 ) -> np.ndarray:
-    """The whole picture resized to (height, width), its aspect not kept; uint8 [C, H, W]."""
+    """Resize a whole picture to (height, width), uint8 [C, H, W]; its aspect is not kept."""
     return to_array(view_of(image, image_size, interpolation))
 
 
 def to_array(image: Image.Image) -> np.ndarray:
-    """uint8 [C, H, W] of an RGB or grayscale picture."""
+    """Convert an RGB or grayscale picture to uint8 [C, H, W]."""
     pixels = np.asarray(image, dtype=np.uint8)
     return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
 
@@ -136,7 +137,15 @@ def view_of(
     box: Box | None = None,
     flip: bool = False,
 ) -> Image.Image:
-    """A part of a picture resized to (height, width), mirrored if asked; the whole by default."""
+    """Resize a part of a picture, by default the whole, and flip it horizontally if asked.
+
+    Args:
+        image: an RGB or grayscale picture.
+        image_size: (height, width) of the result, pixels.
+        interpolation: bicubic, bilinear or lanczos.
+        box: (left, top, right, bottom) of the part, pixels; None for the whole.
+        flip: True to mirror the result.
+    """
     height, width = image_size
     if image.size != (width, height) or box not in (None, (0, 0, width, height)):
         image = image.resize((width, height), _RESAMPLING[interpolation], box=box)

@@ -1,7 +1,7 @@
-"""Inputs by name: what a method may want of a picture, and how it is made.
+"""Inputs of a method by name: views, masks and labels of a picture, and their making.
 
-A method declares its inputs (`Method.views`); the loader makes them, the loop hands them over under
-their names, and nothing else spells what a batch holds.
+A method declares its inputs (`Method.views`); the loader makes them, and the loop passes them to
+`forward` under their names. Nothing else defines the contents of a batch.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from mimray.trainers.data.transforms import (
 )
 
 DrawMask = Callable[[np.random.Generator], np.ndarray]
-"""A mask bool [N] over the grid of a view, True = hidden; a pure function of its generator."""
+"""Draws a mask, bool [N] over the grid of a view, True = hidden; pure given its generator."""
 
 Transform = Callable[[np.random.Generator, Image.Image], Image.Image]
-"""A random change of a picture, a pure function of its generator."""
+"""A random augmentation of a picture; pure given its generator."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class Masks:
     """Masks of a view.
 
     Attributes:
-        draw: a picklable function that makes one.
-        count: masks a view; with more than one the tensor has an axis for them.
-        name: argument of the method's `forward`.
+        draw: a picklable function that draws a mask.
+        count: masks per view; more than one add an axis to the tensor.
+        name: the argument's name in the method's `forward`.
     """
 
     draw: DrawMask
@@ -51,26 +51,26 @@ class Masks:
 
 @dataclass(frozen=True)
 class View:
-    """Pictures as a method wants them: uint8 [B, C, H, W], or [B, count, C, H, W].
+    """Views of pictures: uint8 [B, C, H, W], or [B, count, C, H, W].
 
-    Each view of a picture has a stream of randomness of its own, numbered in the order of
-    declaration; a view that is `like` another shares its crop, flip and `before`.
+    Each view of a picture has its own stream of randomness, numbered in the order of declaration; a
+    view that is `like` another shares its crop, flip and `before`.
 
     Attributes:
-        name: argument of the method's `forward`.
+        name: the argument's name in the method's `forward`.
         size: (height, width) in pixels.
-        count: views a picture, each of another crop.
-        like: name of a view declared before whose crops this one shows too, at a size of its own.
+        count: views per picture, each with its own crop.
+        like: name of an earlier view whose crops this one shows at its own size; empty for none.
         crop_scale: bounds of the crop's area over the picture's.
         crop_ratio: bounds of the crop's width over its height.
-        hflip: probability that the view is mirrored.
+        hflip: probability of a horizontal flip.
         interpolation: bicubic, bilinear or lanczos.
-        before: changes of the whole picture, in order.
-        after: changes of the view at its final size, in order.
-        masks: what is hidden of each view; None for nothing.
-        erasing: probability that a view loses a rectangle to noise.
-        normalised: True: `forward` gets floats, normalised by `data.mean` and `data.std`;
-            False: uint8, as stored.
+        before: augmentations of the whole picture, in order.
+        after: augmentations of the view at its final size, in order.
+        masks: masks of each view; None for none.
+        erasing: probability that a rectangle of a view is filled with noise.
+        normalised: True if `forward` gets floats, normalised by `data.mean` and `data.std`; False
+            for uint8, as stored.
     """
 
     name: str
@@ -93,7 +93,7 @@ class Labels:
     """The class of each picture, int64 [B].
 
     Attributes:
-        name: argument of the method's `forward`.
+        name: the argument's name in the method's `forward`.
     """
 
     name: str = "labels"
@@ -103,19 +103,19 @@ Inputs = Sequence[View | Labels]
 
 
 class Numbered(NamedTuple):
-    """A view with the numbers of its streams: `first` to `first + view.count - 1`."""
+    """A view with its number; its streams are `first` to `first + view.count - 1`."""
 
     view: View
     first: int
 
 
 def training_view(recipe: Recipe, name: str = "images", *, masks: Masks | None = None) -> View:
-    """The view that a recipe's `data` section describes.
+    """Make the view that a recipe's `data` section describes.
 
     Args:
-        recipe: size, crop, flip and augmentation.
-        name: argument of the method's `forward`.
-        masks: what is hidden of it.
+        recipe: the recipe, with size, crop, flip and augmentation.
+        name: the argument's name in the method's `forward`.
+        masks: masks of the view; None for none.
     """
     data = recipe.data
     jitter = partial(color_jitter, strength=data.color_jitter)
@@ -155,21 +155,21 @@ def numbered(inputs: Inputs) -> Iterator[Numbered]:
 def make_inputs(
     inputs: Inputs, picture: Picture, *, seed: int, epoch: int, index: int, channels: int
 ) -> dict[str, np.ndarray]:
-    """Cut, change and mask one picture; a pure function of its arguments.
+    """Crop, augment and mask one picture; a pure function of its arguments.
 
-    The picture is decoded once, at the least resolution at which no view is enlarged.
+    The picture is decoded once, at the lowest resolution at which no view is enlarged.
 
     Args:
-        inputs: what is wanted of it.
-        picture: where the pixels come from.
-        seed: the run's.
-        epoch: of the sample.
-        index: of the sample, which another picture may stand in for.
-        channels: 1 for gray, else 3.
+        inputs: the method's declared inputs.
+        picture: the picture, not yet decoded.
+        seed: the run's seed.
+        epoch: the sample's epoch.
+        index: the sample's index, also if another picture substitutes its own.
+        channels: 1 for grayscale, 3 for RGB.
 
     Returns:
-        By name: uint8 [C, H, W], masks bool [N], labels int64 []; with an axis in front for
-        more than one.
+        Arrays by name: pictures uint8 [C, H, W], masks bool [N], labels int64 []; with an axis in
+        front for more than one.
 
     Raises:
         ImageError: the picture cannot be decoded.
@@ -204,17 +204,17 @@ def make_inputs(
 
 
 def draw_masks(view: View, first: int, *, seed: int, epoch: int, index: int = 0) -> np.ndarray:
-    """The masks of the views of one picture.
+    """Draw the masks of one picture's views.
 
     Args:
-        view: that has masks.
-        first: number of its first stream.
-        seed: the run's.
-        epoch: of the sample.
-        index: of the sample.
+        view: a view that has masks.
+        first: number of the view's first stream.
+        seed: the run's seed.
+        epoch: the sample's epoch.
+        index: the sample's index.
 
     Returns:
-        bool [views, masks, N], without the axes of length 1.
+        bool [views, masks, N], without axes of length 1.
     """
     assert view.masks is not None
     found = []
@@ -225,12 +225,12 @@ def draw_masks(view: View, first: int, *, seed: int, epoch: int, index: int = 0)
 
 
 def whole_picture(view: View, image: Image.Image) -> np.ndarray:
-    """The whole picture resized to a view's size, as many times as the view counts."""
+    """The whole picture resized to a view's size, once for each of the view's `count`."""
     return _stack([inference_view(image, view.size, view.interpolation)] * view.count)
 
 
 class _Crop:
-    """A crop of a picture, and the generator that goes on after it was drawn."""
+    """A random crop and flip of a picture, with the generator for its augmentations."""
 
     def __init__(self, view: View, size: tuple[int, int], rng: np.random.Generator) -> None:
         self.box: Box = random_crop_box(rng, size, view.crop_scale, view.crop_ratio)
@@ -240,7 +240,7 @@ class _Crop:
         self._changed: Image.Image | None = None
 
     def enough(self, size: tuple[int, int], view_size: tuple[int, int]) -> tuple[int, int]:
-        """(width, height) of the whole picture at which the crop has the view's size."""
+        """The whole picture's (width, height) at which the crop has the view's size, pixels."""
         left, top, right, bottom = self.box
         height, width = view_size
         return (
@@ -249,7 +249,7 @@ class _Crop:
         )
 
     def cut(self, view: View, image: Image.Image, size: tuple[int, int]) -> np.ndarray:
-        """The crop of a view, uint8 [C, H, W]; the first to be cut is the one it was drawn for."""
+        """Cut a view, uint8 [C, H, W]; the view that the crop was drawn for must be the first."""
         if self._changed is None:
             for change in self._before:
                 image = change(self._rng, image)

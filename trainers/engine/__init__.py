@@ -1,6 +1,6 @@
-"""The one training loop and what it stands on.
+"""The training loop, its DeepSpeed engine, and the files it writes.
 
-In order: `export` writes bundles; `loop` trains; `checkpoints` are whole or not there, cut anew by
-`reshard`; `deepspeed` makes the engine, of `optim` and its `schedule`; `metrics` are rows of a
-file.
+In order: `export` writes bundles; `loop` trains; `checkpoints` saves and loads, with `reshard` for
+another number of workers; `deepspeed` makes the engine, with the optimiser of `optim` and the
+learning rate of `schedule`; `metrics` reads and writes `metrics.jsonl`.
 """

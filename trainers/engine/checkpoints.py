@@ -1,11 +1,11 @@
-"""Checkpoints: whole or not there.
+"""Atomic checkpoints: saving, verifying, loading and pruning.
 
 Ranks write their files into `checkpoints/step-NNNNNNNN/`; when all are there, rank 0 writes
 `manifest.json` with every file's size and SHA-256, atomically and last. A directory without a
-manifest is no checkpoint and is swept away. Before loading, the manifest is held against the
-files; a damaged checkpoint is passed over for the one before it, and the log says so.
+manifest is no checkpoint and is removed. Before loading, the files are verified against the
+manifest; a damaged checkpoint is skipped with a warning, and the one before it is tried.
 
-A checkpoint fits any number of workers: what ZeRO has sharded over others is cut anew.
+A checkpoint fits any number of workers: ZeRO's shards are cut anew for another number.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ _TAG = "state"
 
 @dataclass(frozen=True)
 class Identity:
-    """What a checkpoint must share with the run that loads it.
+    """The properties that a checkpoint must share with the run that loads it.
 
     Attributes:
-        plan_hash: the plan it belongs to.
-        zero_stage: ZeRO stage, which the layout of the files depends on.
-        precision: what the run computes in.
+        plan_hash: digest of the plan.
+        zero_stage: ZeRO stage, 0 to 3; the layout of the files depends on it.
+        precision: the run's precision: fp32, bf16 or fp16.
     """
 
     plan_hash: str
@@ -52,13 +52,17 @@ class Identity:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose manifest was read.
+    """A checkpoint as its manifest describes it.
 
     Attributes:
-        step: updates made.
-        samples: position in the data.
-        world_size: ranks that wrote it.
-        plan_hash: the plan it belongs to.
+        name: name of its directory.
+        step: updates made when it was saved.
+        samples: position in the data, pictures.
+        world_size: number of ranks that wrote it.
+        zero_stage: ZeRO stage, 0 to 3.
+        precision: fp32, bf16 or fp16.
+        plan_hash: digest of its plan.
+        files: size in bytes and SHA-256 of each file, by path within the directory.
     """
 
     name: str
@@ -72,7 +76,7 @@ class Checkpoint:
 
 
 def checkpoint_name(step: int) -> str:
-    """The directory of a step's checkpoint."""
+    """Name of the directory of a step's checkpoint."""
     return f"step-{step:08d}"
 
 
@@ -86,21 +90,21 @@ def save(
     keep: int,
     launch_id: str = "",
 ) -> None:
-    """Write a checkpoint; collective, every rank calls it.
+    """Write a checkpoint, and prune old ones; collective.
 
     Args:
         run: the run's directory.
         engine: the DeepSpeed engine.
-        identity: what it belongs to.
-        step: updates made.
-        samples: position in the data.
-        keep: how many checkpoints stay.
-        launch_id: the launch that writes; see `storage.check_owner`.
+        identity: the plan, ZeRO stage and precision of the run.
+        step: updates made so far.
+        samples: position in the data, pictures.
+        keep: number of checkpoints kept, this one included.
+        launch_id: identifier of the launch that writes; see `storage.check_owner`.
 
     Raises:
         RunConflictError: a later launch has taken the run over.
-        StorageError: this rank could not write. The others may wait for it inside DeepSpeed,
-            so the whole group has to be ended. The checkpoints before it are untouched.
+        StorageError: this rank could not write. The others may be waiting for it inside
+            DeepSpeed, so the whole group must be ended. Earlier checkpoints are untouched.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     folder = run / f"checkpoints/{checkpoint_name(step)}"
@@ -108,7 +112,7 @@ def save(
     def begin() -> None:
         if rank == 0:
             check_owner(run, launch_id)
-            folder.delete()  # what a crash may have left
+            folder.delete()  # a crash may have left a part of it
             folder.create()
 
     together(begin)
@@ -156,11 +160,11 @@ def save(
 
 
 def find(run: RunDir, *, sweep: bool = False) -> list[Checkpoint]:
-    """Checkpoints of a run, newest first.
+    """Find the checkpoints of a run, newest first.
 
     Args:
         run: the run's directory.
-        sweep: remove directories without a manifest, which interrupted saves leave.
+        sweep: True to remove directories without a manifest, which interrupted saves leave.
     """
     root = run / "checkpoints"
     found = []
@@ -181,16 +185,21 @@ def find(run: RunDir, *, sweep: bool = False) -> list[Checkpoint]:
 
 
 def load_newest(run: RunDir, engine: Engine, identity: Identity) -> Checkpoint | None:
-    """Load the newest checkpoint that is whole, whatever number of workers wrote it; collective.
+    """Load the newest undamaged checkpoint, written by any number of workers; collective.
 
-    Rank 0 verifies and all ranks load the one it names.
+    Rank 0 verifies and all ranks load the one it chooses.
+
+    Args:
+        run: the run's directory.
+        engine: the DeepSpeed engine, which gets the state.
+        identity: the plan, ZeRO stage and precision of the run.
 
     Returns:
-        What was loaded, or None where the run has no checkpoint yet.
+        The loaded checkpoint, or None if the run has none yet.
 
     Raises:
-        CheckpointError: checkpoints are there but none is whole, or it was written by
-            another plan, stage or precision.
+        CheckpointError: all checkpoints are damaged, or the newest undamaged one has another
+            plan, ZeRO stage or precision.
     """
     choice: list[Any] = [None]
 
@@ -224,7 +233,7 @@ def load_newest(run: RunDir, engine: Engine, identity: Identity) -> Checkpoint |
 @contextmanager
 def _once_a_node(fill: Callable[[Path], None]) -> Iterator[Path]:
     """A scratch directory that one rank of each node fills and all of them read; collective."""
-    node = os.environ.get("NODE_RANK", "0")  # set by Ray; without it there is one node
+    node = os.environ.get("NODE_RANK", "0")  # set by Ray; without Ray there is one node
     nodes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(nodes, node)
     first = nodes.index(node)
@@ -242,13 +251,13 @@ def _once_a_node(fill: Callable[[Path], None]) -> Iterator[Path]:
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, mine)
         yield everyone[first][0]
-        dist.barrier()  # nobody reads on when it is removed
+        dist.barrier()  # every rank has read it before it is removed
 
 
 def together(action: Callable[[], None]) -> None:
     """Run an action on every rank; if it fails on any, every rank raises that error.
 
-    Without this one rank's full disk would leave the others waiting in a collective.
+    Without this, one rank's full disk would leave the others waiting in a collective.
     """
     error: MimrayError | None = None
     try:
@@ -264,14 +273,14 @@ def together(action: Callable[[], None]) -> None:
 
 
 def newest_whole(run: RunDir, *, sweep: bool = False) -> Checkpoint | None:
-    """The newest checkpoint that matches its manifest; None where there is none at all.
+    """The newest checkpoint that matches its manifest; None if the run has no checkpoint.
 
     Args:
         run: the run's directory.
-        sweep: remove what interrupted saves left.
+        sweep: True to remove directories that interrupted saves left.
 
     Raises:
-        CheckpointError: there are checkpoints, all damaged.
+        CheckpointError: all checkpoints are damaged.
     """
     found = find(run, sweep=sweep)
     for checkpoint in found:
@@ -340,7 +349,7 @@ def _files(folder: Path) -> list[str]:
 
 
 def _is_mine(name: str, rank: int) -> bool:
-    """On a shared disk each rank accounts for its own shards, rank 0 for all else."""
+    """True if a rank lists the file: on a shared disk its own shards, rank 0 all else."""
     marker = "zero_pp_rank_"
     if marker in name:
         return int(name.split(marker)[1].split("_")[0]) == rank

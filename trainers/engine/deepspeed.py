@@ -1,4 +1,4 @@
-"""DeepSpeed: from a plan to an engine, and from an engine back to whole fp32 weights."""
+"""DeepSpeed: its configuration, the engine of a plan, and whole fp32 weights of an engine."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ logger = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
-    """A method, its optimiser and its gradients, over all workers; what DeepSpeed makes of them.
+    """DeepSpeed's engine: a method with its optimiser and gradients, over all workers.
 
     Attributes:
-        module: the method, in the precision that the run computes in.
-        optimizer: torch's, or ZeRO's around it; its `param_groups` are those of `optim`.
+        module: the method, in the run's precision.
+        optimizer: torch's optimiser, or ZeRO's around it, with the `param_groups` of `optim`.
     """
 
     module: Method
     optimizer: Any
 
     def __call__(self, **arguments: Tensor) -> MethodOutput:
-        """The method's `forward`."""
+        """Call the method's `forward`."""
 
     def train(self, mode: bool = True) -> Any:
-        """Switch to training."""
+        """Switch the method to training mode."""
 
     def eval(self) -> Any:
-        """Switch to evaluation."""
+        """Switch the method to evaluation mode."""
 
     def backward(self, loss: Tensor) -> Any:
-        """Add the gradients of a micro batch."""
+        """Add the gradients of a micro batch's loss."""
 
     def step(self) -> Any:
         """Update the weights, at the last micro batch of a step."""
@@ -49,10 +49,10 @@ class Engine(Protocol):
         """True at the last micro batch of a step."""
 
     def was_step_applied(self) -> bool:
-        """True if the last step updated weights; fp16 skips those whose gradients overflow."""
+        """True if the last step updated the weights; fp16 skips steps whose gradients overflow."""
 
     def get_global_grad_norm(self) -> float | None:
-        """Norm of the last update's gradients, where ZeRO has computed it."""
+        """Norm of the last update's gradients; None if DeepSpeed has not computed it."""
 
     def zero_optimization(self) -> bool:
         """True at ZeRO stages 1 to 3."""
@@ -68,13 +68,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_precision(wanted: str, device: torch.device) -> str:
-    """What the run computes in.
+    """Precision of a run on a device: fp32, bf16 or fp16.
 
-    `auto` is bf16 where the device multiplies in it: GPUs from Ampere on, CPUs with
-    AVX512-BF16 or AMX. Elsewhere bf16 is emulated, hundreds of times slower than fp32.
+    `auto` is bf16 on devices that multiply in it: GPUs from Ampere on, CPUs with AVX512-BF16 or
+    AMX; fp32 on others, where bf16 is emulated, hundreds of times slower than fp32.
 
     Args:
-        wanted: auto, fp32, bf16 or fp16.
+        wanted: the recipe's `engine.precision`: auto, fp32, bf16 or fp16.
         device: the worker's device.
 
     Raises:
@@ -98,10 +98,10 @@ def deepspeed_config(plan: Plan, precision: str) -> dict[str, Any]:
     """The DeepSpeed configuration of a plan.
 
     Every default that changed between releases is set explicitly: clipping (1.0 since 0.19)
-    and the check of bf16 gradients. The recipe's raw block overrides ours key by key.
+    and the check of bf16 gradients. The recipe's `engine.deepspeed` overrides ours key by key.
 
     Args:
-        plan: batch sizes, ZeRO stage, clipping.
+        plan: the run's plan; its batch sizes, ZeRO stage and clipping count.
         precision: fp32, bf16 or fp16.
     """
     engine, optim = plan.recipe.engine, plan.recipe.optim
@@ -121,15 +121,19 @@ def deepspeed_config(plan: Plan, precision: str) -> dict[str, Any]:
 
 
 def prepare_process(device: torch.device) -> None:
-    """Set what DeepSpeed reads from the environment; before it is imported for the first time."""
+    """Set up this process for DeepSpeed; must run before DeepSpeed is first imported.
+
+    Args:
+        device: the worker's device.
+    """
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-    # Ray sets it; a process group made by hand does not, and DeepSpeed insists.
+    # DeepSpeed requires LOCAL_RANK. Ray sets it; a process group made by hand does not.
     os.environ.setdefault("LOCAL_RANK", "0")
     import deepspeed
 
     if device.type == "cpu":
-        # Compiled on first use for inference only; without a compiler it is a hard failure.
+        # An extension for inference only, compiled on first use, which fails without a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.logger.setLevel(logging.WARNING)
 
@@ -138,12 +142,9 @@ def initialize(method: nn.Module, plan: Plan, precision: str) -> Engine:
     """Wrap a method in a DeepSpeed engine.
 
     Args:
-        method: on the host, fp32, the same weights on every rank.
-        plan: what to run.
-        precision: as `choose_precision` says.
-
-    Returns:
-        The engine.
+        method: the method, on the host, in fp32, with the same weights on every rank.
+        plan: the run's plan.
+        precision: a result of `choose_precision`.
     """
     import deepspeed
 
@@ -155,17 +156,17 @@ def initialize(method: nn.Module, plan: Plan, precision: str) -> Engine:
 
 
 def master_weights(engine: Engine, names: Collection[str] = ("",)) -> Iterator[tuple[str, Tensor]]:
-    """The fp32 weights that the optimiser works on, whole, one trained parameter at a time.
+    """The optimiser's fp32 master weights, whole, one trained parameter at a time.
 
-    Collective under ZeRO: every rank asks for all of them, in the same order.
+    Collective under ZeRO: every rank must consume all of them, in the same order.
 
     Args:
-        engine: from `initialize`, at any stage and precision.
-        names: beginnings of the names of those that are wanted.
+        engine: a result of `initialize`, at any ZeRO stage and precision.
+        names: prefixes of the wanted parameters' names; all parameters by default.
 
     Yields:
-        Names in the module, and tensors on the device that may be those of the optimiser: they are
-        to be read only, and before the next one is asked for.
+        The parameter's name in the module, and a tensor on the device. It may be the optimiser's
+        own, so it must only be read, and before the next one is taken.
     """
     from deepspeed.utils import safe_get_full_fp32_param
 
@@ -180,7 +181,7 @@ def master_weights(engine: Engine, names: Collection[str] = ("",)) -> Iterator[t
 
 
 def _unsharded_masters(engine: Engine) -> dict[Tensor, Tensor]:
-    """fp32 weights by parameter, where ZeRO is off; none in fp32, which needs no copies."""
+    """fp32 masters by parameter without ZeRO; empty in fp32, where there are no copies."""
     optimizer = engine.optimizer
     if engine.zero_optimization() or not hasattr(optimizer, "fp32_groups"):
         return {}
@@ -192,17 +193,17 @@ def _unsharded_masters(engine: Engine) -> dict[Tensor, Tensor]:
 
 
 def follow(engine: Engine, momentum: float) -> None:
-    """Move a method's averages one step after what they follow; collective under ZeRO.
+    """Update a method's moving averages by one step; collective under ZeRO.
 
     Args:
-        engine: whose method has averages.
-        momentum: of this step.
+        engine: the engine of a method that has averages.
+        momentum: the averages' momentum at this step.
     """
     averages = engine.module.averages
     assert averages is not None
     followed = tuple(f"{name}." for name in averages.names)
     averages.update(master_weights(engine, followed), momentum)
-    # Those that a lower precision has rounded are constants; the averages have them whole.
+    # Buffers of a lower precision are rounded constants, which the averages hold exactly.
     exact = dict(averages.named_buffers())
     averages.update(
         (
@@ -215,28 +216,28 @@ def follow(engine: Engine, momentum: float) -> None:
 
 
 def fixed_weights(method: nn.Module) -> dict[str, Tensor]:
-    """Copies of the parameters that are not trained, which a lower precision would round."""
+    """Copies of the untrained parameters, before a lower precision rounds them."""
     return {n: p.detach().clone() for n, p in method.named_parameters() if not p.requires_grad}
 
 
 def full_state(engine: Engine, fixed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Whole fp32 weights of the engine's module, whatever the stage and precision.
+    """Whole fp32 weights of an engine's module, at any ZeRO stage and precision.
 
-    Collective under ZeRO: every rank calls it, every rank gets the result.
+    Collective under ZeRO; every rank gets the result.
 
     Args:
-        engine: from `initialize`.
-        fixed: of `fixed_weights`, from before the engine was made.
+        engine: a result of `initialize`.
+        fixed: the result of `fixed_weights` from before the engine was made.
 
     Returns:
-        A state on the host, by the module's own names: the optimiser's weights, the fixed ones as
-        they were, and buffers, moving averages among them.
+        A state on the host, by the module's own names: the optimiser's weights, the fixed ones
+        unrounded, and persistent buffers, moving averages among them.
     """
     trained = {n: v.float().cpu().clone() for n, v in master_weights(engine)}
     state: dict[str, Tensor] = {}
     for name, parameter in engine.module.named_parameters():
         state[name] = trained[name] if parameter.requires_grad else fixed[name].cpu().clone()
-    kept = engine.module.state_dict().keys()  # buffers that are made anew are not among them
+    kept = engine.module.state_dict().keys()  # without buffers that are not persistent
     for name, buffer in engine.module.named_buffers():
         if name in kept:
             state[name] = buffer.detach().float().cpu().clone()

@@ -1,4 +1,4 @@
-"""From trained weights to a bundle, and from a checkpoint on disk to trained weights."""
+"""Export: a run's bundle from trained weights, and trained weights from a checkpoint on disk."""
 
 from __future__ import annotations
 
@@ -19,15 +19,18 @@ from mimray.trainers.storage import RunDir
 def write_bundle(
     run: RunDir, plan: Plan, state: dict[str, Tensor], *, step: int, name: str, command: str
 ) -> BundleCard:
-    """Write `bundle/` of a run: the encoder that is the result, the rest, and networks it needs.
+    """Write `bundle/` of a run: the resulting encoder, the method's rest, the networks it needs.
 
     Args:
         run: the run's directory.
-        plan: what was run.
-        state: whole fp32 weights of the method.
+        plan: the run's plan.
+        state: whole fp32 weights of the method, by name.
         step: updates made.
-        name: what the encoder is called.
-        command: how it was made.
+        name: the name of the encoder.
+        command: the command line that made it.
+
+    Returns:
+        The bundle's description, as written.
     """
     recipe = plan.recipe
     card = BundleCard(
@@ -58,7 +61,7 @@ def write_bundle(
         folder = Path(scratch) / "bundle"
         card = save_bundle(folder, card, encoder, rest, networks)
         files = [file for file in folder.rglob("*") if file.is_file()]
-        # The card is what makes a folder a bundle, so it goes last.
+        # The card makes a folder a bundle, so it is written last.
         for file in sorted(files, key=lambda f: f == folder / CARD):
             run.upload(file, f"bundle/{file.relative_to(folder).as_posix()}")
     return card
@@ -69,8 +72,8 @@ def read_checkpoint(folder: Path, checkpoint: Checkpoint, plan: Plan) -> dict[st
 
     Args:
         folder: the checkpoint's directory on this machine.
-        checkpoint: its manifest.
-        plan: the plan it belongs to.
+        checkpoint: the checkpoint's manifest.
+        plan: the run's plan.
     """
     method = build_method(plan.recipe)
     frozen = {n: p.detach() for n, p in method.named_parameters() if not p.requires_grad}

@@ -1,4 +1,4 @@
-"""The one training loop. Methods compute a loss; only this file calls backward and step."""
+"""The training loop. Methods compute a loss; only this file calls backward and step."""
 
 from __future__ import annotations
 
@@ -46,27 +46,36 @@ Row = dict[str, Any]
 
 
 class Observer(Protocol):
-    """Who looks on while a run trains; called on rank 0 only."""
+    """Callbacks of a training, on rank 0 only."""
 
     def resumed(self, step: int) -> None:
-        """Training begins at this step."""
+        """Called before the first update.
+
+        Args:
+            step: updates made by earlier starts; 0 for a fresh run.
+        """
 
     def metrics(self, row: Row) -> None:
-        """A row went into `metrics.jsonl`."""
+        """Called with each new row of `metrics.jsonl`, and the last one of an earlier start."""
 
     def pictures(self, step: int, panels: list[Panel]) -> None:
-        """What the method draws of its first pictures, column by column."""
+        """Called with the method's sheet of sample pictures.
+
+        Args:
+            step: updates made.
+            panels: the columns of the sheet, from left to right.
+        """
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run hands over at its end, or where it was asked to pause.
+    """Weights and metrics of a run at its end, or at a pause.
 
     Attributes:
         step: updates made.
         state: whole fp32 weights of the method, on the host.
         last: the last row of metrics.
-        seconds: of the loop since the pause before, or since this start.
+        seconds: duration of the loop since the last pause, or since this start.
     """
 
     step: int
@@ -80,7 +89,7 @@ class _StepResult:
     loss: float
     grad_norm: float
     data_wait_s: float
-    figures: dict[str, float]  # the method's own
+    figures: dict[str, float]  # the method's terms and figures
 
 
 def train(
@@ -107,29 +116,30 @@ def stages(
     launch_id: str = "",
     pauses: Collection[int] = (),
 ) -> Iterator[Trained]:
-    """Train a plan, continuing from its newest whole checkpoint, with pauses on the way.
+    """Train a plan with pauses, continuing from its newest undamaged checkpoint.
 
-    Collective: every rank of the default process group goes through it. Whoever has seen enough
-    closes it; a checkpoint was written before each pause, so another start goes on from there.
+    Collective: every rank of the default process group iterates over it. It may be closed at a
+    pause: a checkpoint is written before each, from which another start continues.
 
     Args:
-        plan: what to run.
-        run: its directory; checkpoints and metrics go there, the bundles that the method needs
-            come from there.
-        source: the pictures.
+        plan: the run's plan.
+        run: the run's directory, which gets checkpoints and metrics and holds the bundles that the
+            method needs.
+        source: the training pictures.
         device: this rank's device.
-        observer: told of progress on rank 0.
-        launch_id: the launch these workers belong to; empty to go unchecked.
-        pauses: steps at which the weights are wanted too.
+        observer: the callbacks, used on rank 0.
+        launch_id: identifier of the launch these workers belong to; empty for no check.
+        pauses: steps at which to yield the weights, beside the last one.
 
     Yields:
-        The weights at each pause and at the end; at once where an earlier start stopped there.
+        The weights at each pause and at the end; at once if an earlier start stopped there.
 
     Raises:
-        NonFiniteLossError: before the update that would have spoilt the weights.
+        NonFiniteLossError: the loss is NaN or infinite; the update is not made.
         StorageError: a checkpoint could not be written.
         RunConflictError: a later launch has taken the run over.
-        BundleError: a bundle that the run keeps is damaged, or another one than the plan's.
+        CheckpointError: no checkpoint of the run can be loaded.
+        BundleError: a bundle that the run keeps is damaged, or not the one of the plan.
     """
     recipe, rank = plan.recipe, dist.get_rank()
     prepare_process(device)
@@ -206,7 +216,7 @@ def _update(
 ) -> _StepResult:
     """One update: `accumulation` micro batches, one optimiser step."""
     set_hyperparameters(engine.optimizer, plan, step)
-    # Drop path and the like depend on the step alone, so a continued run repeats them.
+    # Drop path and the like depend on step and rank alone, so a continued run repeats them.
     torch.manual_seed(_device_seed(plan.recipe.seed, step, dist.get_rank()))
     engine.module.at_step(step, plan.steps)
     sums = _Sums(device)
@@ -242,7 +252,7 @@ def _update(
 
 
 class _Sums:
-    """The loss and its terms, summed over micro batches and ranks; which were not finite."""
+    """Sums of the loss and its terms over micro batches and ranks; counts of non-finite ones."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -250,7 +260,7 @@ class _Sums:
         self._totals = torch.zeros(0)
 
     def add(self, values: dict[str, Tensor]) -> bool:
-        """Take a micro batch's; says whether its loss is finite."""
+        """Add a micro batch's values; returns True if its loss is finite."""
         if not self._names:
             self._names = list(values)
             self._totals = torch.zeros(2, len(values), device=self._device)
@@ -265,7 +275,7 @@ class _Sums:
 
     @property
     def not_finite(self) -> list[str]:
-        """Names of what was not finite anywhere, where the loss is among them."""
+        """Names of the values that were not finite on any rank; empty if the loss was finite."""
         bad = [n for n, count in zip(self._names, self._totals[1].tolist(), strict=True) if count]
         return bad if "loss" in bad else []
 
@@ -301,7 +311,7 @@ def _plain_grad_norm(engine: Engine) -> Tensor | None:
 
 
 def _shown_batch(plan: Plan, source: Source, inputs: Inputs) -> Batch:
-    """The first samples of the run, drawn again and again to see how it learns."""
+    """The first samples of the run; the same ones are drawn each time, to show progress."""
     order = SampleOrder(source.group_rows, plan.recipe.seed, plan.recipe.data.shuffle_window)
     count = min(plan.recipe.logging.num_pictures, len(source))
     samples = Samples(source, plan.recipe, inputs)

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one line each few steps, durable, never two lines for one step."""
+"""`metrics.jsonl`: one line every few steps, durable, never two lines for one step."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def read_metrics(run: RunDir) -> list[dict[str, Any]]:
 
 
 def rewind_metrics(run: RunDir, step: int) -> list[dict[str, Any]]:
-    """Drop rows after a step, which a continued run will write again; returns the rest."""
+    """Drop rows after a step, which a continued run writes again; returns the rest."""
     rows = [row for row in read_metrics(run) if row["step"] <= step]
     run.write(METRICS, _lines(rows))
     return rows
 
 
 def append_metrics(run: RunDir, row: dict[str, Any]) -> None:
-    """Add a row."""
+    """Append a row."""
     run.append(METRICS, _lines([row]))
 
 
@@ -45,7 +45,7 @@ class Speed:
     """Pictures a second and the share of time spent waiting for data, since the last row.
 
     Args:
-        pictures_a_step: the global batch.
+        pictures_a_step: the global batch size.
     """
 
     def __init__(self, pictures_a_step: int) -> None:
@@ -53,18 +53,18 @@ class Speed:
         self.restart()
 
     def restart(self) -> None:
-        """Forget what was; for pauses that are no training."""
+        """Begin a new interval, e.g. after a pause that is no training."""
         self._began = time.perf_counter()
         self._steps = 0
         self._waited_s = 0.0
 
     def add(self, data_wait_s: float) -> None:
-        """Take a step and what of it was spent waiting."""
+        """Count a step, and the seconds of it spent waiting for data."""
         self._steps += 1
         self._waited_s += data_wait_s
 
     def take(self) -> tuple[float, float]:
-        """The two figures; begins anew."""
+        """Pictures a second and the share of time spent waiting; begins a new interval."""
         elapsed = max(time.perf_counter() - self._began, 1e-9)
         rates = self._steps * self._pictures_a_step / elapsed, self._waited_s / elapsed
         self.restart()

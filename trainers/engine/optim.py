@@ -1,4 +1,4 @@
-"""The optimiser and its parameter groups."""
+"""AdamW, its parameter groups, and their learning rates and weight decays by step."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ _REST = ParameterGroup(parameters=("*",))
 
 
 def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """Groups of one layer, one weight decay and one of the config's `groups`.
+    """Parameter groups, one per layer, weight decay and entry of the config's `groups`.
 
-    Weights decay; biases and norms (anything of one dimension) do not, nor what `no_decay` names.
-    Class and mask tokens have three dimensions and decay, as in the official MAE code, unless a
-    recipe names them. With `layer_decay` the rate of a layer of the encoder is that of the next
-    one times it; what lies behind the encoder has the full rate.
+    Weights decay; biases and norms (anything of one dimension) do not, nor do parameters that
+    `no_decay` names. Class and mask tokens have three dimensions and decay, as in the official MAE
+    code, unless a recipe names them. With `layer_decay` the learning rate of a layer of the encoder
+    is that of the next one times it; parameters behind the encoder have the full rate.
 
     Args:
         module: a method; parameters that are not trained are left out.
-        config: decay, layer-wise decay and groups.
+        config: the recipe's `optim` section.
 
     Returns:
-        Groups for torch, with `lr_scale`, which the learning rate is times; and where the config
-        has groups or moves the decay, `of`, the index of the config's group (-1 for none), and
-        `spared`, True where nothing decays.
+        Groups for torch, with `lr_scale`, a factor of the learning rate; and, if the config has
+        groups or a schedule of the decay, `of`, the index of the config's group (-1 for none), and
+        `spared`, True if the group does not decay.
 
     Raises:
         ConfigError: a group of the config names no parameter that is trained.
@@ -74,7 +74,7 @@ def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, A
 
 
 def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the groups above; rates and decays are set before every update."""
+    """AdamW over `parameter_groups`; `set_hyperparameters` sets rates and decays at each step."""
     return torch.optim.AdamW(
         parameter_groups(module, config),
         lr=config.base_lr,
@@ -85,38 +85,38 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW
 
 
 def set_hyperparameters(optimizer: Any, plan: Plan, step: int) -> None:
-    """Give each group its learning rate and weight decay of one update.
+    """Set each group's learning rate and weight decay for one update.
 
     Args:
-        optimizer: of `build_optimizer`, or DeepSpeed's around it.
-        plan: schedules and length.
-        step: updates made before it.
+        optimizer: a result of `build_optimizer`, or DeepSpeed's optimiser around one.
+        plan: the run's plan, with its schedules and length.
+        step: updates made before this one.
     """
     rate, optim = learning_rate(plan, step), plan.recipe.optim
     for group in optimizer.param_groups:
-        # Checkpoints from before there was layer-wise decay bring groups without a scale.
+        # Groups of checkpoints older than layer-wise decay have no scale.
         group["lr"] = rate * group.get("lr_scale", 1.0)
         if "of" not in group:
             continue
         own = _own(optim, group["of"])
         if step < own.frozen_steps:
-            group["lr"] = 0.0  # or weight decay would move what has no gradients
+            group["lr"] = 0.0  # weight decay would move them without gradients
         if not group["spared"]:
             decay = own.weight_decay or optim.weight_decay
             group["weight_decay"] = decay.at(step, plan.steps)
 
 
 class FrozenGradients:
-    """Drops the gradients of the parameters that are frozen at the start of a run.
+    """Zeroes the gradients of parameters that are frozen at the start of a run.
 
-    They are zeroed as they come, before ZeRO takes them away, and so count in no norm.
+    A hook zeroes each as it is computed, before ZeRO moves it, so it counts in no norm.
 
     Args:
-        module: a method; its parameters are hooked.
-        config: whose groups say how long.
+        module: a method; its parameters get hooks.
+        config: the recipe's `optim` section, with the `frozen_steps` of its groups.
 
     Attributes:
-        step: updates made; set before each.
+        step: updates made so far; the loop sets it before each update.
 
     Source: Caron et al. 2021 (DINO), the official code's `cancel_gradients_last_layer`.
     """
@@ -148,7 +148,7 @@ def _own(config: OptimConfig, of: int) -> ParameterGroup:
 
 
 def _layers_above(method: nn.Module, name: str) -> int:
-    """Layers between a parameter and the head, 0 for all that is not in the encoder."""
+    """Layers between a parameter and the head; 0 for parameters outside the encoder."""
     assert isinstance(method, Method)
     if not name.startswith(_ENCODER):
         return 0

@@ -1,8 +1,8 @@
-"""Shards of one number of workers, loaded by another: DeepSpeed's universal format between them.
+"""Resharding: ZeRO checkpoints for another number of workers, by DeepSpeed's universal format.
 
 DeepSpeed itself loads ZeRO shards only into as many ranks as wrote them. Its universal format
-holds every parameter and moment whole; each rank cuts out what it owns. What DeepSpeed 0.19
-gets wrong on that way, silently, is put right in `_repair`.
+holds every parameter and moment whole; each rank cuts out the part it owns. DeepSpeed 0.19 silently
+restores some of the state wrongly; `_repair` corrects it.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from mimray.trainers.storage import storage_errors
 
 
 def convert(shards: Path, folder: Path) -> None:
-    """Write the universal form of a ZeRO checkpoint.
+    """Convert a ZeRO checkpoint to the universal format.
 
-    Takes disk of about 24 bytes a parameter while at work, and leaves 12.
+    Needs about 24 bytes of disk per parameter meanwhile, of which 12 remain.
 
     Args:
-        shards: the files that `engine.save_checkpoint` wrote.
-        folder: to be made; the result.
+        shards: the folder of the files that `engine.save_checkpoint` wrote.
+        folder: the folder of the result; must not exist.
 
     Raises:
-        StorageError: it could not be written.
+        StorageError: the result could not be written.
     """
     from deepspeed.checkpoint.ds_to_universal import main
 
@@ -42,9 +42,9 @@ def convert(shards: Path, folder: Path) -> None:
         num_merge_workers=1,
         keep_temp_folder=False,
         strict=True,
-        inject_missing_state=True,  # what only Megatron's models say of themselves
+        inject_missing_state=True,  # metadata that only Megatron's models have
     )
-    progress = io.StringIO()  # prints and progress bars, by the hundred
+    progress = io.StringIO()  # swallows hundreds of prints and progress bars
     with storage_errors(str(folder)), redirect_stdout(progress), redirect_stderr(progress):
         folder.mkdir(parents=True)
         try:
@@ -59,7 +59,7 @@ def convert(shards: Path, folder: Path) -> None:
 def load(engine: Engine, folder: Path, tag: str) -> None:
     """Load a universal checkpoint; collective.
 
-    Frozen parameters are left as the engine has them, for they follow from the recipe.
+    Frozen parameters are left as they are, since they follow from the recipe.
 
     Args:
         engine: the DeepSpeed engine, ZeRO 1-3.
@@ -68,8 +68,8 @@ def load(engine: Engine, folder: Path, tag: str) -> None:
     """
     groups = engine.optimizer.param_groups
     ours = [{k: v for k, v in group.items() if k != "params"} for group in groups]
-    # A setting of the whole engine by its documentation, but read at each load only. Whether it
-    # is needed is known when a checkpoint has been chosen, and not to every engine.
+    # Documented as a setting of the whole engine, but read only at each load. It is set here,
+    # because the need for it is known only once a checkpoint has been chosen.
     config: Any = vars(engine)["_config"]
     config.load_universal_checkpoint = True
     try:
@@ -82,18 +82,18 @@ def load(engine: Engine, folder: Path, tag: str) -> None:
 
 def _repair(engine: Engine, hyperparameters: list[dict[str, Any]]) -> None:
     for group, ours in zip(engine.optimizer.param_groups, hyperparameters, strict=True):
-        group.update(ours)  # ZeRO 3 gives those of the first group to all: biases would decay
+        group.update(ours)  # ZeRO 3 gives the first group's to all groups: biases would decay
     for parameter, state in engine.optimizer.optimizer.state.items():
-        # ZeRO 3 hands one counter to all groups, which then count each other's updates; and
-        # fused AdamW wants it where the parameter is.
+        # ZeRO 3 gives all groups one counter, which then counts the updates of each of them; and
+        # fused AdamW requires it on the parameter's device.
         state["step"] = torch.as_tensor(state["step"]).to(parameter.device, copy=True)
 
 
 def _load_buffers(engine: Engine, folder: Path) -> None:
-    """The universal format knows parameters only; buffers are whole in any rank's file."""
+    """Load buffers from any rank's file, where they are whole; the universal format has none."""
     file = min(folder.glob("*model_states.pt"))
     # Written by DeepSpeed in this run's own directory; holds more than tensors.
     saved = torch.load(file, map_location="cpu", weights_only=False)["module"]
     for name, buffer in engine.module.named_buffers():
-        if name in saved:  # not those that are computed anew
+        if name in saved:  # all but buffers that are not persistent
             buffer.data.copy_(saved[name])

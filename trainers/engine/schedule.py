@@ -11,8 +11,8 @@ def learning_rate(plan: Plan, step: int) -> float:
     """Linear warm-up, then half a cosine down to `min_lr`, or falls at milestones.
 
     Args:
-        plan: peak, warm-up and length.
-        step: updates made so far.
+        plan: the run's plan, with its peak, warm-up and length.
+        step: updates made before this one.
 
     Source: Loshchilov & Hutter 2017; per update rather than per epoch, as the official MAE code.
         Falls by `gamma` at shares of the run as the official SimMIM code (`lr_scheduler.py`).

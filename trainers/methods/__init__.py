@@ -1,6 +1,6 @@
-"""The objectives, one file each, and what a method is.
+"""Pre-training methods, one file each, and their protocol.
 
-In order: `reconstruction` draws; `load` reads a trained method; the methods; `base` is their
-protocol, `inputs` makes their arguments, `needs` brings what they get from elsewhere, `assignment`
+In order: `reconstruction` draws predictions; `load` reads a trained method; the methods; `base` is
+their protocol, `inputs` makes their arguments, `needs` provides bundles they need, `assignment`
 groups pictures; `catalogue` finds a method by its name.
 """

@@ -1,4 +1,4 @@
-"""Autoencoder: nothing hidden, everything asked back through a bottleneck.
+"""Autoencoder: reconstruction of whole pictures through a bottleneck.
 
 Source: Hinton & Salakhutdinov 2006, "Reducing the Dimensionality of Data with Neural Networks".
 """
@@ -16,7 +16,7 @@ from mimray.trainers.types import MethodOutput
 
 
 class AE(Autoencoding):
-    """A few channels a place are all that the decoder gets."""
+    """Autoencoder whose bottleneck is a few channels per place of the grid."""
 
     def __init__(self, recipe: Recipe) -> None:
         config = recipe.method

@@ -1,9 +1,8 @@
-"""Groups of pictures over which a method normalises together, such as Sinkhorn's.
+"""Groups of pictures over which a method normalises jointly, as Sinkhorn assignment does.
 
-A group is so many neighbouring positions of the global batch (`MethodConfig.assignment_pictures`).
-The loader hands out positions so that the micro batches of all workers at once hold whole groups,
-in the order of ranks; so the same pictures form a group whatever the number of workers or of micro
-batches.
+A group is a range of `MethodConfig.assignment_pictures` neighbouring positions of the global batch.
+The loader assigns positions so that the micro batches of all workers together hold whole groups, in
+the order of ranks; so the same pictures form a group for any number of workers or micro batches.
 """
 
 from __future__ import annotations
@@ -15,14 +14,15 @@ from torch import Tensor
 
 
 def grouped(values: Float[Tensor, B * D], pictures: int) -> Float[Tensor, "G P *D"]:
-    """The values of all workers, by group; collective, and the same on every rank.
+    """Gather the values of all workers by group; collective, the same result on every rank.
 
     Args:
-        values: of this rank's micro batch, without gradients.
-        pictures: in a group, P.
+        values: values of this rank's micro batch, without gradients.
+        pictures: pictures in a group, P.
 
     Returns:
-        G groups. Where the pictures do not divide into groups, as in evaluation, all are one.
+        The values of G groups; of a single group if the pictures do not divide into groups, as in
+        evaluation.
     """
     whole = values
     if dist.is_initialized() and dist.get_world_size() > 1:
@@ -34,11 +34,11 @@ def grouped(values: Float[Tensor, B * D], pictures: int) -> Float[Tensor, "G P *
 
 
 def own_rows(groups: Float[Tensor, "G P *D"], batch: int) -> Float[Tensor, B * D]:
-    """What `grouped` values became, of this rank's pictures.
+    """Select this rank's rows of values by group, the inverse of `grouped`.
 
     Args:
-        groups: by group, in the order of `grouped`.
-        batch: pictures of this rank's micro batch.
+        groups: values by group, in the order of `grouped`.
+        batch: number of pictures in this rank's micro batch.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     return groups.flatten(0, 1)[rank * batch : (rank + 1) * batch]

@@ -1,4 +1,4 @@
-"""What the autoencoders share: a whole picture into a map of latents, and back out of it."""
+"""The base of the autoencoders: pictures to a map of latents, and back."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from mimray.trainers.types import MethodOutput
 
 
 class Autoencoding(Method):
-    """An encoder and a convolutional decoder; subclasses put the bottleneck in between.
+    """An encoder and a convolutional decoder; subclasses add the bottleneck between them.
 
     Args:
         recipe: the checked recipe.
-        latent_dim: channels of the latent that the decoder takes.
+        latent_dim: channels of the decoder's input, the latent.
     """
 
     def __init__(self, recipe: Recipe, latent_dim: int) -> None:
@@ -29,7 +29,7 @@ class Autoencoding(Method):
         config, data = recipe.method, recipe.data
         assert isinstance(config, AEConfig | VAEConfig | DVAEConfig)
         self.encoder = build_encoder(recipe.encoder, data.image_size, data.channels)
-        self.decoder: ConvDecoder | None = None  # of a tokenizer imported for its codes alone
+        self.decoder: ConvDecoder | None = None  # none in a tokenizer imported for its codes alone
         if config.decoder_widths:
             self.decoder = ConvDecoder(
                 latent_dim,
@@ -40,15 +40,15 @@ class Autoencoding(Method):
             )
 
     def encode(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
-        """The encoder's tokens as a map; nothing is hidden."""
+        """The encoder's tokens of whole pictures, as a map."""
         features = self.encoder(images)
         return torch.unflatten(features.tokens.transpose(1, 2), 2, features.grid)
 
     def decode(self, latent: Float[Tensor, "B L h w"]) -> Float[Tensor, "B C H W"]:
-        """Normalised pictures from latents.
+        """Decode latents into normalised pictures.
 
         Raises:
-            BundleError: there is no decoder.
+            BundleError: the method has no decoder.
         """
         if self.decoder is None:
             raise BundleError(
@@ -65,13 +65,13 @@ class Autoencoding(Method):
         loss: Float[Tensor, ""],
         terms: dict[str, Tensor] | None = None,
     ) -> MethodOutput:
-        """What `forward` returns: pictures as patches of the encoder's stride, all scored.
+        """The result of `forward`: pictures as patches of the encoder's stride, all scored.
 
         Args:
-            images: what was encoded.
-            decoded: what came back.
-            loss: scalar.
-            terms: scalars worth a curve of their own.
+            images: normalised pictures that were encoded.
+            decoded: their reconstructions.
+            loss: the loss, a scalar.
+            terms: further scalars to log, by name.
         """
         prediction = patchify(decoded, self.encoder.stride)  # B N P
         target = patchify(images, self.encoder.stride)  # B N P

@@ -1,4 +1,4 @@
-"""What a method is: a module that turns pictures and a mask into a loss."""
+"""The protocol of methods: modules that turn pictures and a mask into a loss."""
 
 from __future__ import annotations
 
@@ -24,27 +24,28 @@ from mimray.trainers.models.patches import unpatchify
 from mimray.trainers.pictures import hide_patches, paste_visible
 from mimray.trainers.types import MethodOutput, Panel
 
-# Modules that turn the last tokens or maps into predictions, by their names in a method.
+# Names, within a method, of modules that turn the last tokens or maps into predictions.
 HEADS = ("head", "decoder.pred", "decoder.to_pixels")
 
 
 class Method(nn.Module, ABC):
-    """One objective around one encoder. The engine alone calls backward and step.
+    """A pre-training objective around an encoder. Only the engine calls backward and step.
 
-    A method declares what the rest of the house has to know: its inputs (`views`), what it needs
-    from elsewhere (`needs`), which modules follow others (`averages`), and which is the result.
-    Every parameter is trained; or fixed (`requires_grad` False) and exported with its value at the
-    start; or lies in `averages`. State that is learnt in another way lives in buffers.
+    A method declares its inputs (`views`), the bundles it needs (`needs`), its moving averages
+    (`averages`) and the module to export (`result`). Each parameter is trained; or fixed
+    (`requires_grad` False) and exported with its initial value; or in `averages`. State that is not
+    learnt by gradient is in buffers.
 
     Args:
-        recipe: the checked recipe; a method reads `encoder`, `method` and `data` of it.
+        recipe: the checked recipe; a method reads its sections `encoder`, `method` and `data`.
 
     Attributes:
-        encoder: the backbone that is trained.
-        averages: modules that follow others, such as a teacher; None for none.
-        result: name of the module that outlives the method, an encoder: `encoder`, or the average
-            of one, `averages.encoder`.
-        within: marks what is computed as of one of the `parts`, where costs are counted.
+        encoder: the encoder that is trained.
+        averages: moving averages of modules, such as a teacher; None for none.
+        result: name of the encoder to export: `encoder`, or its moving average,
+            `averages.encoder`.
+        within: makes a context whose operations are attributed to one of the `parts` when costs are
+            counted; without effect otherwise.
     """
 
     result: ClassVar[str] = "encoder"
@@ -63,19 +64,19 @@ class Method(nn.Module, ABC):
     def forward(
         self, images: Float[Tensor, "B C H W"], mask: Bool[Tensor, "B N"] | None = None
     ) -> MethodOutput:
-        """Compute the loss of a batch. The arguments are the inputs that `views` declares.
+        """Compute the loss of a batch; the arguments are the inputs that `views` declares.
 
         Args:
             images: normalised pictures.
-            mask: True = hidden; drawn from torch's generator when left out.
+            mask: True = hidden; drawn from torch's generator by default.
         """
 
     @classmethod
     def views(cls, recipe: Recipe) -> Inputs:
-        """The inputs of a picture, by the names of `forward`'s arguments.
+        """Declare the inputs of a picture, named as the arguments of `forward`.
 
-        Here: one view as the recipe's `data` describes it, and its mask where `draw_mask` makes
-        one. What they hold must be picklable: they go to the decode processes.
+        By default one view as the recipe's `data` describes it, with a mask if the method overrides
+        `draw_mask`. Inputs must be picklable: they go to the decode processes.
         """
         hides = cls.draw_mask is not Method.draw_mask
         draw: Any = partial(cls.draw_mask, recipe)  # never None where it is overridden
@@ -84,31 +85,31 @@ class Method(nn.Module, ABC):
 
     @classmethod
     def needs(cls) -> tuple[Need, ...]:
-        """Bundles that the method needs; a need for each of its config's `places`."""
+        """Declare the bundles that the method needs, one for each of its config's `places`."""
         return ()
 
     def take(self, name: str, folder: Path) -> None:
-        """Take a bundle that was needed.
+        """Load a bundle that the method needs.
 
         Args:
-            name: the need's `folder`.
-            folder: the bundle's, verified.
+            name: the `folder` of the need.
+            folder: the folder of the bundle, verified.
         """
         raise AssertionError(f"{type(self).__name__} needs no {name}")
 
     def expect(self, name: str, recipe: Recipe | None) -> None:
-        """Take the shape of a network that is needed and stays, to count costs with.
+        """Build a needed network that stays without its weights, for the count of costs.
 
         Args:
-            name: the need's `folder`.
-            recipe: of the network; None where it is not there yet.
+            name: the `folder` of the need.
+            recipe: the recipe of the network; None if there is no bundle yet.
         """
         raise AssertionError(f"{type(self).__name__} needs no {name}")
 
     def parts(self) -> dict[str, list[nn.Module]]:
-        """Modules by the part of the method they are, as costs are told; the rest is the decoder.
+        """Modules by part of the method, as costs are reported; the rest is the decoder.
 
-        Modules that are needed but not owned may be among them.
+        Networks that the method calls but does not own may be among them.
         """
         heads = [module for name, module in self.named_modules() if name in HEADS]
         parts: dict[str, list[nn.Module]] = {"encoder": [self.encoder], "head": heads}
@@ -119,47 +120,52 @@ class Method(nn.Module, ABC):
 
     @staticmethod
     def draw_mask(recipe: Recipe, rng: np.random.Generator) -> Bool[np.ndarray, N] | None:
-        """The mask of one sample, a pure function of its generator; runs in the loader.
+        """Draw the mask of one sample; runs in the loader.
 
-        None where the method hides nothing.
+        Args:
+            recipe: the checked recipe.
+            rng: the sample's own generator, the only source of randomness.
+
+        Returns:
+            bool [N], True = hidden; None if the method hides nothing.
         """
         return None
 
     def at_step(self, step: int, num_steps: int) -> None:
-        """Told before each update, on every rank; for what changes over a run.
+        """Called before each update, on every rank; sets values that change over a run.
 
         Args:
             step: updates made so far.
-            num_steps: of the whole run.
+            num_steps: updates of the whole run.
         """
 
     def after_step(self, step: int) -> dict[str, float]:
         """Called after each update, on every rank; may be collective.
 
-        For state that is not learnt by gradient. Counts what the micro batches of all ranks
-        brought since the last call.
+        Updates state that is not learnt by gradient, from the micro batches of all ranks since the
+        last call.
 
         Args:
             step: updates made, this one included.
 
         Returns:
-            Figures for the row of metrics, the same on every rank.
+            Figures for the row of metrics, by name, the same on every rank.
         """
         return {}
 
     def reconstruct(
         self, images: Float[Tensor, "B C H W"], output: MethodOutput, *, oracle: bool = False
     ) -> Float[Tensor, "B C H W"]:
-        """The prediction as normalised pictures, hidden and visible patches alike.
+        """Turn predictions into normalised pictures, in hidden and visible patches alike.
 
-        Here: predictions that are pixels. A method whose predictions are something else says how
-        they become pixels, or draws its `panels` itself.
+        By default predictions are pixels. A method that predicts something else overrides this or
+        `panels`.
 
         Args:
-            images: what was encoded.
-            output: of `forward` on them.
-            oracle: where targets were normalised by a hidden patch's own statistics, use those,
-                which leaks the answer; elsewhere it changes nothing.
+            images: the normalised pictures that were encoded.
+            output: the result of `forward` for them.
+            oracle: True to undo a normalisation of targets by the statistics of the hidden patches
+                themselves, which leaks the answer; without effect on other targets.
         """
         stride = self.encoder.stride
         grid = images.shape[2] // stride, images.shape[3] // stride
@@ -168,12 +174,12 @@ class Method(nn.Module, ABC):
     def panels(
         self, images: Float[Tensor, "B C H W"], output: MethodOutput, *, oracle: bool = False
     ) -> list[Panel]:
-        """The pictures people look at, column by column.
+        """Draw predictions beside the originals, as columns of a sheet.
 
         Args:
-            images: what was encoded.
-            output: of `forward` on them.
-            oracle: as for `reconstruct`; the headings say so.
+            images: the normalised pictures that were encoded.
+            output: the result of `forward` for them.
+            oracle: True to draw as `reconstruct` does with `oracle`; the headings then say so.
         """
         original = self.pixels(images)
         drawn = self.pixels(self.reconstruct(images, output, oracle=oracle))
@@ -190,12 +196,12 @@ class Method(nn.Module, ABC):
         ]
 
     def pixels(self, images: Float[Tensor, "B C H W"]) -> np.ndarray:
-        """Normalised pictures as uint8 [B, H, W, C] on the host."""
+        """Denormalised pictures, uint8 [B, H, W, C] on the host."""
         data = self.recipe.data
         return denormalise(images, data.mean, data.std).permute(0, 2, 3, 1).cpu().numpy()
 
     def draw_masks(self, images: Float[Tensor, "B C H W"]) -> Bool[Tensor, "B N"]:
-        """A mask for each picture, from torch's generator."""
+        """Draw a mask for each picture from torch's generator."""
         rng = np.random.default_rng(int(torch.randint(2**62, ())))
         masks = [self.draw_mask(self.recipe, rng) for _ in range(images.shape[0])]
         return torch.from_numpy(np.stack([m for m in masks if m is not None])).to(images.device)

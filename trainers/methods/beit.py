@@ -1,4 +1,4 @@
-"""BEiT: BERT's pre-training, of pictures.
+"""BEiT: masked image modelling with the codes of a tokenizer as targets.
 
 Source: Bao et al. 2022, "BEiT: BERT Pre-Training of Image Transformers".
 """
@@ -35,28 +35,32 @@ from mimray.trainers.types import MethodOutput, Panel
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What BEiT asks of a tokenizer; a trained `dvae` has it."""
+    """The protocol of BEiT's tokenizer, which a trained `dvae` has.
+
+    Attributes:
+        recipe: the recipe that the tokenizer was trained by.
+    """
 
     recipe: Recipe
 
     def codes(self, images: Tensor) -> Tensor:
-        """Codes int64 [B, h, w] of pictures in the tokenizer's own normalisation."""
+        """Codes int64 [B, h, w] of pictures [B, C, H, W] in the tokenizer's own normalisation."""
 
     def decode_codes(self, codes: Tensor) -> Tensor:
-        """Pictures [B, C, H, W], so normalised, of codes [B, h, w]."""
+        """Pictures [B, C, H, W] in the tokenizer's own normalisation, of codes [B, h, w]."""
 
     def to(self, device: torch.device) -> Tokenizer:
-        """Move it, in place."""
+        """Move the tokenizer to a device, in place."""
 
 
 class BEiT(Method):
-    """Hide blocks of patches behind a mask token; predict the tokenizer's codes of them.
+    """Replaces blocks of patches by a mask token and predicts the tokenizer's codes of them.
 
-    The tokenizer is attached, not owned: it is in no state dict, no checkpoint and no
-    optimiser, and stays in fp32 and evaluation mode whatever becomes of the method.
+    The tokenizer is attached, not owned: it is in no state dict, checkpoint or optimiser, and
+    stays in fp32 and evaluation mode when the method is cast or trained.
 
     Attributes:
-        config: the method's part of the recipe.
+        config: the recipe's `method` section.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -74,7 +78,7 @@ class BEiT(Method):
 
     @classmethod
     def views(cls, recipe: Recipe) -> Inputs:
-        """A masked view, and the same crop as stored pixels at the tokenizer's size."""
+        """A masked view, and the same crop as uint8 pixels at the tokenizer's size."""
         config = recipe.method
         assert isinstance(config, BEiTConfig)
         (images,) = super().views(recipe)
@@ -83,7 +87,7 @@ class BEiT(Method):
             size=config.tokenizer_image_size,
             like=images.name,
             interpolation="lanczos",
-            # The tokenizer has a normalisation and a precision of its own.
+            # The tokenizer has its own normalisation and precision.
             normalised=False,
         )
         return images, second
@@ -106,13 +110,13 @@ class BEiT(Method):
         self.attach(tokenizer)
 
     def expect(self, name: str, recipe: Recipe | None) -> None:
-        """Attach the shape of a tokenizer, or one whose codes cost nothing."""
+        """Attach a tokenizer without weights, or a stand-in whose codes cost nothing."""
         found = build_method(recipe).eval() if recipe else _NoTokenizer(self.recipe)
         assert isinstance(found, Tokenizer)
         self.attach(found)
 
     def parts(self) -> dict[str, list[nn.Module]]:
-        """The tokenizer is a part that is not owned."""
+        """The parts of the base class, and the tokenizer, which is not owned."""
         found = self._tokenizer
         return {
             **super().parts(),
@@ -121,10 +125,10 @@ class BEiT(Method):
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer.
+        """The attached tokenizer.
 
         Raises:
-            BundleError: none is attached.
+            BundleError: no tokenizer is attached.
         """
         if self._tokenizer is None:
             raise BundleError(
@@ -134,8 +138,8 @@ class BEiT(Method):
         return self._tokenizer
 
     def attach(self, tokenizer: Tokenizer) -> None:
-        """Take a tokenizer, which is in evaluation mode and stays so."""
-        # Past nn.Module, which would make it a part of this module.
+        """Attach a tokenizer, which must be in evaluation mode and stays so."""
+        # Around nn.Module, which would register it as a submodule.
         self.__dict__["_tokenizer"] = tokenizer
 
     def forward(
@@ -148,10 +152,10 @@ class BEiT(Method):
 
         Args:
             images: normalised pictures.
-            mask: True = hidden; drawn from torch's generator when left out.
-            tokenizer_images: the same crops as stored pixels, at the tokenizer's size. Left
-                out, they are made from `images`, which comes close: training resizes the
-                picture itself, by another filter.
+            mask: True = hidden; drawn from torch's generator by default.
+            tokenizer_images: the same crops as uint8 pixels, at the tokenizer's size. By default
+                they are resized from `images`, which comes close: training resizes the stored
+                picture, by another filter.
         """
         if mask is None:
             mask = self.draw_masks(images)
@@ -166,7 +170,7 @@ class BEiT(Method):
 
     @staticmethod
     def draw_mask(recipe: Recipe, rng: np.random.Generator) -> Bool[np.ndarray, N]:
-        """Blocks of patches, of a number that varies."""
+        """Draw a block-wise mask; the number of hidden patches varies."""
         config = recipe.method
         assert isinstance(config, BEiTConfig)
         return block_mask(
@@ -179,7 +183,7 @@ class BEiT(Method):
 
     @torch.no_grad()
     def codes(self, tokenizer_images: UInt8[Tensor, "B C h w"]) -> Int64[Tensor, "B N"]:
-        """The tokenizer's codes of pictures of its size, row-major over the grid."""
+        """The tokenizer's codes of pictures at its size, row-major over the grid."""
         tokenizer = self.tokenizer.to(tokenizer_images.device)
         data = tokenizer.recipe.data
         with self.within("tokenizer"):
@@ -188,11 +192,11 @@ class BEiT(Method):
     def reconstruct(
         self, images: Float[Tensor, "B C H W"], output: MethodOutput, *, oracle: bool = False
     ) -> Float[Tensor, "B C H W"]:
-        """The likeliest codes of hidden patches and the codes of visible ones, decoded.
+        """Decode the likeliest codes of hidden patches with the codes of visible ones.
 
-        The tokenizer's field of view is wider than a patch, so hidden pixels would show in the
-        codes of their neighbours. It is shown the prediction in their place, which a first
-        round with the mean colour there has drawn.
+        The tokenizer's receptive field is wider than a patch, so hidden pixels would leak into the
+        codes of their neighbours. In their place it gets the prediction, as a first round, with
+        the mean colour there, has drawn it.
         """
         predicted = output.prediction.argmax(dim=-1)  # M
         drawn = torch.zeros_like(images)
@@ -205,7 +209,10 @@ class BEiT(Method):
     def panels(
         self, images: Float[Tensor, "B C H W"], output: MethodOutput, *, oracle: bool = False
     ) -> list[Panel]:
-        """What was shown, what the tokenizer can say of it at best, and what was predicted."""
+        """Originals, visible patches, decoded codes of the originals, and decoded predictions.
+
+        A tokenizer without a decoder draws no codes: wrongly predicted codes are marked instead.
+        """
         original = self.pixels(images)
         theirs = self.tokenizer.recipe.method
         if isinstance(theirs, DVAEConfig) and not theirs.decoder_widths:
@@ -220,7 +227,7 @@ class BEiT(Method):
         ]
 
     def _hits(self, original: np.ndarray, output: MethodOutput) -> list[Panel]:
-        """Where the right code was predicted, for a tokenizer that draws none."""
+        """Originals, visible patches, and the patches whose codes are wrong, hidden."""
         mask, stride = output.mask.cpu(), self.encoder.stride
         wrong = mask.clone()
         wrong[mask] = (output.prediction.argmax(dim=-1) != output.target).cpu()
@@ -231,14 +238,14 @@ class BEiT(Method):
         ]
 
     def _second_view(self, images: Float[Tensor, "B C H W"]) -> UInt8[Tensor, "B C h w"]:
-        """Normalised pictures as pixels of the tokenizer's size."""
+        """Normalised pictures as uint8 pixels at the tokenizer's size."""
         data = self.recipe.data
         pixels = denormalise(images, data.mean, data.std).float()
         return _resize(pixels, self.config.tokenizer_image_size).clamp(0, 255).round().byte()
 
     @torch.no_grad()
     def _decoded(self, codes: Int64[Tensor, "B N"]) -> Float[Tensor, "B C H W"]:
-        """Codes as pictures of the encoder's size and normalisation."""
+        """Pictures decoded from codes, in the encoder's size and normalisation."""
         ours, theirs = self.recipe.data, self.tokenizer.recipe.data
         maps = codes.reshape(-1, *self.recipe.grid)  # B h w
         drawn = self.tokenizer.to(codes.device).decode_codes(maps)
@@ -260,14 +267,14 @@ class BEiT(Method):
 
 
 def _resize(images: Float[Tensor, "B C H W"], size: tuple[int, int]) -> Float[Tensor, "B C _ _"]:
-    """Bicubic, low-passed where it shrinks."""
+    """Resize by antialiased bicubic interpolation."""
     if images.shape[2:] == size:
         return images
     return F.interpolate(images, size, mode="bicubic", antialias=True)
 
 
 class _NoTokenizer(Tokenizer):
-    """Stands in for a tokenizer that is not there; its codes cost nothing."""
+    """A stand-in for a missing tokenizer, whose codes cost nothing."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -283,10 +290,11 @@ class _NoTokenizer(Tokenizer):
 
 
 def _held(recipe: Recipe, card: BundleCard) -> dict[str, Any]:
-    """Hold a recipe against its tokenizer's card; gives the number of codes.
+    """Check a recipe against its tokenizer's card; returns the number of codes.
 
     Raises:
-        ConfigError: it is no tokenizer, or not one of the recipe's sizes.
+        ConfigError: the bundle is no tokenizer, or its channels, sizes or number of codes do not
+            fit the recipe.
     """
     method = recipe.method
     assert isinstance(method, BEiTConfig)

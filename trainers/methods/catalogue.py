@@ -1,4 +1,4 @@
-"""From the name of a method to the method; its file is read when a recipe names it."""
+"""The methods by name; a method's module is imported when a recipe names it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ if TYPE_CHECKING:
 
 
 def method_class(name: str) -> type[Method]:
-    """The class of the method a recipe names; configs have checked the name already."""
+    """The class of a method.
+
+    Args:
+        name: the method's name in a checked recipe.
+    """
     module, _, attribute = METHODS[name].implementation.partition(":")
     found: type[Method] = getattr(importlib.import_module(module), attribute)
     return found
 
 
 def build_method(recipe: Recipe) -> Method:
-    """A freshly initialised method; seed torch before for a repeatable one."""
+    """Build a freshly initialised method; a seed of torch makes it repeatable."""
     return method_class(recipe.method.name)(recipe)
 
 

@@ -1,4 +1,4 @@
-"""Discrete tokenizer: a picture as a grid of codes out of a vocabulary, and back.
+"""Discrete tokenizer (dVAE): pictures to grids of codes out of a vocabulary, and back.
 
 Source: van den Oord et al. 2017, "Neural Discrete Representation Learning"; with Gumbel-softmax
 Ramesh et al. 2021, "Zero-Shot Text-to-Image Generation"; as BEiT's tokenizer Bao et al. 2022,
@@ -25,9 +25,9 @@ from mimray.trainers.types import MethodOutput, Panel
 
 
 class DVAE(Autoencoding):
-    """Every place is one of K codes; the decoder gets nothing else.
+    """Autoencoder whose latent at each place of the grid is one of K codes.
 
-    `codes` and `decode_codes` are the tokenizer: pictures to codes and back.
+    `codes` and `decode_codes` are the tokenizer.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -50,7 +50,7 @@ class DVAE(Autoencoding):
     def forward(
         self, images: Float[Tensor, "B C H W"], mask: Bool[Tensor, "B N"] | None = None
     ) -> MethodOutput:
-        """Mean squared error of the pixels, and what the quantizer adds.
+        """Mean squared error of the pixels plus the quantizer's loss.
 
         Source: van den Oord et al. 2017, eq. 3.
         """
@@ -61,14 +61,15 @@ class DVAE(Autoencoding):
         return self.output(images, decoded, reconstruction + quantized.loss, terms)
 
     def at_step(self, step: int, num_steps: int) -> None:
-        """Anneal the temperature, where there is one."""
+        """Anneal the temperature of a Gumbel-softmax quantizer."""
         self.quantizer.at_step(step, num_steps)
 
     def after_step(self, step: int) -> dict[str, float]:
-        """Settle the codebook; usage and perplexity over all ranks.
+        """Update the codebook; returns usage and perplexity over all ranks.
 
         Raises:
-            CodebookCollapseError: too few codes were used over the last window; on every rank.
+            CodebookCollapseError: fewer codes than `min_usage` were in use over the last window;
+                raised on every rank.
         """
         figures = self.quantizer.after_step(step)
         usage, window = figures["codebook_usage"], self.config.usage_window_steps
@@ -85,18 +86,18 @@ class DVAE(Autoencoding):
 
     @torch.no_grad()
     def codes(self, images: Float[Tensor, "B C H W"]) -> Int64[Tensor, "B h w"]:
-        """The codes of normalised pictures, in evaluation mode the same every time."""
+        """Codes of normalised pictures, deterministic in evaluation mode."""
         return self.quantizer.codes(self.encode(images))
 
     @torch.no_grad()
     def decode_codes(self, codes: Int64[Tensor, "B h w"]) -> Float[Tensor, "B C H W"]:
-        """Normalised pictures of codes."""
+        """Normalised pictures decoded from codes."""
         return self.decode(self.quantizer.embed(codes))
 
     def panels(
         self, images: Float[Tensor, "B C H W"], output: MethodOutput, *, oracle: bool = False
     ) -> list[Panel]:
-        """Originals, what came back, and the codes in false colours: near codes look alike."""
+        """Originals, reconstructions, and the codes in false colours, alike for near codes."""
         codes = self.codes(images).cpu().numpy()  # B h w
         colours = false_colours(self.quantizer.table().detach())[codes]  # B h w 3
         stride = self.encoder.stride
@@ -116,9 +117,9 @@ class DVAE(Autoencoding):
 
 
 def false_colours(table: Float[Tensor, "K D"]) -> np.ndarray:
-    """A colour for each code, uint8 [K, 3]: its rank along the three widest axes of the codes."""
+    """Colours of codes, uint8 [K, 3]: ranks along the codes' first three principal axes."""
     centred = table.double().cpu() - table.double().mean(dim=0).cpu()
-    axes = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -3:]  # D 3, the widest last
+    axes = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -3:]  # D 3, the first one last
     ranks = (centred @ axes).argsort(dim=0).argsort(dim=0)  # K 3
     colours: np.ndarray = (255 * ranks / (len(table) - 1)).round().byte().numpy()
     return colours

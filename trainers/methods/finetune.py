@@ -1,4 +1,4 @@
-"""Fine-tuning: the whole encoder, end to end, on the classes of labelled pictures.
+"""Fine-tuning: classification of labelled pictures, the whole encoder trained end to end.
 
 Source: He et al. 2022 (MAE), A.1 and Table 9; github.com/facebookresearch/mae `main_finetune.py`,
 `models_vit.py`.
@@ -32,20 +32,20 @@ from mimray.trainers.models.resize import for_size, resized
 from mimray.trainers.types import MethodOutput, Panel
 
 HEAD_STD = 2e-5
-# What two encoders may differ in and still take each other's weights.
+# Keys in which two encoders may differ and still take each other's weights.
 _FREE = {"name", "init", "drop_path"}
 _FRAMES = {True: (40, 160, 70), False: (205, 50, 45)}
 
 
 class Finetune(Method):
-    """A linear head on what the encoder pools; cross-entropy against soft targets.
+    """A linear head on the encoder's pooled features; cross-entropy against soft targets.
 
-    A vit's patches are averaged before the final norm, which so takes the part of MAE's `fc_norm`.
-    Other encoders are averaged after it, as in the official SimMIM code; a class token comes
+    A vit's patches are averaged before the final norm, which thus serves as MAE's `fc_norm`. Other
+    encoders' patches are averaged after it, as in the official SimMIM code; a class token is
     normalised too.
 
     Attributes:
-        config: the method's part of the recipe.
+        config: the recipe's `method` section.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -62,19 +62,19 @@ class Finetune(Method):
 
     @classmethod
     def views(cls, recipe: Recipe) -> Inputs:
-        """A view that hides nothing, and its class."""
+        """An unmasked view, and its class."""
         return (*super().views(recipe), Labels())
 
     @classmethod
     def needs(cls) -> tuple[Need, ...]:
-        """The encoder to begin with; a fresh one without."""
+        """A bundle with the initial encoder; without one, the encoder is freshly initialised."""
         return (Need("bundle", "initial", "encoder", _held, stays=False),)
 
     def take(self, name: str, folder: Path) -> None:
-        """Begin with the encoder of a bundle, at this one's size of input.
+        """Begin with the encoder of a bundle, resized to this encoder's input.
 
         Raises:
-            BundleError: it cannot be read.
+            BundleError: the bundle cannot be read.
         """
         card = read_card(folder)
         try:
@@ -86,12 +86,12 @@ class Finetune(Method):
         self.begin_with(resized(state, theirs, (recipe.encoder, recipe.data.image_size)))
 
     def begin_with(self, encoder: Mapping[str, Tensor]) -> None:
-        """Take an encoder's weights to begin with.
+        """Load an encoder's weights to begin with.
 
-        A norm that is to follow the pooling starts afresh, for it learnt to follow single patches.
+        A norm after the pooling starts afresh, since it was trained on single patches.
 
         Args:
-            encoder: its state, of the very architecture and size of this one.
+            encoder: the encoder's state, of this one's architecture and size.
         """
         self.encoder.load_state_dict(dict(encoder))
         if self.pools_first:
@@ -105,16 +105,16 @@ class Finetune(Method):
         mask: Bool[Tensor, "B N"] | None = None,
         labels: Int64[Tensor, " B"] | None = None,
     ) -> MethodOutput:
-        """Mean cross-entropy; in training of mixed pictures and smoothed labels.
+        """Mean cross-entropy, in training with mixed pictures and smoothed labels.
 
         Args:
             images: normalised pictures.
-            mask: nothing is hidden here.
-            labels: their classes.
+            mask: None; fine-tuning hides nothing.
+            labels: the pictures' classes.
 
         Returns:
-            Logits and the probabilities they are held against. Of the terms, `accuracy` counts the
-            class with the most of a target as the right one.
+            Logits, target probabilities, and the term `accuracy`, which counts the class of the
+            largest target probability as the right one.
         """
         assert mask is None, "fine-tuning hides nothing"
         assert labels is not None, "a loss needs labels; `logits` needs none"
@@ -132,7 +132,7 @@ class Finetune(Method):
         return MethodOutput(loss, logits, targets, all_seen, {"accuracy": accuracy})
 
     def logits(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
-        """A score for each class, before the softmax.
+        """Scores of the classes before the softmax.
 
         Args:
             images: normalised pictures.
@@ -150,13 +150,13 @@ class Finetune(Method):
     def reconstruct(
         self, images: Float[Tensor, "B C H W"], output: MethodOutput, *, oracle: bool = False
     ) -> Float[Tensor, "B C H W"]:
-        """There is none: a class does not say what the pixels were."""
+        """Raise NotImplementedError: classes give no pixels."""
         raise NotImplementedError("fine-tuning predicts no pixels")
 
     def panels(
         self, images: Float[Tensor, "B C H W"], output: MethodOutput, *, oracle: bool = False
     ) -> list[Panel]:
-        """The pictures as augmented, in green where the class is right, else in red."""
+        """The augmented pictures, framed in green if the predicted class is right, else in red."""
         right = output.prediction.argmax(dim=1) == output.target.argmax(dim=1)
         framed = self.pixels(images).copy()  # B H W C
         width_px = max(1, min(framed.shape[1:3]) // 24)
@@ -168,14 +168,14 @@ class Finetune(Method):
 
 
 def trainable_encoder(card: BundleCard, image_size: tuple[int, int]) -> EncoderConfig:
-    """The architecture that takes a bundle's weights and trains all of them.
+    """The architecture that takes a bundle's weights and can train all of them.
 
     Args:
-        card: the bundle's description.
+        card: the bundle's description, bundle.json.
         image_size: (height, width) of the pictures to train on.
 
     Raises:
-        BundleError: it does not fit that size.
+        BundleError: the encoder does not fit the size.
 
     Source: official MAE code, `models_vit.py`: fixed sin-cos positions become trained ones.
     """
@@ -186,10 +186,10 @@ def trainable_encoder(card: BundleCard, image_size: tuple[int, int]) -> EncoderC
 
 
 def _held(recipe: Recipe, card: BundleCard) -> dict[str, Any]:
-    """Hold a recipe's encoder against that of the bundle it begins with.
+    """Check a recipe's encoder against that of the bundle it begins with.
 
     Raises:
-        ConfigError: they differ.
+        ConfigError: their channels or architectures differ.
     """
     method = recipe.method
     assert isinstance(method, FinetuneConfig)

@@ -1,4 +1,4 @@
-"""From a batch to the arguments of a method's `forward`."""
+"""Arguments of a method's `forward`: from a batch, from whole pictures, or without values."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ Arguments = dict[str, Tensor]
 
 
 def arguments_of(batch: Batch, inputs: Inputs, recipe: Recipe, device: torch.device) -> Arguments:
-    """A batch on a device, its pictures normalised and erased as the views say.
+    """Move a batch to a device, and normalise and erase its pictures as the views declare.
 
     Args:
-        batch: of the loader.
-        inputs: the declaration it was made by.
-        recipe: normalisation and seed.
-        device: where to.
+        batch: a batch of the loader.
+        inputs: the method's declared inputs, by which the batch was made.
+        recipe: the recipe, with its normalisation and seed.
+        device: the target device.
     """
     arguments = {
         name: tensor.to(device, non_blocking=True) for name, tensor in batch.inputs.items()
@@ -36,7 +36,7 @@ def arguments_of(batch: Batch, inputs: Inputs, recipe: Recipe, device: torch.dev
     for view, first in numbered(inputs):
         if not view.normalised:
             continue
-        # In fp32, as targets are; encoders cast what they compute with.
+        # In fp32, as targets are; encoders cast their input themselves.
         images = _normalised(arguments[view.name], recipe)
         if view.erasing:
             crops = images.unsqueeze(1) if view.count == 1 else images
@@ -56,13 +56,13 @@ def arguments_of(batch: Batch, inputs: Inputs, recipe: Recipe, device: torch.dev
 def whole_pictures(
     pictures: Sequence[Image.Image], inputs: Inputs, recipe: Recipe, *, seed: int
 ) -> Arguments:
-    """Arguments that show pictures whole and upright, masked but not augmented.
+    """Make arguments of whole, unflipped pictures, masked but not augmented.
 
     Args:
-        pictures: RGB, of any size.
-        inputs: the method's declaration.
-        recipe: channels and normalisation.
-        seed: of the masks; the same ones for the same seed and position.
+        pictures: RGB pictures of any size.
+        inputs: the method's declared inputs.
+        recipe: the recipe, with its channels and normalisation.
+        seed: the seed of the masks, which depend on it and on a picture's position.
     """
     made: dict[str, list[np.ndarray]] = {}
     for number, picture in enumerate(pictures):
@@ -80,13 +80,13 @@ def whole_pictures(
 
 
 def placeholders(inputs: Inputs, recipe: Recipe, batch: int, dtype: torch.dtype) -> Arguments:
-    """Arguments on torch's meta device, without values; masks are real, as shapes depend on them.
+    """Make arguments on torch's meta device; masks have values, since shapes depend on them.
 
     Args:
-        inputs: the method's declaration.
-        recipe: number of channels.
-        batch: B.
-        dtype: of what is normalised.
+        inputs: the method's declared inputs.
+        recipe: the recipe, with its number of channels.
+        batch: the batch size B.
+        dtype: the data type of normalised pictures.
     """
     arguments: Arguments = {}
     rng = np.random.default_rng(0)
@@ -111,6 +111,6 @@ def placeholders(inputs: Inputs, recipe: Recipe, batch: int, dtype: torch.dtype)
 
 
 def _normalised(pixels: Tensor, recipe: Recipe) -> Tensor:
-    """Floats of uint8 [B, C, H, W] or [B, V, C, H, W]."""
+    """Normalised pictures, in fp32, of uint8 [B, C, H, W] or [B, V, C, H, W]."""
     flat = pixels.flatten(0, -4)  # (B V) C H W
     return normalise(flat, recipe.data.mean, recipe.data.std).reshape(pixels.shape)

@@ -1,4 +1,4 @@
-"""From a bundle back to a trained method."""
+"""Loading of a trained method from a bundle."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from mimray.trainers.methods.needs import supply
 
 
 def load_method(path: str | Path) -> Method:
-    """Load a trained method, decoder and all, to reconstruct with or to train on from.
+    """Load a whole trained method, its decoder included, to reconstruct or to train further.
 
     Args:
-        path: a run's folder, or a bundle's that kept its decoder.
+        path: the folder of a run, or of a bundle that has its decoder.
 
     Returns:
         The method on the CPU in fp32, in evaluation mode, with the networks it needs.
 
     Raises:
-        BundleError: no bundle there, a damaged one, or one exported without its decoder.
+        BundleError: there is no bundle, it is damaged, or was exported without its decoder.
     """
     folder = bundle_folder(path)
     card = read_card(folder)

@@ -1,4 +1,4 @@
-"""Reductions that several methods share."""
+"""Reductions of losses shared by several methods."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def masked_mean(error: Float[Tensor, "B N"], mask: Bool[Tensor, "B N"]) -> Float[Tensor, ""]:
-    """Mean over the hidden patches of a batch, in fp32 whatever the model computes in.
+    """Mean over the hidden patches of a batch, in fp32 at any precision of the model.
 
     Args:
-        error: a value a patch.
+        error: the error of each patch.
         mask: True = hidden.
     """
     return (error.float() * mask).sum() / mask.sum()

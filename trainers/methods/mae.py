@@ -1,4 +1,4 @@
-"""Masked autoencoder.
+"""Masked autoencoder (MAE).
 
 Source: He et al. 2022, "Masked Autoencoders Are Scalable Vision Learners".
 """
@@ -25,7 +25,7 @@ NORM_PIX_EPS = 1e-6
 
 
 class MAE(Method):
-    """Encode the visible patches, decode all, score the hidden ones in pixels."""
+    """Encodes the visible patches, decodes all, and scores the pixels of the hidden ones."""
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
@@ -60,17 +60,17 @@ class MAE(Method):
 
     @staticmethod
     def draw_mask(recipe: Recipe, rng: np.random.Generator) -> Bool[np.ndarray, N]:
-        """Uniformly random patches."""
+        """Draw a mask of uniformly random patches."""
         assert isinstance(recipe.method, MAEConfig)
         return random_mask(rng, recipe.grid, recipe.method.mask_ratio)
 
     def reconstruct(
         self, images: Float[Tensor, "B C H W"], output: MethodOutput, *, oracle: bool = False
     ) -> Float[Tensor, "B C H W"]:
-        """Predicted pixels.
+        """Turn predictions into normalised pictures.
 
-        Normalised targets carry no mean and contrast of their own. Those of the visible patches
-        around are lent to them, since a hidden patch's own, the oracle's, leak the answer.
+        Normalised targets lack a patch's mean and contrast. They are interpolated from the visible
+        patches around, since a hidden patch's own, the oracle's, leak the answer.
         """
         patch = self.encoder.stride
         grid = images.shape[2] // patch, images.shape[3] // patch
@@ -89,7 +89,7 @@ class MAE(Method):
 
 
 def normalise_patches(patches: Float[Tensor, "B N P"]) -> Float[Tensor, "B N P"]:
-    """Zero mean and unit (unbiased) variance a patch.
+    """Normalise each patch to zero mean and unit (unbiased) variance.
 
     Source: He et al. 2022, sec. 3 "Reconstruction target"; eps 1e-6 as in the official code.
     """
@@ -99,7 +99,7 @@ def normalise_patches(patches: Float[Tensor, "B N P"]) -> Float[Tensor, "B N P"]
 
 
 def _nearness(grid: tuple[int, int], device: torch.device) -> Float[Tensor, "N N"]:
-    """How much one patch says about another's brightness: the inverse cube of their distance."""
+    """Interpolation weights between patches: the inverse cube of their distance."""
     rows, columns = torch.meshgrid(
         torch.arange(grid[0], device=device), torch.arange(grid[1], device=device), indexing="ij"
     )

@@ -1,4 +1,4 @@
-"""MaskFeat: predict what the hidden patches' edges look like.
+"""MaskFeat: prediction of the histograms of oriented gradients (HOG) of hidden patches.
 
 Source: Wei et al. 2022, "Masked Feature Prediction for Self-Supervised Visual Pre-Training".
 """
@@ -24,7 +24,7 @@ from mimray.trainers.types import MethodOutput, Panel
 
 
 class MaskFeat(Method):
-    """Score histograms of oriented gradients on the hidden patches.
+    """Scores predicted histograms of oriented gradients on the hidden patches.
 
     Without a decoder (the paper) mask tokens go through the encoder and a linear head predicts;
     with one the encoder sees the visible patches alone, as in MAE.
@@ -59,7 +59,7 @@ class MaskFeat(Method):
         """Mean squared error over hidden patches only.
 
         The mean is over the values of a patch too, as in the official code. Targets are cut from
-        the HOG of the whole picture, so that those at a patch's border know its neighbours.
+        the HOG of the whole picture, so that cells at a patch's border see its neighbours.
 
         Source: Wei et al. 2022, sec. 3.
         """
@@ -72,7 +72,7 @@ class MaskFeat(Method):
 
     @staticmethod
     def draw_mask(recipe: Recipe, rng: np.random.Generator) -> Bool[np.ndarray, N]:
-        """Blocks of patches as in BEiT, or uniformly random patches."""
+        """Draw a block-wise mask as in BEiT, or one of uniformly random patches."""
         config, (rows, columns) = recipe.method, recipe.grid
         assert isinstance(config, MaskFeatConfig)
         if config.masking == "random":
@@ -88,13 +88,13 @@ class MaskFeat(Method):
     def reconstruct(
         self, images: Float[Tensor, "B C H W"], output: MethodOutput, *, oracle: bool = False
     ) -> Float[Tensor, "B C H W"]:
-        """There is none: histograms do not say what the pixels were."""
+        """Raise NotImplementedError: histograms give no pixels."""
         raise NotImplementedError("MaskFeat predicts no pixels")
 
     def panels(
         self, images: Float[Tensor, "B C H W"], output: MethodOutput, *, oracle: bool = False
     ) -> list[Panel]:
-        """Histograms as strokes along the edges; where patches were visible, their true ones."""
+        """Draw histograms as strokes along edges; visible patches show their true ones."""
         original = self.pixels(images)
         mask, stride = output.mask, self.encoder.stride
         grid = images.shape[2] // stride, images.shape[3] // stride
@@ -117,6 +117,6 @@ class MaskFeat(Method):
         return prediction
 
     def _glyphs(self, patches: Float[Tensor, "B N P"], grid: tuple[int, int]) -> np.ndarray:
-        """Histograms, the mean over channels, as uint8 [B, _, _, 1]."""
+        """Histograms averaged over channels, drawn as uint8 [B, _, _, 1]."""
         cells = self.hog.to_cells(patches, grid).mean(dim=1)  # B K R S
         return draw_glyphs(cells.permute(0, 2, 3, 1).cpu().numpy())

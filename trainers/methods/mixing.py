@@ -1,4 +1,4 @@
-"""Mixup and cutmix: each picture of a batch blended with another, and its target with it."""
+"""Mixup and CutMix: pictures of a batch blended in pairs, and their targets with them."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ def mix(
     targets: Float[Tensor, "B K"],
     config: FinetuneConfig,
 ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B K"]]:
-    """Blend every picture with its opposite in the batch, all by the same share, or none.
+    """Blend each picture with its opposite in the batch, all by one share, or leave all as is.
 
     Args:
-        rng: drawn from: whether, which, the share, the place.
-        images: normalised pictures; left as they are.
-        targets: probabilities.
-        config: `mixup`, `cutmix` and their probabilities.
+        rng: the generator of all choices: to mix or not, mixup or CutMix, share and box.
+        images: normalised pictures; not changed in place.
+        targets: class probabilities.
+        config: the method's configuration, with `mixup`, `cutmix` and their probabilities.
 
     Returns:
-        Pictures and targets, blended. Of cutmix the share is that of the area in fact replaced.
+        Blended pictures and targets. The share of CutMix is that of the area actually replaced.
 
     Source: Zhang et al. 2018 (mixup), sec. 2; Yun et al. 2019 (CutMix), eq. 1 and 2; one share a
         batch, and partners back to front, as timm's `Mixup(mode="batch")`, by which MAE fine-tunes.
@@ -55,7 +55,7 @@ def mix(
 def smoothed_targets(
     labels: Int64[Tensor, " B"], num_classes: int, smoothing: float
 ) -> Float[Tensor, "B K"]:
-    """Probabilities of which `smoothing` lies evenly over all classes, the rest on the label.
+    """Label smoothing: `smoothing` is spread evenly over all classes, the rest is the label's.
 
     Source: Szegedy et al. 2016 ("Rethinking the Inception Architecture"), sec. 7.
     """

@@ -1,7 +1,7 @@
-"""Bundles that a method needs from elsewhere: a tokenizer, a teacher, weights to begin with.
+"""Bundles that a method needs: a tokenizer, a teacher, or initial weights.
 
-Each is named by a key of the recipe, checked before the run, its digest written into the plan,
-copied into the run's directory, and loaded from there by every worker.
+A key of the recipe names each. It is checked before the run, its digest is written into the plan,
+and it is copied into the run's directory, from which every worker loads it.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ class Need:
     """A bundle that a method needs.
 
     Attributes:
-        key: of the recipe's `method` section, one of its `places`: where the bundle lies.
-            `<key>_sha256` is the digest.
-        folder: name of the folder that keeps it in the run and, where it stays, in the bundle.
-        noun: what the bundle is to the method, as errors call it.
-        check: holds a recipe against the bundle's card and gives the keys of the method's section
-            that follow from it; raises ConfigError where they do not fit.
-        stays: True for a network that the method calls while it trains and afterwards, which goes
-            into the exported bundle; False for an encoder's weights to begin with.
-        missing: refusal where no place is named; None where the method does without.
+        key: the key of the recipe's `method` section, one of its `places`, that holds the bundle's
+            path or URI; `<key>_sha256` holds the digest.
+        folder: name of the bundle's copy in the run and, if it stays, in the exported bundle.
+        noun: the bundle's role, as error messages name it.
+        check: a function that checks a recipe against the bundle's card and returns the keys of
+            the `method` section that follow from the card; raises ConfigError if they do not fit.
+        stays: True for a network that the method calls in training and afterwards, which goes into
+            the exported bundle; False for an encoder's initial weights.
+        missing: the error if the recipe names no bundle; None if the method can do without.
     """
 
     key: str
@@ -56,28 +56,35 @@ class Need:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Files of weights that are needed."""
+        """Names of the files of weights that are needed."""
         return (ENCODER, METHOD) if self.stays else (ENCODER,)
 
     def place(self, recipe: Recipe) -> str:
-        """Where it lies, path or URI; empty for nowhere."""
+        """Path or URI of the bundle; empty if the recipe names none."""
         return str(getattr(recipe.method, self.key))
 
     def digest(self, card: BundleCard) -> str:
-        """SHA-256 of all weights that are needed, hex."""
+        """Hexadecimal SHA-256 of all weights that are needed."""
         if not self.stays:
             return card.weights_sha256
         return hashlib.sha256(f"{card.weights_sha256}{card.method_sha256}".encode()).hexdigest()
 
     def wanted_digest(self, recipe: Recipe) -> str:
-        """The digest that the plan was made with; empty before there is one."""
+        """The digest in the plan; empty in a recipe without one."""
         return str(getattr(recipe.method, f"{self.key}_sha256"))
 
     def verify(self, folder: Path, recipe: Recipe) -> BundleCard:
-        """The card of a bundle that is whole and the one of the plan.
+        """Verify a bundle's weights against its card and the plan.
+
+        Args:
+            folder: the folder of the bundle.
+            recipe: the recipe, with the digest if there is a plan.
+
+        Returns:
+            The bundle's description, bundle.json.
 
         Raises:
-            BundleError: it is damaged, or another one.
+            BundleError: the bundle is damaged, or not the one of the plan.
         """
         card = read_card(folder)
         for name in self.files:
@@ -93,24 +100,24 @@ class Need:
 
 
 def needs_of(recipe: Recipe) -> tuple[Need, ...]:
-    """What the method of a recipe needs."""
+    """The needs of a recipe's method."""
     if not recipe.method.places:
-        return ()  # without importing the method
+        return ()  # spares the import of the method
     return method_class(recipe.method.name).needs()
 
 
 def with_needs(recipe: Recipe) -> Recipe:
-    """Hold a recipe against the bundles it names, and write down which ones they are.
+    """Check a recipe against the bundles it names, and fill in what follows from them.
 
     Args:
-        recipe: of any method.
+        recipe: a recipe of any method.
 
     Returns:
-        The recipe with digests, and the keys that follow from the bundles, filled in.
+        The recipe with the bundles' digests, and the keys that follow from the bundles.
 
     Raises:
-        ConfigError: it names none where one is needed, or one that does not fit.
-        BundleError: there is no such bundle, it is damaged, or another one than the digest says.
+        ConfigError: the recipe names no bundle although it needs one, or one that does not fit.
+        BundleError: a bundle is missing or damaged, or does not match the recipe's digest.
     """
     for need in needs_of(recipe):
         if not need.place(recipe):
@@ -127,17 +134,17 @@ def with_needs(recipe: Recipe) -> Recipe:
 
 
 def foresee(recipe: Recipe) -> tuple[Recipe, dict[str, Recipe], list[str]]:
-    """A recipe as `with_needs` leaves it, where what it needs may not be there yet.
+    """Apply `with_needs` as far as the networks that a recipe needs are there already.
 
     Args:
-        recipe: of any method.
+        recipe: a recipe of any method.
 
     Returns:
-        The recipe, the recipes of the networks that stay beside the method by their folder, and a
-        note for each that is not there.
+        The recipe, the recipes of the networks that stay, by the folder of their need, and a note
+        for each that is missing.
 
     Raises:
-        ConfigError: one is there and does not fit.
+        ConfigError: a network does not fit the recipe.
     """
     networks: dict[str, Recipe] = {}
     notes: list[str] = []
@@ -158,15 +165,15 @@ def foresee(recipe: Recipe) -> tuple[Recipe, dict[str, Recipe], list[str]]:
 
 
 def keep_needs(recipe: Recipe, run: RunDir) -> None:
-    """Copy what a recipe needs into its run, where every worker finds it.
+    """Copy the bundles that a recipe needs into its run, where every worker finds them.
 
     Args:
-        recipe: of any method.
+        recipe: a recipe of any method.
         run: the run's directory.
 
     Raises:
-        BundleError: a bundle is no longer where it was.
-        StorageError: it cannot be written.
+        BundleError: a bundle is missing.
+        StorageError: the directory cannot be written.
     """
     for need in needs_of(recipe):
         if not need.place(recipe):
@@ -175,15 +182,15 @@ def keep_needs(recipe: Recipe, run: RunDir) -> None:
         place.create()
         if place.local is not None and place.local.samefile(folder):
             continue
-        for name in (*need.files, CARD):  # the card last: it makes a folder a bundle
+        for name in (*need.files, CARD):  # the card last, since it makes a folder a bundle
             place.upload(folder / name, name)
 
 
 def check_outside(recipe: Recipe, run: RunDir) -> None:
-    """Refuse to delete a run's directory that holds what its recipe needs.
+    """Refuse to delete a run's directory that holds a bundle its recipe needs.
 
     Raises:
-        RunConflictError: the bundle lies in there.
+        RunConflictError: a bundle lies in the directory.
     """
     for need in needs_of(recipe):
         if need.place(recipe) and run.holds(bundle_place(need.place(recipe))):
@@ -194,7 +201,7 @@ def check_outside(recipe: Recipe, run: RunDir) -> None:
 
 
 def kept_needs(recipe: Recipe, run: RunDir) -> dict[str, Path]:
-    """The networks that stay with a run's method: their folders on this machine by name."""
+    """Folders, on this machine, of a run's copies of the networks that stay, by name."""
     return {
         need.folder: fetch_bundle((run / need.folder).uri)
         for need in needs_of(recipe)
@@ -203,14 +210,14 @@ def kept_needs(recipe: Recipe, run: RunDir) -> dict[str, Path]:
 
 
 def load_needs(method: Method, run: RunDir) -> None:
-    """Give a method what its run keeps for it.
+    """Load the bundles that a method needs from its run.
 
     Args:
-        method: freshly built.
+        method: the method, freshly built.
         run: the run's directory.
 
     Raises:
-        BundleError: something is damaged, or another one than that of the plan.
+        BundleError: a bundle is missing or damaged, or not the one of the plan.
     """
     for need in method.needs():
         if need.place(method.recipe):
@@ -218,15 +225,15 @@ def load_needs(method: Method, run: RunDir) -> None:
 
 
 def supply(method: Method, name: str, folder: Path) -> None:
-    """Give a method one of the bundles it needs.
+    """Load one of the bundles that a method needs.
 
     Args:
-        method: whose `needs` name it.
-        name: the need's `folder`.
-        folder: the bundle's.
+        method: the method, whose `needs` name the bundle.
+        name: the `folder` of the need.
+        folder: the folder of the bundle.
 
     Raises:
-        BundleError: it is damaged, or another one than that of the plan.
+        BundleError: the bundle is damaged, or not the one of the plan.
     """
     (need,) = (need for need in method.needs() if need.folder == name)
     need.verify(folder, method.recipe)

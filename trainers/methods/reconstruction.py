@@ -1,4 +1,4 @@
-"""What a trained method makes of whole pictures, for people to look at."""
+"""Pictures of a trained method's predictions, for people."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 class Reconstruction(NamedTuple):
-    """Panels column by column, and what was hidden.
+    """The panels of a reconstruction, and its masks.
 
     Attributes:
-        panels: each with a picture a row.
-        mask: bool [B, N], True = hidden; None where the method hides nothing.
+        panels: the columns of the sheet, each with one picture per row.
+        mask: bool [B, N], True = hidden; None if the method hides nothing.
     """
 
     panels: list[Panel]
@@ -38,17 +38,17 @@ def reconstruct(
     seed: int = 0,
     oracle: bool = False,
 ) -> Reconstruction:
-    """Hide a part of pictures and draw what the method predicts.
+    """Mask pictures and draw the method's predictions.
 
     Args:
-        method: trained, in evaluation mode.
-        pictures: RGB, of any size.
+        method: a trained method in evaluation mode.
+        pictures: RGB pictures of any size.
         mask_ratio: share of patches to hide; the recipe's own by default.
-        seed: of the masks; the same ones for the same seed, ratio and position.
-        oracle: see `Method.panels`.
+        seed: the seed of the masks, which depend on it, the ratio and a picture's position.
+        oracle: True to use the statistics of hidden patches, see `Method.reconstruct`.
 
     Raises:
-        ConfigError: the method draws no pictures, or has no such ratio.
+        ConfigError: the method draws no pictures, or takes no such mask ratio.
     """
     from mimray.trainers.config.run import parse_recipe
 

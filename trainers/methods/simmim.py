@@ -1,4 +1,4 @@
-"""SimMIM: mask tokens through the whole encoder, one linear layer to pixels.
+"""SimMIM: mask tokens through the whole encoder, and a linear head to pixels.
 
 Source: Xie et al. 2022, "SimMIM: A Simple Framework for Masked Image Modeling".
 """
@@ -21,7 +21,7 @@ from mimray.trainers.types import MethodOutput
 
 
 class SimMIM(Method):
-    """Score the raw pixels of the hidden patches.
+    """Scores the raw pixels of the hidden patches.
 
     `head` gives the pixels of one output token in the order of `patchify`: row, column, channel.
     The official 1x1 convolution and pixel shuffle are the same map in the order channel, row,
@@ -35,7 +35,7 @@ class SimMIM(Method):
         assert isinstance(config, SimMIMConfig)
         self.encoder = build_encoder(recipe.encoder, data.image_size, data.channels)
         self.mask_token = nn.Parameter(torch.empty(1, 1, self.encoder.embed_width))
-        # As the official convolution the head starts at torch's default.
+        # Like the official convolution, the head starts at torch's default.
         self.head = nn.Linear(self.encoder.width, self.encoder.stride**2 * data.channels)
         self.squared = config.loss == "l2"
         nn.init.trunc_normal_(self.mask_token, std=0.02)
@@ -45,7 +45,7 @@ class SimMIM(Method):
     ) -> MethodOutput:
         """Mean absolute or squared error over the pixels of hidden patches only.
 
-        Source: Xie et al. 2022, sec. 3.4; the document's variant squares.
+        Source: Xie et al. 2022, sec. 3.4, for the absolute error; the squared one is a variant.
         """
         if mask is None:
             mask = self.draw_masks(images)
@@ -57,7 +57,7 @@ class SimMIM(Method):
 
     @staticmethod
     def draw_mask(recipe: Recipe, rng: np.random.Generator) -> Bool[np.ndarray, N]:
-        """Uniformly random units of tokens, or single tokens."""
+        """Draw a mask of uniformly random units of tokens, or of single tokens."""
         config, stride = recipe.method, recipe.encoder.stride
         assert isinstance(config, SimMIMConfig)
         unit_px = config.mask_unit_px or stride

@@ -1,4 +1,4 @@
-"""Variational autoencoder: a Gaussian latent, the evidence lower bound.
+"""Variational autoencoder (VAE): a Gaussian latent, the evidence lower bound.
 
 Source: Kingma & Welling 2014, "Auto-Encoding Variational Bayes".
 """
@@ -16,10 +16,10 @@ from mimray.trainers.types import MethodOutput, Panel
 
 
 class VAE(Autoencoding):
-    """Every place of the latent is a Gaussian of independent channels, held to the unit one.
+    """Autoencoder whose latent is a diagonal Gaussian at each place, with a KL term to N(0, I).
 
     Attributes:
-        beta: weight of the KL term at the present step.
+        beta: weight of the KL term at the current step.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -31,16 +31,16 @@ class VAE(Autoencoding):
         self.beta = config.beta
 
     def at_step(self, step: int, num_steps: int) -> None:
-        """Raise beta linearly from 0 (Bowman et al. 2016, sec. 3.1)."""
+        """Set beta, which rises linearly from 0 (Bowman et al. 2016, sec. 3.1)."""
         if self.config.beta_warmup_steps:
             self.beta = self.config.beta * min(1.0, step / self.config.beta_warmup_steps)
 
     def forward(
         self, images: Float[Tensor, "B C H W"], mask: Bool[Tensor, "B N"] | None = None
     ) -> MethodOutput:
-        """Reconstruction + beta * KL, a mean over pictures.
+        """Reconstruction error + beta * KL, averaged over pictures.
 
-        The latent is drawn from torch's generator while training, and is its mean otherwise.
+        The latent is sampled with torch's generator in training, and is the mean otherwise.
 
         Source: Kingma & Welling 2014, eq. 10; beta by Higgins et al. 2017, eq. 4.
         """
@@ -59,7 +59,7 @@ class VAE(Autoencoding):
     def posterior(
         self, images: Float[Tensor, "B C H W"]
     ) -> tuple[Float[Tensor, "B L h w"], Float[Tensor, "B L h w"]]:
-        """Mean and logarithm of the variance of the latents of pictures, in fp32."""
+        """Mean and log variance of the latents of pictures, in fp32."""
         moments = self.to_moments(self.encode(images)).float()  # B 2L h w
         mean, log_variance = moments.chunk(2, dim=1)
         return mean, log_variance
@@ -67,10 +67,10 @@ class VAE(Autoencoding):
     def reconstruction_error(
         self, decoded: Float[Tensor, "B C H W"], images: Float[Tensor, "B C H W"]
     ) -> Float[Tensor, " B"]:
-        """What a picture costs.
+        """Reconstruction error of each picture.
 
-        `sum` is minus its log-likelihood under unit Gaussians about `decoded`, but for the
-        constant; `mean`, the mean squared error, is 2 / (C H W) of it.
+        Reduction `sum` is the negative log-likelihood under unit Gaussians around `decoded`, but
+        for the constant; `mean`, the mean squared error, is 2 / (C H W) of it.
         """
         error = (decoded.float() - images.float()).square().flatten(1)  # B (C H W)
         return 0.5 * error.sum(dim=1) if self.config.reduction == "sum" else error.mean(dim=1)
@@ -78,7 +78,7 @@ class VAE(Autoencoding):
     def panels(
         self, images: Float[Tensor, "B C H W"], output: MethodOutput, *, oracle: bool = False
     ) -> list[Panel]:
-        """Originals, what the means gave back, and what the decoder makes of the prior."""
+        """Originals, reconstructions from the latents' means, and samples from the prior."""
         b, _, height, width = images.shape
         stride = self.encoder.stride
         noise = torch.randn(
@@ -92,14 +92,14 @@ class VAE(Autoencoding):
 def gaussian_kl(
     mean: Float[Tensor, "B L h w"], log_variance: Float[Tensor, "B L h w"]
 ) -> Float[Tensor, " B"]:
-    """KL divergence of independent Gaussians from unit ones, summed over a picture's latents.
+    """KL divergence of diagonal Gaussians from N(0, I), summed over a picture's latents.
 
-    Infinities stay: a run whose KL is infinite has diverged, and must say so.
-
-    Source: Kingma & Welling 2014, appendix B.
+    Infinities are kept: a run whose KL is infinite has diverged, and must fail.
 
     Returns:
         Nats.
+
+    Source: Kingma & Welling 2014, appendix B.
     """
     each = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
     return each.flatten(1).sum(dim=1)

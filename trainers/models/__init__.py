@@ -1,4 +1,10 @@
-"""Networks: the encoder protocol, its implementations, and decoders."""
+"""Networks: the encoder protocol, its implementations, decoders and quantizers.
+
+In order: `resize` fits weights to another size of input; `averages` follow modules; `vit`, `swin`,
+`conv` and `dalle` are encoders, `encoder` is their protocol; `decoders` predict hidden
+patches; `quantizer`, on `codebook` and `kmeans`, makes codes; `hog` makes MaskFeat's targets;
+`rel_pos`, `positions`, `patches` and `normalise` serve them.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def build_encoder(config: EncoderConfig, image_size: tuple[int, int], in_chans: int = 3) -> Encoder:
-    """The encoder a configuration names, freshly initialised.
+    """Build a freshly initialised encoder.
 
     Args:
-        config: architecture.
+        config: the encoder's architecture.
         image_size: (height, width) in pixels.
         in_chans: channels of the input.
     """

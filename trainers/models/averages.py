@@ -1,4 +1,4 @@
-"""Moving averages of modules: teachers that follow their students."""
+"""Exponential moving averages (EMA) of modules, such as teachers."""
 
 from __future__ import annotations
 
@@ -14,25 +14,24 @@ from mimray.trainers.config.schedule import Schedule
 
 
 class MovingAverages(nn.Module):
-    """Copies of modules that follow them: theta' <- m theta' + (1 - m) theta.
+    """Exponential moving averages of modules: theta' <- m theta' + (1 - m) theta.
 
-    The third role of state, beside what is trained and what is fixed. Copies are in evaluation mode
-    and get no gradients. Their weights are buffers that stay in fp32 whatever the method is cast
-    to, since in bf16 an update of less than a 256th of a weight is lost; so they are in checkpoints
-    and bundles, and ZeRO neither shards nor optimises them. The engine updates them after each
-    step from the fp32 weights that the optimiser works on.
+    The averages are copies in evaluation mode that get no gradients. Their weights are buffers, so
+    they are in checkpoints and bundles, and ZeRO neither shards nor optimises them. They stay in
+    fp32 when the method is cast, since in bf16 an update of less than a 256th of a weight is lost.
+    The engine updates them after each step from the optimiser's fp32 weights.
 
-    What a sum in fp32 rounds away is kept in bf16 and added with the next update. Without it an
-    average stands still as soon as (1 - m) of the way to its goal is less than half a unit in the
-    last place: at m = .9999 for the last 3e-4 of it.
+    The rounding error of each fp32 sum is kept in bf16 and added with the next update. Without it
+    an average stands still as soon as (1 - m) of the way to its goal is less than half a unit in
+    the last place: at m = .9999 for the last 3e-4 of it.
 
     Args:
-        followed: modules by their names as attributes of the method; `averages.NAME` follows
-            `NAME`.
-        momentum: m as a function of the step.
+        followed: modules to average, by the names of the method's attributes; `averages.NAME`
+            follows `NAME`.
+        momentum: the schedule of m.
 
-    Source: Tarvainen & Valpola 2017, "Mean teachers are better role models", eq. 1; what is rounded
-        away by Knuth's two-sum (The Art of Computer Programming, vol. 2, 4.2.2, theorem B).
+    Source: Tarvainen & Valpola 2017, "Mean teachers are better role models", eq. 1; rounding errors
+        by Knuth's two-sum (The Art of Computer Programming, vol. 2, 4.2.2, theorem B).
     """
 
     _precision: Tensor
@@ -41,7 +40,7 @@ class MovingAverages(nn.Module):
         super().__init__()
         self.momentum = momentum
         self.names = tuple(followed)
-        # Its dtype tells what the method was cast to.
+        # Its dtype is the one the method was cast to.
         self.register_buffer("_precision", torch.empty(0), persistent=False)
         self.residuals = nn.Module()
         for name, module in followed.items():
@@ -54,12 +53,12 @@ class MovingAverages(nn.Module):
         self.eval()
 
     def forward(self, name: str, *arguments: Any, **options: Any) -> Any:
-        """Call an average without gradients, in the precision that the method computes in.
+        """Call an average without gradients, in the method's precision.
 
         Args:
-            name: of what it follows.
-            arguments: of the module.
-            options: likewise.
+            name: the name of the followed module.
+            arguments: positional arguments of the module.
+            options: keyword arguments of the module.
         """
         device, dtype = self._precision.device, self._precision.dtype
         lower = dtype != torch.float32 and device.type != "meta"
@@ -69,12 +68,12 @@ class MovingAverages(nn.Module):
 
     @torch.no_grad()
     def update(self, weights: Iterable[tuple[str, Tensor]], momentum: float) -> None:
-        """Move one step after what is followed.
+        """Update the averages by one step.
 
         Args:
-            weights: of the followed modules, in fp32, by their names in the method. What is no
-                trained parameter, such as a counter, is copied.
-            momentum: m.
+            weights: fp32 weights and buffers of the followed modules, by their names in the method.
+                Those that are no trained parameters, such as counters, are copied.
+            momentum: the momentum m of this step.
         """
         averages = dict(self.named_buffers())
         for name, value in weights:
@@ -86,7 +85,7 @@ class MovingAverages(nn.Module):
                 _move(average, residual, value.to(average.device), 1 - momentum)
 
     def train(self, mode: bool = True) -> MovingAverages:
-        """Stays in evaluation mode."""
+        """Keep evaluation mode, whatever the argument."""
         return super().train(False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MovingAverages:
@@ -101,12 +100,12 @@ class MovingAverages(nn.Module):
 
 
 def _flat(name: str) -> str:
-    """A buffer's name may hold no dots."""
+    """A name without dots, which a buffer's may not contain."""
     return name.replace(".", "/")
 
 
 def _move(average: Tensor, residual: Tensor, goal: Tensor, share: float) -> None:
-    """Bring `average + residual` nearer to a goal by a share of the way, in place."""
+    """Move `average + residual` towards a goal by a share of the way, in place."""
     low = residual.float()
     change = (goal.float() - average).sub_(low).mul_(share).add_(low)
     total = average + change
@@ -116,7 +115,7 @@ def _move(average: Tensor, residual: Tensor, goal: Tensor, share: float) -> None
 
 
 def _as_buffers(module: nn.Module) -> nn.Module:
-    """A module whose parameters are buffers, in place."""
+    """Replace a module's parameters by buffers, in place."""
     for part in module.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
             delattr(part, name)

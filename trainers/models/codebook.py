@@ -1,4 +1,4 @@
-"""The vectors of a vocabulary of codes."""
+"""Codebooks: the vectors of a vocabulary of codes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class Fp32Buffers(nn.Module):
-    """Its buffers follow it to another device, but not to a lower precision."""
+    """A module whose buffers move between devices with it but stay in fp32."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fp32Buffers:
         before = dict(self.named_buffers(recurse=False))
@@ -21,16 +21,16 @@ class Fp32Buffers(nn.Module):
 
 
 class Codebook(Fp32Buffers):
-    """The vectors of K codes: an anchor, and what gradient descent adds to it.
+    """The vectors of K codes: an anchor, and a learnt offset from it.
 
-    Who puts a code elsewhere moves its anchor. The values of a parameter are the optimiser's:
-    its fp32 masters undo what is written over them, and ZeRO-3 takes them away.
+    Replacing a code moves its anchor, not the parameter: the optimiser's fp32 masters would
+    overwrite a parameter's new values, and ZeRO-3 shards them.
 
     Args:
-        num_codes: K.
+        num_codes: number of codes K.
         dim: width of a code D.
-        std: of the normal that codes start from.
-        learnt: whether codes are learnt by gradient.
+        std: standard deviation of the normal distribution that codes are initialised from.
+        learnt: True if codes are learnt by gradient.
     """
 
     anchor: Tensor
@@ -47,5 +47,5 @@ class Codebook(Fp32Buffers):
 
     @torch.no_grad()
     def replace(self, chosen: Bool[Tensor, " K"], vectors: Float[Tensor, "n D"]) -> None:
-        """Put vectors in the places of the chosen codes, in their order."""
+        """Replace the chosen codes by vectors, in ascending order of the codes."""
         self.anchor[chosen] += vectors - self()[chosen]

@@ -1,4 +1,4 @@
-"""Residual convolutions: an encoder that halves the picture, a decoder that doubles it back."""
+"""A residual convolutional encoder, and a decoder for autoencoders."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CHANNELS_PER_GROUP = 16
 
 
 class ResidualBlock(nn.Module):
-    """Twice norm, activation and 3x3 convolution, added to what came in.
+    """A pre-activation residual block: twice norm, activation and 3x3 convolution.
 
     The last convolution starts at zero, so that a fresh block changes nothing.
 
@@ -25,7 +25,7 @@ class ResidualBlock(nn.Module):
         width: channels in and out.
 
     Source: pre-activation by He et al. 2016 ("Identity Mappings"), Fig. 1b; zero start by Goyal
-    et al. 2017, sec. 5.1.
+        et al. 2017, sec. 5.1.
     """
 
     def __init__(self, width: int) -> None:
@@ -38,7 +38,7 @@ class ResidualBlock(nn.Module):
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x: Float[Tensor, "B D h w"]) -> Float[Tensor, "B D h w"]:
-        """The same shape."""
+        """Transform a map, keeping its shape."""
         y = self.conv1(self.act(self.norm1(x)))
         y = self.conv2(self.act(self.norm2(y)))
         return x + y  # type: ignore[no-any-return]
@@ -50,7 +50,7 @@ class ConvEncoder(Encoder):
     Only the last stage's map is normalised, over its channels.
 
     Args:
-        config: widths and depth.
+        config: the encoder's widths and depth.
         image_size: (height, width) in pixels, multiples of the stride.
         in_chans: channels of the input, any number.
     """
@@ -81,7 +81,7 @@ class ConvEncoder(Encoder):
 
     @property
     def embed_width(self) -> int:
-        """Width of the stem."""
+        """Channels of the stem."""
         return self.widths[0]
 
     @property
@@ -90,7 +90,7 @@ class ConvEncoder(Encoder):
         return self.depth + 1
 
     def decay_layer(self, name: str) -> int:
-        """The stem 0, stage i is i + 1, the norm is behind them."""
+        """0 for the stem, i + 1 for stage i, `last_decay_layer` for the norm."""
         part, _, rest = name.partition(".")
         if part == "stem":
             return 0
@@ -103,7 +103,7 @@ class ConvEncoder(Encoder):
         mask_token: Float[Tensor, "1 1 D"] | None = None,
         norm: bool = True,
     ) -> Features:
-        """Encode whole pictures; convolutions cannot hide any part."""
+        """Encode whole pictures; a mask is not allowed, since convolutions cannot hide any part."""
         assert mask is None, "a convolution sees every pixel"
         grid = self._grid_of((images.shape[2], images.shape[3]))
         x = self.stem(self._cast(images))
@@ -131,19 +131,19 @@ class ConvEncoder(Encoder):
 
 
 class ConvDecoder(nn.Module):
-    """Residual blocks, enlarging twofold between them; thrown away after pre-training.
+    """Stages of residual blocks, with enlargement by 2 between them.
 
-    What the doublings leave of the stride is a pixel shuffle at the end.
+    A pixel shuffle at the end enlarges by the rest of the stride.
 
     Args:
         in_dim: channels of the latent.
-        widths: channels of each stage, the latent's side first; one doubling between neighbours.
-        blocks: residual blocks a stage.
-        stride: pixels a latent; a multiple of the doublings.
+        widths: channels of each stage, from the latent to the picture.
+        blocks: residual blocks per stage.
+        stride: pixels per place of the latent, a multiple of 2^(stages - 1).
         out_chans: channels of the pictures.
 
     Source: nearest-neighbour enlargement by Odena et al. 2016, pixel shuffle by Shi et al. 2016,
-    its start by Aitken et al. 2017, sec. 3.
+        its initialisation by Aitken et al. 2017, sec. 3.
     """
 
     def __init__(
@@ -165,12 +165,12 @@ class ConvDecoder(nn.Module):
             group_norm(widths[-1]), nn.SiLU(), last, nn.PixelShuffle(shuffle)
         )
         with torch.no_grad():
-            # The pixels of one shuffle start equal, which spares the picture a checkerboard.
+            # The pixels of one shuffle start equal, which avoids a checkerboard.
             kept = last.weight[:: shuffle**2].repeat_interleave(shuffle**2, dim=0)
             last.weight.copy_(kept)
 
     def forward(self, latent: Float[Tensor, "B L h w"]) -> Float[Tensor, "B C H W"]:
-        """Pictures, `stride` times as large as the latent."""
+        """Decode latents into pictures, `stride` times as large."""
         x = self.stages[0](self.project(latent))
         for enlarge, stage in zip(self.enlarge, self.stages[1:], strict=True):
             x = stage(enlarge(x))
@@ -179,7 +179,7 @@ class ConvDecoder(nn.Module):
 
 
 def conv3x3(in_chans: int, out_chans: int, *, stride: int = 1) -> nn.Conv2d:
-    """A padded 3x3 convolution, initialised as for rectifiers.
+    """A padded 3x3 convolution with He initialisation.
 
     Source: He et al. 2015 ("Delving Deep into Rectifiers"), eq. 10; zero bias.
     """
@@ -191,7 +191,7 @@ def conv3x3(in_chans: int, out_chans: int, *, stride: int = 1) -> nn.Conv2d:
 
 
 def group_norm(width: int) -> nn.GroupNorm:
-    """About 16 channels a group, however narrow the map: groups of one lose all brightness.
+    """Group norm of about 16 channels a group; groups of one channel would lose all brightness.
 
     Source: Wu & He 2018, Table 3.
     """

@@ -1,4 +1,4 @@
-"""The encoder of DALL-E's tokenizer, of which BEiT takes its codes; for imported weights."""
+"""The encoder of DALL-E's tokenizer, whose codes BEiT predicts; for imported weights."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from mimray.trainers.types import Features
 
 
 class DalleBlock(nn.Module):
-    """Four activated convolutions, scaled down and added to what came in.
+    """A residual block of four convolutions, each after a ReLU, with a constant gain.
 
     Args:
-        before: channels in.
-        width: channels out.
-        gain: of the residual branch.
+        before: channels of the input.
+        width: channels of the output.
+        gain: factor of the residual branch.
     """
 
     def __init__(self, before: int, width: int, gain: float) -> None:
@@ -37,7 +37,7 @@ class DalleBlock(nn.Module):
         )
 
     def forward(self, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B D h w"]:
-        """The same grid, `width` channels."""
+        """Transform a map to `width` channels, keeping its grid."""
         y = x
         for conv in self.convs:
             y = conv(torch.relu(y))
@@ -46,13 +46,13 @@ class DalleBlock(nn.Module):
 
 
 class DalleEncoder(Encoder):
-    """Groups of residual blocks, each at half the grid of the one before; a layer is a group.
+    """Groups of residual blocks, each on half the grid of the one before; a layer is a group.
 
-    Its last map is activated, as the 1x1 convolution to the codes' logits takes it; nothing is
-    normalised.
+    A ReLU follows the last map, as the 1x1 convolution to the codes' logits expects; there is no
+    normalisation.
 
     Args:
-        config: widths and depth.
+        config: the encoder's widths and depth.
         image_size: (height, width) in pixels, multiples of the stride.
         in_chans: channels of the input, any number.
 
@@ -89,7 +89,7 @@ class DalleEncoder(Encoder):
 
     @property
     def embed_width(self) -> int:
-        """Width of the stem."""
+        """Channels of the stem."""
         return self.widths[0]
 
     @property
@@ -98,7 +98,7 @@ class DalleEncoder(Encoder):
         return self.depth + 1
 
     def decay_layer(self, name: str) -> int:
-        """The stem 0, group i is i + 1."""
+        """0 for the stem, i + 1 for group i."""
         part, _, rest = name.partition(".")
         return 0 if part == "stem" else int(rest.partition(".")[0]) + 1
 
@@ -109,7 +109,7 @@ class DalleEncoder(Encoder):
         mask_token: Float[Tensor, "1 1 D"] | None = None,
         norm: bool = True,
     ) -> Features:
-        """Encode whole pictures; convolutions cannot hide any part."""
+        """Encode whole pictures; a mask is not allowed, since convolutions cannot hide any part."""
         assert mask is None, "a convolution sees every pixel"
         grid = self._grid_of((images.shape[2], images.shape[3]))
         x = self.features(images, [-1], norm)[0]  # B D h w

@@ -1,4 +1,4 @@
-"""Decoders: from encoded tokens back to what was hidden. Thrown away after pre-training."""
+"""The transformer decoder of masked autoencoders."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class MAEDecoder(nn.Module):
     """A light transformer over visible tokens and mask tokens.
 
     Args:
-        encoder_width: width of the tokens it is given.
-        width: its own token width.
+        encoder_width: width of the encoder's tokens.
+        width: token width of the decoder.
         depth: number of blocks.
         num_heads: attention heads.
         grid: (rows, columns) of patches.
-        out_dim: values predicted a patch.
+        out_dim: values predicted for each patch.
         norm_eps: epsilon of every LayerNorm.
 
     Source: He et al. 2022, sec. 3 "MAE decoder".
@@ -57,9 +57,12 @@ class MAEDecoder(nn.Module):
         """Predict every patch.
 
         Args:
-            tokens: of the visible patches, in row-major order.
+            tokens: tokens of the visible patches, in row-major order.
             prefix: the class token.
-            mask: True = hidden.
+            mask: mask of the patches, True = hidden.
+
+        Returns:
+            Predictions, float [B, N, P], in row-major order.
         """
         x = self.embed(torch.cat([prefix, tokens], dim=1))  # B 1+K W
         n = mask.shape[1]

@@ -1,6 +1,6 @@
-"""What every backbone can do, whatever it is built of.
+"""The protocol of all encoders.
 
-Methods hand it a mask during pre-training; everything downstream hands it whole pictures.
+Methods pass a mask during pre-training; everything downstream passes whole pictures.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from mimray.trainers.types import Features
 
 
 class Encoder(nn.Module, ABC):
-    """A backbone that outlives its method.
+    """A backbone, trained by a method and exported without it.
 
     Attributes:
         width: width D of the output tokens.
-        depth: number of layers that `features` can be asked for.
+        depth: number of layers that have feature maps.
         stride: pixels between neighbouring output tokens; a vit's patch size.
         in_chans: channels of the input.
-        image_size: (height, width) it was built for; other multiples of the stride work too.
+        image_size: (height, width) it was built for, pixels; other multiples of the stride work.
         strides: stride in pixels of each layer's feature map.
         widths: channels of each layer's feature map.
-        activation_checkpointing: compute activations again in the backward pass.
+        activation_checkpointing: True to compute activations again in the backward pass.
     """
 
     width: int
@@ -52,11 +52,11 @@ class Encoder(nn.Module, ABC):
 
         Args:
             images: normalised pictures, H and W multiples of the stride.
-            mask: over the output grid, True = hidden. None encodes whole pictures.
-            mask_token: of the width of the first layer, stands in for every hidden patch after
-                the patch embedding. Without one, hidden patches are left out of the computation
-                altogether, and every row must hide the same number.
-            norm: apply the final norm to the tokens.
+            mask: a mask over the output grid, True = hidden; None encodes whole pictures.
+            mask_token: a token of width `embed_width` that replaces every hidden patch after the
+                patch embedding. Without one, hidden patches are left out of the computation, and
+                every row must hide the same number.
+            norm: True to apply the final norm to the tokens.
 
         Returns:
             Tokens after the last layer, their mean, and the grid.
@@ -75,50 +75,50 @@ class Encoder(nn.Module, ABC):
 
         Args:
             images: normalised pictures.
-            layers: which layers, in the order wanted.
-            norm: apply the final norm to each map of the final width.
+            layers: indices of the layers, in the order of the result.
+            norm: True to apply the final norm to each map of the final width.
 
         Returns:
-            Maps [B, widths[layer], H / strides[layer], W / strides[layer]].
+            Maps, float [B, widths[layer], H / strides[layer], W / strides[layer]].
         """
 
     def forward_intermediates(
         self, images: Float[Tensor, "B C H W"], layers: Sequence[int], norm: bool = True
     ) -> tuple[Features, tuple[Float[Tensor, "B _ _ _"], ...]]:
-        """What `forward` and `features` give; encoders that can give both in one pass.
+        """The results of `forward` and `features`; in one pass where an encoder can.
 
         Args:
             images: normalised pictures.
-            layers: as of `features`; may be empty.
-            norm: as of `features`; the tokens are always normed.
+            layers: layers as for `features`; may be empty.
+            norm: norm of the maps as for `features`; the tokens are always normalised.
         """
         return self(images), self.features(images, layers, norm) if layers else ()
 
     @property
     @abstractmethod
     def last_decay_layer(self) -> int:
-        """Layer, as `decay_layer` counts, of what lies behind all blocks, the head included."""
+        """The `decay_layer` of all parameters behind the blocks, the head included."""
 
     @abstractmethod
     def decay_layer(self, name: str) -> int:
         """The layer of a parameter for layer-wise decay of the learning rate.
 
-        Counted from 0, the patch embedding, to `last_decay_layer`, finer than the layers of
-        `features` where these are stages.
+        Counted from 0, the patch embedding, to `last_decay_layer`; finer than the layers of
+        `features` if these are stages.
 
         Args:
-            name: of a parameter of this encoder.
+            name: the name of a parameter of this encoder.
         """
 
     def _wanted(self, layers: Sequence[int]) -> list[int]:
-        """Layers counted from 0; refuses those that do not exist."""
+        """Layers counted from 0; raises ValueError for one that does not exist."""
         wanted = [layer + self.depth if layer < 0 else layer for layer in layers]
         if not wanted or min(wanted) < 0 or max(wanted) >= self.depth:
             raise ValueError(f"layers {tuple(layers)} must lie in 0..{self.depth - 1}")
         return wanted
 
     def _grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Output tokens down and across for pictures of (height, width)."""
+        """Rows and columns of output tokens for pictures of (height, width) in pixels."""
         height, width = size
         s = self.stride
         if height % s or width % s or not height or not width:
@@ -126,12 +126,12 @@ class Encoder(nn.Module, ABC):
         return height // s, width // s
 
     def _cast(self, images: Tensor) -> Tensor:
-        """Pictures in the precision of the weights; methods keep their targets in fp32."""
-        weights = chain(self.parameters(), self.buffers())  # an average's are buffers
+        """Cast pictures to the weights' precision; methods keep their targets in fp32."""
+        weights = chain(self.parameters(), self.buffers())  # a moving average has buffers only
         return images.to(next(w.dtype for w in weights if w.is_floating_point()))
 
     def _run(self, block: nn.Module, *inputs: object) -> Tensor:
-        """Call a block, trading memory for time where asked to."""
+        """Call a block, with activation checkpointing if it is on."""
         if self.activation_checkpointing and self.training:
             return cast(Tensor, checkpoint(block, *inputs, use_reentrant=False))
         return cast(Tensor, block(*inputs))

@@ -1,4 +1,4 @@
-"""Histograms of oriented gradients: what MaskFeat predicts of hidden patches.
+"""Histograms of oriented gradients (HOG), the targets of MaskFeat.
 
 Source: Dalal & Triggs 2005, as computed for Wei et al. 2022, sec. 3, by the official code
 (facebookresearch/SlowFast, `HOGLayerC`): no Gaussian window, no blocks of cells.
@@ -15,20 +15,20 @@ from torch.nn import functional as F
 
 
 class HOG(nn.Module):
-    """HOG of pictures, arranged a patch; in fp32 and without gradient, on the pictures' device.
+    """HOG of pictures by patch, in fp32 and without gradient, on the pictures' device.
 
     The values of a patch are flattened as (channel, bin, cell row, cell column), the official
     order. Bin k holds edges whose gradient has an angle of [k, k + 1) * 180 / bins degrees from
     the vertical. There are no parameters or buffers, so no engine can cast them.
 
     Args:
-        channels: of the pictures; each has histograms of its own.
+        channels: channels of the pictures; each has its own histograms.
         bins: unsigned orientations over 180 degrees.
-        cell_px: side of the square that one histogram counts, pixels.
+        cell_px: side of a cell, the square of one histogram, pixels.
         patch_px: side of a patch, pixels, a multiple of cell_px.
 
     Attributes:
-        out_dim: values a patch, P = channels * bins * (patch_px / cell_px)^2.
+        out_dim: values per patch, P = channels * bins * (patch_px / cell_px)^2.
     """
 
     def __init__(self, channels: int, bins: int, cell_px: int, patch_px: int) -> None:
@@ -42,10 +42,10 @@ class HOG(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N P"]:
-        """Histograms of the whole picture, each of Euclidean length 1 (0 where it is flat).
+        """Histograms of whole pictures, each of Euclidean length 1, or 0 in a flat cell.
 
         Args:
-            images: normalised by mean and standard deviation, as the encoder sees them.
+            images: pictures normalised by mean and standard deviation, as the encoder gets them.
         """
         gx, gy = sobel(images.float())
         cells = orientation_histograms(gx, gy, self.bins, self.cell_px)  # B C K R S
@@ -71,9 +71,9 @@ class HOG(nn.Module):
 def sobel(
     images: Float[Tensor, "B C H W"],
 ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B C H W"]]:
-    """Sobel differences (left minus right, top minus bottom) a channel, mirrored at the border.
+    """Sobel differences (left minus right, top minus bottom) per channel, mirrored at borders.
 
-    Made of slices: a convolution may run in TF32 or bf16, and is slower on a CPU.
+    Computed from slices, since a convolution may run in TF32 or bf16, and is slower on a CPU.
     """
     x = F.pad(images, (1, 1, 1, 1), mode="reflect")
     across = x[..., :-2] - x[..., 2:]  # B C H+2 W
@@ -91,14 +91,14 @@ def orientation_histograms(
     Each pixel votes for one bin of one cell; nothing is shared between neighbours.
 
     Args:
-        gx: gradient across.
-        gy: gradient down.
-        bins: K; the angle atan2(gx, gy) falls into bin floor(angle / pi * K) mod K.
-        cell_px: side of a cell; divides H and W.
+        gx: horizontal gradient.
+        gy: vertical gradient.
+        bins: number of bins K; the angle atan2(gx, gy) falls into bin floor(angle / pi * K) mod K.
+        cell_px: side of a cell, pixels; divides H and W.
     """
     magnitude = torch.hypot(gx, gy)
     chosen = (torch.atan2(gx, gy) / math.pi * bins).floor().remainder(bins)
-    # A pass a bin, not a scatter: its sums have no fixed order on a GPU, and K times the memory.
+    # One pass per bin; a scatter's sums have no fixed order on a GPU, and take K times the memory.
     return torch.stack(
         [
             F.avg_pool2d(torch.where(chosen == k, magnitude, 0.0), cell_px, divisor_override=1)

@@ -1,4 +1,4 @@
-"""Nearest codes, and the k-means that a codebook may start from."""
+"""Nearest codes, and k-means, from which a codebook may start."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
-# Distances held at once: 64 MiB of fp32, whatever the number of vectors.
+# Distances held at once: 64 MiB of fp32, for any number of vectors.
 DISTANCES_AT_ONCE = 1 << 24
 
 
 class Clusters(NamedTuple):
-    """Sums over the vectors of each code.
+    """Counts and sums of the vectors of each code.
 
     Attributes:
-        counts: [K], vectors of each code.
-        sums: [K, D], their sum.
+        counts: float [K], the number of vectors of each code.
+        sums: float [K, D], the sum of the vectors of each code.
     """
 
     counts: Tensor
@@ -28,13 +28,13 @@ class Clusters(NamedTuple):
 def nearest_codes(
     vectors: Float[Tensor, "M D"], table: Float[Tensor, "K D"]
 ) -> Int64[Tensor, " M"]:
-    """The code of least Euclidean distance to each vector, the first of equals.
+    """The code nearest to each vector in Euclidean distance; the first of equals.
 
     Args:
-        vectors: in fp32.
-        table: the codes, in fp32.
+        vectors: the vectors, in fp32.
+        table: the codes' vectors, in fp32.
     """
-    # |z - e|^2 / 2 but for |z|^2 / 2, which all codes share.
+    # |z - e|^2 / 2 without |z|^2 / 2, which is the same for all codes.
     halves = 0.5 * table.square().sum(dim=1)  # K
     rows = max(1, DISTANCES_AT_ONCE // len(table))
     found = [(halves - part @ table.T).argmin(dim=1) for part in torch.split(vectors, rows)]
@@ -55,13 +55,13 @@ def kmeans(
     iterations: int = 10,
     spherical: bool = False,
 ) -> Float[Tensor, "K D"]:
-    """Lloyd's algorithm; a mean without vectors stays where it is.
+    """K-means by Lloyd's algorithm; a mean without vectors is not moved.
 
     Args:
-        vectors: in fp32; of length 1 where spherical.
-        start: the first means.
-        iterations: how often vectors are assigned and means taken.
-        spherical: keep the means on the unit sphere.
+        vectors: the vectors, in fp32; of length 1 if spherical.
+        start: the initial means.
+        iterations: number of rounds of assignment and averaging.
+        spherical: True to keep the means on the unit sphere.
 
     Returns:
         The means.

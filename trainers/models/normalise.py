@@ -1,4 +1,4 @@
-"""From stored pixels to what an encoder takes; on the device, where it costs nothing."""
+"""Normalisation of stored pixels, and its inverse; on the device, where it costs nothing."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 def normalise(
     images: UInt8[Tensor, "B C H W"], mean: Sequence[float], std: Sequence[float]
 ) -> Float[Tensor, "B C H W"]:
-    """(x / 255 - mean) / std a channel, in fp32 on the pictures' own device.
+    """(x / 255 - mean) / std per channel, in fp32 on the pictures' own device.
 
     Args:
-        images: pixels.
-        mean: a value a channel, of pixels in [0, 1].
-        std: likewise.
+        images: stored pixels.
+        mean: the mean of each channel, of pixels in [0, 1].
+        std: the standard deviation of each channel, of pixels in [0, 1].
     """
     m = torch.tensor(mean, device=images.device).view(1, -1, 1, 1)
     s = torch.tensor(std, device=images.device).view(1, -1, 1, 1)

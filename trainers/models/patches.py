@@ -1,4 +1,4 @@
-"""Pictures as sequences of patches, and tokens chosen by a mask."""
+"""Pictures as sequences of patches, and selection of tokens by a mask."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ def patchify(images: Float[Tensor, "B C H W"], patch_size: int) -> Float[Tensor,
     """Cut pictures into patches, row-major, each flattened as (row, column, channel).
 
     Args:
-        images: H and W multiples of patch_size.
-        patch_size: side in pixels.
+        images: pictures; H and W are multiples of patch_size.
+        patch_size: side of a patch, pixels.
 
     Returns:
-        [B, N, patch_size^2 * C].
+        Patches, [B, N, patch_size^2 * C].
     """
     b, c, height, width = images.shape
     p = patch_size
@@ -28,7 +28,7 @@ def patchify(images: Float[Tensor, "B C H W"], patch_size: int) -> Float[Tensor,
 def unpatchify(
     patches: Float[Tensor, "B N P"], patch_size: int, grid: tuple[int, int]
 ) -> Float[Tensor, "B C H W"]:
-    """The inverse of `patchify` for a grid of (rows, columns)."""
+    """The inverse of `patchify` for a grid of (rows, columns) of patches."""
     (h, w), p = grid, patch_size
     b, n, _ = patches.shape
     assert n == h * w
@@ -47,5 +47,5 @@ def visible_indices(mask: Bool[Tensor, "B N"]) -> Int[Tensor, "B K"]:
 def take_tokens(
     tokens: Float[Tensor, "B N D"], indices: Int[Tensor, "B K"]
 ) -> Float[Tensor, "B K D"]:
-    """Gather tokens by index along the sequence."""
+    """Select tokens by index along the sequence."""
     return tokens.gather(1, indices.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))

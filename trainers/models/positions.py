@@ -9,15 +9,15 @@ from torch import Tensor
 
 
 def sincos_2d(width: int, grid: tuple[int, int], num_prefix: int = 0) -> Float[Tensor, "N D"]:
-    """Sine-cosine positions of a grid, row-major.
+    """Sine-cosine position embeddings of a grid, row-major.
 
     The first half of the channels encodes the column, the second half the row; each half is
     sines then cosines at frequencies 10000^(-2i/(D/2)). Prefix tokens get zeros.
 
     Args:
-        width: D, a multiple of 4.
-        grid: (rows, columns).
-        num_prefix: how many zero rows to put first.
+        width: token width D, a multiple of 4.
+        grid: (rows, columns) of patches.
+        num_prefix: number of prefix tokens, which come first.
 
     Returns:
         float32 [num_prefix + rows * columns, D].
@@ -26,7 +26,7 @@ def sincos_2d(width: int, grid: tuple[int, int], num_prefix: int = 0) -> Float[T
     """
     assert width % 4 == 0
     rows, columns = grid
-    # float64 as the published code computes it, so that float32 results agree to the digit.
+    # In float64, as in the published code, so that float32 results agree to the digit.
     frequency = 1.0 / 10000 ** (np.arange(width // 4, dtype=np.float64) / (width / 4))
     row, column = np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij")
     halves = []

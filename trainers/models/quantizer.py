@@ -1,8 +1,8 @@
-"""Quantizers: from a map of features to one of K codes a place, and to the codes' vectors.
+"""Quantizers: a map of features to one of K codes per place, and codes to their vectors.
 
-What is not learnt by gradient (moving averages, last uses) is gathered by `forward` over the
-micro batches of a step and settled once, by `after_step`, over all ranks. So it does not depend
-on how many ranks or micro batches share the work, and is the same on every rank.
+State that is not learnt by gradient (moving averages, last uses) is gathered by `forward` over the
+micro batches of a step and updated once, by `after_step`, over all ranks. So it does not depend on
+the number of ranks or micro batches, and is the same on every rank.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from mimray.trainers.models.kmeans import cluster, kmeans, nearest_codes
 
 # Laplace smoothing of the moving counts, as in the code of van den Oord et al. (Sonnet).
 SMOOTHING = 1e-5
-# Of the moving average of uses where `ema_decay` does not say.
+# Decay of the moving average of uses if there is no `ema_decay`.
 USES_DECAY = 0.99
 
 
 class Quantized(NamedTuple):
-    """What a quantizer makes of a map of features.
+    """A quantized map of features.
 
     Attributes:
-        latent: [B, D, h, w], what the decoder gets; its gradient reaches the features.
-        codes: int64 [B, h, w].
-        loss: scalar in fp32, what the quantizer adds to the loss of the reconstruction.
-        terms: scalars worth a curve; parts of the loss before they are weighted.
+        latent: float [B, D, h, w], the decoder's input; its gradient reaches the features.
+        codes: int64 [B, h, w], the code of each place.
+        loss: fp32 scalar, the quantizer's part of the loss, beside the reconstruction's.
+        terms: scalars to log, by name, such as unweighted parts of the loss.
     """
 
     latent: Tensor
@@ -47,15 +47,15 @@ class Quantized(NamedTuple):
 
 
 class Quantizer(Fp32Buffers, ABC):
-    """What quantizers share: a codebook, and a record of which codes are in use.
+    """The base of all quantizers: a codebook, and a record of the codes in use.
 
     Args:
-        config: number of codes and length of the window of usage.
+        config: the method's configuration, with the number of codes and the window of usage.
         codebook: the codes' vectors.
 
     Attributes:
-        counts: [K], uses since the last `after_step` on this rank.
-        last_used: [K], the last step that used a code; 0 for none. In fp32, exact to 2^24.
+        counts: float [K], uses of each code since the last `after_step` on this rank.
+        last_used: float [K], the last step that used each code, 0 for none; fp32 is exact to 2^24.
     """
 
     counts: Tensor
@@ -70,7 +70,7 @@ class Quantizer(Fp32Buffers, ABC):
 
     @abstractmethod
     def forward(self, features: Float[Tensor, "B W h w"]) -> Quantized:
-        """Quantize, and while training keep what `after_step` needs."""
+        """Quantize a map; in training, also gather the state that `after_step` needs."""
 
     @abstractmethod
     def codes(self, features: Float[Tensor, "B W h w"]) -> Int64[Tensor, "B h w"]:
@@ -86,17 +86,18 @@ class Quantizer(Fp32Buffers, ABC):
         return F.embedding(codes, self.table()).movedim(3, 1)
 
     def at_step(self, step: int, num_steps: int) -> None:
-        """Told before each update; see `Method.at_step`."""
+        """Called before each update; see `Method.at_step`."""
 
     @torch.no_grad()
     def after_step(self, step: int) -> dict[str, float]:
-        """Settle what a step brought; collective, and the same on every rank.
+        """Update the codebook and its usage after a step; collective, the same on every rank.
 
         Args:
             step: updates made, this one included.
 
         Returns:
-            The share of codes used over the window, and the perplexity of the step's codes.
+            `codebook_usage`, the share of codes used over the window, and `codebook_perplexity`,
+            that of the step's codes.
         """
         counts = _over_ranks(self.counts)
         self._settle(step, counts)
@@ -108,30 +109,30 @@ class Quantizer(Fp32Buffers, ABC):
         return {"codebook_usage": float(usage), "codebook_perplexity": float(perplexity)}
 
     def _settle(self, step: int, counts: Float[Tensor, " K"]) -> None:
-        """Bring the codebook up to date with the counts of all ranks."""
+        """Update the codebook from the counts of all ranks."""
 
     def _count(self, codes: Int64[Tensor, "B h w"]) -> None:
         self.counts += torch.bincount(codes.flatten(), minlength=len(self.counts))
 
 
 class VectorQuantizer(Quantizer):
-    """Each place takes the nearest code; gradients pass straight through.
+    """Vector quantization: the nearest code of each place, with straight-through gradients.
 
     Args:
-        config: codes, weights and options.
+        config: the method's configuration, with codes, weights and options.
         width: width of the features W.
-        rng: a generator a counter; the same on every rank. 0 serves k-means, each step its own.
+        rng: makes the generator of a counter, the same on every rank: 0 for k-means, then the step.
 
     Attributes:
-        moving: whether codes follow moving averages in place of gradients.
-        uses: [K], moving average of how often a step uses a code.
-        sums: [K, D], of the encodings of a code since the last `after_step` on this rank.
-        moving_sums: [K, D], their moving average.
-        ready: 0 while the codebook waits for k-means over the first batch.
+        moving: True if codes follow moving averages in place of gradients.
+        uses: float [K], moving average of the uses of each code per step.
+        sums: float [K, D], sums of each code's encodings since the last `after_step` on this rank.
+        moving_sums: float [K, D], moving average of the sums over all ranks.
+        ready: 0 until k-means over the first batch has made the codebook, else 1.
 
     Source: van den Oord et al. 2017, sec. 3.2; moving averages: appendix A.1; narrow codes on
-    the unit sphere: Yu et al. 2022 (ViT-VQGAN), sec. 3.2; revival: Zeghidour et al. 2021
-    (SoundStream), sec. III-C.
+        the unit sphere: Yu et al. 2022 (ViT-VQGAN), sec. 3.2; revival: Zeghidour et al. 2021
+        (SoundStream), sec. III-C.
     """
 
     uses: Tensor
@@ -144,8 +145,8 @@ class VectorQuantizer(Quantizer):
     ) -> None:
         size, dim = config.codebook_size, config.code_dim
         moving = config.ema_decay is not None
-        # Near the origin codes are told apart by direction, so that none is left out; on the
-        # sphere all are, and a longer vector turns less under a step of the optimiser.
+        # Near the origin the nearest code depends on direction alone, so that every code is used.
+        # On the sphere it always does, and a longer vector turns less in an optimiser's step.
         std = 1.0 if config.l2_normalize else 1 / size
         super().__init__(config, Codebook(size, dim, std=std, learnt=not moving))
         self.moving = moving
@@ -159,7 +160,10 @@ class VectorQuantizer(Quantizer):
         self._seen: list[Tensor] = []
 
     def forward(self, features: Float[Tensor, "B W h w"]) -> Quantized:
-        """Codebook term (unless it follows averages) + beta * commitment, means over values."""
+        """Quantize; the loss is codebook term (without moving averages) + beta * commitment.
+
+        Both terms are means over values.
+        """
         vectors = self._vectors(features)  # B h w D
         if self.training and not self.ready:
             self._start(vectors.detach().flatten(0, 2))
@@ -196,7 +200,7 @@ class VectorQuantizer(Quantizer):
 
     @torch.no_grad()
     def _start(self, vectors: Float[Tensor, "M D"]) -> None:
-        """K-means over the encodings of all ranks; collective."""
+        """Initialise the codebook by k-means over the encodings of all ranks; collective."""
         everyone = _gather(vectors)
         size = len(self.uses)
         if len(everyone) < size:
@@ -235,7 +239,7 @@ class VectorQuantizer(Quantizer):
             self.sums.zero_()
             total = self.uses.sum()
             smoothed = (self.uses + SMOOTHING) / (total + len(counts) * SMOOTHING) * total  # K
-            # Nothing has moved the average of a code without uses; only smoothing would.
+            # A code without uses keeps its place: only the smoothing would move it.
             used = counts > 0
             self.codebook.replace(used, (self.moving_sums / smoothed.unsqueeze(1))[used])
         if self.config.revive_below:
@@ -246,7 +250,7 @@ class VectorQuantizer(Quantizer):
             self._seen.clear()
 
     def _draw(self, count: int, rng: np.random.Generator) -> Float[Tensor, "n D"]:
-        """Encodings of the step, from any rank; collective."""
+        """Draw encodings of the step, from any rank; collective."""
         mine = torch.cat(self._seen)  # M D
         rank, ranks = _rank_of_ranks()
         drawn_at = (rng.random(count) * ranks * len(mine)).astype(np.int64)
@@ -257,7 +261,7 @@ class VectorQuantizer(Quantizer):
         return _over_ranks(drawn)
 
     def _replace(self, chosen: Bool[Tensor, " K"], vectors: Tensor, uses: float) -> None:
-        """Put codes elsewhere, as if each had been used so often a step."""
+        """Replace codes, and set their moving averages as after `uses` uses per step."""
         self.codebook.replace(chosen, vectors)
         self.uses[chosen] = uses
         if self.moving:
@@ -265,14 +269,14 @@ class VectorQuantizer(Quantizer):
 
 
 class GumbelQuantizer(Quantizer):
-    """Each place is a mixture of codes, drawn by Gumbel-softmax; outside training, one code.
+    """Gumbel-softmax: a random mixture of codes at each place; outside training, one code.
 
     Args:
-        config: codes, temperatures and the weight of the KL term.
+        config: the method's configuration, with codes, temperatures and the KL term's weight.
         width: width of the features W.
 
     Attributes:
-        temperature: at the present step.
+        temperature: temperature at the current step.
 
     Source: Jang et al. 2017; Ramesh et al. 2021 (DALL-E), sec. 2.1 and appendix A.2.
     """
@@ -284,7 +288,7 @@ class GumbelQuantizer(Quantizer):
         self.temperature = config.temperature
 
     def at_step(self, step: int, num_steps: int) -> None:
-        """Lower the temperature by a half-cosine."""
+        """Set the temperature, which falls by a half-cosine."""
         config = self.config
         progress = min(1.0, step / (config.temperature_steps or num_steps))
         above = 0.5 * (1 + math.cos(math.pi * progress))
@@ -293,7 +297,7 @@ class GumbelQuantizer(Quantizer):
         )
 
     def forward(self, features: Float[Tensor, "B W h w"]) -> Quantized:
-        """kl_weight * KL(codes | uniform), nats a place, a mean over places."""
+        """Quantize; the loss is kl_weight * KL(codes | uniform), in nats, averaged over places."""
         logits = self.to_logits(features).float().movedim(1, 3)  # B h w K
         codes = logits.detach().argmax(dim=-1)
         if self.training:
@@ -313,13 +317,13 @@ class GumbelQuantizer(Quantizer):
 
 
 def kl_from_uniform(logits: Float[Tensor, "*P K"]) -> Float[Tensor, "*P"]:
-    """KL divergence of categorical distributions from the uniform one, nats."""
+    """KL divergence of categorical distributions from the uniform one, in nats."""
     log_q = logits.log_softmax(dim=-1)
     return (log_q.exp() * log_q).sum(dim=-1) + math.log(logits.shape[-1])
 
 
 def _rank_of_ranks() -> tuple[int, int]:
-    """This rank, and how many there are."""
+    """This rank, and the number of ranks."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 

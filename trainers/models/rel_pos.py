@@ -1,4 +1,4 @@
-"""Relative positions: a bias on attention that depends on how far apart two patches lie."""
+"""Relative position bias: a bias on attention by the offset between two patches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class RelPosBias(nn.Module):
-    """A learned bias for every offset between two patches, starting at zero.
+    """A learned bias for every offset between two patches, initialised to zero.
 
     The table has a row for each of the (2h - 1)(2w - 1) offsets (query minus key, row-major) and
     three for the class token: as query, as key, as both.
@@ -37,10 +37,10 @@ class RelPosBias(nn.Module):
         """The bias of every pair of tokens, the class token first.
 
         Args:
-            grid: of the pictures at hand; the table is resized when it is not its own.
+            grid: (rows, columns) of patches of the input; the table is resized to another grid.
 
         Returns:
-            [1, heads, 1 + N, 1 + N], to be added to the attention scores.
+            float [1, heads, 1 + N, 1 + N], to be added to the attention scores.
         """
         table: Tensor = self.relative_position_bias_table
         index = self.relative_position_index
@@ -52,7 +52,7 @@ class RelPosBias(nn.Module):
 
 
 class RelPosBlock(Block):  # type: ignore[misc]  # timm has no types
-    """A transformer block with a relative position table of its own."""
+    """A transformer block with its own relative position table."""
 
     def __init__(
         self, dim: int, num_heads: int, *args: object, grid: tuple[int, int], **kwargs: object
@@ -67,7 +67,7 @@ class RelPosBlock(Block):  # type: ignore[misc]  # timm has no types
 
 
 def relative_index(grid: tuple[int, int]) -> Int[Tensor, "T T"]:
-    """Row of the table for each pair of tokens (query, key), the class token first.
+    """Index into the table for each pair of tokens (query, key), the class token first.
 
     Args:
         grid: (rows, columns) of patches.
@@ -90,19 +90,19 @@ def resize_table(
 ) -> Float[Tensor, "new heads"]:
     """Resize a relative position table to another grid or window.
 
-    Patches one apart stay one apart: near offsets keep their values, and only towards the edge
-    of a larger grid are values spread, at distances that grow geometrically. A smaller grid cuts
-    the far offsets off, and an axis that keeps its size keeps its values. Rows behind the
-    offsets, such as those of the class token, stay as they are.
+    Offsets stay in patches: near ones keep their values, and only towards the edge of a larger
+    grid are values spread, at distances that grow geometrically. A smaller grid loses the far
+    offsets, and an axis of the same size keeps its values. Rows after the offsets, such as those
+    of the class token, are kept.
 
     Args:
         table: [(2h - 1)(2w - 1) + extra, heads].
-        old: (h, w) it was made for.
-        new: (h, w) wanted.
+        old: (h, w), the table's grid or window.
+        new: (h, w), the grid or window of the result.
 
     Source: the official BEiT code (`run_class_finetuning.py`), with linear interpolation as in
-    timm. There the growth is at least 1.01, which shifts values even where an axis keeps its
-    size; here it may be 1.
+        timm. There the growth is at least 1.01, which shifts values even where an axis keeps its
+        size; here it may be 1.
     """
     heads = table.shape[1]
     num_offsets = (2 * old[0] - 1) * (2 * old[1] - 1)
@@ -116,7 +116,7 @@ def resize_table(
 
 @functools.lru_cache(maxsize=64)
 def _interpolation(old: int, new: int) -> np.ndarray:
-    """Weights [2 new - 1, 2 old - 1] that take values at old offsets to new ones."""
+    """Interpolation weights, float [2 new - 1, 2 old - 1], from old offsets to new ones."""
     growth = _growth(old - 1, new - 1)
     far = np.cumsum(growth ** np.arange(old - 1))
     known = np.concatenate([-far[::-1], [0.0], far])

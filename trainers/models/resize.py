@@ -1,4 +1,4 @@
-"""Weights for another size of input: positions, relative positions, Swin's windows."""
+"""Resizing of weights to another size of input: positions, relative positions, windows."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from mimray.trainers.models.rel_pos import resize_table
 
 
 def for_size(encoder: EncoderConfig, old: Size, new: Size) -> EncoderConfig:
-    """The architecture at another size of input.
+    """Adapt an architecture to another size of input.
 
-    A swin keeps its window where that divides the grids of all stages, else the window grows
-    with the picture, 6 at 192 to 7 at 224. A fixed sin-cos table that is resampled is one no
-    more.
+    A swin keeps its window if that divides the grids of all stages, else the window grows with the
+    picture, from 6 at 192 to 7 at 224. Fixed sin-cos positions become learned ones, since a
+    resampled table is no sin-cos table.
 
     Args:
-        encoder: architecture at the old size.
-        old: (height, width) in pixels.
-        new: (height, width) wanted, pixels.
+        encoder: the architecture at the old size.
+        old: the old (height, width), pixels.
+        new: the new (height, width), pixels.
 
     Raises:
-        BundleError: it does not fit the new size.
+        BundleError: the architecture does not fit the new size.
     """
     if old == new:
         return encoder
@@ -51,15 +51,15 @@ def for_size(encoder: EncoderConfig, old: Size, new: Size) -> EncoderConfig:
 def resized(
     state: Mapping[str, Tensor], old: tuple[EncoderConfig, Size], new: tuple[EncoderConfig, Size]
 ) -> dict[str, Tensor]:
-    """An encoder's or a decoder's weights at another size of input.
+    """Resize an encoder's or a decoder's weights to another size of input.
 
-    Absolute positions are resampled bicubically with antialiasing, as timm does; relative ones
-    interpolated between offsets, which stay in patches, as the official BEiT code does.
+    Absolute positions are resampled bicubically with antialiasing, as in timm; relative ones are
+    interpolated between offsets, which stay in patches, as in the official BEiT code.
 
     Args:
         state: weights at the old size.
-        old: architecture and (height, width) it is for.
-        new: those wanted.
+        old: the old architecture and (height, width), pixels.
+        new: the new architecture and (height, width), pixels.
     """
     return {key: _resized(key, value, old, new) for key, value in state.items()}
 
@@ -91,7 +91,7 @@ def _grid(encoder: EncoderConfig, size: Size) -> Size:
 
 
 def _window(encoder: EncoderConfig, size: Size, stage: int) -> Size:
-    """The window of a swin's stage: as configured, but not larger than the grid there."""
+    """The window of a swin's stage: the configured one, but no larger than the stage's grid."""
     assert isinstance(encoder, SwinConfig)
     stride = encoder.patch_size * 2**stage
     return min(encoder.window_size, size[0] // stride), min(encoder.window_size, size[1] // stride)

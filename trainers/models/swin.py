@@ -17,11 +17,11 @@ from mimray.trainers.types import Features
 
 
 class SwinBlock(SwinTransformerBlock):  # type: ignore[misc]  # timm has no types
-    """timm's block; holds the attention mask of the size it was built for, and makes others."""
+    """timm's block, with attention masks for other sizes than the one it was built for."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # From here on timm asks `get_attn_mask` at each call.
+        # This makes timm call `get_attn_mask` at each forward pass.
         self.dynamic_mask = True
 
     def get_attn_mask(
@@ -30,15 +30,15 @@ class SwinBlock(SwinTransformerBlock):  # type: ignore[misc]  # timm has no type
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> Tensor | None:
-        """The mask that keeps apart what a shift brought into one window; None without a shift.
+        """The mask between regions that a shift has brought into one window; None without a shift.
 
         Args:
             x: shifted tokens [B, h, w, D]; None for the size the block was built for.
-            device: where to make the mask when there is no `x`.
-            dtype: of the mask when there is no `x`.
+            device: the device of the mask if `x` is None.
+            dtype: the data type of the mask if `x` is None.
 
         Returns:
-            [windows, window area, window area], 0 or -100.
+            float [windows, window area, window area], 0 or -100.
         """
         mask: Tensor | None
         if x is not None and tuple(x.shape[1:3]) == self.input_resolution:
@@ -53,11 +53,11 @@ class Swin(Encoder):
     """Swin transformer; a layer is a stage, and only the last stage's map is normalised.
 
     Args:
-        config: shape.
+        config: the encoder's shape.
         image_size: (height, width) in pixels, multiples of the stride.
         in_chans: channels of the input, any number.
 
-    Source: Liu et al. 2021; mask token after the patch embedding as Xie et al. 2022, sec. 3.
+    Source: Liu et al. 2021; mask token after the patch embedding by Xie et al. 2022, sec. 3.
     """
 
     num_prefix_tokens = 0
@@ -88,7 +88,7 @@ class Swin(Encoder):
         self.apply(_init_linear)
 
     def _build_stage(self, config: SwinConfig, stage: int) -> nn.ModuleDict:
-        """Blocks of one width; every stage but the first begins by merging 2x2 tokens into one."""
+        """Blocks of one width; every stage but the first begins with a merge of 2x2 tokens."""
         width = self.widths[stage]
         scale = 2 ** (self.depth - 1 - stage)
         grid = self.grid[0] * scale, self.grid[1] * scale
@@ -120,10 +120,10 @@ class Swin(Encoder):
         return sum(len(stage["blocks"]) for stage in self._stages) + 1
 
     def decay_layer(self, name: str) -> int:
-        """Patches 0, blocks are counted through all stages; a merge goes with the block before it.
+        """0 for patches, from 1 for blocks of all stages; a merge goes with the block before it.
 
         Source: official SimMIM code, `get_swin_layer` of `optimizer.py`, where a merge ends a
-        stage and does not begin one.
+            stage and does not begin one.
         """
         part, *rest = name.split(".")
         if part == "patch_embed":
@@ -145,7 +145,7 @@ class Swin(Encoder):
         mask_token: Float[Tensor, "1 1 D"] | None = None,
         norm: bool = True,
     ) -> Features:
-        """Encode pictures; a hidden output token hides every patch that lies under it."""
+        """Encode pictures; a hidden output token hides all of its patches."""
         grid = self._grid_of((images.shape[2], images.shape[3]))
         x = self.patch_embed(self._cast(images))  # B h w D, of the first stage
         if mask is not None:
@@ -193,7 +193,7 @@ class Swin(Encoder):
 
 
 def _init_linear(module: nn.Module) -> None:
-    """Official Swin code: Linear weights normal of std .02, zero bias; all else as torch does."""
+    """Initialise as the official Swin code: Linear weights normal of std .02, zero bias."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

@@ -37,8 +37,8 @@ def transformer_blocks(
 ) -> nn.ModuleList:
     """Pre-norm transformer blocks with biased qkv.
 
-    BEiT gives its keys no bias. Here they have one without effect: it adds the same to every
-    score of a query, which the softmax cancels, and its gradient is zero up to rounding.
+    BEiT's keys have no bias. Here they have one without effect: it adds the same to every score of
+    a query, which the softmax cancels, and its gradient is zero up to rounding.
 
     Args:
         width: token width.
@@ -48,7 +48,8 @@ def transformer_blocks(
         drop_path: rate of the last block; earlier ones rise to it linearly from 0.
         layer_scale: initial scale of each residual branch; None leaves them unscaled.
         norm_eps: epsilon of every LayerNorm.
-        rel_pos_grid: (rows, columns) of patches; gives each block relative positions of its own.
+        rel_pos_grid: (rows, columns) of patches, for relative positions in each block; None for
+            none.
     """
     block = Block if rel_pos_grid is None else partial(RelPosBlock, grid=rel_pos_grid)
     return nn.ModuleList(
@@ -77,21 +78,21 @@ def init_transformer(module: nn.Module) -> None:
 
 
 def init_cut_normal_(tensor: Tensor) -> None:
-    """Fill with a normal of std .02 cut at one std, as the official BEiT code does."""
+    """Fill with a normal of std .02, truncated at one std, as the official BEiT code does."""
     nn.init.trunc_normal_(tensor, std=0.02, a=-0.02, b=0.02)
 
 
 class PatchProjection(nn.Module):
-    """A linear map of flat patches, with the parameters of the convolution it equals.
+    """A linear map of flat patches, with the parameters of the equivalent convolution.
 
-    Knowing only flat patches lets a masked method project the visible ones alone.
+    On flat patches, a masked method can project the visible ones only.
     """
 
     def __init__(self, patch_size: int, in_chans: int, width: int) -> None:
         super().__init__()
         convolution = nn.Conv2d(in_chans, width, patch_size, patch_size)
         assert convolution.bias is not None
-        # As the Linear it is used as; the bias keeps the convolution's default (official MAE code).
+        # Initialised as a Linear; the bias keeps the convolution's default (official MAE code).
         nn.init.xavier_uniform_(convolution.weight.view(width, -1))
         self.weight = convolution.weight  # D C p q
         self.bias = convolution.bias  # D
@@ -103,7 +104,7 @@ class PatchProjection(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Holds the projection under the name timm gives it."""
+    """The patch projection, under timm's parameter names."""
 
     def __init__(self, patch_size: int, in_chans: int, width: int) -> None:
         super().__init__()
@@ -123,13 +124,13 @@ class ViT(Encoder):
     are `blocks.i.rel_pos_bias.relative_position_bias_table`.
 
     Args:
-        config: shape, positions, initialisation.
+        config: the encoder's shape, positions and initialisation.
         image_size: (height, width) in pixels, multiples of the patch size.
         in_chans: channels of the input, any number.
 
-    Source: Dosovitskiy et al. 2021; sin-cos positions and initialisation `mae` as He et al.
-    2022, A.1; relative positions, layer scale and initialisation `beit` as Bao et al. 2022,
-    sec. 2.3 and 2.5.
+    Source: Dosovitskiy et al. 2021; sin-cos positions and initialisation `mae` by He et al.
+        2022, A.1; relative positions, layer scale and initialisation `beit` by Bao et al. 2022,
+        sec. 2.3 and 2.5.
     """
 
     num_prefix_tokens = 1
@@ -181,7 +182,7 @@ class ViT(Encoder):
                 init_cut_normal_(module.weight)
                 nn.init.zeros_(module.bias)
         with torch.no_grad():
-            # The ends of the two residual branches, so that their sum keeps its scale with depth.
+            # The ends of both residual branches, so that their sum keeps its scale with depth.
             for i, block in enumerate(self.blocks, start=1):
                 block.get_parameter("attn.proj.weight").div_(math.sqrt(2 * i))
                 block.get_parameter("mlp.fc2.weight").div_(math.sqrt(2 * i))
@@ -203,7 +204,7 @@ class ViT(Encoder):
         return self.depth + 1
 
     def decay_layer(self, name: str) -> int:
-        """Tokens, positions and patches 0, block i is i + 1, the rest is behind the blocks.
+        """0 for tokens, positions and patches, i + 1 for block i, `last_decay_layer` for the rest.
 
         Source: official BEiT code, `optim_factory.py`, which MAE's follows.
         """
@@ -219,7 +220,7 @@ class ViT(Encoder):
         mask_token: Float[Tensor, "1 1 D"] | None = None,
         norm: bool = True,
     ) -> Features:
-        """Encode pictures; without a mask token hidden patches are not even projected."""
+        """Encode pictures; without a mask token, hidden patches are not even projected."""
         grid = self._grid_of((images.shape[2], images.shape[3]))
         x = self._embed(images, grid, mask, mask_token)
         relative = self._relative(grid, x.dtype)
@@ -299,9 +300,9 @@ class ViT(Encoder):
     def _relative(
         self, grid: tuple[int, int], dtype: torch.dtype
     ) -> Tensor | tuple[int, int] | None:
-        """What each block is told about relative positions.
+        """The blocks' argument for relative positions.
 
-        The bias they share, or the grid from which each makes its own, or nothing.
+        It is the bias they share, or the grid from which each makes its own bias, or None.
         """
         if self.rel_pos_bias is not None:
             shared: Tensor = self.rel_pos_bias(grid).to(dtype)
@@ -310,7 +311,7 @@ class ViT(Encoder):
 
 
 def _position_table(config: ViTConfig, grid: tuple[int, int]) -> nn.Parameter | None:
-    """Absolute positions [1, 1 + N, D], the class token's first; sin-cos ones are not trained."""
+    """Absolute positions [1, 1 + N, D], class token first; sin-cos ones are not trained."""
     if config.positions == "none":
         return None
     if config.positions == "sincos":

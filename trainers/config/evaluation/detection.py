@@ -13,7 +13,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class DetectionConfig(HeadConfig):
-    """Objects, from a feature pyramid over the encoder's maps."""
+    """Object detection from a feature pyramid over the encoder's maps."""
 
     detector: Literal["faster_rcnn", "retinanet", "mask_rcnn"] = Field(
         default="faster_rcnn", description="mask_rcnn needs instance masks"

@@ -10,7 +10,7 @@ from mimray.trainers.config.base import Config, ImageSize
 
 
 class FinetuneTask(Config):
-    """The recipe that trains the encoder, and what is overridden in it."""
+    """The recipe that trains the encoder, and overrides of its keys."""
 
     recipe: str = Field(
         default="finetune-tiny", description="a recipe of method finetune: its name, or a path"

@@ -10,7 +10,7 @@ from mimray.trainers.config.base import Config
 
 
 class KnnConfig(Config):
-    """A weighted vote of the most similar training pictures."""
+    """k-nearest neighbours: a weighted vote of the most similar training pictures."""
 
     k: PositiveInt = Field(default=20, description="neighbours of the headline")
     temperature: PositiveFloat = Field(default=0.07, description="T of a vote, exp(cosine / T)")

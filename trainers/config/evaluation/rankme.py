@@ -10,7 +10,7 @@ from mimray.trainers.config.base import Config
 
 
 class RankMeConfig(Config):
-    """Pooling of the features, and the bound of the pictures."""
+    """Pooling of the features, and the largest number of pictures."""
 
     pooling: Literal["mean", "cls", "both"] = Field(
         default="mean", description="mean of the patch tokens, class token, or both side by side"

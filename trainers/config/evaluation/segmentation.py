@@ -10,7 +10,7 @@ from mimray.trainers.config.evaluation.head import HeadConfig
 
 
 class SegmentationConfig(HeadConfig):
-    """A class for each pixel, from the encoder's feature maps."""
+    """Semantic segmentation from the encoder's feature maps."""
 
     head: Literal["linear", "fpn", "upernet"] = Field(
         default="linear",
