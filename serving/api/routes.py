@@ -42,7 +42,8 @@ EXTENSIONS = ("binary_tensor_data", "model_repository", "model_configuration", "
 OPEN_PATHS = ("/v2/health/live", "/v2/health/ready", "/", "/page/")
 """Answered without a key: for probes that cannot carry one, and the page that asks for it."""
 
-PAGE = Path(__file__).parents[1] / "page"
+# Resolved, as requested paths are: the package may lie behind a link.
+PAGE = Path(__file__).resolve().parents[1] / "page"
 _PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
     "connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
