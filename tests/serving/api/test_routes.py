@@ -191,6 +191,11 @@ def test_routes__versions_and_unknown_ones(client: TestClient) -> None:
     assert client.get(INFER).headers["allow"] == "POST"
 
 
+def test_page__has_its_files(client: TestClient) -> None:
+    for name in ("main.js", "style.css", "samples/valley.jpg"):
+        assert client.get(f"/page/{name}").status_code == 200, name
+
+
 def test_home__a_page_for_browsers(client: TestClient) -> None:
     page = client.get("/", headers={"Accept": "text/html,*/*"})
     assert "text/html" in page.headers["content-type"]

@@ -62,7 +62,7 @@ def test_busy__waits_as_long_as_it_is_told(site: str, visit: Opened) -> None:
     seen.page.route("**/v1/features?*", busy)
     seen.page.locator(".gallery [data-sample=fields]").click()
     seen.page.wait_for_function(
-        """() => document.querySelector('.model .facts').textContent ===
+        """() => document.querySelector('.model .facts')?.textContent ===
              'The server is busy; trying again in 1 s'"""
     )
     seen.ready()
