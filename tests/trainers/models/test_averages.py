@@ -106,8 +106,16 @@ def engine_of(stage: int, precision: str) -> tuple[Any, dict[str, Tensor]]:
 
 
 @pytest.mark.usefixtures("process_group")
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    [
+        *((stage, "bf16") for stage in (0, 1, 3)),
+        *(
+            pytest.param(stage, precision, marks=pytest.mark.slow)
+            for stage, precision in ((2, "bf16"), *((stage, "fp32") for stage in range(4)))
+        ),
+    ],
+)
 def test_follow__a_thousand_steps_are_those_in_double_precision(stage: int, precision: str):
     engine, fixed = engine_of(stage, precision)
     exact = {n: v.double().clone() for n, v in master_weights(engine, ("encoder.",))}
