@@ -40,7 +40,7 @@ class Watching:
         pass
 
 
-def train(job: dict[str, Any], world_size: int) -> None:
+def train(job: dict[str, Any], world_size: int, device: torch.device) -> None:
     recipe = load_recipe(str(RECIPE), job["overrides"])
     source = open_training(job["pictures"], recipe)
     plan = resolve(recipe, source.facts, world_size)
@@ -49,7 +49,7 @@ def train(job: dict[str, Any], world_size: int) -> None:
         plan,
         run,
         source,
-        device=torch.device("cpu"),
+        device=device,
         observer=Watching(job["kill_at"]),
         pauses=(1, job["stop"]),
     )
@@ -63,17 +63,28 @@ def train(job: dict[str, Any], world_size: int) -> None:
     dist.barrier()
 
 
-def main(jobs: list[dict[str, Any]], meeting: str, rank: int, world_size: int) -> None:
+def main(
+    jobs: list[dict[str, Any]], meeting: str, rank: int, world_size: int, device: torch.device
+) -> None:
     os.environ["LOCAL_RANK"] = str(rank)
-    prepare_process(torch.device("cpu"))
+    prepare_process(device)
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size
+        "nccl" if device.type == "cuda" else "gloo",
+        init_method=f"file://{meeting}",
+        rank=rank,
+        world_size=world_size,
     )
     for job in jobs:
-        train(job, world_size)
+        train(job, world_size, device)
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    main(
+        json.loads(sys.argv[1]),
+        sys.argv[2],
+        int(sys.argv[3]),
+        int(sys.argv[4]),
+        torch.device(sys.argv[5]),
+    )

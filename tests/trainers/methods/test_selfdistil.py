@@ -60,12 +60,20 @@ class Trainings:
             "kill_at": kill_at,
         }
 
-    def run(self, *jobs: dict[str, Any], ranks: int = 1) -> None:
+    def run(self, *jobs: dict[str, Any], ranks: int = 1, device: str = "cpu") -> None:
         """Train one after the other, on so many ranks; a process costs the time of its imports."""
         meeting = str(self.folder / f"meeting-{next(self._meetings)}")
         processes = [
             subprocess.Popen(
-                [sys.executable, str(RANKS), json.dumps(jobs), meeting, str(rank), str(ranks)],
+                [
+                    sys.executable,
+                    str(RANKS),
+                    json.dumps(jobs),
+                    meeting,
+                    str(rank),
+                    str(ranks),
+                    device,
+                ],  # fmt: skip
                 env=ENVIRONMENT,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -178,6 +186,19 @@ def test_targets__do_not_depend_on_workers_or_accumulation(trainings: Trainings,
         np.testing.assert_allclose(
             trainings.losses(way), trainings.losses("one"), rtol=2e-5, err_msg=way
         )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_run__on_a_gpu(trainings: Trainings, stage: int):
+    overrides = (f"engine.zero_stage={stage}", "engine.precision=bf16")
+
+    trainings.run(trainings.job("run", *overrides, stop=6), device="cuda")
+    trainings.run(trainings.job("run", *overrides), device="cuda")
+
+    assert np.isfinite(trainings.losses("run")).all()
+    state = trainings.state("run")
+    assert not torch.equal(state["averages.encoder.norm.bias"], state["encoder.norm.bias"])
 
 
 def command(*arguments: str, returncode: int = 0) -> str:
