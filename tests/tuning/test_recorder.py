@@ -1,4 +1,4 @@
-"""What the recorder keeps, and what of it is read again."""
+"""Records of a recorder: those it keeps, and those that are read again."""
 
 from __future__ import annotations
 
