@@ -65,8 +65,11 @@ class Schedule(Config):
 
 
 def _of_number(value: Any) -> Any:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return {"start": value} if is_number else value
+    if isinstance(value, str | bool | list):
+        raise ValueError(
+            f"{value!r} is no number, and no schedule such as {{start: 0.04, end: 0.4}}"
+        )
+    return {"start": value} if isinstance(value, int | float) else value
 
 
 Scheduled = Annotated[Schedule, BeforeValidator(_of_number)]
