@@ -136,9 +136,8 @@ def test_compare__a_bundle_and_its_untrained_twin(
     Image.open(found["files"]["png"]).verify()
 
 
-@pytest.mark.parametrize(
-    "task", ["segmentation", pytest.param("detection", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["segmentation", "detection"])
 def test_through__an_endpoint_scores_as_the_bundle_does(
     task: str, scenes: Path, run: Path, scored: Scored, tmp_path: Path
 ) -> None:

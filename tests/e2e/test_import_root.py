@@ -36,6 +36,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return occupy(tmp_path_factory.mktemp("project"))
 
 
+@pytest.mark.slow
 def test_commands__workers_find_this_package(cluster: Any, photos: Path, here: Path) -> None:
     def mimray(*arguments: str) -> str:
         printed: str = cluster.finish(cluster.start("mimray", *arguments, cwd=here))

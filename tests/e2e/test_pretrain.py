@@ -75,6 +75,7 @@ def test_run__leaves_everything_it_promises(undisturbed: dict[int, float], stora
     assert found.info.status == "FINISHED"
 
 
+@pytest.mark.slow
 def test_killed_driver__continued_run_repeats_it_bit_for_bit(
     commands: Any, asked: Asked, storage: Path, undisturbed: dict[int, float]
 ) -> None:
@@ -100,6 +101,7 @@ def test_killed_worker__run_goes_on_by_itself_bit_for_bit(
     assert losses(storage / "worker-killed") == undisturbed
 
 
+@pytest.mark.slow
 def test_two_workers__learn_the_same_as_one(
     commands: Any, asked: Asked, storage: Path, undisturbed: dict[int, float]
 ) -> None:
