@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from mimray.service.cli.options import image_size, json_option, print_result
+from mimray.service.cli.options import image_size, json_option, label_option, print_result
 
 
 @click.group()
@@ -22,6 +22,7 @@ def data() -> None:
 @click.option("--shard-mib", default=64, show_default=True, type=click.IntRange(min=1))
 @click.option("--max-rejected", default=0.01, show_default=True, type=click.FloatRange(0, 1))
 @click.option("--overwrite", is_flag=True, help="Replace OUT.")
+@label_option
 @json_option
 def data_ingest(
     src: str,
@@ -30,6 +31,7 @@ def data_ingest(
     shard_mib: int,
     max_rejected: float,
     overwrite: bool,
+    label: str | None,
     as_json: bool,
 ) -> None:
     """Verify pictures and write them as Parquet.
@@ -47,6 +49,7 @@ def data_ingest(
         shard_mib=shard_mib,
         max_rejected=max_rejected,
         overwrite=overwrite,
+        label=label,
     )
     print_result(result, as_json)
 
@@ -54,15 +57,16 @@ def data_ingest(
 @data.command("inspect")
 @click.argument("uri")
 @click.option("--sheet", type=click.Path(dir_okay=False, path_type=Path), help="Contact sheet PNG.")
+@label_option
 @json_option
-def data_inspect(uri: str, sheet: Path | None, as_json: bool) -> None:
+def data_inspect(uri: str, sheet: Path | None, label: str | None, as_json: bool) -> None:
     """Count a dataset's pictures, sizes and labels; draw a contact sheet.
 
     Example: mimray data inspect dataset --sheet sheet.png
     """
     from mimray.service.commands.data import inspection_text, run_inspect
 
-    print_result(run_inspect(uri, sheet), as_json, partial(inspection_text, sheet=sheet))
+    print_result(run_inspect(uri, sheet, label), as_json, partial(inspection_text, sheet=sheet))
 
 
 @data.command("sample")

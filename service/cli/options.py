@@ -14,6 +14,9 @@ import click
 from mimray.trainers.errors import ConfigError
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+label_option = click.option(
+    "--label", metavar="COLUMN", default=None, help="Column of the labels; `label` by default."
+)
 workers_option = click.option(
     "--workers", type=click.IntRange(min=1), default=None, help="Training workers."
 )

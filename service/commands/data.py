@@ -44,6 +44,8 @@ def run_ingest(src: str, out: str, **options: Any) -> dict[str, Any]:
     if report.num_rejected:
         counts = ", ".join(f"{n} {reason}" for reason, n in manifest.rejected.items())
         say(f"rejected: {counts}; listed in {report.out}/rejected.jsonl")
+    for note in report.label_notes:
+        say(f"labels: {note}")
     return {
         "out": report.out,
         "num_samples": manifest.num_samples,
@@ -51,15 +53,17 @@ def run_ingest(src: str, out: str, **options: Any) -> dict[str, Any]:
         "fingerprint": manifest.fingerprint,
         "num_rejected": report.num_rejected,
         "rejected": manifest.rejected,
+        "label_notes": list(report.label_notes),
     }
 
 
-def run_inspect(uri: str, sheet: Path | None) -> dict[str, Any]:
+def run_inspect(uri: str, sheet: Path | None, label: str | None = None) -> dict[str, Any]:
     """Count a dataset's pictures, sizes and labels.
 
     Args:
         uri: the dataset's path or URI.
         sheet: the file of a contact sheet to draw.
+        label: the column of the labels; `label` by default.
 
     Returns:
         What `--json` prints.
@@ -69,7 +73,7 @@ def run_inspect(uri: str, sheet: Path | None) -> dict[str, Any]:
     """
     from mimray.trainers.data.inspect import inspect
 
-    return asdict(inspect(uri, contact_sheet=sheet))
+    return asdict(inspect(uri, contact_sheet=sheet, label=label))
 
 
 def inspection_text(found: Mapping[str, Any], sheet: Path | None = None) -> str:
@@ -99,6 +103,7 @@ def inspection_text(found: Mapping[str, Any], sheet: Path | None = None) -> str:
     else:
         lines.append(f"labels   {len(found['label_counts'])} classes")
         lines += [f"  {n:7} {name}" for name, n in found["label_counts"].items()]
+    lines += [f"         {note}" for note in found["label_notes"]]
     if sheet is not None:
         lines.append(f"sheet    {sheet}")
     return "\n".join(lines)

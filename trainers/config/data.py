@@ -65,6 +65,11 @@ class DataConfig(Config):
         default="substitute",
         description="a picture that cannot be decoded: take the next one and count it, or stop",
     )
+    label: str | None = Field(
+        default=None,
+        description="column of the labels, where classes are learnt; by default `label`, or the "
+        "only one that Hugging Face's metadata calls a ClassLabel",
+    )
     bad_labels: Literal["fail", "skip"] = Field(
         default="fail",
         description="a picture without a class, or of one outside the range, where classes are "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from mimray.trainers.data.files import (
 )
 from mimray.trainers.errors import DataError, EmptyDatasetError
 
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 _SPLIT_IN_NAME = re.compile(r"(.+?)-\d{5}-of-\d{5}.*")
 
 
@@ -33,12 +35,41 @@ class Contents:
         root: URI that the files' paths are relative to.
         files: the shards or pictures, sorted by path.
         num_ignored: files passed over: beside Parquet the pictures, beside pictures the rest.
+        tables: tables beside the pictures, which may hold their labels.
     """
 
     kind: Literal["parquet", "folder"]
     root: str
     files: tuple[FoundFile, ...]
     num_ignored: int
+    tables: tuple[FoundTable, ...] = ()
+
+
+@dataclass(frozen=True)
+class FoundTable:
+    """A table of text beside pictures.
+
+    Attributes:
+        uri: URI of the file.
+        folder: the folder it lies in, relative to the dataset's place; empty for that itself.
+        split: the split that is taken of the dataset's place; empty where it has none.
+    """
+
+    uri: str
+    folder: str
+    split: str
+
+    def path_of(self, file_name: str) -> str | None:
+        """The path, relative to the dataset's root, of a picture that the table names.
+
+        Returns:
+            None for a picture of another split.
+        """
+        path = posixpath.normpath(posixpath.join(self.folder, file_name.replace("\\", "/")))
+        if not self.split:
+            return path
+        top, _, rest = path.partition("/")
+        return rest if top == self.split else None
 
 
 def discover(uri: str, split: str | None = None) -> Contents:
@@ -69,6 +100,7 @@ def discover(uri: str, split: str | None = None) -> Contents:
             f"{uri} holds no picture and no Parquet file",
             hint="give a folder of pictures (.jpg, .png, ...), a folder of Parquet files, or one",
         )
+    tables = [f.path for f in files if f.path.lower().endswith(TABLE_SUFFIXES)]
     num_ignored = len(files) - len(pictures)
     splits = _split_folders(pictures)
     chosen = _choose(splits, split, uri)
@@ -79,7 +111,12 @@ def discover(uri: str, split: str | None = None) -> Contents:
             if s == chosen
         )
         root = join(root, chosen)
-    return Contents("folder", root, pictures, num_ignored)
+    beside = tuple(
+        FoundTable(join(uri, path), posixpath.dirname(path), chosen or "")
+        for path in tables
+        if chosen is None or "/" not in path or path.startswith(f"{chosen}/")
+    )
+    return Contents("folder", root, pictures, num_ignored, beside)
 
 
 def available_splits(uri: str) -> tuple[str, ...]:

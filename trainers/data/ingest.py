@@ -50,11 +50,13 @@ class IngestReport:
         out: URI of the dataset.
         manifest: contents of the dataset, as written to `dataset.json`.
         num_rejected: pictures left out; `rejected.jsonl` in the dataset lists them.
+        label_notes: what people need to know of the labels; see `Labelling`.
     """
 
     out: str
     manifest: Manifest
     num_rejected: int
+    label_notes: tuple[str, ...] = ()
 
 
 def ingest(
@@ -62,6 +64,7 @@ def ingest(
     out: str,
     *,
     split: str | None = None,
+    label: str | None = None,
     short_side_px: int | None = 256,
     shard_mib: int = 64,
     max_rejected: float = 0.01,
@@ -79,6 +82,7 @@ def ingest(
         src: folder of pictures, Parquet, or a text file of paths or URIs; see `plan_ingest`.
         out: URI of the folder to make.
         split: split of `src` to take where there are several; None takes `train`.
+        label: column of the labels, as for `open_source`.
         short_side_px: longer short sides are shrunk to this; None keeps every size.
         shard_mib: size of a shard.
         max_rejected: largest allowed fraction of rejected pictures, 0 to 1.
@@ -95,7 +99,7 @@ def ingest(
     place = split_options(out)[0].rstrip("/")
     if f"{place}/".startswith(f"{split_options(src)[0].rstrip('/')}/"):
         raise DataError(f"{out} lies in {src}, which is read", hint="write somewhere else")
-    plan = plan_ingest(src, split)
+    plan = plan_ingest(src, split, label)
     rejects_beside = join(parent(out), f"{place.rpartition('/')[2]}.{REJECTED_NAME}")
     with staged(out, overwrite=overwrite) as staging:
         writer = ShardWriter(
@@ -129,7 +133,7 @@ def ingest(
         )
         staging.write(MANIFEST_NAME, manifest.to_json())
     _remove_stale_rejects(rejects_beside)
-    return IngestReport(out, manifest, num_rejected)
+    return IngestReport(out, manifest, num_rejected, plan.label_notes)
 
 
 def _write(

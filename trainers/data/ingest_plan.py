@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
-from mimray.trainers.data.discover import class_folders, discover
+from mimray.trainers.data.discover import discover
 from mimray.trainers.data.files import (
     is_file,
     is_parquet,
@@ -22,7 +22,9 @@ from mimray.trainers.data.files import (
     read_bytes,
     split_options,
 )
-from mimray.trainers.data.parquet import Layout, all_null, common_layout, leaf, read_footers
+from mimray.trainers.data.label_tables import folder_labels
+from mimray.trainers.data.labels import Classes, numbered, read_values
+from mimray.trainers.data.parquet import Layout, ParquetSource, leaf
 from mimray.trainers.errors import DataError, EmptyDatasetError
 
 # One unit is read at once: a picture file (`group` null) or a row group of Parquet.
@@ -67,6 +69,7 @@ class IngestPlan:
         labelled: True if pictures have labels.
         class_names: names of the classes, by label.
         num_ignored: files passed over; see `Contents`.
+        label_notes: what people need to know of the labels; see `Labelling`.
     """
 
     units: pa.Table
@@ -75,48 +78,60 @@ class IngestPlan:
     labelled: bool
     class_names: tuple[str, ...]
     num_ignored: int
+    label_notes: tuple[str, ...] = ()
 
 
-def plan_ingest(src: str, split: str | None = None) -> IngestPlan:
+def plan_ingest(src: str, split: str | None = None, label: str | None = None) -> IngestPlan:
     """List what an ingest will read.
 
     Args:
         src: folder of pictures, Parquet (file or folder), or a text file with one URI or path
             a line (relative ones are relative to the text file; `#` starts a comment line).
         split: the split to take where there are several; None takes `train`.
+        label: column of the labels, as for `open_source`.
 
     Raises:
         EmptyDatasetError: when there is no picture.
-        DataError: when nothing is there, or it is none of these.
+        DataError: when nothing is there, it is none of these, or there is no such column.
     """
     if is_file(src) and not is_parquet(src):
+        if label is not None:
+            raise DataError(f"{src} is a list of pictures, without a column {label!r}")
         return _from_list(src)
     contents = discover(src, split)
     if contents.kind == "folder":
-        class_names, labels = class_folders(contents.files)
+        labelling = folder_labels(src, contents, label)
+        labels = labelling.numbers
         rows = [
-            (join(contents.root, f.path), f.path, None if labels is None else int(labels[i]))
+            (join(contents.root, f.path), f.path, None if labels is None else _stored(labels[i]))
             for i, f in enumerate(contents.files)
         ]
-        return _of_files(rows, class_names, contents.num_ignored)
+        plan = _of_files(rows, labelling.class_names, contents.num_ignored)
+        return replace(plan, label_notes=labelling.notes)
 
-    shards = read_footers(contents)
-    layout = common_layout(shards, src)
+    source = ParquetSource(src, contents, label=label)
     units = []
-    for shard in shards:
+    for shard in source.shards:
         first_row = 0
         for group, num_rows in enumerate(shard.group_rows):
             uri = join(contents.root, shard.path)
             units.append((uri, shard.path, None, group, first_row, num_rows))
             first_row += num_rows
-    labelled = layout.label is not None and not all_null(shards, layout.label)
+    labelled = source.labels() is not None
+    layout = replace(source.layout, label=source.layout.label if labelled else None)
+    if layout.classes.kind == "number":
+        # Whole numbers without names are kept as they are: other programs know them as such.
+        layout = replace(layout, classes=Classes((), "index"))
+    elif labelled:
+        layout = replace(layout, classes=layout.classes._replace(names=source.facts.class_names))
     return IngestPlan(
         units=_table(units),
-        num_pictures=sum(sum(shard.group_rows) for shard in shards),
+        num_pictures=len(source),
         layout=layout,
         labelled=labelled,
-        class_names=layout.class_names if labelled else (),
+        class_names=layout.classes.names if labelled else (),
         num_ignored=contents.num_ignored,
+        label_notes=source.label_notes,
     )
 
 
@@ -150,16 +165,23 @@ def _read_group(unit: dict[str, object], layout: Layout) -> Iterator[SourcePictu
             yield SourcePicture(place, None, None, "unreadable", str(error))
         return
     images = leaf(table, layout.image)
-    labels = leaf(table, layout.label) if layout.label else None
+    labels = (
+        numbered(read_values(leaf(table, layout.label)), layout.classes) if layout.label else None
+    )
     sources = leaf(table, layout.source) if layout.source else None
     for row, place in enumerate(places):
         source = sources[row].as_py() if sources is not None else None
-        label = labels[row].as_py() if labels is not None else None
+        label = _stored(labels[row]) if labels is not None else None
         data = images[row].as_py()
         if data is None:
             yield SourcePicture(source or place, label, None, "empty", "the row holds no bytes")
         else:
             yield SourcePicture(source or place, label, data)
+
+
+def _stored(label: int) -> int | None:
+    """A label as it is written: null for a picture without one."""
+    return None if label < 0 else int(label)
 
 
 @functools.cache

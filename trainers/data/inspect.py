@@ -47,6 +47,8 @@ class Inspection:
         num_broken: pictures of the sample that cannot be used.
         label_counts: pictures a class, by name (or number where names are unknown); None when
             unlabelled.
+        label_notes: what people need to know of the labels: columns that were not taken, pictures
+            without a label, names that are easily mistaken.
     """
 
     facts: DatasetFacts
@@ -58,9 +60,16 @@ class Inspection:
     num_measured: int
     num_broken: int
     label_counts: dict[str, int] | None
+    label_notes: tuple[str, ...]
 
 
-def inspect(uri: str, *, contact_sheet: Path | None = None, split: str | None = None) -> Inspection:
+def inspect(
+    uri: str,
+    *,
+    contact_sheet: Path | None = None,
+    split: str | None = None,
+    label: str | None = None,
+) -> Inspection:
     """Measure a dataset, and draw some of its pictures.
 
     Widths and heights are those of all pictures where the data has them as columns, as ingested
@@ -70,11 +79,12 @@ def inspect(uri: str, *, contact_sheet: Path | None = None, split: str | None = 
         uri: place of the dataset, as for `open_source`.
         contact_sheet: PNG file to write with up to 64 evenly spaced pictures.
         split: split to look at, as for `open_source`.
+        label: column of the labels, as for `open_source`.
 
     Raises:
         DataError: as `open_source`.
     """
-    source = open_source(uri, split=split)
+    source = open_source(uri, split=split, label=label)
     sample = np.linspace(0, len(source) - 1, min(_SAMPLE, len(source))).round().astype(int)
     sizes = source.sizes() if isinstance(source, ParquetSource) else None
     num_broken = 0
@@ -98,6 +108,7 @@ def inspect(uri: str, *, contact_sheet: Path | None = None, split: str | None = 
         num_measured=len(sizes),
         num_broken=num_broken,
         label_counts=_label_counts(source),
+        label_notes=source.label_notes,
     )
 
 
@@ -175,7 +186,7 @@ def _label_counts(source: Source) -> dict[str, int] | None:
     if labels is None:
         return None
     names = source.facts.class_names
-    numbers, counts = np.unique(labels, return_counts=True)
+    numbers, counts = np.unique(labels[labels >= 0], return_counts=True)
     return {
         names[n] if 0 <= n < len(names) else str(n): int(count)
         for n, count in zip(numbers.tolist(), counts, strict=True)

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,14 @@ import pyarrow.parquet as pq
 from mimray.trainers.data.cache import DiskCache, MemoryCache, user_cache
 from mimray.trainers.data.discover import Contents
 from mimray.trainers.data.files import is_local, is_parquet, join, locate, unreachable
-from mimray.trainers.data.manifest import CLASS_NAMES_KEY, FORMAT_KEY, is_shard_name, read_manifest
+from mimray.trainers.data.labels import (
+    Classes,
+    Labelling,
+    choose_column,
+    labelling_of,
+    read_values,
+)
+from mimray.trainers.data.manifest import FORMAT_KEY, is_shard_name, read_manifest
 from mimray.trainers.errors import DataError, EmptyDatasetError
 from mimray.trainers.types import DatasetFacts, Record
 
@@ -33,15 +40,19 @@ class Layout:
 
     Attributes:
         image: the encoded bytes, e.g. `image.bytes`.
-        label: integer column of the labels, or None.
+        label: column of the labels, or None.
         source: text column of the places that pictures came from, or None.
-        class_names: names by label, empty when the file does not tell.
+        classes: classes as far as the schema tells them.
+        label_by_default: True if the column of labels is the one taken when none is asked for.
+        passed_over: other columns, with the reason why they are not the labels.
     """
 
     image: str
     label: str | None
     source: str | None
-    class_names: tuple[str, ...]
+    classes: Classes
+    label_by_default: bool = True
+    passed_over: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -77,43 +88,58 @@ class ParquetSource:
     Args:
         uri: place of the data, as the user gave it.
         contents: shards of the dataset.
+        label: column of the labels; None for `label`, or the only one that the data calls so.
+        with_labels: False reads no labels, whatever there is.
         cache_dir: folder of row groups of remote data; None for the user's cache folder.
         cache_mib: bound of that folder.
     """
 
     def __init__(
-        self, uri: str, contents: Contents, *, cache_dir: str | None, cache_mib: int
+        self,
+        uri: str,
+        contents: Contents,
+        *,
+        label: str | None = None,
+        with_labels: bool = True,
+        cache_dir: str | None = None,
+        cache_mib: int = 4096,
     ) -> None:
-        self._root = contents.root
-        self._shards = read_footers(contents)
-        self._layout = common_layout(self._shards, uri)
+        self.uri, self._root = uri, contents.root
+        self.shards = read_footers(contents)
+        self.layout = common_layout(self.shards, uri, label)
         self.group_rows = np.array(
-            [rows for shard in self._shards for rows in shard.group_rows], dtype=np.int64
+            [rows for shard in self.shards for rows in shard.group_rows], dtype=np.int64
         )
         self._group_ends = np.cumsum(self.group_rows)
         self._groups = [
-            (shard, group) for shard in self._shards for group in range(shard.footer.num_row_groups)
+            (shard, group) for shard in self.shards for group in range(shard.footer.num_row_groups)
         ]
         num_samples = int(self.group_rows.sum())
         if num_samples == 0:
             raise EmptyDatasetError(f"{uri} holds Parquet without a row")
-        self._labelled = self._layout.label is not None and not all_null(
-            self._shards, self._layout.label
+        self._opened_by = -1
+        labelling = (
+            self._read_labels(label) if with_labels else Labelling(None, (), ("none were asked for",))
         )
+        self._labels = labelling.numbers
+        self.label_notes = labelling.notes
+        fingerprint = _fingerprint(uri, contents, self.shards)
+        self._cache_key = fingerprint[:16]
+        if with_labels and not self.layout.label_by_default:
+            # The same pictures under other labels are another dataset.
+            fingerprint = hashlib.sha256(f"{fingerprint} {label}".encode()).hexdigest()
         self.facts = DatasetFacts(
             uri=uri,
             num_samples=num_samples,
-            fingerprint=_fingerprint(uri, contents, self._shards),
-            class_names=self._layout.class_names if self._labelled else (),
+            fingerprint=fingerprint,
+            class_names=labelling.class_names,
             kind="parquet",
         )
-        self.num_bytes = sum(shard.num_bytes for shard in self._shards)
+        self.num_bytes = sum(shard.num_bytes for shard in self.shards)
         remote = not is_local(locate(self._root)[0])
         self._disk = (
             DiskCache(cache_dir or str(user_cache("row-groups")), cache_mib) if remote else None
         )
-        self._labels: np.ndarray | None = None
-        self._opened_by = -1
 
     def __len__(self) -> int:
         return self.facts.num_samples
@@ -121,31 +147,42 @@ class ParquetSource:
     def __getitem__(self, index: int) -> Record:
         group, row = self._find(index)
         self._open()
-        key = f"{self.facts.fingerprint[:16]}-{group}"
+        key = f"{self._cache_key}-{group}"
         load: Callable[[], pa.Table] = partial(self._read_group, group)
         if self._disk is not None:
             load = partial(self._disk.get, key, load)
         table = self._memory.get(key, load)
         image = table["image"][row].as_py()
-        label = table["label"][row].as_py() if self._labelled else None
-        return Record(image or b"", label)
+        label = -1 if self._labels is None else int(self._labels[index])
+        return Record(image or b"", None if label < 0 else label)
 
     def labels(self) -> np.ndarray | None:
-        """Read every label, and nothing else; a missing one among others is -1.
+        """Labels of all pictures; a missing one among others is -1.
 
         Returns:
             int64 [N], or None when the dataset is unlabelled.
         """
-        if not self._labelled:
-            return None
-        if self._labels is None:
-            assert self._layout.label is not None
-            self._labels = self._read_integers(self._layout.label)
         return self._labels
+
+    def identities(self) -> list[str]:
+        """A text a picture that stays the same where the data is moved or ingested.
+
+        The place that it came from, where a column tells; else shard and row.
+        """
+        rows = [range(sum(shard.group_rows)) for shard in self.shards]
+        places = [
+            f"{shard.path}#{row}"
+            for shard, numbers in zip(self.shards, rows, strict=True)
+            for row in numbers
+        ]
+        if self.layout.source is None:
+            return places
+        told = self._read_column(self.layout.source).to_pylist()
+        return [source or place for source, place in zip(told, places, strict=True)]
 
     def sizes(self) -> np.ndarray | None:
         """Read the columns `width` and `height`: int64 [N, 2] in pixels, or None without them."""
-        if not all({"width", "height"} <= set(shard.schema.names) for shard in self._shards):
+        if not all({"width", "height"} <= set(shard.schema.names) for shard in self.shards):
             return None
         return np.stack([self._read_integers("width"), self._read_integers("height")], axis=1)
 
@@ -154,11 +191,11 @@ class ParquetSource:
         group, row = self._find(index)
         shard, number = self._groups[group]
         place = f"{join(self._root, shard.path)} row group {number} row {row}"
-        if self._layout.source is None:
+        if self.layout.source is None:
             return place
         self._open()
-        table = self._read(shard, number, [self._layout.source])
-        return f"{leaf(table, self._layout.source)[row].as_py()} in {place}"
+        table = self._read(shard, number, [self.layout.source])
+        return f"{leaf(table, self.layout.source)[row].as_py()} in {place}"
 
     def __getstate__(self) -> dict[str, Any]:
         # Filesystem clients and cached tables belong to one process.
@@ -180,24 +217,38 @@ class ParquetSource:
 
     def _read_group(self, group: int) -> pa.Table:
         shard, number = self._groups[group]
-        label = self._layout.label if self._labelled else None
-        columns = [self._layout.image] + ([label] if label else [])
-        table = self._read(shard, number, columns)
-        parts = {"image": leaf(table, self._layout.image)}
-        if label:
-            parts["label"] = leaf(table, label)
-        return pa.table(parts)
+        table = self._read(shard, number, [self.layout.image])
+        return pa.table({"image": leaf(table, self.layout.image)})
+
+    def _read_column(self, column: str) -> list[pa.ChunkedArray]:
+        """A column of each shard, read without the others."""
+        self._open()
+        with ThreadPoolExecutor(_NUM_THREADS) as pool:
+            tables = pool.map(lambda shard: self._read(shard, None, [column]), self.shards)
+            return [leaf(table, column) for table in tables]
 
     def _read_integers(self, column: str) -> np.ndarray:
-        self._open()
+        values = [part.cast(pa.int64()) for part in self._read_column(column)]
+        return np.concatenate([pc.fill_null(part, -1).to_numpy() for part in values])
 
-        def read(shard: Shard) -> np.ndarray:
-            values = leaf(self._read(shard, None, [column]), column).cast(pa.int64())
-            filled: np.ndarray = pc.fill_null(values, -1).to_numpy()
-            return filled
-
-        with ThreadPoolExecutor(_NUM_THREADS) as pool:
-            return np.concatenate(list(pool.map(read, self._shards)))
+    def _read_labels(self, label: str | None) -> Labelling:
+        """The labels; a column that was not asked for and cannot hold them is only named."""
+        layout = self.layout
+        passed_over = tuple(f"column {column}" for column in layout.passed_over)
+        if layout.label is None:
+            return Labelling(None, (), passed_over)
+        try:
+            values = pa.concat_arrays(
+                [read_values(part) for part in self._read_column(layout.label)]
+            )
+        except DataError as error:
+            if label is not None:
+                raise DataError(f"{self.uri}: column {label} {error.args[0]}") from None
+            return Labelling(None, (), (f"column {layout.label} {error.args[0]}", *passed_over))
+        found = labelling_of(values, layout.classes)
+        if found.numbers is None:
+            found = replace(found, notes=(*found.notes, *passed_over))
+        return found
 
     def _read(self, shard: Shard, group: int | None, columns: list[str]) -> pa.Table:
         path = join(self._path, shard.path)
@@ -238,16 +289,21 @@ def read_footers(contents: Contents) -> list[Shard]:
         return list(pool.map(lambda f: read(f.path, f.num_bytes), contents.files))
 
 
-def common_layout(shards: list[Shard], uri: str) -> Layout:
+def common_layout(shards: list[Shard], uri: str, label: str | None = None) -> Layout:
     """Find the layout that all shards share.
+
+    Args:
+        shards: shards of one dataset.
+        uri: place of the dataset.
+        label: column of the labels that is asked for, or None.
 
     Raises:
         DataError: when a shard has no picture column or the shards disagree.
     """
     first, *others = shards
-    layout = find_layout(first.schema, join(uri, first.path))
+    layout = find_layout(first.schema, join(uri, first.path), label)
     for shard in others:
-        if find_layout(shard.schema, join(uri, shard.path)) != layout:
+        if find_layout(shard.schema, join(uri, shard.path), label) != layout:
             raise DataError(
                 f"{shard.path} and {first.path} in {uri} differ in columns or class names",
                 hint="keep one dataset a folder",
@@ -255,15 +311,20 @@ def common_layout(shards: list[Shard], uri: str) -> Layout:
     return layout
 
 
-def find_layout(schema: pa.Schema, name: str) -> Layout:
+def find_layout(schema: pa.Schema, name: str, label: str | None = None) -> Layout:
     """Find pictures, labels and class names in a schema.
 
     Pictures are `image`, or else the only column that could hold them: binary, or a struct with
-    a binary `bytes` (Hugging Face's layout). Labels are `label`, or else the only column that
-    Hugging Face's metadata calls a `ClassLabel`.
+    a binary `bytes` (Hugging Face's layout). `choose_column` chooses the labels.
+
+    Args:
+        schema: schema of a shard.
+        name: place of the shard, for messages.
+        label: column of the labels that is asked for, or None.
 
     Raises:
-        DataError: when no column, or more than one, can be the picture.
+        DataError: when no column, or more than one, can be the picture, or the column asked for
+            cannot hold labels.
     """
     pictures = {field.name: path for field in schema if (path := _binary_leaf(field))}
     if "image" not in pictures and len(pictures) != 1:
@@ -273,20 +334,14 @@ def find_layout(schema: pa.Schema, name: str) -> Layout:
             hint="call the column of encoded pictures `image`: binary or struct<bytes, path>",
         )
     column = "image" if "image" in pictures else next(iter(pictures))
-    metadata = schema.metadata or {}
-    known = _hugging_face_classes(metadata.get(b"huggingface"))
-    label = next(iter(known)) if len(known) == 1 and "label" not in schema.names else "label"
-    labelled = label in schema.names and pa.types.is_integer(schema.field(label).type)
-    class_names: tuple[str, ...] = ()
-    if labelled and CLASS_NAMES_KEY in metadata:
-        class_names = tuple(metadata[CLASS_NAMES_KEY].decode().splitlines())
-    elif labelled:
-        class_names = known.get(label, ())
+    choice = choose_column(schema, label, pictures, name)
     return Layout(
         image=pictures[column],
-        label=label if labelled else None,
+        label=choice.column,
         source=_source_leaf(schema, column),
-        class_names=class_names,
+        classes=choice.classes,
+        label_by_default=choice.default,
+        passed_over=choice.passed_over,
     )
 
 
@@ -318,30 +373,6 @@ def _source_leaf(schema: pa.Schema, image: str) -> str | None:
     if pa.types.is_struct(kind) and kind.get_field_index("path") >= 0:
         return f"{image}.path"
     return None
-
-
-def _hugging_face_classes(text: bytes | None) -> dict[str, tuple[str, ...]]:
-    if text is None:
-        return {}
-    features = json.loads(text).get("info", {}).get("features", {})
-    return {
-        name: tuple(feature["names"])
-        for name, feature in features.items()
-        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
-    }
-
-
-def all_null(shards: list[Shard], column: str) -> bool:
-    """True if the footers prove that a column holds nothing but nulls."""
-    for shard in shards:
-        for number in range(shard.footer.num_row_groups):
-            group = shard.footer.row_group(number)
-            chunks = (group.column(i) for i in range(group.num_columns))
-            chunk = next(c for c in chunks if c.path_in_schema == column)
-            statistics = chunk.statistics
-            if statistics is None or statistics.null_count != group.num_rows:
-                return False
-    return True
 
 
 def _fingerprint(uri: str, contents: Contents, shards: list[Shard]) -> str:

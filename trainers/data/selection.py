@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from mimray.trainers.config.run import Recipe
+from mimray.trainers.data.labels import listed
 from mimray.trainers.data.sources import Source, open_source
 from mimray.trainers.errors import DataError, EmptyDatasetError
 from mimray.trainers.types import Record
@@ -28,6 +29,7 @@ class Selection:
         rows = np.diff(ends, prepend=0)
         self.group_rows = rows[rows > 0]
         self.num_bytes = source.num_bytes
+        self.label_notes = source.label_notes
         digest = hashlib.sha256(source.facts.fingerprint.encode() + indices.tobytes())
         self.facts = replace(source.facts, num_samples=len(indices), fingerprint=digest.hexdigest())
 
@@ -41,6 +43,11 @@ class Selection:
         """Labels of the chosen pictures, int64 [N]; None if unlabelled."""
         labels = self._source.labels()
         return None if labels is None else labels[self._indices]
+
+    def identities(self) -> list[str]:
+        """The chosen pictures' texts."""
+        whole = self._source.identities()
+        return [whole[index] for index in self._indices]
 
     def name(self, index: int) -> str:
         """Place of a chosen picture."""
@@ -67,7 +74,12 @@ def open_training(uri: str, recipe: Recipe) -> Source:
         DataError: the dataset cannot be opened, or classes are to be learnt and it has no labels,
             or one that is outside the range; the picture is named.
     """
-    source = open_source(uri, cache_mib=recipe.data.cache_mib)
+    source = open_source(
+        uri,
+        label=recipe.data.label,
+        with_labels=recipe.method.learns_classes,
+        cache_mib=recipe.data.cache_mib,
+    )
     indices = evenly_spread(len(source), recipe.data.limit)
     if recipe.method.learns_classes:
         num_classes = stated_classes(recipe) or num_classes_of(source)
@@ -139,9 +151,11 @@ def labels_of(source: Source) -> np.ndarray:
     """
     labels = source.labels()
     if labels is None:
+        why = f" ({listed(source.label_notes)})" if source.label_notes else ""
         raise DataError(
-            f"{source.facts.uri} has no labels",
-            hint="each picture needs a class: a folder a class, or a label column",
+            f"{source.facts.uri} has no labels{why}",
+            hint="each picture needs a class: a folder a class, a column `label`, or one named by "
+            "--label (data.label in recipes)",
         )
     return labels
 

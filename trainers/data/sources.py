@@ -9,8 +9,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mimray.trainers.data.discover import Contents, available_splits, class_folders, discover
+from mimray.trainers.data.discover import Contents, available_splits, discover
 from mimray.trainers.data.files import absolute, join, locate, read_bytes, unreachable
+from mimray.trainers.data.label_tables import folder_labels
+from mimray.trainers.data.labels import Labelling
 from mimray.trainers.data.parquet import ParquetSource
 from mimray.trainers.types import DatasetFacts, Record
 
@@ -28,11 +30,14 @@ class Source(Protocol):
         group_rows: int64 [G], rows of each row group in file order; reading one picture costs
             reading its row group, so an order that stays within a few groups is cheap.
         num_bytes: size of its files together.
+        label_notes: what people need to know of the labels: columns that were not taken, with the
+            reason; pictures without a label.
     """
 
     facts: DatasetFacts
     group_rows: np.ndarray
     num_bytes: int
+    label_notes: tuple[str, ...]
 
     def __len__(self) -> int:
         """Number of pictures."""
@@ -46,13 +51,23 @@ class Source(Protocol):
         """Labels of all pictures, int64 [N], without reading a picture; None if unlabelled."""
         ...
 
+    def identities(self) -> list[str]:
+        """A text a picture that stays the same where the data is moved or ingested."""
+        ...
+
     def name(self, index: int) -> str:
         """Place of a picture, for messages."""
         ...
 
 
 def open_source(
-    uri: str, *, split: str | None = None, cache_dir: str | None = None, cache_mib: int = 4096
+    uri: str,
+    *,
+    split: str | None = None,
+    label: str | None = None,
+    with_labels: bool = True,
+    cache_dir: str | None = None,
+    cache_mib: int = 4096,
 ) -> Source:
     """Open the dataset at a URI.
 
@@ -60,46 +75,69 @@ def open_source(
         uri: a Parquet file, a folder of them at any depth, or a folder of pictures; a local
             path or any URI that pyarrow reads (file://, s3://, gs://, hf://).
         split: split to take, where file or folder names tell several apart; None takes `train`.
+        label: column of the labels, of Parquet or of `metadata.csv` beside pictures; None takes
+            `label`, or class folders.
+        with_labels: False reads no labels: the dataset is unlabelled, whatever its labels are like.
         cache_dir: folder on local disk for row groups of remote Parquet; None for the user's cache
             folder. Pictures of a remote folder are not kept: ingest them.
         cache_mib: bound of that folder.
 
     Raises:
         EmptyDatasetError: when there is no picture.
-        DataError: when nothing is there, or it is damaged or half written.
+        DataError: when nothing is there, it is damaged or half written, or the column of labels
+            that is asked for cannot be used.
     """
     uri = absolute(uri)
     contents = discover(uri, split)
     if contents.kind == "parquet":
-        return ParquetSource(uri, contents, cache_dir=cache_dir, cache_mib=cache_mib)
-    return FolderSource(uri, contents)
+        return ParquetSource(
+            uri,
+            contents,
+            label=label,
+            with_labels=with_labels,
+            cache_dir=cache_dir,
+            cache_mib=cache_mib,
+        )
+    return FolderSource(uri, contents, label=label, with_labels=with_labels)
 
 
 class FolderSource:
-    """A tree of picture files; its first folders are the classes when no picture lies outside.
+    """A tree of picture files, with the labels that `folder_labels` finds.
 
     The fingerprint covers the pictures' relative paths and sizes, not their bytes, so that it
-    is had without reading them: a picture edited to exactly the same size goes unnoticed.
+    is had without reading them: a picture edited to exactly the same size goes unnoticed. Labels
+    of a table are covered too.
 
     Args:
         uri: place of the data, as the user gave it.
         contents: pictures of the dataset.
+        label: column of the labels in tables beside the pictures, or None.
+        with_labels: False reads no labels, whatever there is.
     """
 
-    def __init__(self, uri: str, contents: Contents) -> None:
+    def __init__(
+        self, uri: str, contents: Contents, *, label: str | None = None, with_labels: bool = True
+    ) -> None:
         self._root = contents.root
         self._paths = [file.path for file in contents.files]
-        class_names, self._labels = class_folders(contents.files)
+        labelling = (
+            folder_labels(uri, contents, label)
+            if with_labels
+            else Labelling(None, (), ("none were asked for",))
+        )
+        self._labels, self.label_notes = labelling.numbers, labelling.notes
         self.group_rows = np.ones(len(self._paths), dtype=np.int64)
         self.num_bytes = sum(file.num_bytes for file in contents.files)
         digest = hashlib.sha256()
         for file in contents.files:
             digest.update(json.dumps([file.path, file.num_bytes]).encode())
+        if labelling.column is not None and labelling.numbers is not None:
+            digest.update(json.dumps([labelling.class_names, labelling.numbers.tolist()]).encode())
         self.facts = DatasetFacts(
             uri=uri,
             num_samples=len(self._paths),
             fingerprint=digest.hexdigest(),
-            class_names=class_names,
+            class_names=labelling.class_names,
             kind="folder",
         )
         self._opened_by = -1
@@ -117,11 +155,16 @@ class FolderSource:
             image = read_bytes(self._filesystem, join(self._path, self._paths[index]))
         except OSError as error:
             raise unreachable(self.name(index), error) from error
-        return Record(image, None if self._labels is None else int(self._labels[index]))
+        label = -1 if self._labels is None else int(self._labels[index])
+        return Record(image, None if label < 0 else label)
 
     def labels(self) -> np.ndarray | None:
-        """Labels by class folder, int64 [N]; None for a flat folder."""
+        """Labels by class folder or table, int64 [N], -1 for none; None where there are no labels."""
         return self._labels
+
+    def identities(self) -> list[str]:
+        """Paths below the folder."""
+        return self._paths
 
     def name(self, index: int) -> str:
         """Path of a picture."""
