@@ -9,6 +9,7 @@ from pydantic import (
     BeforeValidator,
     Discriminator,
     Field,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     Tag,
@@ -203,6 +204,17 @@ class ScoreConfig(Config):
     val: str | None = Field(
         default=None, description="labelled pictures to score on; the data's own split by default"
     )
+    label: str | None = Field(
+        default=None, description="column of the labels; `label`, or class folders, by default"
+    )
+    val_share: float = Field(
+        default=0.2,
+        gt=0,
+        lt=1,
+        description="share of each class held out to score on, where the data has no split; no "
+        "trial trains on it",
+    )
+    val_seed: NonNegativeInt = Field(default=0, description="the seed that chooses these")
     limit: PositiveInt | None = Field(default=5000, description="pictures of each, evenly spread")
     options: dict[str, Any] = Field(default_factory=dict, description="options of the task")
 

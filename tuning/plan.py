@@ -23,7 +23,7 @@ from mimray.trainers.storage import RunDir
 from mimray.trainers.types import DatasetFacts
 from mimray.tuning.config import Asha, SweepConfig
 from mimray.tuning.record import SWEEP, SweepRecord
-from mimray.tuning.score import check_score, metric_of
+from mimray.tuning.score import check_score, metric_of, without_held_out
 from mimray.tuning.search import check_storable
 from mimray.tuning.space import Params, base_tree, check_space, listed, trial_recipe
 
@@ -141,7 +141,7 @@ def make_plan(
             pictures.
     """
     config = _placed(config)
-    tree = base_tree(config)
+    tree = without_held_out(base_tree(config), config.score, absolute(data))
     check_space(config, tree)
     check_storable(config)
     recipe = trial_recipe(tree, {})
@@ -205,7 +205,11 @@ def check_continues(plan: SweepPlan, before: SweepRecord) -> None:
     Raises:
         RunConflictError: the directory holds another sweep; the message names the difference.
     """
-    old, new = before.config, plan.config.model_dump(mode="json")
+    # Read as a configuration, so that keys that a later version adds have their defaults.
+    old, new = (
+        config.model_dump(mode="json")
+        for config in (parse_sweep(dict(before.config), f"{plan.uri}/{SWEEP}"), plan.config)
+    )
     changed = [
         f"{key}: {_shown(a.get(key))} -> {_shown(b.get(key))}"
         for a, b in [(_essential(old), _essential(new))]

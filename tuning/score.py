@@ -8,11 +8,12 @@ from __future__ import annotations
 import shutil
 import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from mimray.trainers.data.cache import user_cache
+from mimray.trainers.data.hold_out import HoldOut, validation_split
 from mimray.trainers.data.selection import labels_of
 from mimray.trainers.data.sources import open_source
 from mimray.trainers.errors import DataError
@@ -68,7 +69,7 @@ def check_score(config: ScoreConfig, data: str, seed: int) -> None:
     setting = _setting(config, data, seed, "cpu")
     if config.task in ("knn", "linear"):
         try:
-            labels_of(open_source(setting.data))
+            labels_of(open_source(setting.data, label=setting.label))
         except DataError as error:
             raise DataError(
                 f"score.task {config.task} needs labels: {error.args[0]}",
@@ -78,19 +79,31 @@ def check_score(config: ScoreConfig, data: str, seed: int) -> None:
     elif config.task == "segmentation":
         from mimray.trainers.config.evaluation.segmentation import SegmentationConfig
         from mimray.trainers.evaluation.annotations.base import InvalidLabels
-        from mimray.trainers.evaluation.annotations.segmentation import open_segmentation
+        from mimray.trainers.evaluation.annotations.segmentation import (
+            open_segmentation_splits,
+        )
 
         assert isinstance(options, SegmentationConfig)
-        train = open_segmentation(setting.data, "train", options, InvalidLabels(False), limit=1)
-        open_segmentation(
-            setting.val or setting.data,
-            "val",
-            options,
-            InvalidLabels(False),
-            shared=setting.val is None,
-            class_names=train.class_names,
-            limit=1,
-        )
+        open_segmentation_splits(replace(setting, limit=1), options, InvalidLabels(False))
+
+
+def without_held_out(tree: dict[str, Any], config: ScoreConfig, data: str) -> dict[str, Any]:
+    """A recipe's tree that trains on none of the pictures that its score holds out of its data.
+
+    Args:
+        tree: the recipe, as YAML holds one.
+        config: the score's configuration.
+        data: the URI of the pictures to train on.
+    """
+    elsewhere = config.data is not None or config.val is not None
+    if config.task not in ("knn", "linear") or elsewhere or validation_split(data) is not None:
+        return tree
+    held_out = {
+        "val_share": config.val_share,
+        "val_seed": config.val_seed,
+        "label": config.label,
+    }
+    return {**tree, "data": {**tree["data"], **held_out}}
 
 
 def score_bundle(
@@ -128,6 +141,7 @@ def score_bundle(
         "command": command,
         "data": setting.data,
         "val": setting.val,
+        "label": setting.label,
         "limit": setting.limit,
         "seed": seed,
         "config": options.model_dump(mode="json"),
@@ -152,6 +166,8 @@ def _setting(config: ScoreConfig, data: str, seed: int, device: str) -> Setting:
         device=device,
         folder=user_cache("evaluation") / f"tuning-{uuid.uuid4().hex}",
         progress=_silent,
+        label=config.label,
+        hold_out=HoldOut(config.val_share, config.val_seed),
     )
 
 

@@ -6,7 +6,14 @@ from typing import Any
 
 import click
 
-from mimray.service.cli.options import command_line, image_size, json_option, print_result
+from mimray.service.cli.options import (
+    command_line,
+    hold_out_options,
+    image_size,
+    json_option,
+    label_option,
+    print_result,
+)
 from mimray.service.commands.tasks import TASKS, options_text, task_options
 
 
@@ -15,6 +22,8 @@ from mimray.service.commands.tasks import TASKS, options_text, task_options
 @click.option("--task", type=click.Choice(list(TASKS)), default="knn", show_default=True)
 @click.option("--data", default=None, help="Pictures; labelled, but for rankme.")
 @click.option("--val", default=None, help="Pictures to score on; default: DATA's own split.")
+@hold_out_options
+@label_option
 @click.option(
     "--limit", type=click.IntRange(min=1), default=None, help="N pictures of DATA and of VAL only."
 )
@@ -49,7 +58,7 @@ def evaluate(
     `untrained:vit_tiny` one of a published shape: what a score must beat.
 
     \b
-    knn, linear    pictures in class folders or Parquet with labels
+    knn, linear    pictures in class folders, with metadata.csv, or Parquet with labels
     finetune       the same; the whole encoder learns
     rankme         any pictures, no labels: the effective rank of the features, a proxy
     segmentation   pictures with index masks, or COCO panoptic or instance files

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from mimray.service.cli.options import image_size, json_option, print_result
+from mimray.service.cli.options import image_size, json_option, label_option, print_result
 
 
 def _layers(ctx: click.Context, option: click.Parameter, text: str | None) -> tuple[int, ...]:
@@ -52,9 +52,16 @@ def _layers(ctx: click.Context, option: click.Parameter, text: str | None) -> tu
     help="Most pictures in a file; a kill loses unfinished files.",
 )
 @click.option("--skip-invalid", is_flag=True, help="Leave out broken pictures and list them.")
+@label_option
 @json_option
 def extract(
-    bundle: str, data: str, out: str, split: str | None, as_json: bool, **options: Any
+    bundle: str,
+    data: str,
+    out: str,
+    split: str | None,
+    label: str | None,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Write an encoder's features of a dataset as Parquet.
 
@@ -65,5 +72,5 @@ def extract(
     """
     from mimray.service.commands.extract import check_spec, run_extract
 
-    result = run_extract(bundle, data, out, check_spec(options), split=split)
+    result = run_extract(bundle, data, out, check_spec(options), split=split, label=label)
     print_result(result, as_json)

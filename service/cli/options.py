@@ -17,6 +17,26 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print the re
 label_option = click.option(
     "--label", metavar="COLUMN", default=None, help="Column of the labels; `label` by default."
 )
+
+
+def hold_out_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`--val-share` and `--val-seed`, for pictures to score on that the data has no split of."""
+    share = click.option(
+        "--val-share",
+        type=click.FloatRange(0, 1, min_open=True, max_open=True),
+        default=None,
+        help="Share of each class held out to score on, where DATA has no split; 0.2 by default.",
+    )
+    seed = click.option(
+        "--val-seed",
+        type=click.IntRange(min=0),
+        default=0,
+        show_default=True,
+        help="Seed of what is held out.",
+    )
+    return share(seed(command))
+
+
 workers_option = click.option(
     "--workers", type=click.IntRange(min=1), default=None, help="Training workers."
 )

@@ -6,13 +6,20 @@ from typing import Any
 
 import click
 
-from mimray.service.cli.options import command_line, json_option, print_result, set_option
+from mimray.service.cli.options import (
+    command_line,
+    json_option,
+    label_option,
+    print_result,
+    set_option,
+)
 
 
 @click.command()
 @click.argument("sweep", required=False, metavar="SWEEP.yaml|NAME")
 @click.option("--data", default=None, help="Pictures to train on; any pyarrow.fs URI.")
 @set_option
+@label_option
 @click.option("--name", default=None, help="Name of the sweep; the file's by default.")
 @click.option(
     "--storage", default="runs", show_default=True, help="Where sweeps are kept; path or URI."
@@ -25,7 +32,9 @@ from mimray.service.cli.options import command_line, json_option, print_result, 
 @click.option("--list", "list_", is_flag=True, help="List the shipped sweeps.")
 @json_option
 @click.pass_context
-def tune(ctx: click.Context, /, list_: bool, as_json: bool, **asked: Any) -> None:
+def tune(
+    ctx: click.Context, /, list_: bool, as_json: bool, label: str | None, **asked: Any
+) -> None:
     """Search recipes, ranked by what the frozen encoder is worth; run again to continue.
 
     \b
@@ -41,6 +50,8 @@ def tune(ctx: click.Context, /, list_: bool, as_json: bool, **asked: Any) -> Non
     if list_:
         print_result(sweeps.shipped(), as_json, sweeps.listing)
         return
+    if label is not None:
+        asked["overrides"] = (*asked["overrides"], f"score.label={label}")
     result = sweeps.run_tune(sweeps.TuneRequest(**asked, command=command_line()))
     print_result(result, as_json)
     if result["interrupted"] or result["best"] is None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from mimray.service.commands.evaluate import EvaluationRequest, run_evaluate
+from mimray.service.commands.evaluate import EvaluationRequest, held_out_text, run_evaluate
 from mimray.trainers.storage import RunDir
 
 SHOWN_FIGURES = 6
@@ -27,7 +27,7 @@ def write_comparison(results: Sequence[Mapping[str, Any]], out: str) -> dict[str
 
     folder, task = RunDir(out), results[0]["task"]
     folder.create()
-    title = f"{task} on {results[0]['data']}: {results[0]['metric']}"
+    title = f"{task} on {results[0]['data']}{held_out_text(results[0])}: {results[0]['metric']}"
     chart = score_chart([r["encoder"] for r in results], [r["headline"] for r in results], title)
     name = f"compare-{task}"
     contents = {

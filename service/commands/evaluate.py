@@ -37,7 +37,8 @@ class EvaluationRequest:
     Attributes:
         task: the task's name.
         data: the path or URI of the pictures to learn from.
-        val: the path or URI of the pictures to score on; None takes the dataset's own split.
+        val: the path or URI of the pictures to score on; None takes the dataset's own split, or
+            holds pictures out where it has none.
         limit: the number of pictures taken of each, evenly spread.
         epochs: the length of what is trained; the task's own by default.
         seed: the seed of everything drawn.
@@ -48,6 +49,9 @@ class EvaluationRequest:
         skip_invalid: leave out wrong labels and list them.
         out: the directory of results; beside each bundle by default.
         command: the command line, for the record.
+        label: the column of the labels; `label`, or class folders, by default.
+        val_share: the share of each class that is held out; None for the default.
+        val_seed: the seed that chooses these.
     """
 
     task: str
@@ -63,6 +67,9 @@ class EvaluationRequest:
     skip_invalid: bool = False
     out: str | None = None
     command: str = ""
+    label: str | None = None
+    val_share: float | None = None
+    val_seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -266,10 +273,14 @@ def _setting(
     device: str,
 ) -> Setting:
     from mimray.trainers.data.cache import user_cache
+    from mimray.trainers.data.hold_out import HoldOut
     from mimray.trainers.evaluation.score import Setting
 
     options = config.model_dump(mode="json")
-    asked = (subject.identity, request.task, data, val, request.limit, request.seed, options)
+    share = HoldOut.share if request.val_share is None else request.val_share
+    rule = HoldOut(share, request.val_seed)
+    pictures = (data, val, request.limit, request.label, str(rule))
+    asked = (subject.identity, request.task, pictures, request.seed, options)
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:20]
     return Setting(
         data=data,
@@ -280,6 +291,8 @@ def _setting(
         device=device,
         folder=user_cache("evaluation") / digest,
         progress=_silent,
+        label=request.label,
+        hold_out=rule,
     )
 
 
@@ -326,6 +339,9 @@ def _keep(
     )
     from mimray.trainers.registry import Registry
 
+    if request.val_share is not None and score.hold_out is None:
+        note = "--val-share is not used: there are pictures to score on"
+        score = replace(score, notes=(*score.notes, note))
     card = None if subject.ref is None else subject.ref.card()
     about = {
         "task": request.task,
@@ -333,6 +349,7 @@ def _keep(
         "command": request.command,
         "data": request.data,
         "val": request.val,
+        "label": request.label,
         "limit": request.limit,
         "seed": request.seed,
         "config": config.model_dump(mode="json"),
@@ -362,7 +379,13 @@ def result_text(result: Mapping[str, Any]) -> str:
     ]
     headline = (
         f"{result['encoder']}: {result['task']} {result['metric']} {result['headline']:.4f} "
-        f"on {result['num_val']} pictures, {duration(result['seconds'])}"
+        f"on {result['num_val']} pictures{held_out_text(result)}, {duration(result['seconds'])}"
     )
     file = f"{result['folder']}/{result['task']}.json"
     return "\n".join([headline, *figures, file, *result["pictures"]])
+
+
+def held_out_text(result: Mapping[str, Any]) -> str:
+    """The rule by which a result's pictures were held out, in brackets; empty where none was."""
+    rule = result.get("hold_out")
+    return f" (held out: {rule['share']:.0%}, seed {rule['seed']})" if rule else ""

@@ -33,7 +33,13 @@ def check_spec(options: Mapping[str, Any]) -> ExtractSpec:
 
 
 def run_extract(
-    bundle: str, data: str, out: str, spec: ExtractSpec, *, split: str | None = None
+    bundle: str,
+    data: str,
+    out: str,
+    spec: ExtractSpec,
+    *,
+    split: str | None = None,
+    label: str | None = None,
 ) -> dict[str, Any]:
     """Extract on the cluster, with progress; run again after a kill, it does what is missing.
 
@@ -43,6 +49,7 @@ def run_extract(
         out: the path or URI of the folder to make or to finish.
         spec: the features to keep.
         split: the split of the data, where there are several; None takes `train`.
+        label: the column of the labels; `label`, or class folders, by default.
 
     Returns:
         The result that `--json` prints.
@@ -56,7 +63,7 @@ def run_extract(
     from mimray.trainers.storage import RunDir
 
     ref = EncoderRef.parse(bundle)
-    source = open_source(data, split=split)
+    source = open_source(data, split=split, label=label)
     began = time.monotonic()
     with connected(), Progress() as progress:
         shown = show_count(progress, "extracting", "pictures")
@@ -75,6 +82,8 @@ def run_extract(
         f"{len(manifest.parts)} parts, {found.num_written} of them new{skipped}, "
         f"{duration(seconds)}"
     )
+    for note in source.label_notes:
+        say(f"labels: {note}")
     return {
         "out": found.out.uri,
         "num_rows": manifest.num_rows,

@@ -46,7 +46,9 @@ def evaluate(ref: EncoderRef, setting: Setting, config: FinetuneTask) -> Score:
     from mimray.trainers.launch import Job, finished, preflight, prepare, pretrain
 
     splits = open_splits(setting)
-    recipe = recipe_for(ref, setting, config, len(splits.class_names))
+    recipe = recipe_for(
+        ref, setting, config, len(splits.learnt_names), held_out=splits.hold_out is not None
+    )
     job = Job(
         recipe,
         setting.data,
@@ -75,12 +77,20 @@ def evaluate(ref: EncoderRef, setting: Setting, config: FinetuneTask) -> Score:
         val_fingerprint=splits.val.facts.fingerprint,
         num_train=plan.data.num_samples,
         num_val=found.num_pictures,
-        notes=(f"the fine-tuned encoder is in {kept}", *found.notes),
+        notes=(f"the fine-tuned encoder is in {kept}", *splits.notes, *found.notes),
         pictures={SHEET: found.sheet},
+        hold_out=splits.hold_out,
     )
 
 
-def recipe_for(ref: EncoderRef, setting: Setting, config: FinetuneTask, num_classes: int) -> Recipe:
+def recipe_for(
+    ref: EncoderRef,
+    setting: Setting,
+    config: FinetuneTask,
+    num_classes: int,
+    *,
+    held_out: bool = False,
+) -> Recipe:
     """Build the recipe that fine-tunes an encoder: its own architecture and normalisation.
 
     An untrained encoder keeps its own kind of positions; a trained one's are trained on.
@@ -90,6 +100,7 @@ def recipe_for(ref: EncoderRef, setting: Setting, config: FinetuneTask, num_clas
         setting: the seed, the limit, and the rule for bad pictures.
         config: the recipe's name and overrides, which have the last word.
         num_classes: the number of classes in the data.
+        held_out: True if the pictures to score on are held out of the data.
 
     Raises:
         ConfigError: the recipe is of another method, or a key is wrong.
@@ -124,6 +135,9 @@ def recipe_for(ref: EncoderRef, setting: Setting, config: FinetuneTask, num_clas
         "std": list(card.std),
         "interpolation": card.interpolation,
         "limit": setting.limit,
+        "label": setting.label,
+        "val_share": setting.hold_out.share if held_out else 0.0,
+        "val_seed": setting.hold_out.seed if held_out else 0,
         "on_bad": "substitute" if setting.skip_invalid else "fail",
         "bad_labels": "skip" if setting.skip_invalid else "fail",
     }

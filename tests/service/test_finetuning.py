@@ -21,6 +21,8 @@ from mimray.trainers.config.evaluation.finetune import FinetuneTask
 from mimray.trainers.config.method import FinetuneConfig
 from mimray.trainers.config.model import ViTConfig
 from mimray.trainers.config.run import Plan
+from mimray.trainers.data.hold_out import HoldOut
+from mimray.trainers.data.selection import open_training
 from mimray.trainers.errors import ConfigError, DataError
 from mimray.trainers.evaluation.features.encoders import EncoderRef
 from mimray.trainers.evaluation.probes.classifier import classify
@@ -194,3 +196,35 @@ def test_classify__a_class_that_is_not_there_is_reported(
     assert found.metrics["confusion"]["true_by_predicted"] == [[0, 0, 0], [0, 0, 1], [0, 0, 1]]
     assert (found.accuracy, found.metrics["top5_accuracy"]) == (0.5, None)
     assert found.notes == ("no picture of ant to score on",)
+
+
+def test_classify__a_class_without_training_pictures_counts_as_wrong(
+    ref: EncoderRef, setting: Setting, tmp_path: Path
+):
+    for split, names in {"train": ("ant", "bee"), "val": ("ant", "bee", "cow")}.items():
+        for name in names:
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGB", (20, 20)).save(tmp_path / split / name / "0.png")
+    setting = replace(setting, data=str(tmp_path), device="cpu")
+    splits = open_splits(setting)
+    method = build_method(recipe_for(ref, setting, FinetuneTask(), len(splits.learnt_names)))
+
+    found = classify(method, splits, setting, batch_size=2)
+
+    assert found.accuracy == pytest.approx(1 / 3)
+    assert found.metrics["per_class_accuracy"]["cow"] == 0
+    assert np.isfinite(found.metrics["loss"])
+
+
+def test_recipe__leaves_out_what_is_held_out_to_score_on(
+    ref: EncoderRef, setting: Setting, colours: Path
+):
+    setting = replace(setting, data=str(colours / "train"), hold_out=HoldOut(0.25, seed=1))
+    splits = open_splits(setting)
+    recipe = recipe_for(ref, setting, FinetuneTask(), 2, held_out=splits.hold_out is not None)
+
+    source = open_training(setting.data, recipe)
+
+    assert source.facts.fingerprint == splits.train.facts.fingerprint
+    assert not set(source.identities()) & set(splits.val.identities())
+    assert recipe_for(ref, setting, FinetuneTask(), 2).data.val_share == 0

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mimray.trainers.errors import ConfigError, DataError, MimrayError
-from mimray.tuning.config import Asha, SweepConfig
+from mimray.tuning.config import Asha, ScoreConfig, SweepConfig
 from mimray.tuning.plan import SweepPlan, load_sweep, parse_sweep, rung_steps, shipped_sweeps
+from mimray.tuning.score import without_held_out
 from mimray.tuning.space import combinations, drawn, listed
 
 Configured = Callable[..., SweepConfig]
@@ -153,3 +154,20 @@ def test_plan__needs_a_sweep_that_exists(labelled: Path) -> None:
 def test_make_plan__starts_and_writes_nothing(small: Callable[..., SweepPlan]) -> None:
     plan = small()
     assert not plan.directory.exists()
+
+
+def test_without_held_out__trains_on_no_picture_that_is_scored(tmp_path: Path) -> None:
+    for name in ("cat/a.png", "cat/b.png", "dog/a.png"):
+        (tmp_path / "plain" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "plain" / name).touch()
+    for name in ("train/a.png", "val/a.png"):
+        (tmp_path / "split" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "split" / name).touch()
+    tree = {"data": {"limit": 5}}
+    plain, split = str(tmp_path / "plain"), str(tmp_path / "split")
+    score = ScoreConfig(val_share=0.3, val_seed=2, label="kind")
+    held_out = {"limit": 5, "val_share": 0.3, "val_seed": 2, "label": "kind"}
+    assert without_held_out(tree, score, plain) == {"data": held_out}
+    assert without_held_out(tree, score, split) == tree
+    assert without_held_out(tree, ScoreConfig(task="rankme"), plain) == tree
+    assert without_held_out(tree, ScoreConfig(val="elsewhere"), plain) == tree

@@ -70,6 +70,14 @@ class DataConfig(Config):
         description="column of the labels, where classes are learnt; by default `label`, or the "
         "only one that Hugging Face's metadata calls a ClassLabel",
     )
+    val_share: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="share of each class that is not trained on, where the data has no split to "
+        "score on; `mimray evaluate` holds out 0.2 by default",
+    )
+    val_seed: NonNegativeInt = Field(default=0, description="the seed that chooses these")
     bad_labels: Literal["fail", "skip"] = Field(
         default="fail",
         description="a picture without a class, or of one outside the range, where classes are "

@@ -77,8 +77,8 @@ def folder_labels(uri: str, contents: Contents, label: str | None) -> Labelling:
         others = sorted({_name(t) for t in contents.tables if t not in named})
         if others and not named:
             notes.append(
-                f"{', '.join(others[:3])}: not read; labels are read from {TABLE_NAMES[0]} with the "
-                f"columns {FILE_NAME} and label"
+                f"{', '.join(others[:3])}: not read; labels are read from {TABLE_NAMES[0]} with "
+                f"the columns {FILE_NAME} and label"
             )
         return Labelling(None, (), tuple(notes))
     return Labelling(numbers, class_names, (*notes, *odd_names(class_names)))

@@ -119,12 +119,14 @@ class ParquetSource:
             raise EmptyDatasetError(f"{uri} holds Parquet without a row")
         self._opened_by = -1
         labelling = (
-            self._read_labels(label) if with_labels else Labelling(None, (), ("none were asked for",))
+            self._read_labels(label)
+            if with_labels
+            else Labelling(None, (), ("none were asked for",))
         )
         self._labels = labelling.numbers
         self.label_notes = labelling.notes
         fingerprint = _fingerprint(uri, contents, self.shards)
-        self._cache_key = fingerprint[:16]
+        self.pictures_fingerprint = fingerprint
         if with_labels and not self.layout.label_by_default:
             # The same pictures under other labels are another dataset.
             fingerprint = hashlib.sha256(f"{fingerprint} {label}".encode()).hexdigest()
@@ -147,7 +149,7 @@ class ParquetSource:
     def __getitem__(self, index: int) -> Record:
         group, row = self._find(index)
         self._open()
-        key = f"{self._cache_key}-{group}"
+        key = f"{self.pictures_fingerprint[:16]}-{group}"
         load: Callable[[], pa.Table] = partial(self._read_group, group)
         if self._disk is not None:
             load = partial(self._disk.get, key, load)
@@ -177,7 +179,7 @@ class ParquetSource:
         ]
         if self.layout.source is None:
             return places
-        told = self._read_column(self.layout.source).to_pylist()
+        told = [row for part in self._read_column(self.layout.source) for row in part.to_pylist()]
         return [source or place for source, place in zip(told, places, strict=True)]
 
     def sizes(self) -> np.ndarray | None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from mimray.trainers.config.run import Recipe
+from mimray.trainers.data.hold_out import HoldOut, choose, validation_split
 from mimray.trainers.data.labels import listed
 from mimray.trainers.data.sources import Source, open_source
 from mimray.trainers.errors import DataError, EmptyDatasetError
@@ -30,8 +31,12 @@ class Selection:
         self.group_rows = rows[rows > 0]
         self.num_bytes = source.num_bytes
         self.label_notes = source.label_notes
-        digest = hashlib.sha256(source.facts.fingerprint.encode() + indices.tobytes())
-        self.facts = replace(source.facts, num_samples=len(indices), fingerprint=digest.hexdigest())
+        self.pictures_fingerprint = _of_some(source.pictures_fingerprint, indices)
+        self.facts = replace(
+            source.facts,
+            num_samples=len(indices),
+            fingerprint=_of_some(source.facts.fingerprint, indices),
+        )
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -54,6 +59,11 @@ class Selection:
         return self._source.name(int(self._indices[index]))
 
 
+def _of_some(fingerprint: str, indices: np.ndarray) -> str:
+    """The fingerprint of some pictures of a dataset."""
+    return hashlib.sha256(fingerprint.encode() + indices.tobytes()).hexdigest()
+
+
 def evenly_spread(num_samples: int, limit: int | None) -> np.ndarray:
     """Indices of all samples, or of `limit` of them evenly spread; int64, ascending."""
     if limit is None or limit >= num_samples:
@@ -66,7 +76,8 @@ def open_training(uri: str, recipe: Recipe) -> Source:
 
     Args:
         uri: URI of the dataset.
-        recipe: `data.limit` says how many; where classes are learnt, `data.bad_labels` what
+        recipe: `data.val_share` says what is held out where the data has no split to score on,
+            `data.limit` how many of the others; where classes are learnt, `data.bad_labels` what
             becomes of pictures without one.
 
     Raises:
@@ -77,10 +88,14 @@ def open_training(uri: str, recipe: Recipe) -> Source:
     source = open_source(
         uri,
         label=recipe.data.label,
-        with_labels=recipe.method.learns_classes,
+        with_labels=recipe.method.learns_classes or recipe.data.val_share > 0,
         cache_mib=recipe.data.cache_mib,
     )
-    indices = evenly_spread(len(source), recipe.data.limit)
+    indices = np.arange(len(source))
+    if recipe.data.val_share > 0 and validation_split(uri) is None:
+        rule = HoldOut(recipe.data.val_share, recipe.data.val_seed)
+        indices, _ = choose(source.identities(), rule, source.labels())
+    indices = indices[evenly_spread(len(indices), recipe.data.limit)]
     if recipe.method.learns_classes:
         num_classes = stated_classes(recipe) or num_classes_of(source)
         skip = recipe.data.bad_labels == "skip"

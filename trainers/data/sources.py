@@ -30,6 +30,7 @@ class Source(Protocol):
         group_rows: int64 [G], rows of each row group in file order; reading one picture costs
             reading its row group, so an order that stays within a few groups is cheap.
         num_bytes: size of its files together.
+        pictures_fingerprint: the fingerprint that the dataset has when its labels are not read.
         label_notes: what people need to know of the labels: columns that were not taken, with the
             reason; pictures without a label.
     """
@@ -37,6 +38,7 @@ class Source(Protocol):
     facts: DatasetFacts
     group_rows: np.ndarray
     num_bytes: int
+    pictures_fingerprint: str
     label_notes: tuple[str, ...]
 
     def __len__(self) -> int:
@@ -131,6 +133,7 @@ class FolderSource:
         digest = hashlib.sha256()
         for file in contents.files:
             digest.update(json.dumps([file.path, file.num_bytes]).encode())
+        self.pictures_fingerprint = digest.hexdigest()
         if labelling.column is not None and labelling.numbers is not None:
             digest.update(json.dumps([labelling.class_names, labelling.numbers.tolist()]).encode())
         self.facts = DatasetFacts(
@@ -159,7 +162,7 @@ class FolderSource:
         return Record(image, None if label < 0 else label)
 
     def labels(self) -> np.ndarray | None:
-        """Labels by class folder or table, int64 [N], -1 for none; None where there are no labels."""
+        """Labels by class folder or table, int64 [N], -1 for none; None if unlabelled."""
         return self._labels
 
     def identities(self) -> list[str]:

@@ -9,11 +9,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mimray.trainers.evaluation.confusion import confusion_counts
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Saturation and brightness of colours, in turn.
 _STRENGTHS = ((0.85, 0.95), (0.5, 0.85), (0.9, 0.6))
+# Classes that a matrix shows with names one can read.
+_MOST_CLASSES, _MOST_SHOWN, _NAME_LENGTH = 40, 30, 24
 _BAR, _UNTRAINED, _TEXT = "#1f5fae", "#a9b4c0", "#33383f"
 
 
@@ -42,32 +46,65 @@ def score_chart(names: Sequence[str], values: Sequence[float], title: str) -> by
     return png_of(figure)
 
 
-def confusion_chart(confusion: np.ndarray, class_names: Sequence[str], title: str) -> bytes:
+def confusion_chart(
+    labels: np.ndarray, predicted: np.ndarray, class_names: Sequence[str], title: str
+) -> bytes:
     """Confusion matrix as a picture, each row in shares of its class.
 
+    Of more than 40 classes it shows the 30 that are confused most often, and what else they are
+    taken for in a column of its own.
+
     Args:
-        confusion: int64 [K, K], labels by predictions.
+        labels: int64 [N], classes.
+        predicted: int64 [N], classes.
         class_names: names of the classes, by label.
         title: text above the chart.
 
     Returns:
         A PNG.
     """
-    shares = confusion / confusion.sum(axis=1, keepdims=True).clip(1)
-    side = min(12.0, 3 + 0.22 * len(class_names))
+    shown = np.arange(len(class_names))
+    columns = [_short(class_names[k]) for k in shown]
+    if len(class_names) > _MOST_CLASSES:
+        shown = _most_confused(labels, predicted)
+        columns = [*(_short(class_names[k]) for k in shown), "any other"]
+        title = f"{title}\n{len(shown)} of {len(class_names):,} classes: those confused most often"
+    rows = columns[: len(shown)]
+    place = np.full(len(class_names), len(shown))
+    place[shown] = np.arange(len(shown))
+    row, column = place[labels], place[predicted]
+    inside = row < len(shown)
+    pairs = row[inside] * len(columns) + column[inside]
+    counts = np.bincount(pairs, minlength=len(rows) * len(columns)).reshape(len(rows), -1)
+    shares = counts / counts.sum(axis=1, keepdims=True).clip(1)
+    side = min(12.0, 3 + 0.22 * len(rows))
     figure = new_figure(side + 1.5, side)
     axes = figure.subplots()
     drawn = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(drawn, ax=axes, shrink=0.6, label="share of the labelled class")
-    ticks = range(len(class_names))
-    size = 8 if len(class_names) <= 30 else 5
-    axes.set_xticks(ticks, class_names, rotation=90, fontsize=size)
-    axes.set_yticks(ticks, class_names, fontsize=size)
+    size = 8 if len(rows) <= 30 else 5
+    axes.set_xticks(range(len(columns)), columns, rotation=90, fontsize=size)
+    axes.set_yticks(range(len(rows)), rows, fontsize=size)
     axes.set_xlabel("predicted", color=_TEXT)
     axes.set_ylabel("labelled", color=_TEXT)
     axes.set_title(title, loc="left", fontsize=10, color=_TEXT)
     axes.tick_params(colors=_TEXT, length=0)
     return png_of(figure)
+
+
+def _most_confused(labels: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """Classes of the most frequent confusions that are labelled at all, int64, ascending."""
+    true, taken_for, _ = confusion_counts(labels, predicted)
+    wrong = true != taken_for
+    pairs = np.stack([true[wrong], taken_for[wrong]], axis=1).ravel()
+    order = np.concatenate([pairs, true])  # where nothing is confused, what occurs most often
+    occurring = order[np.isin(order, true)]
+    found = list(dict.fromkeys(occurring.tolist()))
+    return np.sort(np.array(found[:_MOST_SHOWN], dtype=np.int64))
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _NAME_LENGTH else f"{name[: _NAME_LENGTH - 1]}…"
 
 
 def spectrum_chart(values: np.ndarray, title: str) -> bytes:

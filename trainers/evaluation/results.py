@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from mimray.trainers.bundles import CARD, BundleCard
@@ -38,6 +39,7 @@ def result_of(score: Score, about: Mapping[str, Any]) -> dict[str, Any]:
         "num_val": score.num_val,
         "data_fingerprint": score.data_fingerprint,
         "val_fingerprint": score.val_fingerprint,
+        "hold_out": None if score.hold_out is None else asdict(score.hold_out),
         "notes": list(score.notes),
     }
 
@@ -70,7 +72,8 @@ def write_result(folder: RunDir, task: str, result: Mapping[str, Any], score: Sc
 def card_score(result: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a result that a card holds: the headline and how to repeat it."""
     kept = ("metric", "headline", "seed", "data", "data_fingerprint", "val_fingerprint", "command")
-    return {key: result[key] for key in kept}
+    rule = {"hold_out": result["hold_out"]} if result.get("hold_out") else {}
+    return {key: result[key] for key in kept} | rule
 
 
 def add_to_card(bundle: RunDir, task: str, result: Mapping[str, Any]) -> BundleCard:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mimray.trainers.data.hold_out import HoldOut
+
 Progress = Callable[[str, int, int], None]
 """Called with (phase, done, total), e.g. ("features of train", 320, 15000)."""
 
@@ -27,6 +29,8 @@ class Score:
         notes: sentences for people: classes missing, pictures skipped.
         pictures: PNG files to look at, by file name.
         files: other results, by file name, e.g. the trained head.
+        hold_out: the rule by which the pictures scored on were held out; None where the data has
+            such pictures of its own, or `val` names them.
     """
 
     metric: str
@@ -39,6 +43,7 @@ class Score:
     notes: tuple[str, ...] = ()
     pictures: dict[str, bytes] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
+    hold_out: HoldOut | None = None
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,8 @@ class Setting:
 
     Attributes:
         data: labelled pictures to learn from.
-        val: labelled pictures to score on; None takes DATA's own validation or test split.
+        val: labelled pictures to score on; None takes DATA's own validation or test split, or
+            holds some out.
         limit: pictures of each, evenly spread; None for all.
         seed: seed of everything that is drawn.
         skip_invalid: True leaves out what is labelled wrong (an object, or the whole picture where
@@ -55,6 +61,8 @@ class Setting:
         device: `cpu`, `cuda`, …, as torch names it.
         folder: folder of the state that a task goes on from after a kill.
         progress: called with the phase, and how much of it is done.
+        label: column of the labels; None for `label`, or class folders.
+        hold_out: the rule by which pictures are held out where DATA has no split to score on.
     """
 
     data: str
@@ -65,3 +73,5 @@ class Setting:
     device: str
     folder: Path
     progress: Progress
+    label: str | None = None
+    hold_out: HoldOut = HoldOut()

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mimray.trainers.data.discover import available_splits
-from mimray.trainers.data.selection import labels_of
+from mimray.trainers.data.hold_out import (
+    HoldOut,
+    choose,
+    hold_out_note,
+    validation_split,
+)
+from mimray.trainers.data.labels import listed
+from mimray.trainers.data.selection import Selection, labels_of
 from mimray.trainers.data.sources import Source, open_source
 from mimray.trainers.errors import DataError
 from mimray.trainers.evaluation.score import Setting
-
-# In the order they are preferred: a test set is kept back where there is a validation set.
-VALIDATION_SPLITS = ("val", "valid", "validation", "dev", "test")
 
 
 @dataclass(frozen=True)
@@ -23,41 +26,109 @@ class Splits:
     Attributes:
         train: pictures to learn from; their labels number the classes.
         val: pictures to score on.
-        class_names: names of the classes, by label; numbers where the data does not name them.
+        class_names: names of the classes, by label: those of `train`, then those that only `val`
+            has.
         val_numbers: int64, the class of each label of `val`, which may lack classes and so number
             the others differently.
+        hold_out: the rule by which `val` was held out of the training pictures; None where it has
+            a place of its own.
+        whole_fingerprint: fingerprint of the pictures that `val` was held out of; empty likewise.
+        notes: what people need to know: pictures held out, classes that cannot be learnt, labels.
     """
 
     train: Source
     val: Source
     class_names: tuple[str, ...]
     val_numbers: np.ndarray
+    hold_out: HoldOut | None = None
+    whole_fingerprint: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def learnt_names(self) -> tuple[str, ...]:
+        """Names of the classes that can be learnt, by label."""
+        return self.train.facts.class_names
 
 
 def open_splits(setting: Setting) -> Splits:
     """Open the training and the validation pictures of a labelled dataset.
 
+    Where the data has no split to score on, pictures are held out of it.
+
     Raises:
-        DataError: a set has no labels, there is a class to score on that there is none to learn
-            from, or there is no validation set.
+        DataError: a set has no labels, no class to score on is one to learn from, or its name
+            differs from one in nothing but case.
         EmptyDatasetError: a set has no picture.
     """
-    train = open_source(setting.data)
-    val = open_source(setting.val) if setting.val else own_validation(setting.data)
-    highest = max(int(labels_of(source).max()) for source in (train, val))
-    names, val_names = train.facts.class_names, val.facts.class_names
-    if bool(names) != bool(val_names):
-        named, other = (train, val) if names else (val, train)
-        raise DataError(f"{named.facts.uri} names its classes and {other.facts.uri} does not")
-    unknown = sorted(set(val_names) - set(names))
-    if unknown:
+    whole = open_source(setting.data, label=setting.label)
+    split = validation_split(setting.data) if setting.val is None else None
+    if setting.val or split:
+        val = open_source(setting.val or setting.data, split=split, label=setting.label)
+        return _matched(Splits(whole, val, (), np.zeros(0, dtype=np.int64)))
+    learnt, held = choose(whole.identities(), setting.hold_out, labels_of(whole))
+    if not len(held):
         raise DataError(
-            f"{val.facts.uri} has class {unknown[0]!r}, which {train.facts.uri} lacks",
-            hint="the pictures to score on need the classes of those to learn from",
+            f"{setting.data} has no validation or test split, and no class with two pictures, of "
+            "which one could be held out",
+            hint="name pictures to score on with --val",
         )
-    if not names:
-        names = val_names = tuple(map(str, range(highest + 1)))
-    return Splits(train, val, names, np.array([names.index(name) for name in val_names]))
+    return _matched(
+        Splits(
+            Selection(whole, learnt),
+            Selection(whole, held),
+            (),
+            np.zeros(0, dtype=np.int64),
+            hold_out=setting.hold_out,
+            whole_fingerprint=whole.pictures_fingerprint,
+            notes=(hold_out_note(len(held), len(whole), setting.hold_out),),
+        )
+    )
+
+
+def _matched(splits: Splits) -> Splits:
+    """Splits with the classes of both sources brought together, by name."""
+    train, val = splits.train, splits.val
+    learnt, counts = (_pictures_a_class(source) for source in (train, val))
+    names, val_names = train.facts.class_names, val.facts.class_names
+    spelt = {name.casefold(): name for name in names}
+    extra = [name for name in val_names if counts[name] and name not in learnt]
+    for name in extra:
+        other = spelt.get(name.casefold(), name)
+        if other != name:
+            raise DataError(
+                f"{val.facts.uri} has class {name!r}, which {train.facts.uri} calls {other!r}",
+                hint="give both the same name",
+            )
+    notes = list(splits.notes)
+    for source in (train, val) if splits.hold_out is None else (train,):
+        notes += [f"{source.facts.uri}: {note}" for note in source.label_notes]
+    missing = [name for name in val_names if counts[name] and not learnt.get(name)]
+    if missing:
+        if len(missing) == sum(count > 0 for count in counts.values()):
+            raise DataError(
+                f"none of the classes of {val.facts.uri} ({listed(tuple(missing))}) is one of "
+                f"{train.facts.uri} ({listed(names)})",
+                hint="the pictures to score on need the classes of those to learn from",
+            )
+        num_pictures = sum(counts[name] for name in missing)
+        notes.append(
+            f"{num_pictures} of {len(val)} pictures to score on count as wrong: there is no "
+            f"picture to learn their classes from ({listed(tuple(missing))})"
+        )
+    known = {name: number for number, name in enumerate((*names, *extra))}
+    return replace(
+        splits,
+        class_names=tuple(known),
+        val_numbers=np.array([known.get(name, -1) for name in val_names], dtype=np.int64),
+        notes=tuple(notes),
+    )
+
+
+def _pictures_a_class(source: Source) -> dict[str, int]:
+    """Number of pictures of each class, by name."""
+    labels, names = labels_of(source), source.facts.class_names
+    inside = labels[(labels >= 0) & (labels < len(names))]
+    return dict(zip(names, np.bincount(inside, minlength=len(names)).tolist(), strict=True))
 
 
 def pictures_to_score(setting: Setting) -> Source:
@@ -70,30 +141,5 @@ def pictures_to_score(setting: Setting) -> Source:
     Raises:
         DataError: there are no such pictures.
     """
-    if setting.val:
-        return open_source(setting.val)
-    return _own_validation(setting.data) or open_source(setting.data)
-
-
-def own_validation(data: str) -> Source:
-    """The validation split of a dataset, or its test split where it has no other.
-
-    Raises:
-        DataError: it has neither.
-    """
-    source = _own_validation(data)
-    if source is None:
-        found = ", ".join(available_splits(data)) or "none"
-        raise DataError(
-            f"{data} has no validation or test split",
-            hint=f"splits found: {found}; give one with --val",
-        )
-    return source
-
-
-def _own_validation(data: str) -> Source | None:
-    splits = available_splits(data)
-    for split in VALIDATION_SPLITS:
-        if split in splits:
-            return open_source(data, split=split)
-    return None
+    split = validation_split(setting.data) if setting.val is None else None
+    return open_source(setting.val or setting.data, split=split, with_labels=False)

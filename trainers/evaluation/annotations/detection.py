@@ -2,18 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import hashlib
+from collections.abc import Callable
+from functools import partial
+from typing import Literal, Protocol
 
-from mimray.trainers.data.files import absolute, join
+import numpy as np
+
+from mimray.trainers.data.files import absolute, join, parent
+from mimray.trainers.data.hold_out import VALIDATION_SPLITS, HoldOut, choose
 from mimray.trainers.errors import DataError
-from mimray.trainers.evaluation.annotations.base import DetectionSet, InvalidLabels
+from mimray.trainers.evaluation.annotations.base import (
+    DetectionExample,
+    DetectionSet,
+    InvalidLabels,
+)
 from mimray.trainers.evaluation.annotations.coco import CocoDetection
 from mimray.trainers.evaluation.annotations.voc import ANNOTATIONS, PICTURES, SPLITS, VocDetection
-from mimray.trainers.evaluation.score import Progress
-from mimray.trainers.evaluation.splits import VALIDATION_SPLITS
+from mimray.trainers.evaluation.score import Progress, Setting
 from mimray.trainers.storage import RunDir
 
 Split = Literal["train", "val"]
+Open = Callable[[InvalidLabels, Progress | None], DetectionSet]
+"""Opens a set, given what collects wrong labels and what is told of the progress."""
+
+
+class Named(Protocol):
+    """Pictures that have names."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """Place of a picture."""
+        ...
+
 
 # The first that is there is taken.
 SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
@@ -64,27 +86,36 @@ def open_detection(
     Raises:
         DataError: nothing of the kind is there, or no such split.
     """
-    uri = absolute(uri)
+    return find_detection(absolute(uri), split, shared=shared)(invalid_labels, progress)
+
+
+def find_detection(uri: str, split: Split, *, shared: bool = False) -> Open:
+    """Find pictures with labelled objects, and the function that opens them; see `open_detection`.
+
+    Raises:
+        NoValidationError: the place is shared and has no validation split.
+        DataError: nothing of the kind is there, or no such split.
+    """
     if uri.endswith(".json"):
         if shared and split == "val":
             raise no_validation(uri)
-        return CocoDetection(uri, None, invalid_labels, progress)
+        return partial(CocoDetection, uri, None)
     place = RunDir(uri)
     voc = place.exists(PICTURES) and place.exists(ANNOTATIONS)
     for name in SPLIT_NAMES[split]:
         if voc and place.exists(f"{SPLITS}/{name}.txt"):
-            return VocDetection(uri, name, invalid_labels, progress)
+            return partial(VocDetection, uri, name)
         for pattern in _SPLIT_FILES:
             file = pattern.format(name)
             if place.exists(file):
-                return CocoDetection(join(uri, file), None, invalid_labels, progress)
+                return partial(CocoDetection, join(uri, file), None)
     if shared and split == "val":
         raise no_validation(uri)
     if voc:
-        return VocDetection(uri, None, invalid_labels, progress)
+        return partial(VocDetection, uri, None)
     for file in _WHOLE_FILES:
         if place.exists(file):
-            return CocoDetection(join(uri, file), None, invalid_labels, progress)
+            return partial(CocoDetection, join(uri, file), None)
     raise DataError(
         f"no annotation file for {split} at {uri}",
         hint=f"COCO: annotations/instances_{split}.json or {split}/instances.json; "
@@ -92,8 +123,76 @@ def open_detection(
     )
 
 
-def no_validation(uri: str) -> DataError:
+def open_detection_splits(
+    setting: Setting, invalid_labels: InvalidLabels
+) -> tuple[DetectionSet, DetectionSet, HoldOut | None]:
+    """Open the pictures to learn from and those to score on.
+
+    Returns:
+        Both, and the rule by which the latter were held out of the former, or None.
+
+    Raises:
+        DataError: as of `open_detection`.
+    """
+    place = absolute(setting.val or setting.data)
+    train = open_detection(setting.data, "train", invalid_labels, setting.progress)
+    try:
+        opened = find_detection(place, "val", shared=setting.val is None)
+    except NoValidationError:
+        learnt, held = choose_held_out(train, place, setting.hold_out)
+        return PartOfDetection(train, learnt), PartOfDetection(train, held), setting.hold_out
+    return train, opened(invalid_labels, setting.progress), None
+
+
+def choose_held_out(pictures: Named, uri: str, rule: HoldOut) -> tuple[np.ndarray, np.ndarray]:
+    """Choose pictures to hold out by their paths, relative to the data's place.
+
+    Raises:
+        DataError: there is one picture only.
+    """
+    place = parent(uri) if uri.endswith(".json") else uri
+    names = [pictures.name(index).removeprefix(place) for index in range(len(pictures))]
+    learnt, held = choose(names, rule)
+    if not len(held):
+        raise no_validation(uri)
+    return learnt, held
+
+
+class PartOfDetection:
+    """Some pictures of a set.
+
+    Args:
+        whole: the set.
+        indices: int64 [N], ascending: which pictures.
+    """
+
+    def __init__(self, whole: DetectionSet, indices: np.ndarray) -> None:
+        self._whole, self._indices = whole, indices
+        self.uri, self.class_names, self.has_masks = whole.uri, whole.class_names, whole.has_masks
+        digest = hashlib.sha256(whole.fingerprint.encode() + indices.tobytes())
+        self.fingerprint = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> DetectionExample:
+        return self._whole[int(self._indices[index])]
+
+    def labels(self, index: int) -> np.ndarray:
+        """Classes of a picture's objects."""
+        return self._whole.labels(int(self._indices[index]))
+
+    def name(self, index: int) -> str:
+        """Place of a picture."""
+        return self._whole.name(int(self._indices[index]))
+
+
+class NoValidationError(DataError):
+    """A dataset that is scored on itself has no split to score on."""
+
+
+def no_validation(uri: str) -> NoValidationError:
     """The error of a dataset that is scored on itself and has no split to score on."""
-    return DataError(
+    return NoValidationError(
         f"{uri} has no validation or test split of its own", hint="name one with --val"
     )

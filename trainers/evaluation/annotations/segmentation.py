@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import numpy as np
 
 from mimray.trainers.config.evaluation.segmentation import SegmentationConfig
 from mimray.trainers.data.files import absolute, is_file, join, list_files
+from mimray.trainers.data.hold_out import HoldOut
 from mimray.trainers.data.selection import evenly_spread
 from mimray.trainers.errors import DataError, EmptyDatasetError
 from mimray.trainers.evaluation.annotations.base import (
@@ -19,13 +21,15 @@ from mimray.trainers.evaluation.annotations.base import (
 )
 from mimray.trainers.evaluation.annotations.detection import (
     SPLIT_NAMES,
+    NoValidationError,
     Split,
+    choose_held_out,
+    find_detection,
     no_validation,
-    open_detection,
 )
 from mimray.trainers.evaluation.annotations.pairs import MASK_FOLDERS, PairFolder, pair_folders
 from mimray.trainers.evaluation.annotations.panoptic import VOID, CocoPanoptic, is_panoptic
-from mimray.trainers.evaluation.score import Progress
+from mimray.trainers.evaluation.score import Progress, Setting
 
 _SPLIT_FILES = (
     "annotations/panoptic_{0}.json",
@@ -85,7 +89,51 @@ def open_segmentation(
         DataError: nothing of the kind is there, no such split, or a label is wrong.
         EmptyDatasetError: no picture is left.
     """
-    reader = _find(absolute(uri), split, config, invalid_labels, shared)
+    reader = _find(absolute(uri), split, config, shared)(invalid_labels)
+    indices = evenly_spread(len(reader), limit)
+    return _checked(reader, indices, config, invalid_labels, class_names, progress)
+
+
+def open_segmentation_splits(
+    setting: Setting, config: SegmentationConfig, invalid_labels: InvalidLabels
+) -> tuple[SegmentationSet, SegmentationSet, HoldOut | None]:
+    """Open the pictures to learn from and those to score on, and check all of them.
+
+    Returns:
+        Both, and the rule by which the latter were held out of the former, or None.
+
+    Raises:
+        DataError: as of `open_segmentation`.
+        EmptyDatasetError: no picture is left.
+    """
+    place, hold_out = absolute(setting.data), None
+    opened = _find(place, "train", config, False)
+    try:
+        val_opened = _find(absolute(setting.val or place), "val", config, setting.val is None)
+    except NoValidationError:
+        hold_out = setting.hold_out
+    train_reader = val_reader = opened(invalid_labels)
+    if hold_out is None:
+        val_reader = val_opened(invalid_labels)
+        parts = [np.arange(len(train_reader)), np.arange(len(val_reader))]
+    else:
+        parts = [*choose_held_out(train_reader, place, hold_out)]
+    train_part, val_part = (part[evenly_spread(len(part), setting.limit)] for part in parts)
+    train = _checked(train_reader, train_part, config, invalid_labels, (), setting.progress)
+    val = _checked(
+        val_reader, val_part, config, invalid_labels, train.class_names, setting.progress
+    )
+    return train, val, hold_out
+
+
+def _checked(
+    reader: _Reader,
+    indices: np.ndarray,
+    config: SegmentationConfig,
+    invalid_labels: InvalidLabels,
+    class_names: tuple[str, ...],
+    progress: Progress | None,
+) -> SegmentationSet:
     names = class_names or config.class_names or reader.class_names
     if not names and config.num_classes:
         names = tuple(map(str, range(config.num_classes)))
@@ -102,35 +150,43 @@ def open_segmentation(
     twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
     if twice:
         raise DataError(f"{reader.uri}: two classes are called {twice[0]!r}")
-    return _Checked(reader, names, evenly_spread(len(reader), limit), invalid_labels, progress)
+    return _Checked(reader, names, indices, invalid_labels, progress)
 
 
 def _find(
-    uri: str, split: Split, config: SegmentationConfig, invalid_labels: InvalidLabels, shared: bool
-) -> _Reader:
+    uri: str, split: Split, config: SegmentationConfig, shared: bool
+) -> Callable[[InvalidLabels], _Reader]:
+    """Find labelled pixels, and the function that opens them."""
+
+    def instances() -> Callable[[InvalidLabels], _Reader]:
+        found = find_detection(uri, split, shared=shared)
+        return lambda invalid_labels: _Instances(found(invalid_labels, None))
+
     if uri.endswith(".json"):
         if shared and split == "val":
             raise no_validation(uri)
-        return CocoPanoptic(uri) if is_panoptic(uri) else _Instances(uri, split, invalid_labels)
+        return _of_all(CocoPanoptic, uri) if is_panoptic(uri) else instances()
     pairs = pair_folders(uri)
     names = (config.val_split,) if split == "val" and config.val_split else SPLIT_NAMES[split]
     for name in names:
         if name in pairs:
-            return PairFolder(uri, *pairs[name], ignore_index=config.ignore_index)
+            return _of_all(PairFolder, uri, *pairs[name], ignore_index=config.ignore_index)
+    if pairs and "" not in pairs and shared and split == "val" and not config.val_split:
+        raise no_validation(uri)
     if pairs and "" not in pairs:
         raise DataError(
             f"{uri} has no {' or '.join(names)} split", hint=f"splits found: {', '.join(pairs)}"
         )
     if pairs and not (shared and split == "val"):
-        return PairFolder(uri, *pairs[""], ignore_index=config.ignore_index)
+        return _of_all(PairFolder, uri, *pairs[""], ignore_index=config.ignore_index)
     for name in names:
         for pattern in _SPLIT_FILES:
             if is_file(file := join(uri, pattern.format(name))):
-                return CocoPanoptic(file)
+                return _of_all(CocoPanoptic, file)
     if shared and split == "val" and (pairs or is_file(join(uri, "panoptic.json"))):
         raise no_validation(uri)
     if is_file(file := join(uri, "panoptic.json")):
-        return CocoPanoptic(file)
+        return _of_all(CocoPanoptic, file)
     if not any(file.path.endswith(".json") for file in list_files(uri)):
         raise DataError(
             f"no masks for {split} at {uri}",
@@ -138,7 +194,14 @@ def _find(
             f"images/{split} beside masks/{split}, {split} beside {split}annot, "
             f"or COCO's annotations/panoptic_{split}.json or instances_{split}.json",
         )
-    return _Instances(uri, split, invalid_labels, shared=shared)
+    return instances()
+
+
+def _of_all(
+    kind: Callable[..., _Reader], *args: Any, **options: Any
+) -> Callable[[InvalidLabels], _Reader]:
+    """The function that opens a reader which finds wrong labels only as it reads them."""
+    return lambda invalid_labels: kind(*args, **options)
 
 
 class _Instances:
@@ -146,10 +209,8 @@ class _Instances:
 
     ignore_index = VOID
 
-    def __init__(
-        self, uri: str, split: Split, invalid_labels: InvalidLabels, *, shared: bool = False
-    ) -> None:
-        self._objects: DetectionSet = open_detection(uri, split, invalid_labels, shared=shared)
+    def __init__(self, objects: DetectionSet) -> None:
+        self._objects = objects
         self.uri = self._objects.uri
         if not self._objects.has_masks:
             raise DataError(f"the objects of {self.uri} have boxes only, no masks")

@@ -10,10 +10,11 @@ import numpy as np
 from mimray.trainers.bundles import FrozenEncoder
 from mimray.trainers.config.evaluation.detection import DetectionConfig
 from mimray.trainers.data.geometry import whole_view
+from mimray.trainers.data.hold_out import hold_out_note
 from mimray.trainers.data.selection import evenly_spread
 from mimray.trainers.errors import ConfigError, DataError, EmptyDatasetError
 from mimray.trainers.evaluation.annotations.base import DetectionSet, InvalidLabels
-from mimray.trainers.evaluation.annotations.detection import open_detection
+from mimray.trainers.evaluation.annotations.detection import open_detection_splits
 from mimray.trainers.evaluation.detection.anchors import anchor_sizes_of
 from mimray.trainers.evaluation.detection.batches import TrainingViews
 from mimray.trainers.evaluation.detection.detector import (
@@ -59,14 +60,7 @@ def evaluate(make_encoder: MakeEncoder, setting: Setting, config: DetectionConfi
         NonFiniteLossError: training diverged.
     """
     invalid_labels = InvalidLabels(setting.skip_invalid)
-    train = open_detection(setting.data, "train", invalid_labels, setting.progress)
-    val = open_detection(
-        setting.val or setting.data,
-        "val",
-        invalid_labels,
-        setting.progress,
-        shared=setting.val is None,
-    )
+    train, val, hold_out = open_detection_splits(setting, invalid_labels)
     train_indices = evenly_spread(len(train), setting.limit)
     val_indices = evenly_spread(len(val), setting.limit)
     labels = _labels_of(train, val)
@@ -116,12 +110,17 @@ def evaluate(make_encoder: MakeEncoder, setting: Setting, config: DetectionConfi
         val_fingerprint=val.fingerprint,
         num_train=len(train_indices),
         num_val=len(val_indices),
-        notes=(*_missing(by_box, val), *invalid_labels.notes()),
+        notes=(
+            *_missing(by_box, val),
+            *([hold_out_note(len(val), len(train) + len(val), hold_out)] if hold_out else ()),
+            *invalid_labels.notes(),
+        ),
         pictures={
             "detection.png": sheet,
             "detection_curves.png": draw_curves(rows, by_box, train.class_names),
         },
         files=head_files("detection", detector, encoder, config, train.class_names),
+        hold_out=hold_out,
     )
 
 

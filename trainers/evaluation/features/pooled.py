@@ -102,7 +102,20 @@ def load_probe_data(ref: EncoderRef, setting: Setting, pooling: Pooling | None) 
     )
     val, skipped_val = labelled_features(ref, splits.val, setting, pooling, phase="features of val")
     val = replace(val, y=splits.val_numbers[val.y])
-    return ProbeData(splits, pooling, train, val, notes=(*skipped, *skipped_val))
+    notes = (*splits.notes, *_seen_before(ref, splits), *skipped, *skipped_val)
+    return ProbeData(splits, pooling, train, val, notes=notes)
+
+
+def _seen_before(ref: EncoderRef, splits: Splits) -> tuple[str, ...]:
+    """A note where the encoder was trained on the pictures that are held out."""
+    if splits.hold_out is None or ref.card().data_fingerprint != splits.whole_fingerprint:
+        return ()
+    rule = splits.hold_out
+    seed = f" --set data.val_seed={rule.seed}" if rule.seed else ""
+    return (
+        "the encoder was trained on the pictures held out, too; "
+        f"`pretrain --set data.val_share={rule.share:g}{seed}` keeps them out",
+    )
 
 
 def labelled_features(
@@ -193,15 +206,22 @@ def pooled_features(
     if found.manifest.num_rows == 0:
         raise _none_left(source)
     columns = ("mean", "cls") if pooling == "both" else (pooling,)
-    table = read_columns(found.out, found.manifest, ("id", "index", "label", *columns))
+    table = read_columns(found.out, found.manifest, ("id", "index", *columns))
     parts = [table[name].combine_chunks().to_numpy_ndarray() for name in columns]
+    index = table["index"].to_numpy()
     return PooledFeatures(
         x=np.concatenate(parts, axis=1),
-        labels=table["label"].fill_null(-1).to_numpy(),
-        index=table["index"].to_numpy(),
+        labels=_labels_at(source, index),
+        index=index,
         ids=table["id"].to_pylist(),
         notes=tuple(f"left out {item.id}: {item.reason}" for item in found.manifest.skipped),
     )
+
+
+def _labels_at(source: Source, index: np.ndarray) -> np.ndarray:
+    """Labels of pictures, int64; of the source, since features are kept whatever the labels are."""
+    labels = source.labels()
+    return np.full(len(index), -1, dtype=np.int64) if labels is None else labels[index]
 
 
 def check_pooling(ref: EncoderRef, pooling: Pooling) -> None:

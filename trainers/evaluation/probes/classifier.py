@@ -17,7 +17,7 @@ from mimray.trainers.data.sources import Source
 from mimray.trainers.data.transforms import inference_view
 from mimray.trainers.data.workers import decode_workers
 from mimray.trainers.errors import DataError, EmptyDatasetError, ImageError
-from mimray.trainers.evaluation.confusion import confusion_matrix
+from mimray.trainers.evaluation.confusion import confusion_record
 from mimray.trainers.evaluation.probes.classification import (
     missing_classes,
     per_class_accuracy,
@@ -100,14 +100,15 @@ def classify(method: Finetune, splits: Splits, setting: Setting, *, batch_size: 
     logits = torch.cat(scores)  # N K
     predicted = logits.argmax(dim=1).numpy()
     per_class = per_class_accuracy(predicted, labels, names)
-    confusion = confusion_matrix(labels, predicted, len(names))
+    # Of a class that there was nothing to learn from there is no logit, and so no loss.
+    learnt = torch.from_numpy(labels) < logits.shape[1]
     accuracy = float((predicted == labels).mean())
     metrics = {
         "accuracy": accuracy,
-        "top5_accuracy": top_k_accuracy(logits.numpy(), labels, 5) if len(names) > 5 else None,
-        "loss": float(F.cross_entropy(logits, torch.from_numpy(labels))),
+        "top5_accuracy": top_k_accuracy(logits.numpy(), labels, 5) if logits.shape[1] > 5 else None,
+        "loss": float(F.cross_entropy(logits[learnt], torch.from_numpy(labels)[learnt])),
         "per_class_accuracy": per_class,
-        "confusion": {"class_names": list(names), "true_by_predicted": confusion.tolist()},
+        "confusion": confusion_record(labels, predicted, names),
     }
     return Classified(
         accuracy,

@@ -88,6 +88,7 @@ def evaluate(ref: EncoderRef, setting: Setting, config: KnnConfig) -> Score:
         num_train=score.num_train,
         num_val=score.num_val,
         notes=(*missing_classes(per_class), *found.notes),
+        hold_out=found.splits.hold_out,
         pictures={"knn.png": _sheet(found, score.predicted)},
     )
 

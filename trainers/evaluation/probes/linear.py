@@ -14,7 +14,6 @@ from mimray.trainers.data.rng import Stream, generator, permutation
 from mimray.trainers.data.sources import Source
 from mimray.trainers.errors import DataError
 from mimray.trainers.evaluation.charts import confusion_chart
-from mimray.trainers.evaluation.confusion import confusion_matrix
 from mimray.trainers.evaluation.features.encoders import EncoderRef
 from mimray.trainers.evaluation.features.extraction import local_device
 from mimray.trainers.evaluation.features.pooled import labelled_features, load_probe_data
@@ -63,7 +62,8 @@ def evaluate(ref: EncoderRef, setting: Setting, config: LinearConfig) -> Score:
             num_views=config.num_views,
         )
         learn_x = views.x  # N V D
-    key, candidates, solve = _solver(config, setting, len(names))
+    learnt = found.splits.learnt_names
+    key, candidates, solve = _solver(config, setting, len(learnt))
 
     held_out, kept = _split(found.splits.train, len(train.y), config.held_out, setting.seed)
     tried = solve(learn_x[kept], train.y[kept], candidates, f"choosing {key}")
@@ -80,7 +80,7 @@ def evaluate(ref: EncoderRef, setting: Setting, config: LinearConfig) -> Score:
     per_class = per_class_accuracy(predicted, val.y, names)
     metrics: dict[str, Any] = {
         "accuracy": accuracy,
-        "top5_accuracy": top_k_accuracy(scores, val.y, 5) if len(names) >= 5 else None,
+        "top5_accuracy": top_k_accuracy(scores, val.y, 5) if len(learnt) >= 5 else None,
         "train_accuracy": head.accuracy(train.x, train.y),
         "per_class_accuracy": per_class,
         "solver": config.solver,
@@ -111,12 +111,14 @@ def evaluate(ref: EncoderRef, setting: Setting, config: LinearConfig) -> Score:
         ),
         pictures={
             "linear.png": confusion_chart(
-                confusion_matrix(val.y, predicted, len(names)),
+                val.y,
+                predicted,
                 names,
                 f"linear probe ({config.solver}): accuracy {accuracy:.4f}",
             )
         },
-        files={"head.safetensors": _saved(head, found.pooling, names)},
+        files={"head.safetensors": _saved(head, found.pooling, learnt)},
+        hold_out=found.splits.hold_out,
     )
 
 

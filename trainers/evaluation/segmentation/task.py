@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from mimray.trainers.bundles import FrozenEncoder
 from mimray.trainers.config.evaluation.segmentation import SegmentationConfig
 from mimray.trainers.data.geometry import Size
+from mimray.trainers.data.hold_out import hold_out_note
 from mimray.trainers.evaluation.annotations.base import InvalidLabels, SegmentationSet
-from mimray.trainers.evaluation.annotations.segmentation import open_segmentation
+from mimray.trainers.evaluation.annotations.segmentation import open_segmentation_splits
 from mimray.trainers.evaluation.confusion import confusion_matrix
 from mimray.trainers.evaluation.features.encoders import MakeEncoder, check_input
 from mimray.trainers.evaluation.heads.train_head import train_head
@@ -49,24 +50,7 @@ def evaluate(make_encoder: MakeEncoder, setting: Setting, config: SegmentationCo
         NonFiniteLossError: training diverged.
     """
     invalid_labels = InvalidLabels(setting.skip_invalid)
-    train = open_segmentation(
-        setting.data,
-        "train",
-        config,
-        invalid_labels,
-        limit=setting.limit,
-        progress=setting.progress,
-    )
-    val = open_segmentation(
-        setting.val or setting.data,
-        "val",
-        config,
-        invalid_labels,
-        shared=setting.val is None,
-        class_names=train.class_names,
-        limit=setting.limit,
-        progress=setting.progress,
-    )
+    train, val, hold_out = open_segmentation_splits(setting, config, invalid_labels)
     encoder = make_encoder()
     input_size = config.image_size or default_size(train, encoder.stride)
     check_input(encoder, input_size, "image_size")
@@ -91,12 +75,17 @@ def evaluate(make_encoder: MakeEncoder, setting: Setting, config: SegmentationCo
         val_fingerprint=val.fingerprint,
         num_train=len(train),
         num_val=len(val),
-        notes=(*_missing(metrics["IoU"], train, val), *invalid_labels.notes()),
+        notes=(
+            *_missing(metrics["IoU"], train, val),
+            *([hold_out_note(len(val), len(train) + len(val), hold_out)] if hold_out else ()),
+            *invalid_labels.notes(),
+        ),
         pictures={
             "segmentation.png": sheet(shown, train.class_names),
             "segmentation_classes.png": class_chart(metrics["IoU"], rows),
         },
         files=model.files(config),
+        hold_out=hold_out,
     )
 
 

@@ -1,14 +1,21 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from mimray.trainers.data.hold_out import HoldOut
 from mimray.trainers.data.synth import write_scenes
 from mimray.trainers.errors import DataError
 from mimray.trainers.evaluation.annotations.base import DetectionSet, InvalidLabels
-from mimray.trainers.evaluation.annotations.detection import Split, open_detection
+from mimray.trainers.evaluation.annotations.detection import (
+    Split,
+    open_detection,
+    open_detection_splits,
+)
+from mimray.trainers.evaluation.score import Setting
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +95,30 @@ def test_nothing__says_what_is_looked_for(tmp_path: Path) -> None:
         _open(tmp_path, "train")
     with pytest.raises(DataError, match=r"no annotation file at .*gone\.json"):
         _open(tmp_path / "gone.json", "train")
+
+
+@pytest.mark.parametrize("name", ["", "instances.json"])
+def test_splits__pictures_are_held_out_where_there_is_no_split(scenes: Path, name: str) -> None:
+    setting = Setting(
+        data=str(scenes / "train" / name),
+        val=None,
+        limit=None,
+        seed=0,
+        skip_invalid=False,
+        device="cpu",
+        folder=scenes,
+        progress=lambda phase, done, total: None,
+    )
+    whole = _open(scenes / "train", "train")
+    train, val, rule = open_detection_splits(setting, InvalidLabels(False))
+    assert (len(train), len(val), rule) == (2, 1, HoldOut())
+    names = {whole.name(i): whole.labels(i).tolist() for i in range(3)}
+    told = {
+        part.name(i): part.labels(i).tolist() for part in (train, val) for i in range(len(part))
+    }
+    assert told == names
+    assert len({train.fingerprint, val.fingerprint, whole.fingerprint}) == 3
+    train, val, rule = open_detection_splits(
+        replace(setting, data=str(scenes)), InvalidLabels(False)
+    )
+    assert (len(train), len(val), rule) == (3, 2, None)

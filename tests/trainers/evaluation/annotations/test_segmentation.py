@@ -10,10 +10,15 @@ import pytest
 from PIL import Image
 
 from mimray.trainers.config.evaluation.segmentation import SegmentationConfig
+from mimray.trainers.data.hold_out import HoldOut
 from mimray.trainers.data.synth import write_scenes
 from mimray.trainers.errors import DataError, EmptyDatasetError
-from mimray.trainers.evaluation.annotations.base import InvalidLabels
-from mimray.trainers.evaluation.annotations.segmentation import open_segmentation
+from mimray.trainers.evaluation.annotations.base import InvalidLabels, SegmentationSet
+from mimray.trainers.evaluation.annotations.segmentation import (
+    open_segmentation,
+    open_segmentation_splits,
+)
+from mimray.trainers.evaluation.score import Setting
 
 CONFIG = SegmentationConfig()
 
@@ -64,8 +69,10 @@ def test_open__takes_the_split_that_is_meant(scenes: Path) -> None:
     shutil.rmtree(scenes / "val")
     assert len(_open(scenes, "val", shared=True)) == 2
     shutil.rmtree(scenes / "test")
-    with pytest.raises(DataError, match="no val or valid or .* split .splits found: train"):
+    with pytest.raises(DataError, match="no validation or test split of its own"):
         _open(scenes, "val", shared=True)
+    with pytest.raises(DataError, match="no val or valid or .* split .splits found: train"):
+        _open(scenes, "val")
     with pytest.raises(DataError, match="no validation or test split of its own"):
         _open(scenes / "train", "val", shared=True)
 
@@ -213,3 +220,35 @@ def test_instances__later_ones_lie_on_top_and_crowds_are_void(tmp_path: Path) ->
     (tmp_path / "instances.json").write_text(json.dumps(content))
     with pytest.raises(DataError, match="boxes only, no masks"):
         _open(tmp_path / "instances.json")
+
+
+def _splits(place: Path, share: float = 0.4) -> tuple[SegmentationSet, SegmentationSet, object]:
+    setting = Setting(
+        data=str(place),
+        val=None,
+        limit=None,
+        seed=0,
+        skip_invalid=False,
+        device="cpu",
+        folder=place,
+        progress=lambda phase, done, total: None,
+        hold_out=HoldOut(share),
+    )
+    return open_segmentation_splits(setting, CONFIG, InvalidLabels(skip=False))
+
+
+def test_splits__pictures_are_held_out_where_there_is_no_split(scenes: Path) -> None:
+    train, val, rule = _splits(scenes)
+    assert (len(train), len(val), rule) == (5, 3, None)
+    for place in (
+        scenes / "train",
+        scenes / "train/panoptic.json",
+        scenes / "train/instances.json",
+    ):
+        train, val, rule = _splits(place)
+        assert rule == HoldOut(0.4)
+        names = [part.name(i) for part in (train, val) for i in range(len(part))]
+        assert (len(train), len(val), len(set(names))) == (3, 2, 5)
+    shutil.rmtree(scenes / "val")
+    train, val, rule = _splits(scenes)
+    assert (len(train), len(val), rule) == (3, 2, HoldOut(0.4))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mimray.trainers.bundles import BundleCard, save_bundle
 from mimray.trainers.config.evaluation.knn import KnnConfig
+from mimray.trainers.data.hold_out import HoldOut
 from mimray.trainers.data.sources import open_source
 from mimray.trainers.errors import DataError
-from mimray.trainers.evaluation.features.encoders import EncoderRef
+from mimray.trainers.evaluation.features.encoders import EncoderRef, untrained
 from mimray.trainers.evaluation.features.pooled import labelled_features
 from mimray.trainers.evaluation.probes.knn import evaluate, knn, nearest, predict
+from mimray.trainers.evaluation.results import result_of
 from mimray.trainers.evaluation.score import Setting
 
 
@@ -127,12 +131,14 @@ def test_evaluate__a_class_without_validation_pictures_is_told_and_not_averaged(
 def test_evaluate__refuses_data_it_cannot_score(
     ref: EncoderRef, colours: Path, setting: Callable[..., Setting], tmp_path: Path
 ):
-    with pytest.raises(DataError, match="no validation or test split.*--val"):
-        evaluate(ref, setting(colours / "train"), KnnConfig())
     with pytest.raises(DataError, match="has no labels"):
         evaluate(ref, setting(colours, val=str(colours / "val/red")), KnnConfig())
-    (colours / "val/red").rename(colours / "val/pink")
-    with pytest.raises(DataError, match="has class 'pink', which .*colours lacks"):
+    (colours / "val/red").rename(colours / "val/Red")
+    with pytest.raises(DataError, match="has class 'Red', which .*colours calls 'red'"):
+        evaluate(ref, setting(colours), KnnConfig())
+    for old, new in (("Red", "pink"), ("green", "lime"), ("blue", "navy")):
+        (colours / "val" / old).rename(colours / "val" / new)
+    with pytest.raises(DataError, match=r"none of the classes .*\(lime; navy; pink\) is one of"):
         evaluate(ref, setting(colours), KnnConfig())
     shutil.rmtree(colours / "val")
     (colours / "val").mkdir()
@@ -146,3 +152,49 @@ def test_evaluate__prefers_validation_to_test(
     shutil.copytree(colours / "train", colours / "test")
 
     assert evaluate(ref, setting(colours), KnnConfig()).num_val == 18
+
+
+def test_evaluate__a_class_that_cannot_be_learnt_counts_as_wrong_and_is_said(
+    ref: EncoderRef, colours: Path, setting: Callable[..., Setting]
+):
+    (colours / "val/red").rename(colours / "val/pink")
+
+    score = evaluate(ref, setting(colours), KnnConfig())
+
+    assert score.headline == pytest.approx(2 / 3)
+    assert score.metrics["per_class_accuracy"] == {"blue": 1, "green": 1, "red": None, "pink": 0}
+    said = "6 of 18 pictures to score on count as wrong: .*classes from .pink."
+    assert any(re.match(said, note) for note in score.notes)
+
+
+def test_evaluate__holds_pictures_out_where_there_is_no_split(
+    ref: EncoderRef, card: BundleCard, colours: Path, setting: Callable[..., Setting]
+):
+    data = colours / "train"
+    score = evaluate(ref, setting(data), KnnConfig())
+    again = evaluate(ref, setting(data, seed=1), KnnConfig())
+    other = evaluate(ref, setting(data, hold_out=HoldOut(0.2, seed=1)), KnnConfig())
+
+    assert (score.num_train, score.num_val) == (48, 12)
+    assert score.hold_out == HoldOut(0.2, 0)
+    assert re.match("the data has no split .*: 12 of its 60 pictures are held out", score.notes[0])
+    assert score.val_fingerprint == again.val_fingerprint != other.val_fingerprint
+    assert len(score.notes) == 1, "this encoder was trained on nothing"
+    assert result_of(score, {})["hold_out"] == {"share": 0.2, "seed": 0}
+    with_split = evaluate(ref, setting(colours), KnnConfig())
+    assert with_split.hold_out is None
+
+
+def test_evaluate__says_that_an_encoder_has_seen_what_is_held_out(
+    card: BundleCard, colours: Path, setting: Callable[..., Setting], tmp_path: Path
+):
+    data = colours / "train"
+    seen = card.model_copy(
+        update={"data_fingerprint": open_source(str(data), with_labels=False).facts.fingerprint}
+    )
+    save_bundle(tmp_path / "seen", seen, untrained(card).encoder.state_dict())
+
+    score = evaluate(EncoderRef.parse(str(tmp_path / "seen")), setting(data), KnnConfig())
+
+    assert "the encoder was trained on the pictures held out" in score.notes[1]
+    assert "data.val_share=0.2" in score.notes[1]

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import io
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from pydantic import ValidationError
 from safetensors.numpy import load
 
@@ -159,3 +163,24 @@ def test_evaluate__too_few_pictures_to_hold_any_out(
 def test_config__refuses_what_does_not_go_together(wrong: dict[str, object]):
     with pytest.raises(ValidationError, match="goes with solver=lars|must be fewer than"):
         LinearConfig(**wrong)
+
+
+def test_evaluate__labels_far_apart_are_the_classes_that_occur(
+    ref: EncoderRef, setting: MakeSetting, tmp_path: Path
+):
+    numbers = [3, 977, 5_219_404]
+    for split, count in (("train", 24), ("test", 9)):
+        rows = []
+        for row in range(count):
+            pixels = np.zeros((16, 24, 3), np.uint8)
+            pixels[..., row % 3] = 200 + row
+            file = io.BytesIO()
+            Image.fromarray(pixels).save(file, "png")
+            rows.append({"image": file.getvalue(), "label": numbers[row % 3]})
+        (tmp_path / "ids").mkdir(exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"ids/{split}-00000-of-00001.parquet")
+
+    score = evaluate(ref, setting(tmp_path / "ids"), LinearConfig(solver="ridge"))
+
+    assert score.metrics["per_class_accuracy"] == {"3": 1.0, "977": 1.0, "5219404": 1.0}
+    assert load(score.files["head.safetensors"])["weight"].shape[0] == 3
