@@ -166,7 +166,7 @@ def labels_of(source: Source) -> np.ndarray:
     """
     labels = source.labels()
     if labels is None:
-        why = f" ({listed(source.label_notes)})" if source.label_notes else ""
+        why = f"; {listed(source.label_notes)}" if source.label_notes else ""
         raise DataError(
             f"{source.facts.uri} has no labels{why}",
             hint="each picture needs a class: a folder a class, a column `label`, or one named by "

@@ -117,7 +117,7 @@ def test_parquet__columns_that_are_not_taken_are_named(
     source = open_source(str(write(tmp_path / "a.parquet", **columns)))
     assert source.labels() is None
     assert source.facts.class_names == ()
-    with pytest.raises(DataError, match=f"has no labels .*{reason}"):
+    with pytest.raises(DataError, match=f"has no labels; .*{reason}"):
         labels_of(source)
 
 
@@ -218,7 +218,7 @@ def test_folder__a_table_goes_before_class_folders_only_if_it_has_labels(tmp_pat
 def test_folder__a_table_that_is_not_taken_is_named(tmp_path: Path, text: str, reason: str) -> None:
     pictures(tmp_path, "a.png", "b.png")
     (tmp_path / "metadata.csv").write_text(text)
-    with pytest.raises(DataError, match=f"has no labels .*{reason}"):
+    with pytest.raises(DataError, match=f"has no labels; .*{reason}"):
         labels_of(open_source(str(tmp_path)))
     (tmp_path / "metadata.csv").rename(tmp_path / "labels.csv")
     with pytest.raises(DataError, match=r"labels\.csv: not read; labels are read from metadata"):
