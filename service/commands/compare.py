@@ -58,7 +58,9 @@ def run_comparison(encoders: Sequence[str], request: EvaluationRequest) -> dict[
 
 def comparison_text(found: Mapping[str, Any]) -> str:
     """A comparison for people: the table and the place of the chart."""
-    return f"{table(found['results'])}\n{found['files']['png']}"
+    results = found["results"]
+    lines = [table(results), held_out_text(results[0]).strip(), found["files"]["png"]]
+    return "\n".join(line for line in lines if line)
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:

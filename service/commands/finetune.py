@@ -41,6 +41,7 @@ def evaluate(ref: EncoderRef, setting: Setting, config: FinetuneTask) -> Score:
         RunConflictError: a run of the name exists and is another one.
         ResourceError: the cluster can never give what the recipe asks.
     """
+    from mimray.trainers.evaluation.features.pooled import seen_before
     from mimray.trainers.evaluation.score import Score
     from mimray.trainers.evaluation.splits import open_splits
     from mimray.trainers.launch import Job, finished, preflight, prepare, pretrain
@@ -77,7 +78,12 @@ def evaluate(ref: EncoderRef, setting: Setting, config: FinetuneTask) -> Score:
         val_fingerprint=splits.val.facts.fingerprint,
         num_train=plan.data.num_samples,
         num_val=found.num_pictures,
-        notes=(f"the fine-tuned encoder is in {kept}", *splits.notes, *found.notes),
+        notes=(
+            f"the fine-tuned encoder is in {kept}",
+            *splits.notes,
+            *seen_before(ref, splits),
+            *found.notes,
+        ),
         pictures={SHEET: found.sheet},
         hold_out=splits.hold_out,
     )

@@ -102,20 +102,8 @@ def load_probe_data(ref: EncoderRef, setting: Setting, pooling: Pooling | None) 
     )
     val, skipped_val = labelled_features(ref, splits.val, setting, pooling, phase="features of val")
     val = replace(val, y=splits.val_numbers[val.y])
-    notes = (*splits.notes, *_seen_before(ref, splits), *skipped, *skipped_val)
+    notes = (*splits.notes, *seen_before(ref, splits), *skipped, *skipped_val)
     return ProbeData(splits, pooling, train, val, notes=notes)
-
-
-def _seen_before(ref: EncoderRef, splits: Splits) -> tuple[str, ...]:
-    """A note where the encoder was trained on the pictures that are held out."""
-    if splits.hold_out is None or ref.card().data_fingerprint != splits.whole_fingerprint:
-        return ()
-    rule = splits.hold_out
-    seed = f" --set data.val_seed={rule.seed}" if rule.seed else ""
-    return (
-        "the encoder was trained on the pictures held out, too; "
-        f"`pretrain --set data.val_share={rule.share:g}{seed}` keeps them out",
-    )
 
 
 def labelled_features(
@@ -222,6 +210,19 @@ def _labels_at(source: Source, index: np.ndarray) -> np.ndarray:
     """Labels of pictures, int64; of the source, since features are kept whatever the labels are."""
     labels = source.labels()
     return np.full(len(index), -1, dtype=np.int64) if labels is None else labels[index]
+
+
+def seen_before(ref: EncoderRef, splits: Splits) -> tuple[str, ...]:
+    """A note where the encoder was trained on the pictures that are held out."""
+    trained_on = "" if ref.untrained else ref.card().data_fingerprint
+    if splits.hold_out is None or trained_on != splits.whole_fingerprint:
+        return ()
+    rule = splits.hold_out
+    seed = f" --set data.val_seed={rule.seed}" if rule.seed else ""
+    return (
+        "the encoder was trained on the pictures held out, too; "
+        f"`pretrain --set data.val_share={rule.share:g}{seed}` keeps them out",
+    )
 
 
 def check_pooling(ref: EncoderRef, pooling: Pooling) -> None:
