@@ -95,6 +95,15 @@ def prepare(job: Job) -> Plan:
     if job.fresh:
         check_outside(recipe, job.run)
     source = open_training(job.data, recipe)
+    if source.reads_per_epoch > 1:
+        logger.warning(
+            "%s may be sorted and is large: to mix it, each row group is read %.0f times an epoch; "
+            "`mimray data ingest` makes a dataset that is read once, "
+            "--set data.cache_mib=%d keeps all of this one on local disk",
+            job.data,
+            source.reads_per_epoch,
+            -(-source.num_bytes >> 20),
+        )
     recipe = with_classes(recipe, source)
     plan = resolve(recipe, source.facts, recipe.resources.num_workers)
     if job.fresh or not job.run.exists("plan.json"):

@@ -143,6 +143,13 @@ class MicroBatches(Sampler[list[Place]]):
         return (self.plan.steps - self.first_step) * self.plan.accumulation
 
 
+def training_order(source: Source, recipe: Recipe) -> SampleOrder:
+    """The order in which a recipe's run sees the samples of a source."""
+    return SampleOrder(
+        source.group_rows, recipe.seed, recipe.data.shuffle_window, source.open_groups
+    )
+
+
 def make_loader(
     source: Source,
     plan: Plan,
@@ -163,7 +170,7 @@ def make_loader(
         pin_memory: True for batches in page-locked memory, which speeds copies to a GPU.
     """
     data = plan.recipe.data
-    order = SampleOrder(source.group_rows, plan.recipe.seed, data.shuffle_window)
+    order = training_order(source, plan.recipe)
     loader = DataLoader(
         Samples(source, plan.recipe, inputs),
         batch_sampler=MicroBatches(plan, order, rank, first_step),

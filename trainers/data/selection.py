@@ -27,6 +27,8 @@ class Selection:
         ends = np.searchsorted(indices, np.cumsum(source.group_rows))
         rows = np.diff(ends, prepend=0)
         self.group_rows = rows[rows > 0]
+        self.open_groups = source.open_groups
+        self.reads_per_epoch = source.reads_per_epoch
         self.num_bytes = source.num_bytes
         digest = hashlib.sha256(source.facts.fingerprint.encode() + indices.tobytes())
         self.facts = replace(source.facts, num_samples=len(indices), fingerprint=digest.hexdigest())
@@ -67,7 +69,7 @@ def open_training(uri: str, recipe: Recipe) -> Source:
         DataError: the dataset cannot be opened, or classes are to be learnt and it has no labels,
             or one that is outside the range; the picture is named.
     """
-    source = open_source(uri, cache_mib=recipe.data.cache_mib)
+    source = open_source(uri, shuffled=True, cache_mib=recipe.data.cache_mib)
     indices = evenly_spread(len(source), recipe.data.limit)
     if recipe.method.learns_classes:
         num_classes = stated_classes(recipe) or num_classes_of(source)

@@ -26,12 +26,17 @@ class Source(Protocol):
     Attributes:
         facts: facts of the dataset.
         group_rows: int64 [G], rows of each row group in file order; reading one picture costs
-            reading its row group, so an order that stays within a few groups is cheap.
+            reading its row group, unless that is open.
+        open_groups: number of row groups to keep open at a time, at most; the same on every
+            machine, since the order of training follows from it.
+        reads_per_epoch: mean number of times that a row group is read in an epoch of training.
         num_bytes: size of its files together.
     """
 
     facts: DatasetFacts
     group_rows: np.ndarray
+    open_groups: int
+    reads_per_epoch: float
     num_bytes: int
 
     def __len__(self) -> int:
@@ -52,7 +57,12 @@ class Source(Protocol):
 
 
 def open_source(
-    uri: str, *, split: str | None = None, cache_dir: str | None = None, cache_mib: int = 4096
+    uri: str,
+    *,
+    split: str | None = None,
+    shuffled: bool = False,
+    cache_dir: str | None = None,
+    cache_mib: int = 4096,
 ) -> Source:
     """Open the dataset at a URI.
 
@@ -60,6 +70,7 @@ def open_source(
         uri: a Parquet file, a folder of them at any depth, or a folder of pictures; a local
             path or any URI that pyarrow reads (file://, s3://, gs://, hf://).
         split: split to take, where file or folder names tell several apart; None takes `train`.
+        shuffled: True where rows are read in the order of `SampleOrder`; see `ParquetSource`.
         cache_dir: folder on local disk for row groups of remote Parquet; None for the user's cache
             folder. Pictures of a remote folder are not kept: ingest them.
         cache_mib: bound of that folder.
@@ -71,7 +82,9 @@ def open_source(
     uri = absolute(uri)
     contents = discover(uri, split)
     if contents.kind == "parquet":
-        return ParquetSource(uri, contents, cache_dir=cache_dir, cache_mib=cache_mib)
+        return ParquetSource(
+            uri, contents, shuffled=shuffled, cache_dir=cache_dir, cache_mib=cache_mib
+        )
     return FolderSource(uri, contents)
 
 
@@ -91,6 +104,8 @@ class FolderSource:
         self._paths = [file.path for file in contents.files]
         class_names, self._labels = class_folders(contents.files)
         self.group_rows = np.ones(len(self._paths), dtype=np.int64)
+        self.open_groups = len(self._paths)
+        self.reads_per_epoch = 1.0
         self.num_bytes = sum(file.num_bytes for file in contents.files)
         digest = hashlib.sha256()
         for file in contents.files:
