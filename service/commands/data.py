@@ -99,6 +99,13 @@ def inspection_text(found: Mapping[str, Any], sheet: Path | None = None) -> str:
     else:
         lines.append(f"labels   {len(found['label_counts'])} classes")
         lines += [f"  {n:7} {name}" for name, n in found["label_counts"].items()]
+    if (mixing := found["label_mixing"]) is not None and mixing["in_runs"]:
+        lines.append(
+            f"order    labels lie in runs: {mixing['stretch_rows']} rows in turn have "
+            f"{mixing['classes']:.1f} classes on average, {mixing['shuffled_classes']:.1f} if "
+            "shuffled; training draws from many row groups at once to mix them, "
+            "`mimray data ingest` puts rows in random order"
+        )
     if sheet is not None:
         lines.append(f"sheet    {sheet}")
     return "\n".join(lines)
