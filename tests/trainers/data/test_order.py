@@ -98,6 +98,18 @@ def test_order__a_batch_of_a_sorted_dataset_has_as_many_classes_as_a_shuffled_on
     assert (num_parts == 1).all() == (row_bytes == 3_000)
 
 
+def test_order__row_groups_of_all_sizes_are_mixed():
+    group_rows = np.random.default_rng(0).choice([10, 100, 1000, 10_000], 460)
+    classes = np.arange(group_rows.sum()) * 1000 // group_rows.sum()
+    num_parts, opened = cut_groups(group_rows, group_rows * 110_000, spread=True)
+    order = SampleOrder(in_parts(group_rows, num_parts), 0, 8192, opened)
+    starts = np.linspace(0, len(classes) - 1024, 40).astype(int)
+
+    found = [len(np.unique(classes[order.take(int(at), 1024)[1]])) for at in starts]
+
+    assert abs(np.mean(found) / UNIFORM - 1) < 0.05
+
+
 def test_order__classes_that_follow_each_other_in_one_row_group_are_mixed():
     order = SampleOrder(np.full(128, 10_000), 0, 8192, 127)
     classes = np.arange(1_280_000) // 1280
