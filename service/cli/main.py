@@ -69,7 +69,7 @@ def cli(debug: bool) -> None:
 
     Example: mimray pretrain mae-tiny --data PICTURES --steps 100
     """
-    from mimray.service.cluster import set_environment
+    from mimray.trainers.cluster import set_environment
 
     set_environment()
 

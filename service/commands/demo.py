@@ -9,12 +9,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mimray.service.cluster import connected
 from mimray.service.commands.data import run_ingest
 from mimray.service.commands.evaluate import EvaluationRequest, run_evaluate
 from mimray.service.commands.pretrain import run_pretrain
 from mimray.service.terminal.console import say
 from mimray.service.terminal.progress import duration
+from mimray.trainers.cluster import connected
 from mimray.trainers.errors import RunConflictError
 
 RECIPE = "mae-tiny"

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mimray.service.cluster import connected
 from mimray.service.terminal.console import say, warn
 from mimray.service.terminal.progress import Progress, duration
 from mimray.service.terminal.sweep_table import SweepTable
+from mimray.trainers.cluster import connected
 from mimray.trainers.errors import ConfigError, MimrayError
 
 if TYPE_CHECKING:

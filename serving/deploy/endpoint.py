@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from mimray.serving.config import API_KEY_VARIABLE, ServeConfig, check_config
 from mimray.serving.deploy.haproxy import HAProxyState, haproxy_available, port_is_free
+from mimray.trainers.cluster import start_ray
 from mimray.trainers.errors import ServingError
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ def start(config: ServeConfig, resolve: Resolve, *, api_key: str | None = None) 
 
     owns_ray = not ray.is_initialized()
     if owns_ray:
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+        start_ray()
     if _serve_is_running():
         if owns_ray:
             ray.shutdown()
