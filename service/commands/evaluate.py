@@ -280,6 +280,7 @@ def _setting(
         device=device,
         folder=user_cache("evaluation") / digest,
         progress=_silent,
+        command=request.command,
     )
 
 

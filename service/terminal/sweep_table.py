@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from mimray.service.terminal.progress import Pace, Progress, duration
+from mimray.service.terminal.progress import Pace, Progress
 
 if TYPE_CHECKING:
     from mimray.tuning.plan import SweepPlan

@@ -61,6 +61,11 @@ class Endpoint:
         """The version of each model that answers where none is named."""
         return {name: served.stable.number for name, served in self._rollout.models.items()}
 
+    @property
+    def without_canary(self) -> dict[str, str]:
+        """The reason why a canary that is configured has no version yet, by model."""
+        return self._rollout.without_canary
+
     def follow(self) -> list[str]:
         """Look aliases up once, and roll in what they point at now; see `Rollout.follow`."""
         return self._rollout.follow()
