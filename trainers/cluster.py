@@ -6,11 +6,13 @@ import contextlib
 import logging
 import os
 import secrets
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from mimray.trainers.environment import limits
 from mimray.trainers.environment.findings import adjust, require_usable
@@ -26,6 +28,10 @@ ENVIRONMENT = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_DATA_LOG_LEVEL": "ERROR",  # its import undoes what is set on its loggers
 }
+CURE = "`ray start --head` starts one; unset RAY_ADDRESS to work on this machine"
+CONNECT_TIMEOUT_S = 5.0
+# A head's port where the address names none: of its store, and of Ray Client.
+STORE_PORT, CLIENT_PORT = 6379, 10001
 # Ray's own share of memory for its object store, and the size from which it insists on /dev/shm.
 OBJECT_STORE_SHARE = 0.3
 LEAST_OBJECT_STORE_BYTES = 80 << 20
@@ -93,6 +99,9 @@ def start_ray(address: str | None = None) -> None:
     here = address == "local"
     if here:
         keep_token()
+    problem = unreachable(address)
+    if problem:
+        raise ResourceError(f"no Ray cluster answers at {address}: {problem}", hint=CURE)
     try:
         ray.init(
             address=address,
@@ -103,8 +112,7 @@ def start_ray(address: str | None = None) -> None:
         )
     except ConnectionError as error:
         raise ResourceError(
-            f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}",
-            hint="`ray start --head` starts one; unset RAY_ADDRESS to work on this machine",
+            f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}", hint=CURE
         ) from None
     except (OSError, RuntimeError, ValueError, RayError) as error:
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -114,6 +122,27 @@ def start_ray(address: str | None = None) -> None:
         ) from error
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def unreachable(address: str) -> str:
+    """The reason why nothing listens at a cluster's address; empty if something does.
+
+    Ray itself looks for two minutes, and says so in lines of its own.
+
+    Args:
+        address: the cluster's address; `auto` and `local` name none to look at.
+    """
+    if address in ("", "auto", "local"):
+        return ""
+    parts = urlsplit(address if "://" in address else f"gcs://{address}")
+    try:
+        port = parts.port or (CLIENT_PORT if parts.scheme == "ray" else STORE_PORT)
+        socket.create_connection((parts.hostname, port), CONNECT_TIMEOUT_S).close()
+    except ValueError as error:
+        return f"{error}: an address is host:port or ray://host:port"
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
 
 
 def keep_token() -> None:

@@ -5,6 +5,8 @@ Exit status: 0 success, 2 a user's mistake told in one line, 1 anything else.
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Any
 
 import click
@@ -80,7 +82,22 @@ for _command in COMMANDS:
 
 def main() -> None:
     """Entry point of the `mimray` command."""
+    _use_utf8()
     cli(prog_name="mimray")
+
+
+def _use_utf8() -> None:
+    """Read and write text and names as UTF-8, here and in every process started from here.
+
+    With another locale, Python has to be started again for it.
+    """
+    os.environ.setdefault("PYTHONUTF8", "1")
+    if not sys.flags.utf8_mode and sys.getfilesystemencoding() != "utf-8":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    for stream in (sys.stdout, sys.stderr):
+        # PYTHONIOENCODING may still say otherwise.
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
 
 if __name__ == "__main__":

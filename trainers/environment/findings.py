@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import pwd
+import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,7 +55,7 @@ def adjust() -> tuple[Finding, ...]:
     os.environ.update(quiet_variables(os.environ))
     found: list[Finding] = []
     # Each builds on what those before it have mended.
-    for inspect in (_working_directory, _temporary_files, _home, _caches, _ray_session):
+    for inspect in (_working_directory, _loopback, _temporary_files, _home, _caches, _ray_session):
         for finding in inspect(os.environ):
             os.environ.update(finding.variables)
             found.append(finding)
@@ -100,6 +101,19 @@ def _working_directory(environ: Mapping[str, str]) -> Iterator[Finding]:
             f"the working directory cannot be found ({error.strerror})",
             instead="",
             cure="it was removed: cd to another",
+        )
+
+
+def _loopback(environ: Mapping[str, str]) -> Iterator[Finding]:
+    """Ray's processes wait for each other without an end where they cannot meet."""
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            socket.create_connection(listener.getsockname(), timeout=5.0).close()
+    except OSError as error:
+        yield Finding(
+            f"processes of this machine cannot meet at 127.0.0.1 ({error.strerror or error})",
+            instead="",
+            cure="`ip link set lo up`, or let the sandbox have its loopback network",
         )
 
 
