@@ -66,6 +66,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     """End what outlives the tests: an interrupted start of Ray leaves its agents."""
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()  # no fixture does where its start was interrupted
     left = psutil.Process().children(recursive=True)
     for process in left:
         with contextlib.suppress(psutil.Error):

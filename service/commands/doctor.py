@@ -49,7 +49,6 @@ def diagnose(
         "ray cluster": checks.check_cluster,
         "places": checks.check_environment,
         "names": checks.check_names,
-        "text": checks.check_text,
         "cpus": checks.check_cpus,
         "memory": partial(checks.check_memory, memory_gib),
         "shared memory": checks.check_shared_memory,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import locale
 import os
 import resource
 import shutil
@@ -211,14 +210,6 @@ def check_names() -> Verdict:
                 f"add a line `127.0.0.1 {name}` to /etc/hosts",
             )
     return Verdict("ok", f"localhost and {socket.gethostname()} resolve")
-
-
-def check_text() -> Verdict:
-    """Text is UTF-8, whatever the locale."""
-    encoding = locale.getpreferredencoding(False)
-    if encoding.lower().replace("-", "") == "utf8":
-        return Verdict("ok", encoding)
-    return Verdict("warn", f"the locale's encoding is {encoding}", "export PYTHONUTF8=1")
 
 
 def check_open_files() -> Verdict:
