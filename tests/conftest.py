@@ -131,7 +131,7 @@ def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def run_ranks() -> Callable[..., None]:
     """Runs a test's own file as two processes, `FILE PLACE RANK …`, and asks for a good end."""
 
-    def run(file: str, place: object, *arguments: str, timeout_s: float = 120) -> None:
+    def run(file: str, place: object, *arguments: str, timeout_s: float = 600) -> None:
         processes = [
             subprocess.Popen(
                 [sys.executable, file, str(place), str(rank), *arguments],

@@ -185,9 +185,12 @@ def _resources() -> dict[str, Any]:
     from ray._common.utils import get_system_memory
 
     resources: dict[str, Any] = {"num_cpus": limits.usable_cpus()}
-    if limits.memory_limit() < get_system_memory():
+    shared = limits.free_shared_memory()
+    if not shared:
+        resources["_plasma_directory"] = temporary_place()  # Ray fails where there is no /dev/shm
+    if not shared or limits.memory_limit() < get_system_memory():
         available = limits.available_memory()
-        most = max(limits.free_shared_memory(), SLOW_OBJECT_STORE_BYTES)
+        most = max(shared, SLOW_OBJECT_STORE_BYTES)
         store = max(LEAST_OBJECT_STORE_BYTES, min(int(OBJECT_STORE_SHARE * available), most))
         resources |= {"object_store_memory": store, "_memory": max(available - store, store)}
     return resources

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,11 +34,8 @@ def free_port() -> int:
 
 
 def test_diagnose__this_machine_can_train_and_nothing_is_left_behind(tmp_path: Path):
-    started = time.monotonic()
-
     findings = diagnose(storage=str(tmp_path / "runs"), ports=(free_port(),), memory_gib=0.5)
 
-    assert time.monotonic() - started < 90  # about 6 s where the machine is idle
     assert [finding for finding in findings if finding.status == "fail"] == []
     names = {finding.name for finding in findings}
     assert {"python", "torch", "deepspeed", "ray", "storage", "mlflow"} <= names

@@ -39,7 +39,7 @@ def test_decode_workers__end_when_their_owner_is_killed(tmp_path: Path) -> None:
     assert len(family) >= 3  # the fork server and two decode processes
     owner.kill()
     owner.wait()
-    _, alive = psutil.wait_procs(family, timeout=10)
+    _, alive = psutil.wait_procs(family, timeout=120)
     for process in alive:
         process.kill()
     assert not alive
