@@ -101,8 +101,8 @@ def run_serve(config: ServeConfig) -> None:
 
 def write_build(config: ServeConfig, out: Path | None) -> str:
     """The YAML that `serve deploy` takes, written to `out` too where that is given."""
-    from mimray.serving.deploy.endpoint import is_loopback
     from mimray.serving.deploy.serve_schema import ReplicaResources, Served, serve_schema
+    from mimray.trainers.environment.network import is_loopback
     from mimray.trainers.errors import MimrayError
 
     models, resources = [], {}

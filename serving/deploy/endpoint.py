@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import os
 import re
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from mimray.serving.config import API_KEY_VARIABLE, ServeConfig, check_config
 from mimray.serving.deploy.haproxy import HAProxyState, haproxy_available, port_is_free
 from mimray.trainers.cluster import start_ray
+from mimray.trainers.environment.network import is_loopback
 from mimray.trainers.errors import ServingError
 
 if TYPE_CHECKING:
@@ -245,16 +245,6 @@ def _haproxy_reaches_replicas(host: str) -> bool:
     if host in ("127.0.0.1", "localhost"):
         return len([node for node in ray.nodes() if node["Alive"]]) == 1
     return host == "0.0.0.0"
-
-
-def is_loopback(host: str) -> bool:
-    """True if only this machine can reach the address."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _check_names(models: Mapping[str, Any]) -> None:

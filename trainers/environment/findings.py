@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mimray.trainers.environment.network import LOOPBACK
 from mimray.trainers.environment.places import (
     RAY_SOCKET,
     SHORT_PLACES,
@@ -20,7 +21,6 @@ from mimray.trainers.environment.places import (
 )
 from mimray.trainers.errors import ResourceError
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # The names by which `getpass.getuser` knows a user before it asks for the entry in passwd.
 USER_VARIABLES = ("LOGNAME", "USER", "LNAME", "USERNAME")
 
