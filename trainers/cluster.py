@@ -93,7 +93,6 @@ def start_ray(address: str | None = None) -> None:
     for finding in adjust():
         logger.warning("%s", finding)
     import ray
-    from ray.exceptions import RayError
 
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     here = address == "local"
@@ -114,7 +113,7 @@ def start_ray(address: str | None = None) -> None:
         raise ResourceError(
             f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}", hint=CURE
         ) from None
-    except (OSError, RuntimeError, ValueError, RayError) as error:
+    except Exception as error:  # a start that takes too long is nothing more specific
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ResourceError(
             f"Ray {'did not start' if here else f'cannot join the cluster at {address}'}: {text}",

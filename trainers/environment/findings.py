@@ -75,6 +75,16 @@ def require_usable() -> None:
             raise ResourceError(finding.problem, hint=finding.cure)
 
 
+def require_working_directory() -> None:
+    """Refuse to go on in a folder that was removed, where no relative path means anything.
+
+    Raises:
+        ResourceError: the working directory cannot be found.
+    """
+    for finding in _working_directory(os.environ):
+        raise ResourceError(finding.problem, hint=finding.cure)
+
+
 def quiet_variables(environ: Mapping[str, str]) -> dict[str, str]:
     """Variables that are right on every machine, and change nothing that a person sees.
 
