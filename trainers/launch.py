@@ -15,6 +15,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from mimray.trainers.config.names import check_name
 from mimray.trainers.config.run import Plan, Recipe, differences, resolve
 from mimray.trainers.data.selection import open_training, with_classes
 from mimray.trainers.errors import DataError, MimrayError, ResourceError, RunConflictError
@@ -80,12 +81,14 @@ def prepare(job: Job) -> Plan:
     Needs no cluster and writes nothing.
 
     Raises:
-        ConfigError: the recipe does not fit the data, the workers or a bundle it needs.
+        ConfigError: the recipe does not fit the data, the workers or a bundle it needs; or the
+            name is not one folder's.
         DataError: the method learns classes, which the pictures do not have.
         BundleError: a bundle that the recipe needs is missing or damaged.
         RunConflictError: the directory holds a run of another recipe or other data; or it is to be
             started over, but is no run or holds a bundle that the recipe needs.
     """
+    check_name("run", job.name)
     if job.fresh and job.run.exists() and not job.run.exists("plan.json"):
         raise RunConflictError(
             f"{job.run} exists and is not a run, so --fresh will not delete it",

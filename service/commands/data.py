@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mimray.service.cluster import connected
 from mimray.service.terminal.console import say
 from mimray.service.terminal.progress import Progress, duration, show_count
+from mimray.trainers.cluster import connected
 
 
 def run_ingest(src: str, out: str, **options: Any) -> dict[str, Any]:

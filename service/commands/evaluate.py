@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mimray.service.cluster import connected
 from mimray.service.commands.tasks import TASKS
 from mimray.service.terminal.console import say
 from mimray.service.terminal.phases import PhaseLink, PhaseRecorder
 from mimray.service.terminal.progress import Progress, duration, show_phases
+from mimray.trainers.cluster import connected
 from mimray.trainers.errors import ConfigError
 from mimray.trainers.evaluation.tasks import load, task_config
 
@@ -280,6 +280,7 @@ def _setting(
         device=device,
         folder=user_cache("evaluation") / digest,
         progress=_silent,
+        command=request.command,
     )
 
 

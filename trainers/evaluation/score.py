@@ -55,6 +55,7 @@ class Setting:
         device: `cpu`, `cuda`, …, as torch names it.
         folder: folder of the state that a task goes on from after a kill.
         progress: called with the phase, and how much of it is done.
+        command: the command line, for the record.
     """
 
     data: str
@@ -65,3 +66,4 @@ class Setting:
     device: str
     folder: Path
     progress: Progress
+    command: str = ""

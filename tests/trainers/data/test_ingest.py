@@ -260,7 +260,7 @@ def test_ingest__killed_leaves_no_dataset_and_the_next_one_sweeps(
     )
     paths = [str(tmp_path / "src"), str(tmp_path / "out")]
     killed = subprocess.run(
-        [sys.executable, "-c", script, ray_session, *paths], capture_output=True, timeout=120
+        [sys.executable, "-c", script, ray_session, *paths], capture_output=True, timeout=600
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     assert not (tmp_path / "out").exists()
