@@ -183,7 +183,7 @@ def make_plan(
 def new_record(plan: SweepPlan, study: tuple[str, str]) -> SweepRecord:
     """The record of a sweep before its first trial."""
     score = plan.config.score
-    metric, proxy = metric_of(score.task)
+    metric, proxy = metric_of(score)
     return SweepRecord(
         name=plan.name,
         uri=plan.uri,

@@ -57,8 +57,9 @@ def run_comparison(encoders: Sequence[str], request: EvaluationRequest) -> dict[
 
 
 def comparison_text(found: Mapping[str, Any]) -> str:
-    """A comparison for people: the table and the place of the chart."""
-    return f"{table(found['results'])}\n{found['files']['png']}"
+    """A comparison for people: the table, the place of the chart, and the notes of all."""
+    notes = dict.fromkeys(f"note: {note}" for r in found["results"] for note in r["notes"])
+    return "\n".join([table(found["results"]), found["files"]["png"], *notes])
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:

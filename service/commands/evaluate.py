@@ -355,7 +355,7 @@ def _keep(
 
 
 def result_text(result: Mapping[str, Any]) -> str:
-    """A result for people: the headline, every figure, the places of files."""
+    """A result for people: the headline, every figure, the places of files, the notes."""
     figures = [
         f"  {name:24} {value:.4f}"
         for name, value in result["metrics"].items()
@@ -366,4 +366,5 @@ def result_text(result: Mapping[str, Any]) -> str:
         f"on {result['num_val']} pictures, {duration(result['seconds'])}"
     )
     file = f"{result['folder']}/{result['task']}.json"
-    return "\n".join([headline, *figures, file, *result["pictures"]])
+    notes = [f"note: {note}" for note in result["notes"]]
+    return "\n".join([headline, *figures, file, *result["pictures"], *notes])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 from mimray.trainers.data.files import absolute, join
@@ -45,6 +46,7 @@ def open_detection(
     progress: Progress | None = None,
     *,
     shared: bool = False,
+    need_masks: bool = False,
 ) -> DetectionSet:
     """Open pictures with labelled objects.
 
@@ -60,15 +62,23 @@ def open_detection(
         progress: called with the number of pictures checked.
         shared: True if `uri` holds the training pictures too, so that a place without a
             validation split has no validation pictures.
+        need_masks: True if an object without a mask is wrong where others have one.
 
     Raises:
         DataError: nothing of the kind is there, or no such split.
     """
     uri = absolute(uri)
+    open_coco = partial(
+        CocoDetection,
+        images_uri=None,
+        invalid_labels=invalid_labels,
+        progress=progress,
+        need_masks=need_masks,
+    )
     if uri.endswith(".json"):
         if shared and split == "val":
             raise no_validation(uri)
-        return CocoDetection(uri, None, invalid_labels, progress)
+        return open_coco(uri)
     place = RunDir(uri)
     voc = place.exists(PICTURES) and place.exists(ANNOTATIONS)
     for name in SPLIT_NAMES[split]:
@@ -77,14 +87,14 @@ def open_detection(
         for pattern in _SPLIT_FILES:
             file = pattern.format(name)
             if place.exists(file):
-                return CocoDetection(join(uri, file), None, invalid_labels, progress)
+                return open_coco(join(uri, file))
     if shared and split == "val":
         raise no_validation(uri)
     if voc:
         return VocDetection(uri, None, invalid_labels, progress)
     for file in _WHOLE_FILES:
         if place.exists(file):
-            return CocoDetection(join(uri, file), None, invalid_labels, progress)
+            return open_coco(join(uri, file))
     raise DataError(
         f"no annotation file for {split} at {uri}",
         hint=f"COCO: annotations/instances_{split}.json or {split}/instances.json; "

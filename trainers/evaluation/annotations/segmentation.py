@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -13,6 +14,7 @@ from mimray.trainers.data.selection import evenly_spread
 from mimray.trainers.errors import DataError, EmptyDatasetError
 from mimray.trainers.evaluation.annotations.base import (
     DetectionSet,
+    Fault,
     InvalidLabels,
     SegmentationExample,
     SegmentationSet,
@@ -25,8 +27,16 @@ from mimray.trainers.evaluation.annotations.detection import (
 )
 from mimray.trainers.evaluation.annotations.pairs import MASK_FOLDERS, PairFolder, pair_folders
 from mimray.trainers.evaluation.annotations.panoptic import VOID, CocoPanoptic, is_panoptic
+from mimray.trainers.evaluation.annotations.pictures import TURNED
 from mimray.trainers.evaluation.score import Progress
 
+# The usual value of void; in masks that hold nothing else but 0 it stands for class 1.
+BINARY = 255
+BINARY_NAMES = ("0", "255")
+READ_AS_BINARY = "masks of 0 and 255 alone read as two classes, 255 as the second"
+UNUSABLE = "masks or pictures that cannot be used"
+# Masks with larger values, and no names of classes, number something else.
+MOST_UNNAMED = 4096
 _SPLIT_FILES = (
     "annotations/panoptic_{0}.json",
     "annotations/panoptic_{0}2017.json",
@@ -50,6 +60,8 @@ class _Reader(Protocol):
 
     def label_name(self, index: int) -> str: ...
 
+    def is_turned(self, index: int) -> bool: ...
+
 
 def open_segmentation(
     uri: str,
@@ -59,6 +71,7 @@ def open_segmentation(
     *,
     shared: bool = False,
     class_names: tuple[str, ...] = (),
+    binary: bool | None = None,
     limit: int | None = None,
     progress: Progress | None = None,
 ) -> SegmentationSet:
@@ -78,6 +91,8 @@ def open_segmentation(
         shared: True if `uri` holds the training pictures too, so that a place without a
             validation split has no validation pictures.
         class_names: classes of the training pictures, which pictures to score on must have too.
+        binary: True if 255 stands for class 1, as in the pictures trained on; None tells it from
+            the masks.
         limit: number of pictures to take, evenly spread; None takes all.
         progress: called with the number of pictures checked.
 
@@ -102,7 +117,12 @@ def open_segmentation(
     twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
     if twice:
         raise DataError(f"{reader.uri}: two classes are called {twice[0]!r}")
-    return _Checked(reader, names, evenly_spread(len(reader), limit), invalid_labels, progress)
+    indices = evenly_spread(len(reader), limit)
+    if binary is None:
+        binary = _may_be_binary(reader, config, names) and _holds_255_alone(reader, indices)
+    if binary:
+        reader, names = _Binary(reader), names or BINARY_NAMES
+    return _Checked(reader, names, binary, indices, invalid_labels, progress)
 
 
 def _find(
@@ -111,26 +131,34 @@ def _find(
     if uri.endswith(".json"):
         if shared and split == "val":
             raise no_validation(uri)
-        return CocoPanoptic(uri) if is_panoptic(uri) else _Instances(uri, split, invalid_labels)
+        if is_panoptic(uri):
+            return CocoPanoptic(uri, invalid_labels)
+        return _Instances(uri, split, invalid_labels)
     pairs = pair_folders(uri)
+    open_pairs = partial(
+        PairFolder,
+        uri,
+        ignore_index=BINARY if config.ignore_index is None else config.ignore_index,
+        invalid_labels=invalid_labels,
+    )
     names = (config.val_split,) if split == "val" and config.val_split else SPLIT_NAMES[split]
     for name in names:
         if name in pairs:
-            return PairFolder(uri, *pairs[name], ignore_index=config.ignore_index)
+            return open_pairs(*pairs[name])
     if pairs and "" not in pairs:
         raise DataError(
             f"{uri} has no {' or '.join(names)} split", hint=f"splits found: {', '.join(pairs)}"
         )
     if pairs and not (shared and split == "val"):
-        return PairFolder(uri, *pairs[""], ignore_index=config.ignore_index)
+        return open_pairs(*pairs[""])
     for name in names:
         for pattern in _SPLIT_FILES:
             if is_file(file := join(uri, pattern.format(name))):
-                return CocoPanoptic(file)
+                return CocoPanoptic(file, invalid_labels)
     if shared and split == "val" and (pairs or is_file(join(uri, "panoptic.json"))):
         raise no_validation(uri)
     if is_file(file := join(uri, "panoptic.json")):
-        return CocoPanoptic(file)
+        return CocoPanoptic(file, invalid_labels)
     if not any(file.path.endswith(".json") for file in list_files(uri)):
         raise DataError(
             f"no masks for {split} at {uri}",
@@ -149,7 +177,9 @@ class _Instances:
     def __init__(
         self, uri: str, split: Split, invalid_labels: InvalidLabels, *, shared: bool = False
     ) -> None:
-        self._objects: DetectionSet = open_detection(uri, split, invalid_labels, shared=shared)
+        self._objects: DetectionSet = open_detection(
+            uri, split, invalid_labels, shared=shared, need_masks=True
+        )
         self.uri = self._objects.uri
         if not self._objects.has_masks:
             raise DataError(f"the objects of {self.uri} have boxes only, no masks")
@@ -174,6 +204,59 @@ class _Instances:
         """The file of all labels."""
         return self.uri
 
+    def is_turned(self, index: int) -> bool:
+        """False: pictures that EXIF turns were counted as the file was opened."""
+        return False
+
+
+class _Binary:
+    """Masks of 0 and 255, as programs for painting save them: 255 is class 1, and none is void."""
+
+    def __init__(self, reader: _Reader) -> None:
+        self._reader = reader
+        self.uri, self.class_names = reader.uri, reader.class_names
+        self.ignore_index = reader.ignore_index
+        self.name, self.label_name = reader.name, reader.label_name
+        self.is_turned = reader.is_turned
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def __getitem__(self, index: int) -> SegmentationExample:
+        image, mask = self._reader[index]
+        if not _is_binary(mask):
+            raise DataError(
+                f"{self.label_name(index)} holds other values than 0 and 255, which the masks to "
+                "learn from hold alone"
+            )
+        return SegmentationExample(image, mask // BINARY)
+
+
+def _is_binary(mask: np.ndarray) -> bool:
+    return bool(((mask == 0) | (mask == BINARY)).all())
+
+
+def _may_be_binary(
+    reader: _Reader, config: SegmentationConfig, class_names: tuple[str, ...]
+) -> bool:
+    """True if nobody said that 255 is void, nor that there are more than two classes."""
+    of_folders = reader.ignore_index == BINARY
+    return of_folders and config.ignore_index is None and len(class_names) in (0, 2)
+
+
+def _holds_255_alone(reader: _Reader, indices: np.ndarray) -> bool:
+    """True if all masks hold 0 and 255 alone, and both; stops at the first other one."""
+    seen: set[int] = set()
+    for index in indices.tolist():
+        try:
+            mask = reader[index].mask
+        except DataError:  # told when labels are checked
+            continue
+        if not _is_binary(mask):
+            return False
+        seen.update((int(mask.min(initial=BINARY)), int(mask.max(initial=0))))
+    return seen == {0, BINARY}
+
 
 class _Checked:
     """The pictures of a set that can be read and keep to the classes; each was read once."""
@@ -182,24 +265,30 @@ class _Checked:
         self,
         reader: _Reader,
         class_names: tuple[str, ...],
+        binary: bool,
         indices: np.ndarray,
         invalid_labels: InvalidLabels,
         progress: Progress | None,
     ) -> None:
         self.uri, self.ignore_index = reader.uri, reader.ignore_index
+        self.binary = binary
         self._reader = reader
         self._kept: list[int] = []
         digest, largest = hashlib.sha256(), -1
+        present: set[int] = set()
         for number, index in enumerate(indices.tolist()):
             try:
                 image, mask = reader[index]
                 _check_range(mask, len(class_names), self.ignore_index, reader.label_name(index))
             except DataError as error:
-                invalid_labels.add(reader.name(index), str(error))
+                invalid_labels.add(reader.name(index), Fault(UNUSABLE, str(error)))
             else:
                 self._kept.append(index)
                 known = mask != self.ignore_index
                 largest = int(mask.max(initial=largest, where=known))
+                present.update(np.unique(mask[known]).tolist())
+                invalid_labels.adapt(TURNED, int(reader.is_turned(index)))
+                invalid_labels.adapt(READ_AS_BINARY, int(binary))
                 digest.update(np.ascontiguousarray(image).tobytes())
                 digest.update(mask.tobytes())
             if progress is not None:
@@ -213,6 +302,17 @@ class _Checked:
             raise DataError(
                 f"every pixel of {self.uri} is void ({self.ignore_index})",
                 hint="--set ignore_index=… says what is void in index masks",
+            )
+        if not class_names and largest >= MOST_UNNAMED:
+            raise DataError(
+                f"the masks of {self.uri} hold {len(present)} values up to {largest}, which would "
+                f"be {largest + 1} classes",
+                hint="number the classes 0, 1, …; classes.txt or --set num_classes=… says how many",
+            )
+        if not class_names:
+            invalid_labels.adapt(
+                f"class numbers below {largest + 1} that occur in no mask to learn from",
+                largest + 1 - len(present),
             )
         self.class_names = class_names or tuple(map(str, range(largest + 1)))
         if len(self.class_names) < 2:

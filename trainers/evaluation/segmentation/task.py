@@ -64,6 +64,7 @@ def evaluate(make_encoder: MakeEncoder, setting: Setting, config: SegmentationCo
         invalid_labels,
         shared=setting.val is None,
         class_names=train.class_names,
+        binary=train.binary,
         limit=setting.limit,
         progress=setting.progress,
     )
@@ -86,12 +87,13 @@ def evaluate(make_encoder: MakeEncoder, setting: Setting, config: SegmentationCo
             "image_size": list(input_size),
             "layers": list(model.layers),
             "training": rows,
+            "labels": invalid_labels.as_json(),
         },
         data_fingerprint=train.fingerprint,
         val_fingerprint=val.fingerprint,
         num_train=len(train),
         num_val=len(val),
-        notes=(*_missing(metrics["IoU"], train, val), *invalid_labels.notes()),
+        notes=(*_missing(confusion, train, val), *invalid_labels.notes()),
         pictures={
             "segmentation.png": sheet(shown, train.class_names),
             "segmentation_classes.png": class_chart(metrics["IoU"], rows),
@@ -207,17 +209,20 @@ def _score(
 
 
 def _missing(
-    iou: dict[str, float | None], train: SegmentationSet, val: SegmentationSet
+    confusion: np.ndarray, train: SegmentationSet, val: SegmentationSet
 ) -> tuple[str, ...]:
-    """A note that names the classes without a labelled pixel to score on."""
+    """Notes that name the classes without a labelled pixel to score on."""
+    labelled, predicted = confusion.sum(axis=1) > 0, confusion.sum(axis=0) > 0
     void = train.ignore_index, val.ignore_index
-    names = [
-        name
-        for number, name in enumerate(train.class_names)
-        if iou[name] is None and number not in void
-    ]
-    if not names:
-        return ()
-    return (
-        f"classes without a labelled pixel to score on, left out of the mean: {', '.join(names)}",
+    unlabelled = [k for k in np.flatnonzero(~labelled).tolist() if k not in void]
+    names = {
+        "left out of the means": [train.class_names[k] for k in unlabelled if not predicted[k]],
+        "predicted all the same, which counts as 0 in mIoU and not in mIoU_labelled": [
+            train.class_names[k] for k in unlabelled if predicted[k]
+        ],
+    }
+    return tuple(
+        f"classes without a labelled pixel to score on, {what}: {', '.join(those)}"
+        for what, those in names.items()
+        if those
     )
