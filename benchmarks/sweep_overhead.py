@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from mimray.service.cluster import connected, set_environment
+from mimray.trainers.cluster import connected, set_environment
 
 
 def main() -> None:

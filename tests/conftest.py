@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -16,6 +20,70 @@ from PIL import Image
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 # How often Ray Train looks whether its workers have ended; 2 s are long beside runs of tests.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+
+
+class _Signals:
+    """Ends the session on SIGINT or SIGTERM, after the test under way and every fixture's end.
+
+    Whatever a test does with the exception that a signal raises (click turns it into a status,
+    Ray's own handler into `SystemExit`, which fails a test and no more), the interpreter notes
+    each signal in a pipe, which is looked into after every phase of a test.
+    """
+
+    NUMBERS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self._noted, self._note = os.pipe()
+        for end in (self._noted, self._note):
+            os.set_blocking(end, False)
+        # A forked child's signals are its own.
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+        self.handle()
+
+    def handle(self) -> None:
+        """Note both signals and have them raise KeyboardInterrupt, whatever a test has set."""
+        signal.set_wakeup_fd(self._note, warn_on_full_buffer=False)
+        for number in self.NUMBERS:
+            signal.signal(number, signal.default_int_handler)
+
+    def received(self) -> bool:
+        """True if one of the signals has come since the last call."""
+        try:
+            return bool(set(os.read(self._noted, 4096)) & set(self.NUMBERS))
+        except BlockingIOError:
+            return False
+
+
+_SIGNALS = pytest.StashKey[_Signals]()
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Processes that lose their parent become children of this one, and can be found at the end.
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    config.stash[_SIGNALS] = _Signals()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End what outlives the tests: an interrupted start of Ray leaves its agents."""
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()  # no fixture does where its start was interrupted
+    left = psutil.Process().children(recursive=True)
+    for process in left:
+        with contextlib.suppress(psutil.Error):
+            # Python's own helpers end with this process, and tidy up then.
+            if not any("multiprocessing." in word for word in process.cmdline()):
+                process.kill()
+                process.wait(timeout=20)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, object, object]:
+    signals = item.config.stash[_SIGNALS]
+    signals.handle()
+    if signals.received():
+        item.session.shouldstop = "by a signal"
+    return (yield)
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +131,7 @@ def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def run_ranks() -> Callable[..., None]:
     """Runs a test's own file as two processes, `FILE PLACE RANK …`, and asks for a good end."""
 
-    def run(file: str, place: object, *arguments: str, timeout_s: float = 120) -> None:
+    def run(file: str, place: object, *arguments: str, timeout_s: float = 600) -> None:
         processes = [
             subprocess.Popen(
                 [sys.executable, file, str(place), str(rank), *arguments],

@@ -15,6 +15,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from mimray.trainers.config.names import check_name
 from mimray.trainers.config.run import Plan, Recipe, differences, resolve
 from mimray.trainers.data.selection import open_training, with_classes
 from mimray.trainers.errors import DataError, MimrayError, ResourceError, RunConflictError
@@ -80,12 +81,14 @@ def prepare(job: Job) -> Plan:
     Needs no cluster and writes nothing.
 
     Raises:
-        ConfigError: the recipe does not fit the data, the workers or a bundle it needs.
+        ConfigError: the recipe does not fit the data, the workers or a bundle it needs; or the
+            name is not one folder's.
         DataError: the method learns classes, which the pictures do not have.
         BundleError: a bundle that the recipe needs is missing or damaged.
         RunConflictError: the directory holds a run of another recipe or other data; or it is to be
             started over, but is no run or holds a bundle that the recipe needs.
     """
+    check_name("run", job.name)
     if job.fresh and job.run.exists() and not job.run.exists("plan.json"):
         raise RunConflictError(
             f"{job.run} exists and is not a run, so --fresh will not delete it",
@@ -95,6 +98,15 @@ def prepare(job: Job) -> Plan:
     if job.fresh:
         check_outside(recipe, job.run)
     source = open_training(job.data, recipe)
+    if source.reads_per_epoch > 1:
+        logger.warning(
+            "%s may be sorted and is large: to mix it, each row group is read %.0f times an epoch; "
+            "`mimray data ingest` makes a dataset that is read once, "
+            "--set data.cache_mib=%d keeps all of this one on local disk",
+            job.data,
+            source.reads_per_epoch,
+            -(-source.num_bytes >> 20),
+        )
     recipe = with_classes(recipe, source)
     plan = resolve(recipe, source.facts, recipe.resources.num_workers)
     if job.fresh or not job.run.exists("plan.json"):

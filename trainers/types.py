@@ -41,7 +41,9 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """Copy the batch to page-locked memory; torch's loader calls it by this name."""
-        pinned = {name: tensor.pin_memory() for name, tensor in self.inputs.items()}
+        import torch
+
+        pinned = {name: torch.as_tensor(value).pin_memory() for name, value in self.inputs.items()}
         return replace(self, inputs=pinned)
 
 

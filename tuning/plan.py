@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from mimray.trainers.config.explain import explain
+from mimray.trainers.config.names import check_name
 from mimray.trainers.config.recipes import override, read_tree
 from mimray.trainers.config.run import Plan, resolve
 from mimray.trainers.data.files import absolute
@@ -135,11 +136,12 @@ def make_plan(
     """Hold a sweep against its data; starts nothing, writes nothing.
 
     Raises:
-        ConfigError: a key or value of the space that no recipe allows, a budget smaller than one
-            rung, or options that the score's task does not know.
+        ConfigError: a name that is not one folder's, a key or value of the space that no recipe
+            allows, a budget smaller than one rung, or options that the score's task does not know.
         DataError: the data cannot be read, or the score's data has no labels or no held-out
             pictures.
     """
+    check_name("sweep", name)
     config = _placed(config)
     tree = without_held_out(base_tree(config), config.score, absolute(data))
     check_space(config, tree)
@@ -181,7 +183,7 @@ def make_plan(
 def new_record(plan: SweepPlan, study: tuple[str, str]) -> SweepRecord:
     """The record of a sweep before its first trial."""
     score = plan.config.score
-    metric, proxy = metric_of(score.task)
+    metric, proxy = metric_of(score)
     return SweepRecord(
         name=plan.name,
         uri=plan.uri,

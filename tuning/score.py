@@ -19,6 +19,7 @@ from mimray.trainers.data.sources import open_source
 from mimray.trainers.errors import DataError
 from mimray.trainers.evaluation.features.encoders import EncoderRef, FeatureEncoder
 from mimray.trainers.evaluation.features.map_cache import CachedEncoder
+from mimray.trainers.evaluation.probes.classification import accuracy_of
 from mimray.trainers.evaluation.results import add_to_card, result_of, results_folder, write_result
 from mimray.trainers.evaluation.score import Score, Setting
 from mimray.trainers.evaluation.splits import open_splits
@@ -26,7 +27,7 @@ from mimray.trainers.evaluation.tasks import TASKS, checked_options, load
 from mimray.trainers.storage import RunDir
 from mimray.tuning.config import ScoreConfig
 
-_METRICS = {"knn": "accuracy", "linear": "accuracy", "segmentation": "mIoU", "rankme": "RankMe"}
+_METRICS = {"segmentation": "mIoU", "rankme": "RankMe"}
 _PROXY = (
     "RankMe, the effective rank of the features, is a stand-in that needs no labels: it follows "
     "what an encoder is worth only loosely, and only between encoders of one width"
@@ -48,9 +49,11 @@ class Scored:
     seconds: float
 
 
-def metric_of(task: str) -> tuple[str, str]:
-    """The name of a task's score, and the reason why it is a proxy, empty where it is none."""
-    return _METRICS[task], _PROXY if task == "rankme" else ""
+def metric_of(config: ScoreConfig) -> tuple[str, str]:
+    """The name of a score, and the reason why it is a proxy, empty where it is none."""
+    if config.task in ("knn", "linear"):
+        return accuracy_of(config.options.get("view", "whole")), ""
+    return _METRICS[config.task], _PROXY if config.task == "rankme" else ""
 
 
 def check_score(config: ScoreConfig, data: str, seed: int) -> None:

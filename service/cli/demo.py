@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mimray.service.cli.options import json_option, print_result
+from mimray.service.cli.options import command_line, json_option, print_result
 
 
 @click.command()
@@ -21,5 +21,5 @@ def demo(out: str, steps: int, fresh: bool, as_json: bool) -> None:
     """
     from mimray.service.commands.demo import run_demo
 
-    result = run_demo(Path(out), steps=steps, fresh=fresh)
+    result = run_demo(Path(out), steps=steps, fresh=fresh, command=command_line())
     print_result(result, as_json)

@@ -84,7 +84,4 @@ def evaluate(
         print_result(run_comparison(bundles, request), as_json, comparison_text)
         return
     (result,) = run_evaluate(bundles, request)
-    if not as_json:
-        for note in result["notes"]:
-            click.echo(f"note: {note}", err=True)
     print_result(result, as_json, result_text)

@@ -5,6 +5,9 @@ Exit status: 0 success, 2 a user's mistake told in one line, 1 anything else.
 
 from __future__ import annotations
 
+import errno
+import os
+import sys
 from typing import Any
 
 import click
@@ -25,8 +28,12 @@ from mimray.service.cli.reconstruct import reconstruct
 from mimray.service.cli.serve import serve
 from mimray.service.cli.tune import tune
 from mimray.service.cli.ui import ui
-from mimray.trainers.errors import MimrayError
+from mimray.trainers.errors import MimrayError, StorageError
 
+# What no code can help: permissions, read-only places, no room, too many open files.
+_REFUSED_BY_THE_MACHINE = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE}
+)
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 COMMANDS: tuple[click.Command, ...] = (
     data,
@@ -54,24 +61,41 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except MimrayError as error:
-            if ctx.params.get("debug"):
+        except (MimrayError, OSError) as error:
+            refusal = _refusal(error)
+            if refusal is None or ctx.params.get("debug"):
                 raise
-            click.echo(f"error: {error}", err=True)
-            ctx.exit(error.exit_code)
+            click.echo(f"error: {refusal}", err=True)
+            ctx.exit(refusal.exit_code)
+
+
+def _refusal(error: MimrayError | OSError) -> MimrayError | None:
+    """The error to tell in one line; None for a bug of ours."""
+    if isinstance(error, MimrayError):
+        return error
+    if error.errno not in _REFUSED_BY_THE_MACHINE:
+        return None
+    return StorageError(
+        f"{error.filename or 'a file'}: {error.strerror}",
+        hint="look at its permissions and room; `mimray doctor` looks at this machine",
+    )
 
 
 @click.group(cls=_Group, context_settings=CONTEXT)
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 @click.version_option(package_name="mimray", prog_name="mimray")
-def cli(debug: bool) -> None:
+@click.pass_context
+def cli(ctx: click.Context, debug: bool) -> None:
     """Pre-train a masked image model on your own pictures, and serve its encoder.
 
     Example: mimray pretrain mae-tiny --data PICTURES --steps 100
     """
-    from mimray.service.cluster import set_environment
+    from mimray.trainers.cluster import set_environment
+    from mimray.trainers.environment.findings import require_working_directory
 
     set_environment()
+    if ctx.invoked_subcommand != "doctor":
+        require_working_directory()
 
 
 for _command in COMMANDS:
@@ -80,7 +104,22 @@ for _command in COMMANDS:
 
 def main() -> None:
     """Entry point of the `mimray` command."""
+    _use_utf8()
     cli(prog_name="mimray")
+
+
+def _use_utf8() -> None:
+    """Read and write text and names as UTF-8, here and in every process started from here.
+
+    With another locale, Python has to be started again for it.
+    """
+    os.environ.setdefault("PYTHONUTF8", "1")
+    if not sys.flags.utf8_mode and sys.getfilesystemencoding() != "utf-8":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    for stream in (sys.stdout, sys.stderr):
+        # PYTHONIOENCODING may still say otherwise.
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
 
 if __name__ == "__main__":

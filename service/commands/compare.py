@@ -57,9 +57,10 @@ def run_comparison(encoders: Sequence[str], request: EvaluationRequest) -> dict[
 
 
 def comparison_text(found: Mapping[str, Any]) -> str:
-    """A comparison for people: the table and the place of the chart."""
+    """A comparison for people: the table, the place of the chart, and the notes of all."""
     results = found["results"]
-    lines = [table(results), held_out_text(results[0]).strip(), found["files"]["png"]]
+    notes = dict.fromkeys(f"note: {note}" for r in results for note in r["notes"])
+    lines = [table(results), held_out_text(results[0]).strip(), found["files"]["png"], *notes]
     return "\n".join(line for line in lines if line)
 
 

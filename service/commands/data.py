@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mimray.service.cluster import connected
 from mimray.service.terminal.console import say
 from mimray.service.terminal.progress import Progress, duration, show_count
+from mimray.trainers.cluster import connected
 
 
 def run_ingest(src: str, out: str, **options: Any) -> dict[str, Any]:
@@ -104,6 +104,13 @@ def inspection_text(found: Mapping[str, Any], sheet: Path | None = None) -> str:
         lines.append(f"labels   {len(found['label_counts'])} classes")
         lines += [f"  {n:7} {name}" for name, n in found["label_counts"].items()]
     lines += [f"         {note}" for note in found["label_notes"]]
+    if (mixing := found["label_mixing"]) is not None and mixing["in_runs"]:
+        lines.append(
+            f"order    labels lie in runs: {mixing['stretch_rows']} rows in turn have "
+            f"{mixing['classes']:.1f} classes on average, {mixing['shuffled_classes']:.1f} if "
+            "shuffled; training draws from many row groups at once to mix them, "
+            "`mimray data ingest` puts rows in random order"
+        )
     if sheet is not None:
         lines.append(f"sheet    {sheet}")
     return "\n".join(lines)

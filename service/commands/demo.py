@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import socket
 import sys
@@ -9,24 +10,25 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mimray.service.cluster import connected
 from mimray.service.commands.data import run_ingest
 from mimray.service.commands.evaluate import EvaluationRequest, run_evaluate
 from mimray.service.commands.pretrain import run_pretrain
 from mimray.service.terminal.console import say
 from mimray.service.terminal.progress import duration
+from mimray.trainers.cluster import connected
 from mimray.trainers.errors import RunConflictError
 
 RECIPE = "mae-tiny"
 
 
-def run_demo(out: Path, *, steps: int, fresh: bool) -> dict[str, Any]:
+def run_demo(out: Path, *, steps: int, fresh: bool, command: str) -> dict[str, Any]:
     """Ingest, pre-train, score, serve, call; reuse whatever an earlier demo finished.
 
     Args:
         out: the directory of everything made, which is also the run's.
         steps: the length of the pre-training, in updates.
         fresh: delete what an earlier demo made.
+        command: the command line, for the record.
 
     Returns:
         What `--json` prints: scores, shapes and seconds.
@@ -48,7 +50,7 @@ def run_demo(out: Path, *, steps: int, fresh: bool) -> dict[str, Any]:
             steps=steps,
             overrides=(f"checkpoint.every_steps={max(1, steps // 4)}",),
             fresh=False,
-            command=f"mimray demo --out {out.name} --steps {steps}",
+            command=command,
         )
         say("3/5 what the encoder is worth: kNN on held-out tiles", "bold")
         scores = {
@@ -58,7 +60,10 @@ def run_demo(out: Path, *, steps: int, fresh: bool) -> dict[str, Any]:
                     task="knn",
                     data=str(data / "train"),
                     val=str(data / "val"),
-                    command=f"mimray evaluate {bundle} --data {data}/train --val {data}/val",
+                    command=shlex.join(
+                        ["mimray", "evaluate", bundle]
+                        + ["--data", f"{data}/train", "--val", f"{data}/val"]
+                    ),
                 ),
             )[0]["headline"]
             for who, bundle in (("trained", str(out)), ("untrained", f"untrained:{out}"))

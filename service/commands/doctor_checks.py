@@ -12,18 +12,20 @@ import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import Literal, NamedTuple
-from urllib.parse import urlsplit
+
+from mimray.trainers.cluster import OBJECT_STORE_SHARE, unreachable
+from mimray.trainers.environment import limits
+from mimray.trainers.environment.findings import adjust
 
 Status = Literal["ok", "warn", "fail"]
 
 GIB = 2**30
 OLDEST_PYTHON, FIRST_UNTRIED_PYTHON = (3, 11), (3, 14)
-# The share of the memory that Ray gives its object store.
-OBJECT_STORE_SHARE = 0.3
+# What decode processes hand over at once, of usual sizes; below it batches go through pipes.
+WANTED_SHARED_MEMORY_GIB = 1.0
 # Enough for a hundred workers and their data readers; the usual default of 1024 is not.
 WANTED_OPEN_FILES = 4096
 WANTED_FREE_DISK_GIB = 5.0
-CONNECT_TIMEOUT_S = 3.0
 CHILD_TIMEOUT_S = 60.0  # importing torch on a busy machine
 
 
@@ -126,14 +128,11 @@ def check_cluster() -> Verdict:
     address = os.environ.get("RAY_ADDRESS", "")
     if address in ("", "local", "auto"):
         return Verdict("ok", f"RAY_ADDRESS is {address or 'not set'}: Ray runs on this machine")
-    parts = urlsplit(address if "://" in address else f"ray://{address}")
-    try:
-        # 6379 is where a head listens when the address names no port.
-        socket.create_connection((parts.hostname, parts.port or 6379), CONNECT_TIMEOUT_S).close()
-    except OSError as error:
+    problem = unreachable(address)
+    if problem:
         return Verdict(
             "fail",
-            f"no cluster answers at RAY_ADDRESS={address}: {error}",
+            f"no cluster answers at RAY_ADDRESS={address}: {problem}",
             "start it (`ray start --head` or `ray up cluster.yaml`), or unset RAY_ADDRESS",
         )
     if os.environ.get("RAY_AUTH_MODE") != "token":
@@ -147,8 +146,8 @@ def check_cluster() -> Verdict:
 
 def check_memory(wanted_gib: float) -> Verdict:
     """The memory available now, within the container's limit."""
-    available_gib = _available_memory() / GIB
-    detail = f"{available_gib:.1f} GiB available"
+    available_gib = limits.available_memory() / GIB
+    detail = f"{available_gib:.1f} GiB available of {limits.memory_limit() / GIB:.1f}"
     if available_gib >= wanted_gib:
         return Verdict("ok", detail)
     return Verdict(
@@ -159,18 +158,58 @@ def check_memory(wanted_gib: float) -> Verdict:
 
 
 def check_shared_memory() -> Verdict:
-    """/dev/shm holds Ray's object store, which moves to disk otherwise."""
-    size = shutil.disk_usage("/dev/shm").total
-    wanted = int(OBJECT_STORE_SHARE * _available_memory())
-    detail = f"/dev/shm of {size / GIB:.1f} GiB"
-    if size >= wanted:
+    """/dev/shm holds Ray's object store and the batches of decode processes."""
+    free_gib = limits.free_shared_memory() / GIB
+    wanted_gib = OBJECT_STORE_SHARE * limits.available_memory() / GIB
+    detail = f"/dev/shm has {free_gib:.1f} GiB free"
+    if free_gib >= wanted_gib:
         return Verdict("ok", detail)
-    wanted_gib = wanted / GIB
+    cost = "the object store moves to disk"
+    if not free_gib:
+        detail = "/dev/shm cannot be written"
+        cost += ", and pictures are decoded in the process that trains"
+    elif free_gib < WANTED_SHARED_MEMORY_GIB:
+        cost += ", and large batches go through pipes"
     return Verdict(
         "warn",
-        f"{detail}, Ray's object store wants {wanted_gib:.1f} GiB",
-        f"start the container with --shm-size={wanted_gib:.0f}g or more",
+        f"{detail}, Ray's object store wants {wanted_gib:.1f} GiB: {cost}",
+        f"start the container with --shm-size={max(1, wanted_gib):.0f}g or more",
     )
+
+
+def check_environment() -> Verdict:
+    """Folders to write in and the network of this machine, as every command needs them."""
+    found = adjust()
+    if not found:
+        return Verdict("ok", "home, caches, temporary files and Ray's session can be written")
+    lost = any(not finding.instead for finding in found)
+    return Verdict(
+        "fail" if lost else "warn",
+        "; ".join(map(str, found)),
+        "; ".join(dict.fromkeys(finding.cure for finding in found)),
+    )
+
+
+def check_cpus() -> Verdict:
+    """The CPUs that Ray gets: those of this process, within its quota."""
+    usable, machine = limits.usable_cpus(), os.cpu_count() or 1
+    if usable == machine:
+        return Verdict("ok", f"{usable}")
+    return Verdict("ok", f"{usable} of the machine's {machine}, by affinity or quota")
+
+
+def check_names() -> Verdict:
+    """The machine's own names resolve, which training by several workers asks for."""
+    for name in ("localhost", socket.gethostname()):
+        try:
+            socket.getaddrinfo(name, None)
+        except OSError as error:
+            return Verdict(
+                "warn",
+                f"{name} does not resolve: {error.strerror}",
+                f"add a line `127.0.0.1 {name}` to /etc/hosts",
+            )
+    return Verdict("ok", f"localhost and {socket.gethostname()} resolve")
 
 
 def check_open_files() -> Verdict:
@@ -302,23 +341,6 @@ def _check_remote_storage(uri: str) -> Verdict:
             "look at the address, the credentials and the network",
         )
     return Verdict("ok", f"{uri} is writable")
-
-
-def _available_memory() -> int:
-    """Bytes available, within the machine's and the container's limit."""
-    import psutil
-
-    available = int(psutil.virtual_memory().available)
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and (text := limit.read_text().strip()) != "max":
-        available = min(available, int(text) - int(used.read_text()) + _reclaimable())
-    return available
-
-
-def _reclaimable() -> int:
-    """Bytes of file cache that a cgroup counts as used and gives up on demand."""
-    lines = Path("/sys/fs/cgroup/memory.stat").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
 
 
 def _listener(port: int) -> str:

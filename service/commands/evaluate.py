@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mimray.service.cluster import connected
 from mimray.service.commands.tasks import TASKS
 from mimray.service.terminal.console import say
 from mimray.service.terminal.phases import PhaseLink, PhaseRecorder
 from mimray.service.terminal.progress import Progress, duration, show_phases
+from mimray.trainers.cluster import connected
 from mimray.trainers.errors import ConfigError
 from mimray.trainers.evaluation.tasks import load, task_config
 
@@ -291,6 +291,7 @@ def _setting(
         device=device,
         folder=user_cache("evaluation") / digest,
         progress=_silent,
+        command=request.command,
         label=request.label,
         hold_out=rule,
     )
@@ -371,7 +372,7 @@ def _keep(
 
 
 def result_text(result: Mapping[str, Any]) -> str:
-    """A result for people: the headline, every figure, the places of files."""
+    """A result for people: the headline, every figure, the places of files, the notes."""
     figures = [
         f"  {name:24} {value:.4f}"
         for name, value in result["metrics"].items()
@@ -382,7 +383,8 @@ def result_text(result: Mapping[str, Any]) -> str:
         f"on {result['num_val']} pictures{held_out_text(result)}, {duration(result['seconds'])}"
     )
     file = f"{result['folder']}/{result['task']}.json"
-    return "\n".join([headline, *figures, file, *result["pictures"]])
+    notes = [f"note: {note}" for note in result["notes"]]
+    return "\n".join([headline, *figures, file, *result["pictures"], *notes])
 
 
 def held_out_text(result: Mapping[str, Any]) -> str:

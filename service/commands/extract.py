@@ -6,9 +6,9 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from mimray.service.cluster import connected
 from mimray.service.terminal.console import say
 from mimray.service.terminal.progress import Progress, duration, show_count
+from mimray.trainers.cluster import connected
 
 if TYPE_CHECKING:
     from mimray.trainers.config.evaluation.extract import ExtractSpec

@@ -55,7 +55,7 @@ def evaluate(ref: EncoderRef, setting: Setting, config: FinetuneTask) -> Score:
         setting.data,
         config.name or _name(ref, setting, recipe),
         config.storage,
-        command=f"mimray evaluate {ref.text} --task finetune --data {setting.data}",
+        command=setting.command,
     )
     plan = prepare(job)
 

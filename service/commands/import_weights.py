@@ -40,8 +40,11 @@ def run_import(
     Raises:
         MimrayError: a mistake of the user's.
     """
+    from mimray.trainers.config.names import check_name
     from mimray.trainers.convert import import_weights
 
+    if name:
+        check_name("bundle", name)
     imported = import_weights(
         checkpoint,
         out,

@@ -8,9 +8,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from mimray.service.cluster import connected
 from mimray.service.terminal.console import say, warn
 from mimray.service.terminal.progress import Progress, duration, show_training
+from mimray.trainers.cluster import connected
 
 if TYPE_CHECKING:
     from mimray.trainers.storage import RunDir

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from mimray.service.terminal.console import say
+from mimray.service.terminal.console import say, warn
 from mimray.trainers.errors import ServingError
 
 if TYPE_CHECKING:
@@ -89,6 +89,8 @@ def run_serve(config: ServeConfig) -> None:
     with start(config, resolve) as endpoint:
         for name, version in endpoint.versions.items():
             say(f"serving {name}, version {version}")
+        for name, reason in endpoint.without_canary.items():
+            warn(f"{name} has no canary, so every request goes to one version: {reason}")
         say(f"  page     {endpoint.url}/")
         say(f"  features POST {endpoint.url}/v1/features")
         say(f"  OIP v2   POST {endpoint.url}/v2/models/NAME/infer")
@@ -99,8 +101,8 @@ def run_serve(config: ServeConfig) -> None:
 
 def write_build(config: ServeConfig, out: Path | None) -> str:
     """The YAML that `serve deploy` takes, written to `out` too where that is given."""
-    from mimray.serving.deploy.endpoint import is_loopback
     from mimray.serving.deploy.serve_schema import ReplicaResources, Served, serve_schema
+    from mimray.trainers.environment.network import is_loopback
     from mimray.trainers.errors import MimrayError
 
     models, resources = [], {}
@@ -110,7 +112,10 @@ def write_build(config: ServeConfig, out: Path | None) -> str:
             try:
                 canary = resolve(model.canary.bundle)
             except MimrayError as error:
-                say(f"no canary of {name}: {error}")
+                warn(f"no canary of {name}: {error}")
+        if canary is not None and canary.number == stable.number:
+            warn(f"no canary of {name}: it is version {stable.number} as well")
+            canary = None
         models.append(Served(name, model, stable, canary))
         cpus = model.num_cpus or 1.0
         resources[name] = ReplicaResources(cpus, model.num_gpus or 0.0, max(1, int(cpus)))

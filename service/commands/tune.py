@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mimray.service.cluster import connected
 from mimray.service.terminal.console import say, warn
 from mimray.service.terminal.progress import Progress, duration
 from mimray.service.terminal.sweep_table import SweepTable
+from mimray.trainers.cluster import connected
 from mimray.trainers.errors import ConfigError, MimrayError
 
 if TYPE_CHECKING:
@@ -127,6 +127,7 @@ def run_tune(request: TuneRequest) -> dict[str, Any]:
 
 
 def _plan(request: TuneRequest) -> SweepPlan:
+    from mimray.trainers.config.names import check_name
     from mimray.trainers.storage import RunDir
     from mimray.tuning.plan import load_sweep, make_plan, remembered
     from mimray.tuning.record import read_record
@@ -146,7 +147,9 @@ def _plan(request: TuneRequest) -> SweepPlan:
             "--resume goes on with a sweep as it was started",
             hint="to give it a larger budget, repeat the whole command with another --set budget.…",
         )
-    directory = RunDir(request.storage) / (request.name or request.resume)
+    name = request.name or request.resume
+    check_name("sweep", name)
+    directory = RunDir(request.storage) / name
     record = read_record(directory)
     return make_plan(
         remembered(directory, record),

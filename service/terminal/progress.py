@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from mimray.trainers.recorder import RunState
 
 LINE_EVERY_S = 10.0
+# A time left is shown once so many steps forward, over so long a time, tell the rate.
+KNOWN_AFTER_ADVANCES = 2
+KNOWN_AFTER_S = 3.0
 
 
 class Progress:
@@ -95,27 +98,44 @@ class Progress:
 
 
 class Pace:
-    """The rate of work since a start."""
+    """The rate of work, and the time left once enough of it was seen to tell.
+
+    It counts from the first report of something done: what goes before is no work, but the start
+    of processes.
+    """
 
     def __init__(self) -> None:
         self._began: tuple[float, float] | None = None
+        self._last = 0.0
+        self._num_advances = 0
 
-    def start(self, done: float) -> None:
-        """Count from now, with so many units done."""
-        self._began = time.monotonic(), done
+    def report(self, done: float) -> None:
+        """Take note of the units done; a decrease starts anew."""
+        if done <= 0:
+            self._began = None
+        elif self._began is None or done < self._last:
+            self._began = time.monotonic(), done
+            self._last, self._num_advances = done, 0
+        elif done > self._last:
+            self._last = done
+            self._num_advances += 1
 
-    def rate(self, done: float) -> float:
-        """Units a second since the start; the first call and a decrease start anew."""
-        if self._began is None or done < self._began[1]:
-            self.start(done)
-        assert self._began is not None
+    @property
+    def rate(self) -> float:
+        """Units a second since the first report; 0 while it is not known."""
+        if self._began is None or not self._num_advances:
+            return 0.0
         began_s, first = self._began
-        return (done - first) / max(time.monotonic() - began_s, 1e-9)
+        return (self._last - first) / max(time.monotonic() - began_s, 1e-9)
 
-    def left(self, done: float, total: float) -> str:
-        """The time left, for people; empty where nothing is left or the rate is not known."""
-        rate = self.rate(done)
-        return f"{duration((total - done) / rate)} left" if rate and done < total else ""
+    def left(self, total: float) -> str:
+        """The time left, for people; empty while too little was seen, and at the end."""
+        if self._began is None or self._last >= total:
+            return ""
+        seen_s = time.monotonic() - self._began[0]
+        if self._num_advances < KNOWN_AFTER_ADVANCES or seen_s < KNOWN_AFTER_S:
+            return ""
+        return f"{duration((total - self._last) / self.rate)} left"
 
 
 def show_training(progress: Progress, steps: int) -> Callable[[RunState], None]:
@@ -128,26 +148,29 @@ def show_training(progress: Progress, steps: int) -> Callable[[RunState], None]:
     Returns:
         A function to call with the run's state, again and again.
     """
-    pace, last_step = Pace(), -1
+    pace, last_step, waits = Pace(), -1, False
     progress.bar("training", 0, steps, "starting workers…")
 
     def show(state: RunState) -> None:
-        nonlocal last_step
+        nonlocal last_step, waits
         for note in state.notes:
             progress.warn(note)
         row = state.row
         if not row:
-            progress.line("starting workers")
+            if not waits:
+                progress.line("starting workers", "start")
+            waits = True
             return
         step = row["step"]
         if step == last_step:
             return
         last_step = step
-        note = (
-            f"loss {row['loss']:.4f}  {row['images_per_s']:.0f} images/s  {pace.left(step, steps)}"
+        pace.report(step)
+        note = _joined(
+            f"loss {row['loss']:.4f}", f"{row['images_per_s']:.0f} images/s", pace.left(steps)
         )
         progress.bar("training", step, steps, note)
-        progress.line(f"step {step}/{steps}  {note}", at_once=step == steps)
+        progress.line(_joined(f"step {step}/{steps}", note), at_once=step == steps)
 
     return show
 
@@ -164,19 +187,18 @@ def show_count(progress: Progress, title: str, unit: str) -> Callable[..., None]
         A function to call with (done, total[, rejected]), again and again.
     """
     pace = Pace()
-    pace.start(0)
     progress.bar(title, 0, None)
 
     def show(done: int, total: int, rejected: int = 0) -> None:
-        if done == 0:
-            pace.start(0)
-        left = pace.left(done, total)
-        note = f"{pace.rate(done):.0f} {unit}/s"
-        note += f"  {left}" if left else ""
-        note += f"  {rejected} rejected" if rejected else ""
+        pace.report(done)
+        note = _joined(
+            f"{pace.rate:.0f} {unit}/s" if pace.rate else "",
+            pace.left(total),
+            f"{rejected} rejected" if rejected else "",
+        )
         progress.bar(title, done, total, note)
         if done:
-            progress.line(f"{title} {done}/{total}  {note}")
+            progress.line(_joined(f"{title} {done}/{total}", note))
 
     return show
 
@@ -195,11 +217,17 @@ def show_phases(progress: Progress) -> Callable[[str, str, int, int], None]:
     def show(work: str, phase: str, done: int, total: int) -> None:
         if work not in paces or paces[work][0] != phase:
             paces[work] = phase, Pace()
-        title, note = f"{work}: {phase}", paces[work][1].left(done, total)
+        pace = paces[work][1]
+        pace.report(done)
+        title, note = f"{work}: {phase}", pace.left(total)
         progress.bar(work, done, total, note, title)
-        progress.line(f"{title} {done}/{total}  {note}", work)
+        progress.line(_joined(f"{title} {done}/{total}", note), work)
 
     return show
+
+
+def _joined(*parts: str) -> str:
+    return "  ".join(filter(None, parts))
 
 
 def duration(seconds: float) -> str:

@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from mimray.service.terminal.progress import Pace, Progress, duration
+from mimray.service.terminal.progress import Pace, Progress
 
 if TYPE_CHECKING:
     from mimray.tuning.plan import SweepPlan
@@ -68,7 +68,8 @@ class SweepTable:
         running = sum(t.state == "running" for t in record.trials)
         best = record.best
         shown = "" if best is None else f", best {record.metric} {best.score:.4f} ({best.name})"
-        return f"{done}/{self._total} trials done, {running} running{shown}  {left}"
+        summary = f"{done}/{self._total} trials done, {running} running{shown}"
+        return f"{summary}  {left}" if left else summary
 
     def _left(self, record: SweepRecord, rows: dict[int, dict[str, Any]]) -> str:
         """Time left, if every trial ran to its end: stopped ones bring it nearer."""
@@ -84,8 +85,10 @@ class SweepTable:
             open_ += int(waiting * each / ended)
         else:
             open_ += waiting * whole
-        rate = self._pace.rate(sum(seen.values()))
-        return f"about {duration(open_ / rate)} left" if rate > 0 and open_ else ""
+        samples = sum(seen.values())
+        self._pace.report(samples)
+        left = self._pace.left(samples + open_)
+        return f"about {left}" if left else ""
 
     def _table(self, record: SweepRecord, rows: dict[int, dict[str, Any]]) -> Table:
         table = Table(box=None, pad_edge=False, header_style="bold")

@@ -10,6 +10,7 @@ import httpx2
 from mimray.serving.client.core import Core, request_headers
 from mimray.serving.client.retries import Sender
 from mimray.serving.client.steps import Send
+from mimray.trainers.environment.network import is_loopback
 from mimray.trainers.errors import ServingError
 
 Headers = Mapping[str, str] | Callable[[], Mapping[str, str]]
@@ -45,6 +46,8 @@ class Client:
             # Connections are as many as the callers' `concurrency` says; unused ones are kept.
             limits=httpx2.Limits(max_keepalive_connections=64, keepalive_expiry=_KEEPALIVE_S),
             transport=transport,
+            # A proxy cannot reach this machine's own address.
+            trust_env=not is_loopback(httpx2.URL(base_url).host),
         )
 
     def _arguments(self, send: Send) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import os
 import re
@@ -17,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from mimray.serving.config import API_KEY_VARIABLE, ServeConfig, check_config
 from mimray.serving.deploy.haproxy import HAProxyState, haproxy_available, port_is_free
+from mimray.trainers.cluster import start_ray
+from mimray.trainers.environment.network import is_loopback
 from mimray.trainers.errors import ServingError
 
 if TYPE_CHECKING:
@@ -59,6 +60,11 @@ class Endpoint:
     def versions(self) -> dict[str, str]:
         """The version of each model that answers where none is named."""
         return {name: served.stable.number for name, served in self._rollout.models.items()}
+
+    @property
+    def without_canary(self) -> dict[str, str]:
+        """The reason why a canary that is configured has no version yet, by model."""
+        return self._rollout.without_canary
 
     def follow(self) -> list[str]:
         """Look aliases up once, and roll in what they point at now; see `Rollout.follow`."""
@@ -184,7 +190,7 @@ def start(config: ServeConfig, resolve: Resolve, *, api_key: str | None = None) 
 
     owns_ray = not ray.is_initialized()
     if owns_ray:
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+        start_ray()
     if _serve_is_running():
         if owns_ray:
             ray.shutdown()
@@ -239,16 +245,6 @@ def _haproxy_reaches_replicas(host: str) -> bool:
     if host in ("127.0.0.1", "localhost"):
         return len([node for node in ray.nodes() if node["Alive"]]) == 1
     return host == "0.0.0.0"
-
-
-def is_loopback(host: str) -> bool:
-    """True if only this machine can reach the address."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _check_names(models: Mapping[str, Any]) -> None:

@@ -15,16 +15,18 @@ import os
 import shutil
 import socket
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import psutil
 
 from mimray.serving.deploy.haproxy_launcher import haproxy_binary
-from mimray.trainers.errors import ServingError
+from mimray.trainers.environment.limits import usable_cpus
+from mimray.trainers.environment.places import private_folder, temporary_place
 
 _OWNER = "owner.json"
+# The longest path of a socket below the place for temporary files.
+_SOCKET_BYTES = 99
 _LAUNCHER = Path(__file__).with_name("haproxy.sh")
 # A request that fits the buffer is sent again when its replica dies; most pictures do.
 _BUFFER_BYTES = 2**20
@@ -55,9 +57,7 @@ class HAProxyState:
     def __init__(self, port: int) -> None:
         # Ray appends a node's 56 characters and HAProxy a temporary suffix, and a socket's path
         # ends at 107: so neither a long TMPDIR nor a long name.
-        base = Path(tempfile.gettempdir())
-        if len(str(base)) > 8:
-            base = Path("/tmp")
+        base = Path(temporary_place(below="x" * _SOCKET_BYTES) or "/tmp")
         self.folder = base / f"mimray-{os.getuid()}" / str(port)
 
     def claim(self) -> None:
@@ -66,16 +66,9 @@ class HAProxyState:
         The admin socket in it lets anyone who reaches it command HAProxy.
 
         Raises:
-            ServingError: the directory belongs to someone else.
+            ResourceError: the directory belongs to someone else.
         """
-        parent = self.folder.parent
-        parent.mkdir(mode=0o700, exist_ok=True)
-        status = parent.lstat()
-        if parent.is_symlink() or status.st_uid != os.getuid() or status.st_mode & 0o077:
-            raise ServingError(
-                f"{parent} is not a private directory of this user",
-                hint="remove it, or set TMPDIR to a directory of your own",
-            )
+        private_folder(str(self.folder.parent.parent))
         self.folder.mkdir(exist_ok=True)
         process = psutil.Process()
         note = {"pid": process.pid, "create_time": process.create_time()}
@@ -171,7 +164,7 @@ class HAProxyState:
             "RAY_SERVE_HAPROXY_RETRIES": str(_RETRIES),
             "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(_BUFFER_BYTES),
             "RAY_SERVE_HAPROXY_MAXCONN": str(_MAX_CONNECTIONS),
-            "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
+            "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, usable_cpus())),
             "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(math.ceil(silence_s)),
             "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": str(_ANSWER_S),
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(self.folder / "haproxy.cfg"),

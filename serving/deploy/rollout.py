@@ -34,6 +34,7 @@ class Rollout:
 
     Attributes:
         models: the models and their versions that are served now, by name.
+        without_canary: the reason why a canary that is configured has no version, by model.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Rollout:
         start_timeout_s: float = 600.0,
     ) -> None:
         self.models: dict[str, Served] = {}
+        self.without_canary: dict[str, str] = {}
         self._config = config
         self._resolve = resolve
         self._key_sha256 = key_sha256
@@ -110,6 +112,7 @@ class Rollout:
 
     def _wanted(self) -> dict[str, Served]:
         wanted = {}
+        self.without_canary = {}
         for name, config in self._config.models.items():
             stable, canary = self._resolve(config.bundle), None
             if config.canary is not None:
@@ -117,8 +120,9 @@ class Rollout:
                     canary = self._resolve(config.canary.bundle)
                 except MimrayError as error:
                     # Nobody carries the alias yet, or nobody any more.
-                    logger.debug("%s has no canary: %s", name, error)
+                    self.without_canary[name] = str(error)
             if canary is not None and canary.number == stable.number:
+                self.without_canary[name] = f"it is version {stable.number} as well"
                 canary = None
             wanted[name] = Served(name, config, stable, canary)
         return wanted

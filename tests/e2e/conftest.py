@@ -103,7 +103,7 @@ class Workbench:
         """What a process has printed."""
         return (self.folder / f"{self._started.index(process)}.log").read_text()
 
-    def finish(self, process: subprocess.Popen[bytes], timeout_s: float = 200) -> str:
+    def finish(self, process: subprocess.Popen[bytes], timeout_s: float = 800) -> str:
         """Wait for a process to end well; gives what it printed."""
         try:
             process.wait(timeout_s)
@@ -142,7 +142,7 @@ class Workbench:
             if member.is_running():
                 member.kill()
         process.wait()
-        psutil.wait_procs(family, timeout=20)
+        psutil.wait_procs(family, timeout=120)
 
     def close(self) -> None:
         """End everything that was started."""
@@ -150,7 +150,7 @@ class Workbench:
             self.kill(process)
 
     @staticmethod
-    def wait_until(ready: Callable[[], bool], timeout_s: float = 120) -> None:
+    def wait_until(ready: Callable[[], bool], timeout_s: float = 600) -> None:
         """Wait until something is so."""
         wait_until(ready, timeout_s)
 
@@ -213,7 +213,7 @@ class Commands:
         return process
 
     @staticmethod
-    def finish(done: subprocess.Popen[str] | Result, timeout_s: float = 280) -> str:
+    def finish(done: subprocess.Popen[str] | Result, timeout_s: float = 800) -> str:
         """Ask for a good end; gives what was printed for machines."""
         if isinstance(done, Result):
             assert done.exit_code == 0, (done.stderr, done.exception)
@@ -237,7 +237,7 @@ class Commands:
             assert process.poll() is None, process.communicate()
             return ready()
 
-        wait_until(still_runs, timeout_s=150)
+        wait_until(still_runs, timeout_s=600)
 
     @staticmethod
     def kill_ray(name: str, most: int | None = None) -> None:

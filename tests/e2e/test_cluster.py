@@ -44,7 +44,7 @@ def test_lost_node__another_takes_over_and_nothing_changes(cluster: Any, photos:
     cluster.kill(node)
     assert metrics.read_bytes().count(b"\n") < STEPS, "the run was over before the node was"
     replacement = cluster.add_node(num_cpus=1)
-    cluster.finish(driver, timeout_s=280)
+    cluster.finish(driver, timeout_s=800)
     cluster.kill(replacement)
     assert cluster.losses(metrics.read_bytes()) == calm
 
@@ -64,7 +64,7 @@ def test_sweep__a_lost_node_costs_no_trial(cluster: Any, photos: Path) -> None:
         places = sorted((storage / name / "trials").iterdir())
         return [json.loads((place / "trial.json").read_text()) for place in places]
 
-    cluster.finish(cluster.mimray("tune", *asked, "--name", "calm-sweep"), timeout_s=280)
+    cluster.finish(cluster.mimray("tune", *asked, "--name", "calm-sweep"), timeout_s=800)
     metrics = [storage / f"lost-sweep/trials/000{n}/metrics.jsonl" for n in range(2)]
 
     def both_are_on_their_way() -> bool:
@@ -74,7 +74,7 @@ def test_sweep__a_lost_node_costs_no_trial(cluster: Any, photos: Path) -> None:
     driver = cluster.mimray("tune", *asked, "--name", "lost-sweep")
     cluster.wait_until(both_are_on_their_way)
     cluster.kill(node)
-    cluster.finish(driver, timeout_s=280)
+    cluster.finish(driver, timeout_s=800)
     calm, lost = of_the_sweep("calm-sweep"), of_the_sweep("lost-sweep")
     assert [trial["state"] for trial in lost] == ["finished"] * 2
     assert sum(trial["failures"] for trial in lost) == 1

@@ -160,7 +160,7 @@ def test_sweep__lies_in_the_bucket_and_goes_on_from_there(
     driver.wait()
     first = losses(cluster, sweep / "trials/0000")
     cluster.finish(
-        cluster.mimray("tune", "--resume", "ratios", "--storage", storage), timeout_s=280
+        cluster.mimray("tune", "--resume", "ratios", "--storage", storage), timeout_s=800
     )
     record = json.loads(sweep.read("sweep.json"))
     assert record["ended"]
@@ -187,4 +187,4 @@ def test_serve__fetches_the_bundle(cluster: Any, run: str) -> None:
     cluster.wait_until(lambda: "Ctrl-C ends it" in cluster.output(server))
     assert ready()
     server.terminate()
-    cluster.finish(server, timeout_s=60)
+    cluster.finish(server, timeout_s=300)

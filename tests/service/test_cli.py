@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -209,3 +211,66 @@ def test_ingest__bad_pictures_are_listed_and_too_many_refused(
         "tiny.png",
         "huge.png",
     }
+
+
+def test_commands__what_the_machine_refuses_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mimray.service.commands.models as models
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/runs/mlflow.db")
+
+    monkeypatch.setattr(models, "list_models", full)
+    assert refused("models", "list").startswith("error: /runs/mlflow.db: No space left on device")
+
+    def bug(*_: object) -> None:
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "x")
+
+    monkeypatch.setattr(models, "list_models", bug)
+    result = CliRunner().invoke(cli, ["models", "list"])
+    assert isinstance(result.exception, FileNotFoundError)
+
+
+def test_commands__a_working_directory_that_was_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert "the working directory cannot be found" in refused("data", "inspect", "pictures")
+
+
+@pytest.mark.parametrize(
+    "locale",
+    [
+        {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+        {"PYTHONIOENCODING": "ascii"},
+    ],
+)
+def test_commands__a_locale_that_is_not_utf8(tmp_path: Path, locale: dict[str, str]) -> None:
+    folder = tmp_path / "Größe"
+    folder.mkdir()
+    for i in range(2):
+        Image.new("RGB", (9, 9)).save(folder / f"ü{i}.png")
+    done = subprocess.run(
+        [sys.executable, "-m", "mimray.service", "data", "inspect", str(folder)],
+        env={**os.environ, **locale},
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr.decode(errors="replace")
+    assert b"2" in done.stdout
+
+
+def test_demo__records_the_command_that_ran(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mimray.service.commands.demo as demo
+
+    seen = {}
+    monkeypatch.setattr(demo, "run_demo", lambda out, **asked: seen.update(out=out, **asked) or {})
+    line = ["demo", "--out", "runs/my demo", "--steps", "7", "--fresh"]
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/mimray", *line])
+    assert CliRunner().invoke(cli, line).exit_code == 0
+    assert seen["command"] == "mimray demo --out 'runs/my demo' --steps 7 --fresh"

@@ -2,14 +2,15 @@ from __future__ import annotations
 
 import json
 import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from mimray.service.commands import doctor_checks as checks
-from mimray.service.commands.doctor import Finding, as_json, diagnose, render
+from mimray.service.commands.doctor import Finding as DoctorFinding
+from mimray.service.commands.doctor import as_json, diagnose, render
+from mimray.trainers.environment.findings import Finding
 
 
 @pytest.fixture(autouse=True)
@@ -33,11 +34,8 @@ def free_port() -> int:
 
 
 def test_diagnose__this_machine_can_train_and_nothing_is_left_behind(tmp_path: Path):
-    started = time.monotonic()
-
     findings = diagnose(storage=str(tmp_path / "runs"), ports=(free_port(),), memory_gib=0.5)
 
-    assert time.monotonic() - started < 90  # about 6 s where the machine is idle
     assert [finding for finding in findings if finding.status == "fail"] == []
     names = {finding.name for finding in findings}
     assert {"python", "torch", "deepspeed", "ray", "storage", "mlflow"} <= names
@@ -97,6 +95,48 @@ def test_check_memory__says_how_much_is_missing():
     assert checks.check_memory(0.01).status == "ok"
 
 
+def test_check_environment__tells_what_is_done_about_each_finding(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    mended = Finding("TMPDIR=/x is full", "temporary files go to /tmp", "make room")
+    lost = Finding("there is no place", "", "set TMPDIR")
+    monkeypatch.setattr(checks, "adjust", tuple)
+    assert checks.check_environment().status == "ok"
+    monkeypatch.setattr(checks, "adjust", lambda: (mended,))
+    assert checks.check_environment() == checks.Verdict(
+        "warn", "TMPDIR=/x is full: temporary files go to /tmp", "make room"
+    )
+    monkeypatch.setattr(checks, "adjust", lambda: (mended, lost))
+    assert checks.check_environment().status == "fail"
+
+
+@pytest.mark.parametrize(
+    ("free_gib", "cost"), [(0, "decoded in the process"), (0.1, "pipes"), (2, "moves to disk")]
+)
+def test_check_shared_memory__says_what_too_little_costs(
+    monkeypatch: pytest.MonkeyPatch, free_gib: float, cost: str
+):
+    monkeypatch.setattr(checks.limits, "available_memory", lambda: 40 * checks.GIB)
+    monkeypatch.setattr(checks.limits, "free_shared_memory", lambda: int(free_gib * checks.GIB))
+    verdict = checks.check_shared_memory()
+    assert verdict.status == "warn"
+    assert cost in verdict.detail
+    assert "--shm-size=12g" in verdict.cure
+
+
+def test_check_cpus__a_share_of_the_machine_is_told(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(checks.os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(checks.limits, "usable_cpus", lambda: 4)
+    assert checks.check_cpus().detail == "4 of the machine's 64, by affinity or quota"
+
+
+def test_check_names__a_host_that_does_not_resolve(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(socket, "gethostname", lambda: "nosuchhost.invalid")
+    verdict = checks.check_names()
+    assert verdict.status == "warn"
+    assert "127.0.0.1 nosuchhost.invalid" in verdict.cure
+
+
 def test_check_cluster__answers_or_does_not(monkeypatch: pytest.MonkeyPatch, listening_port: int):
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{listening_port}")
     assert checks.check_cluster().status == "warn"  # it answers, without a token
@@ -131,9 +171,9 @@ def test_check_compiler__finds_ninja_beside_python_without_activation(
 
 def test_render__one_line_a_finding_and_the_cure_below():
     findings = [
-        Finding("python", "ok", "3.11.7"),
-        Finding("port 8000", "warn", "taken", "choose another"),
-        Finding("ray", "fail", "no Ray", "install it"),
+        DoctorFinding("python", "ok", "3.11.7"),
+        DoctorFinding("port 8000", "warn", "taken", "choose another"),
+        DoctorFinding("ray", "fail", "no Ray", "install it"),
     ]
 
     assert render(findings).splitlines() == [

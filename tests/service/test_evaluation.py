@@ -10,7 +10,8 @@ from click.testing import CliRunner
 from PIL import Image
 
 from mimray.service.cli.main import cli
-from mimray.service.commands.compare import table, write_comparison
+from mimray.service.commands.compare import comparison_text, table, write_comparison
+from mimray.service.commands.evaluate import result_text
 from mimray.service.commands.tasks import TASKS
 from mimray.trainers.errors import ConfigError
 from mimray.trainers.evaluation import tasks
@@ -100,3 +101,17 @@ def test_checked_options__a_tree_is_as_good_as_a_command_line() -> None:
 def test_tasks__those_below_and_fine_tuning() -> None:
     assert set(TASKS) - set(tasks.TASKS) == {"finetune"}
     assert all(name == task.name for name, task in TASKS.items())
+
+
+def test_texts__end_with_what_was_passed_over() -> None:
+    told = "polygons of fewer than three points passed over: 2"
+    results = [
+        {**result, "num_val": 7, "folder": "out", "pictures": [], "notes": [told, f"of {place}"]}
+        for place, result in enumerate(RESULTS)
+    ]
+    assert result_text(results[0]).splitlines()[-2:] == [f"note: {told}", "note: of 0"]
+    text = comparison_text({"results": results, "files": {"png": "chart.png"}})
+    assert text.splitlines()[-len(results) - 1 :] == [
+        f"note: {told}",
+        *(f"note: of {place}" for place in range(len(results))),
+    ]

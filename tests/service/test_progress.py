@@ -9,7 +9,7 @@ from rich.console import Console
 
 from mimray.service.terminal import progress as module
 from mimray.service.terminal.phases import PhaseLink
-from mimray.service.terminal.progress import Progress, show_count, show_phases, show_training
+from mimray.service.terminal.progress import Pace, Progress, show_count, show_phases, show_training
 from mimray.trainers.recorder import RunState
 
 
@@ -38,13 +38,17 @@ def test_training__a_line_every_ten_seconds_and_the_last(
     with Progress(Console(file=warnings)) as progress:
         show = show_training(progress, 8)
         show(RunState(notes=["slow disk"]))
-        for step in (1, 2, 4, 4, 8):
+        for _ in range(3):
+            clock.now_s += 12
+            show(RunState())
+        for step in (1, 2, 2, 3, 8):
             clock.now_s += 6
             show(RunState(row=row(step)))
     assert capsys.readouterr().err.splitlines() == [
         "starting workers",
-        "step 2/8  loss 0.5000  64 images/s  36 s left",
-        "step 8/8  loss 0.1250  64 images/s  ",
+        "step 1/8  loss 1.0000  64 images/s",
+        "step 3/8  loss 0.3333  64 images/s  45 s left",
+        "step 8/8  loss 0.1250  64 images/s",
     ]
     assert warnings.getvalue() == "warning: slow disk\n"
 
@@ -56,14 +60,34 @@ def test_count__a_rate_from_the_start_and_what_was_rejected(
         show = show_count(progress, "ingesting", "pictures")
         clock.now_s += 5
         show(0, 100)
-        for done in (40, 50, 100):
+        for done in (20, 40, 50, 100):
             clock.now_s += 10
             show(done, 100, done // 50)
     assert capsys.readouterr().err.splitlines() == [
-        "ingesting 40/100  4 pictures/s  15 s left",
-        "ingesting 50/100  2 pictures/s  20 s left  1 rejected",
+        "ingesting 20/100",  # after 10 s, most of them the start of processes
+        "ingesting 40/100  2 pictures/s",
+        "ingesting 50/100  2 pictures/s  33 s left  1 rejected",
         "ingesting 100/100  3 pictures/s  2 rejected",
     ]
+
+
+def test_left__is_shown_when_several_steps_over_some_seconds_tell_the_rate(clock: Clock) -> None:
+    pace = Pace()
+    shown = []
+    for seconds, done in ((0, 0), (60, 1), (1, 2), (1, 3), (2, 4), (1, 4), (1, 10)):
+        clock.now_s += seconds
+        pace.report(done)
+        shown.append(pace.left(10))
+    assert shown == ["", "", "", "", "8 s left", "10 s left", ""]
+
+
+def test_left__starts_anew_after_a_decrease(clock: Clock) -> None:
+    pace = Pace()
+    for done in (10, 20, 30, 5):
+        clock.now_s += 5
+        pace.report(done)
+    assert pace.left(50) == ""
+    assert pace.rate == 0
 
 
 def test_terminal__bars_and_no_lines(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,6 +54,8 @@ def test_terminal__a_table_with_rung_score_cost_and_time_left(
     console = Console(file=stream, force_terminal=True, width=140, color_system=None)
     table = SweepTable(Progress(console), PLAN)
     table(RECORD, {3: {"samples": 110, "loss": 0.5}}, [])
+    clock[0] = 5.0
+    table(RECORD, {3: {"samples": 140, "loss": 0.5}}, [])
     clock[0] = 10.0
     rows = {3: {"samples": 160, "loss": 0.4567}}
     with console.capture() as capture:

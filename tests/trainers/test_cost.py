@@ -338,7 +338,7 @@ def measured_peaks(out: Path, workers: int, cases: list[Case]) -> list[dict[str,
     ]  # fmt: skip
     try:
         for process in processes:
-            said, _ = process.communicate(timeout=280)
+            said, _ = process.communicate(timeout=800)
             assert process.returncode == 0, said[-4000:]
     finally:
         for process in processes:

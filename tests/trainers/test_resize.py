@@ -154,7 +154,7 @@ def run(folder: Path, world_size: int, *jobs: Job) -> None:
     ]
     try:
         for process in processes:
-            out, _ = process.communicate(timeout=240)
+            out, _ = process.communicate(timeout=800)
             assert process.returncode == 0, out[-4000:]
     finally:
         for process in processes:

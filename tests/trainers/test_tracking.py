@@ -121,7 +121,7 @@ print(tracker.run_id)
         )
         for name in ("left", "right")
     ]
-    answers = [process.communicate(timeout=120) for process in processes]
+    answers = [process.communicate(timeout=600) for process in processes]
 
     assert [process.returncode for process in processes] == [0, 0], answers
     assert answers[0][0] != answers[1][0]

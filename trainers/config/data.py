@@ -53,9 +53,14 @@ class DataConfig(Config):
     )
     prefetch_batches: PositiveInt = Field(default=4, description="batches ready a decode process")
     shuffle_window: PositiveInt = Field(
-        default=8192, description="rows shuffled together; whole row groups, order within is random"
+        default=8192,
+        description="rows shuffled together, where the dataset is too large to shuffle all of it",
     )
-    cache_mib: PositiveInt = Field(default=8192, description="local cache of remote row groups")
+    cache_mib: PositiveInt = Field(
+        default=8192,
+        description="local cache of row groups of remote Parquet, and of large Parquet that may be "
+        "sorted",
+    )
     decoded_cache_mib: NonNegativeInt = Field(
         default=0,
         description="pictures kept decoded for all processes of a node, in /dev/shm where it has "

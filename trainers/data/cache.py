@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import os
 import tempfile
+import zlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,6 +17,7 @@ import pyarrow as pa
 logger = logging.getLogger(__name__)
 
 MEMORY_BYTES = 256 << 20
+_NUM_LOCKS = 64
 
 
 def user_cache(name: str) -> Path:
@@ -46,11 +49,12 @@ class MemoryCache:
 
 
 class DiskCache:
-    """Arrow files in one folder that several processes share without locks.
+    """Arrow files in one folder that several processes share.
 
-    A file appears by a rename, so it is whole or absent. A read renews its modification time;
-    when the folder outgrows `max_mib`, the files unread for longest are deleted. On Linux a
-    process that still has a deleted file mapped keeps its bytes.
+    A file appears by a rename, so it is whole or absent, and is read without a lock. Of several
+    processes that miss the same one, one loads it and the others wait. A read renews its
+    modification time; when the folder outgrows `max_mib`, the files unread for longest are deleted.
+    On Linux a process that still has a deleted file mapped keeps its bytes.
 
     Args:
         folder: folder of the files, made when first written to.
@@ -66,9 +70,22 @@ class DiskCache:
         path = self._folder / f"{key}.arrow"
         table = self._read(path)
         if table is None:
-            table = load()
-            self._write(path, table)
+            with self._loading(key):
+                table = self._read(path)
+                if table is None:
+                    table = load()
+                    self._write(path, table)
         return table
+
+    @contextlib.contextmanager
+    def _loading(self, key: str) -> Iterator[None]:
+        """Keep other processes from loading the same key; they may wait for another key, too."""
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):  # Without a lock it may be loaded twice, no more.
+                self._folder.mkdir(parents=True, exist_ok=True)
+                lock = self._folder / f"{zlib.crc32(key.encode()) % _NUM_LOCKS}.lock"
+                fcntl.flock(stack.enter_context(lock.open("a")), fcntl.LOCK_EX)
+            yield
 
     def _read(self, path: Path) -> pa.Table | None:
         try:
@@ -100,6 +117,8 @@ class DiskCache:
     def _evict(self) -> None:
         entries = []
         for entry in os.scandir(self._folder):
+            if entry.name.endswith(".lock"):
+                continue
             with contextlib.suppress(FileNotFoundError):  # Another process evicted it.
                 facts = entry.stat()
                 entries.append((facts.st_mtime_ns, facts.st_size, entry.path))

@@ -49,8 +49,8 @@ def canonicalise(data: bytes, short_side_px: int | None) -> StoredPicture:
     Raises:
         ImageError: when the picture cannot be used.
     """
-    # Twice the target is enough for the final resampling, and large JPEGs decode faster.
-    draft_size = None if short_side_px is None else (2 * short_side_px, 2 * short_side_px)
+    # Large JPEGs decode faster at a scale that is enough for the final resampling.
+    draft_size = None if short_side_px is None else (short_side_px, short_side_px)
     image, header = decode(data, draft_size=draft_size)
     fits = short_side_px is None or min(header.width, header.height) <= short_side_px
     if header.plain and fits:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from pyarrow import fs as pafs
 
 from mimray.trainers.data.canonical import canonicalise
@@ -16,6 +17,7 @@ from mimray.trainers.data.files import absolute, join, locate, parent, split_opt
 from mimray.trainers.data.ingest_plan import IngestPlan, plan_ingest, read_unit
 from mimray.trainers.data.manifest import MANIFEST_NAME, REJECTED_NAME, Manifest
 from mimray.trainers.data.parquet import Layout
+from mimray.trainers.data.reorder import ExternalSort
 from mimray.trainers.data.shards import Row, ShardWriter
 from mimray.trainers.data.staging import Staging, staged
 from mimray.trainers.errors import DataError, EmptyDatasetError, ImageError, TooManyRejectedError
@@ -74,9 +76,11 @@ def ingest(
     """Make a dataset of Parquet shards from pictures, on the current Ray cluster.
 
     Workers read, verify and where needed re-encode pictures (see `canonicalise`); this process
-    writes them in the order of their paths (of the lines, for a list), whatever the number of
-    workers, so that the same source always makes the same bytes. Neither side holds more than
-    a few blocks in memory. Bad pictures are left out and listed with the reason.
+    writes them in a random order that is the same for any number of workers, so that the same
+    source always makes the same bytes and no class lies in a stretch of its own. Files are read in
+    that order; rows of Parquet are sorted into it by way of files beside the shards
+    (`ExternalSort`), for which there must be room. Neither side holds more than a few blocks in
+    memory, or 512 MiB for Parquet. Bad pictures are left out and listed with the reason.
 
     Args:
         src: folder of pictures, Parquet, or a text file of paths or URIs; see `plan_ingest`.
@@ -130,6 +134,7 @@ def ingest(
             num_ignored=plan.num_ignored,
             rejected=dict(sorted(rejected.items())),
             shards=tuple(writer.shards),
+            permuted=True,
         )
         staging.write(MANIFEST_NAME, manifest.to_json())
     _remove_stale_rejects(rejects_beside)
@@ -145,23 +150,50 @@ def _write(
 ) -> tuple[Counter[str], int]:
     """Write all shards and `rejected.jsonl`; returns rejects by reason and the re-encoded."""
     rejected: Counter[str] = Counter()
-    num_done = num_reencoded = 0
+    num_read = num_reencoded = 0
+    sort = None
+    if plan.places is not None:
+        sort = ExternalSort(
+            staging.filesystem,
+            staging.folder,
+            num_places=plan.num_pictures,
+            num_bytes=plan.num_bytes,
+        )
+
+    def report() -> None:
+        # A picture that is sorted is done when it was read and written.
+        num_written = writer.num_rows + rejected.total()
+        num_done = num_read if sort is None else (num_read + num_written) // 2
+        if progress is not None:
+            progress(num_done, plan.num_pictures, rejected.total())
+
     with staging.filesystem.open_output_stream(join(staging.folder, REJECTED_NAME)) as rejects:
         for table in _process(plan, short_side_px):
-            for row in table.to_pylist():
-                if row["reason"] is not None:
-                    rejected[row["reason"]] += 1
-                    line = {key: row[key] for key in ("source", "reason", "message")}
-                    rejects.write(f"{json.dumps(line, ensure_ascii=False)}\n".encode())
-                    continue
-                num_reencoded += row["reencoded"]
-                writer.add(Row(**{field: row[field] for field in Row._fields}))
-            num_done += len(table)
-            if progress is not None:
-                progress(num_done, plan.num_pictures, rejected.total())
-        writer.close()
-    assert num_done == plan.num_pictures, "a picture was lost on the way"
+            accepted = pc.is_null(table["reason"]).to_numpy()
+            for row in table.select(["source", "reason", "message"]).filter(~accepted).to_pylist():
+                rejected[row["reason"]] += 1
+                rejects.write(f"{json.dumps(row, ensure_ascii=False)}\n".encode())
+            num_reencoded += pc.sum(table["reencoded"]).as_py() or 0
+            rows = table.select(Row._fields).filter(accepted)
+            if sort is None:
+                _add(writer, rows)
+            else:
+                assert plan.places is not None
+                sort.add(rows, plan.places[num_read : num_read + len(table)][accepted])
+            num_read += len(table)
+            report()
+    assert num_read == plan.num_pictures, "a picture was lost on the way"
+    if sort is not None:
+        for rows in sort.rows():
+            _add(writer, rows)
+            report()
+    writer.close()
     return rejected, num_reencoded
+
+
+def _add(writer: ShardWriter, rows: pa.Table) -> None:
+    for row in rows.to_pylist():
+        writer.add(Row(**row))
 
 
 def _process(plan: IngestPlan, short_side_px: int | None) -> Iterator[pa.Table]:

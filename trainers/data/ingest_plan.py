@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
@@ -24,8 +25,13 @@ from mimray.trainers.data.files import (
 )
 from mimray.trainers.data.label_tables import folder_labels
 from mimray.trainers.data.labels import Classes, numbered, read_values
+from mimray.trainers.data.manifest import read_manifest
 from mimray.trainers.data.parquet import Layout, ParquetSource, leaf
+from mimray.trainers.data.rng import Stream, generator, permutation
 from mimray.trainers.errors import DataError, EmptyDatasetError
+
+# A constant, so that the same source makes the same bytes.
+_ORDER_SEED = 0
 
 # One unit is read at once: a picture file (`group` null) or a row group of Parquet.
 UNITS = pa.schema(
@@ -60,10 +66,13 @@ class SourcePicture(NamedTuple):
 
 @dataclass(frozen=True)
 class IngestPlan:
-    """Everything to be read, in the order of the dataset to come.
+    """Everything to be read.
 
     Attributes:
-        units: table of schema `UNITS`.
+        units: table of schema `UNITS`, in reading order.
+        places: int64 [num_pictures], the place in the dataset to come of each picture read; None
+            where they are read in the order of their places.
+        num_bytes: size of the Parquet files; 0 for pictures that are files.
         num_pictures: number of pictures in the units.
         layout: columns of the Parquet shards; None for files.
         labelled: True if pictures have labels.
@@ -73,6 +82,8 @@ class IngestPlan:
     """
 
     units: pa.Table
+    places: np.ndarray | None
+    num_bytes: int
     num_pictures: int
     layout: Layout | None
     labelled: bool
@@ -82,7 +93,11 @@ class IngestPlan:
 
 
 def plan_ingest(src: str, split: str | None = None, label: str | None = None) -> IngestPlan:
-    """List what an ingest will read.
+    """List what an ingest will read, and draw the order of the dataset to come.
+
+    The order is a random permutation of all pictures, from a constant seed, so that neighbours in
+    a class folder or a sorted file are strangers. What ingest wrote is in random order already,
+    and keeps it.
 
     Args:
         src: folder of pictures, Parquet (file or folder), or a text file with one URI or path
@@ -124,8 +139,12 @@ def plan_ingest(src: str, split: str | None = None, label: str | None = None) ->
         layout = replace(layout, classes=Classes((), "index"))
     elif labelled:
         layout = replace(layout, classes=layout.classes._replace(names=source.facts.class_names))
+    manifest = read_manifest(*locate(contents.root))
+    permuted = manifest is not None and manifest.permuted
     return IngestPlan(
         units=_table(units),
+        places=None if permuted else _random_order(len(source)),
+        num_bytes=source.num_bytes,
         num_pictures=len(source),
         layout=layout,
         labelled=labelled,
@@ -225,13 +244,19 @@ def _of_files(
     rows: list[tuple[str, str, int | None]], class_names: tuple[str, ...], num_ignored: int
 ) -> IngestPlan:
     return IngestPlan(
-        units=_table([(*row, None, 0, 1) for row in rows]),
+        units=_table([(*row, None, 0, 1) for row in rows]).take(_random_order(len(rows))),
+        places=None,
+        num_bytes=0,
         num_pictures=len(rows),
         layout=None,
         labelled=bool(class_names),
         class_names=class_names,
         num_ignored=num_ignored,
     )
+
+
+def _random_order(num_pictures: int) -> np.ndarray:
+    return permutation(generator(_ORDER_SEED, Stream.INGEST_ORDER, 0), num_pictures)
 
 
 def _table(rows: Sequence[tuple[object, ...]]) -> pa.Table:

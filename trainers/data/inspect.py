@@ -10,11 +10,17 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from mimray.trainers.data.decode import decode_rgb, read_size
 from mimray.trainers.data.parquet import ParquetSource
+from mimray.trainers.data.rng import Stream, generator, permutation
 from mimray.trainers.data.sources import Source, available_splits, open_source
 from mimray.trainers.errors import ImageError
 from mimray.trainers.types import DatasetFacts
 
 _SAMPLE = 64
+# Rows of a large batch, where labels are held against those of as many rows in turn.
+_STRETCH_ROWS = 1024
+# Rows in random order hardly ever have fewer classes than this share of what is expected.
+_MIXED = 0.8
+_MIN_ROWS = 16
 _COLUMNS = 8
 _TILE_PX = 144
 _GAP_PX = 10
@@ -30,6 +36,23 @@ class Range:
     smallest: int
     median: int
     largest: int
+
+
+@dataclass(frozen=True)
+class LabelMixing:
+    """Classes that rows in turn have, against those of rows in random order.
+
+    Attributes:
+        stretch_rows: rows in turn that are looked at together.
+        classes: mean number of classes in such a stretch, in the order of the files.
+        shuffled_classes: the same with all rows in random order.
+        in_runs: True if there are so few classes that rows must be sorted by class.
+    """
+
+    stretch_rows: int
+    classes: float
+    shuffled_classes: float
+    in_runs: bool
 
 
 @dataclass(frozen=True)
@@ -49,6 +72,8 @@ class Inspection:
             unlabelled.
         label_notes: what people need to know of the labels: columns that were not taken, pictures
             without a label, names that are easily mistaken.
+        label_mixing: how well classes are mixed in Parquet; None when unlabelled or of a few
+            rows, and for a folder, whose files are read in any order.
     """
 
     facts: DatasetFacts
@@ -61,6 +86,7 @@ class Inspection:
     num_broken: int
     label_counts: dict[str, int] | None
     label_notes: tuple[str, ...]
+    label_mixing: LabelMixing | None
 
 
 def inspect(
@@ -109,6 +135,7 @@ def inspect(
         num_broken=num_broken,
         label_counts=_label_counts(source),
         label_notes=source.label_notes,
+        label_mixing=_label_mixing(source),
     )
 
 
@@ -191,3 +218,18 @@ def _label_counts(source: Source) -> dict[str, int] | None:
         names[n] if 0 <= n < len(names) else str(n): int(count)
         for n, count in zip(numbers.tolist(), counts, strict=True)
     }
+
+
+def _label_mixing(source: Source) -> LabelMixing | None:
+    labels = source.labels() if isinstance(source, ParquetSource) else None
+    if labels is None or len(labels) < _MIN_ROWS:
+        return None
+    stretch_rows = min(_STRETCH_ROWS, len(labels) // 4)
+    shuffled = labels[permutation(generator(0, Stream.WINDOW_ORDER, 0), len(labels))]
+    classes, expected = (_classes_a_stretch(order, stretch_rows) for order in (labels, shuffled))
+    return LabelMixing(stretch_rows, classes, expected, in_runs=classes < _MIXED * expected)
+
+
+def _classes_a_stretch(labels: np.ndarray, rows: int) -> float:
+    whole = labels[: len(labels) // rows * rows].reshape(-1, rows)
+    return float((np.diff(np.sort(whole, axis=1), axis=1) != 0).sum(axis=1).mean()) + 1

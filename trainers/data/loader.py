@@ -7,11 +7,12 @@ rank alone, so a continued run simply begins with a later batch.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from mimray.trainers.config.run import Plan, Recipe
 from mimray.trainers.data.decoded import Pictures
@@ -19,11 +20,14 @@ from mimray.trainers.data.order import SampleOrder
 from mimray.trainers.data.sources import Source
 from mimray.trainers.data.views import Inputs, Labels, make_inputs
 from mimray.trainers.data.workers import decode_workers
+from mimray.trainers.environment.limits import free_shared_memory
 from mimray.trainers.errors import DataError, ImageError
 from mimray.trainers.types import Batch
 
 # Number of following samples to try in place of one that cannot be decoded.
 MAX_SUBSTITUTES = 8
+# Batches for which shared memory must have room: other processes fill it at the same time.
+ROOM_FOR_BATCHES = 16
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,13 @@ class MicroBatches(Sampler[list[Place]]):
         return (self.plan.steps - self.first_step) * self.plan.accumulation
 
 
+def training_order(source: Source, recipe: Recipe) -> SampleOrder:
+    """The order in which a recipe's run sees the samples of a source."""
+    return SampleOrder(
+        source.group_rows, recipe.seed, recipe.data.shuffle_window, source.open_groups
+    )
+
+
 def make_loader(
     source: Source,
     plan: Plan,
@@ -163,26 +174,37 @@ def make_loader(
         pin_memory: True for batches in page-locked memory, which speeds copies to a GPU.
     """
     data = plan.recipe.data
-    order = SampleOrder(source.group_rows, plan.recipe.seed, data.shuffle_window)
+    order = training_order(source, plan.recipe)
     loader = DataLoader(
         Samples(source, plan.recipe, inputs),
         batch_sampler=MicroBatches(plan, order, rank, first_step),
         collate_fn=collate,
         pin_memory=pin_memory,
-        prefetch_factor=data.prefetch_batches if data.num_workers else None,
-        **decode_workers(data.num_workers),
+        **decode_workers(data.num_workers, data.prefetch_batches),
     )
-    return iter(loader)
+    return map(_as_tensors, loader)
 
 
 def collate(samples: list[Sample]) -> Batch:
-    """Stack samples into a batch."""
+    """Stack samples into a batch.
+
+    A decode process hands tensors over in shared memory. Where that has no room, as in a container
+    of 64 MiB, it hands over arrays, which go through a pipe.
+    """
+    inputs: dict[str, Any] = {
+        name: np.stack([s.inputs[name] for s in samples]) for name in samples[0].inputs
+    }
+    num_bytes = sum(array.nbytes for array in inputs.values())
+    if get_worker_info() is None or num_bytes * ROOM_FOR_BATCHES <= free_shared_memory():
+        inputs = {name: torch.from_numpy(array) for name, array in inputs.items()}
     return Batch(
-        inputs={
-            name: torch.from_numpy(np.stack([s.inputs[name] for s in samples]))
-            for name in samples[0].inputs
-        },
+        inputs=inputs,
         indices=np.array([s.place.index for s in samples], dtype=np.int64),
         epoch=np.array([s.place.epoch for s in samples], dtype=np.int64),
         problems=tuple(problem for s in samples for problem in s.problems),
     )
+
+
+def _as_tensors(batch: Batch) -> Batch:
+    inputs = {name: torch.as_tensor(value) for name, value in batch.inputs.items()}
+    return replace(batch, inputs=inputs)

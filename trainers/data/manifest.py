@@ -22,6 +22,7 @@ FORMAT_KEY = b"mimray_format"
 CLASS_NAMES_KEY = b"class_names"
 
 _SHARD_NAME = re.compile(r"shard-\d{5,}\.parquet")
+_RUN_NAME = re.compile(r"rows-\d{5,}\.arrow")
 
 
 def shard_name(number: int) -> str:
@@ -32,6 +33,16 @@ def shard_name(number: int) -> str:
 def is_shard_name(name: str) -> bool:
     """True if a file has the name of a shard of ours."""
     return _SHARD_NAME.fullmatch(name) is not None
+
+
+def run_name(number: int) -> str:
+    """File name of sorted rows that lie in the folder while a dataset is written."""
+    return f"rows-{number:05d}.arrow"
+
+
+def is_run_name(name: str) -> bool:
+    """True if a file has the name of such sorted rows."""
+    return _RUN_NAME.fullmatch(name) is not None
 
 
 @dataclass(frozen=True)
@@ -58,6 +69,8 @@ class Manifest:
         num_ignored: files of the source that were passed over; see `Contents`.
         rejected: pictures left out, counted by reason.
         shards: shards, in reading order.
+        permuted: True if rows lie in random order, as ingest writes them; datasets of earlier
+            versions lie in the order of their paths.
     """
 
     num_samples: int
@@ -70,6 +83,7 @@ class Manifest:
     num_ignored: int
     rejected: dict[str, int]
     shards: tuple[ShardFacts, ...]
+    permuted: bool = False
 
     def to_json(self) -> str:
         """The manifest as JSON text; equal manifests give equal text."""

@@ -1,4 +1,4 @@
-"""Pictures in Parquet: one row group is read at a time, never a whole shard for one picture."""
+"""Pictures in Parquet: a row group is read at a time, never a whole shard for one picture."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mimray.trainers.data.cache import DiskCache, MemoryCache, user_cache
+from mimray.trainers.data.cache import MEMORY_BYTES, DiskCache, MemoryCache, user_cache
 from mimray.trainers.data.discover import Contents
 from mimray.trainers.data.files import is_local, is_parquet, join, locate, unreachable
 from mimray.trainers.data.labels import (
@@ -26,7 +27,8 @@ from mimray.trainers.data.labels import (
     labelling_of,
     read_values,
 )
-from mimray.trainers.data.manifest import FORMAT_KEY, is_shard_name, read_manifest
+from mimray.trainers.data.manifest import FORMAT_KEY, Manifest, is_shard_name, read_manifest
+from mimray.trainers.data.parts import cut_groups
 from mimray.trainers.errors import DataError, EmptyDatasetError
 from mimray.trainers.types import DatasetFacts, Record
 
@@ -78,6 +80,30 @@ class Shard:
         return [footer.row_group(i).num_rows for i in range(footer.num_row_groups)]
 
 
+@dataclass(frozen=True)
+class Part:
+    """A stretch of one row group: what is kept of it when it is read.
+
+    Attributes:
+        shard: the file.
+        group: number of the row group in the file.
+        number: number of the row group in the dataset.
+        first_row: first row of the part in the row group.
+        num_rows: number of its rows.
+    """
+
+    shard: Shard
+    group: int
+    number: int
+    first_row: int
+    num_rows: int
+
+    @property
+    def whole(self) -> Part:
+        """The row group as one part."""
+        return replace(self, first_row=0, num_rows=self.shard.footer.row_group(self.group).num_rows)
+
+
 class ParquetSource:
     """Random access to the pictures of a Parquet dataset.
 
@@ -85,12 +111,21 @@ class ParquetSource:
     Parquet covers the shards' names, sizes, schema, row counts and row group sizes: it is had
     without reading the pictures, and misses an edit that leaves all of these as they were.
 
+    Attributes:
+        group_rows: int64 [G], rows of each row group; of its parts, where `shuffled` needs them.
+        open_groups: how many of those to keep open at a time, at most.
+        reads_per_epoch: mean number of times that a row group is read in an epoch of shuffled
+            reading: its parts.
+
     Args:
         uri: place of the data, as the user gave it.
         contents: shards of the dataset.
         label: column of the labels; None for `label`, or the only one that the data calls so.
         with_labels: False reads no labels, whatever there is.
-        cache_dir: folder of row groups of remote data; None for the user's cache folder.
+        shuffled: True where rows are read in the order of `SampleOrder`. Foreign Parquet may be
+            sorted, so more row groups are then open at a time than memory holds: they are kept
+            on local disk; in parts, if they are large and `cache_mib` does not hold them all.
+        cache_dir: folder of row groups kept on disk; None for the user's cache folder.
         cache_mib: bound of that folder.
     """
 
@@ -101,19 +136,23 @@ class ParquetSource:
         *,
         label: str | None = None,
         with_labels: bool = True,
+        shuffled: bool = False,
         cache_dir: str | None = None,
         cache_mib: int = 4096,
     ) -> None:
-        self.uri, self._root = uri, contents.root
+        self.uri = uri
+        self._root = contents.root
         self.shards = read_footers(contents)
         self.layout = common_layout(self.shards, uri, label)
-        self.group_rows = np.array(
-            [rows for shard in self.shards for rows in shard.group_rows], dtype=np.int64
-        )
+        manifest = _manifest_of(uri, contents, self.shards)
+        permuted = manifest is not None and manifest.permuted
+        self._parts, self.open_groups = cut_shards(self.shards, spread=shuffled and not permuted)
+        self.group_rows = np.array([part.num_rows for part in self._parts], dtype=np.int64)
         self._group_ends = np.cumsum(self.group_rows)
-        self._groups = [
-            (shard, group) for shard in self.shards for group in range(shard.footer.num_row_groups)
-        ]
+        self.num_bytes = sum(shard.num_bytes for shard in self.shards)
+        self._in_parts = self.num_bytes > cache_mib << 20
+        num_groups = sum(shard.footer.num_row_groups for shard in self.shards)
+        self.reads_per_epoch = len(self._parts) / max(num_groups, 1) if self._in_parts else 1.0
         num_samples = int(self.group_rows.sum())
         if num_samples == 0:
             raise EmptyDatasetError(f"{uri} holds Parquet without a row")
@@ -125,7 +164,7 @@ class ParquetSource:
         )
         self._labels = labelling.numbers
         self.label_notes = labelling.notes
-        fingerprint = _fingerprint(uri, contents, self.shards)
+        fingerprint = manifest.fingerprint if manifest else _fingerprint(self.shards)
         self.pictures_fingerprint = fingerprint
         if with_labels and not self.layout.label_by_default:
             # The same pictures under other labels are another dataset.
@@ -137,20 +176,26 @@ class ParquetSource:
             class_names=labelling.class_names,
             kind="parquet",
         )
-        self.num_bytes = sum(shard.num_bytes for shard in self.shards)
         remote = not is_local(locate(self._root)[0])
+        too_large = shuffled and not permuted and self.num_bytes > MEMORY_BYTES
         self._disk = (
-            DiskCache(cache_dir or str(user_cache("row-groups")), cache_mib) if remote else None
+            DiskCache(cache_dir or str(user_cache("row-groups")), cache_mib)
+            if remote or too_large
+            else None
         )
 
     def __len__(self) -> int:
         return self.facts.num_samples
 
     def __getitem__(self, index: int) -> Record:
-        group, row = self._find(index)
+        part, row = self._find(index)
         self._open()
-        key = f"{self.pictures_fingerprint[:16]}-{group}"
-        load: Callable[[], pa.Table] = partial(self._read_group, group)
+        if not self._in_parts:
+            part, row = part.whole, row + part.first_row
+        key = f"{self.pictures_fingerprint[:16]}-{part.number}"
+        if part.num_rows < part.whole.num_rows:
+            key += f"-{part.first_row}-{part.num_rows}"
+        load: Callable[[], pa.Table] = partial(self._read_part, part)
         if self._disk is not None:
             load = partial(self._disk.get, key, load)
         table = self._memory.get(key, load)
@@ -190,13 +235,13 @@ class ParquetSource:
 
     def name(self, index: int) -> str:
         """Place and origin of a picture, for messages."""
-        group, row = self._find(index)
-        shard, number = self._groups[group]
-        place = f"{join(self._root, shard.path)} row group {number} row {row}"
+        part, row = self._find(index)
+        row += part.first_row
+        place = f"{join(self._root, part.shard.path)} row group {part.group} row {row}"
         if self.layout.source is None:
             return place
         self._open()
-        table = self._read(shard, number, [self.layout.source])
+        table = self._read(part.shard, part.group, [self.layout.source])
         return f"{leaf(table, self.layout.source)[row].as_py()} in {place}"
 
     def __getstate__(self) -> dict[str, Any]:
@@ -211,15 +256,17 @@ class ParquetSource:
             self._memory = MemoryCache()
             self._opened_by = os.getpid()
 
-    def _find(self, index: int) -> tuple[int, int]:
+    def _find(self, index: int) -> tuple[Part, int]:
         if not 0 <= index < len(self):
             raise IndexError(index)
         group = int(np.searchsorted(self._group_ends, index, side="right"))
-        return group, int(index - self._group_ends[group] + self.group_rows[group])
+        return self._parts[group], int(index - self._group_ends[group] + self.group_rows[group])
 
-    def _read_group(self, group: int) -> pa.Table:
-        shard, number = self._groups[group]
-        table = self._read(shard, number, [self.layout.image])
+    def _read_part(self, part: Part) -> pa.Table:
+        table = self._read(part.shard, part.group, [self.layout.image])
+        if part.num_rows < part.whole.num_rows:
+            # Copied, for a slice would keep the whole row group in memory.
+            table = table.take(np.arange(part.first_row, part.first_row + part.num_rows))
         return pa.table({"image": leaf(table, self.layout.image)})
 
     def _read_column(self, column: str) -> list[pa.ChunkedArray]:
@@ -289,6 +336,24 @@ def read_footers(contents: Contents) -> list[Shard]:
 
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         return list(pool.map(lambda f: read(f.path, f.num_bytes), contents.files))
+
+
+def cut_shards(shards: list[Shard], *, spread: bool) -> tuple[list[Part], int]:
+    """Cut the row groups of all shards; see `cut_groups`.
+
+    Returns:
+        The parts, in file order, and how many of them are open at a time.
+    """
+    groups = [(shard, i) for shard in shards for i in range(shard.footer.num_row_groups)]
+    facts = [shard.footer.row_group(i) for shard, i in groups]
+    rows = np.array([group.num_rows for group in facts], dtype=np.int64)
+    sizes = np.array([group.total_byte_size for group in facts], dtype=np.int64)
+    num_parts, open_parts = cut_groups(rows, sizes, spread=spread)
+    parts = []
+    for number, (shard, group) in enumerate(groups):
+        ends = (rows[number] * np.arange(num_parts[number] + 1) // num_parts[number]).tolist()
+        parts += [Part(shard, group, number, start, end - start) for start, end in pairwise(ends)]
+    return parts, open_parts
 
 
 def common_layout(shards: list[Shard], uri: str, label: str | None = None) -> Layout:
@@ -377,8 +442,12 @@ def _source_leaf(schema: pa.Schema, image: str) -> str | None:
     return None
 
 
-def _fingerprint(uri: str, contents: Contents, shards: list[Shard]) -> str:
-    """Take the fingerprint from `dataset.json`, or make one from the footers."""
+def _manifest_of(uri: str, contents: Contents, shards: list[Shard]) -> Manifest | None:
+    """Read `dataset.json` and hold it against the shards; None for foreign Parquet and one shard.
+
+    Raises:
+        DataError: the dataset is not whole.
+    """
     manifest = read_manifest(*locate(contents.root))
     one_shard = is_parquet(uri)
     if manifest is not None and not one_shard:
@@ -388,7 +457,7 @@ def _fingerprint(uri: str, contents: Contents, shards: list[Shard]) -> str:
                 f" {len(shards)}, not the same ones",
                 hint="copy the dataset again, or ingest the data again",
             )
-        return manifest.fingerprint
+        return manifest
     if not one_shard and any(
         is_shard_name(s.path) and FORMAT_KEY in (s.schema.metadata or {}) for s in shards
     ):
@@ -396,6 +465,10 @@ def _fingerprint(uri: str, contents: Contents, shards: list[Shard]) -> str:
             f"{uri} was left by an interrupted ingest: it has shards and no dataset.json",
             hint="ingest the data again",
         )
+    return None
+
+
+def _fingerprint(shards: list[Shard]) -> str:
     digest = hashlib.sha256(str(shards[0].schema).encode())
     for shard in shards:
         groups = [shard.footer.row_group(i) for i in range(shard.footer.num_row_groups)]

@@ -32,6 +32,7 @@ class Stream(IntEnum):
     SCENE = 11
     ERASING = 12
     SEARCH = 13
+    INGEST_ORDER = 14
 
 
 def generator(seed: int, stream: Stream, a: int, b: int = 0, view: int = 0) -> np.random.Generator:

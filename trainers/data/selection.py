@@ -29,6 +29,8 @@ class Selection:
         ends = np.searchsorted(indices, np.cumsum(source.group_rows))
         rows = np.diff(ends, prepend=0)
         self.group_rows = rows[rows > 0]
+        self.open_groups = source.open_groups
+        self.reads_per_epoch = source.reads_per_epoch
         self.num_bytes = source.num_bytes
         self.label_notes = source.label_notes
         self.pictures_fingerprint = _of_some(source.pictures_fingerprint, indices)
@@ -89,6 +91,7 @@ def open_training(uri: str, recipe: Recipe) -> Source:
         uri,
         label=recipe.data.label,
         with_labels=recipe.method.learns_classes or recipe.data.val_share > 0,
+        shuffled=True,
         cache_mib=recipe.data.cache_mib,
     )
     indices = np.arange(len(source))

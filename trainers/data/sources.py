@@ -28,7 +28,10 @@ class Source(Protocol):
     Attributes:
         facts: facts of the dataset.
         group_rows: int64 [G], rows of each row group in file order; reading one picture costs
-            reading its row group, so an order that stays within a few groups is cheap.
+            reading its row group, unless that is open.
+        open_groups: number of row groups to keep open at a time, at most; the same on every
+            machine, since the order of training follows from it.
+        reads_per_epoch: mean number of times that a row group is read in an epoch of training.
         num_bytes: size of its files together.
         pictures_fingerprint: the fingerprint that the dataset has when its labels are not read.
         label_notes: what people need to know of the labels: columns that were not taken, with the
@@ -37,6 +40,8 @@ class Source(Protocol):
 
     facts: DatasetFacts
     group_rows: np.ndarray
+    open_groups: int
+    reads_per_epoch: float
     num_bytes: int
     pictures_fingerprint: str
     label_notes: tuple[str, ...]
@@ -68,6 +73,7 @@ def open_source(
     split: str | None = None,
     label: str | None = None,
     with_labels: bool = True,
+    shuffled: bool = False,
     cache_dir: str | None = None,
     cache_mib: int = 4096,
 ) -> Source:
@@ -80,6 +86,7 @@ def open_source(
         label: column of the labels, of Parquet or of `metadata.csv` beside pictures; None takes
             `label`, or class folders.
         with_labels: False reads no labels: the dataset is unlabelled, whatever its labels are like.
+        shuffled: True where rows are read in the order of `SampleOrder`; see `ParquetSource`.
         cache_dir: folder on local disk for row groups of remote Parquet; None for the user's cache
             folder. Pictures of a remote folder are not kept: ingest them.
         cache_mib: bound of that folder.
@@ -97,6 +104,7 @@ def open_source(
             contents,
             label=label,
             with_labels=with_labels,
+            shuffled=shuffled,
             cache_dir=cache_dir,
             cache_mib=cache_mib,
         )
@@ -129,6 +137,8 @@ class FolderSource:
         )
         self._labels, self.label_notes = labelling.numbers, labelling.notes
         self.group_rows = np.ones(len(self._paths), dtype=np.int64)
+        self.open_groups = len(self._paths)
+        self.reads_per_epoch = 1.0
         self.num_bytes = sum(file.num_bytes for file in contents.files)
         digest = hashlib.sha256()
         for file in contents.files:

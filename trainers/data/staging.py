@@ -14,7 +14,13 @@ from pathlib import Path
 from pyarrow import fs as pafs
 
 from mimray.trainers.data.files import is_local, join, locate
-from mimray.trainers.data.manifest import MANIFEST_NAME, REJECTED_NAME, is_shard_name, read_manifest
+from mimray.trainers.data.manifest import (
+    MANIFEST_NAME,
+    REJECTED_NAME,
+    is_run_name,
+    is_shard_name,
+    read_manifest,
+)
 from mimray.trainers.errors import DataError, StorageError
 
 
@@ -90,7 +96,7 @@ def _refuse_if_taken(filesystem: pafs.FileSystem, path: str, out: str, overwrite
 
 
 def _is_ours(name: str) -> bool:
-    return is_shard_name(name) or name in (MANIFEST_NAME, REJECTED_NAME)
+    return is_shard_name(name) or is_run_name(name) or name in (MANIFEST_NAME, REJECTED_NAME)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,8 @@ _RESAMPLING = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 _JITTERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+# The share of a resized picture's side that a centre crop keeps: 224 of 256.
+CROP_SHARE = 0.875
 Box = tuple[float, float, float, float]
 
 
@@ -122,6 +124,44 @@ def inference_view(
 ) -> np.ndarray:
     """Resize a whole picture to (height, width), uint8 [C, H, W]; its aspect is not kept."""
     return to_array(view_of(image, image_size, interpolation))
+
+
+def center_crop_view(
+    image: Image.Image, image_size: tuple[int, int], interpolation: str
+) -> np.ndarray:
+    """Resize a picture in its aspect to cover the view / 0.875, and cut its centre.
+
+    Args:
+        image: an RGB or grayscale picture.
+        image_size: (height, width) of the result, pixels.
+        interpolation: bicubic, bilinear or lanczos.
+
+    Returns:
+        uint8 [C, H, W].
+
+    Source: the official code of DINO (`eval_knn.py`) and of MAE (`main_linprobe.py`): resize of the
+        shorter side to 256, bicubic, then a centre crop of 224; sizes and offsets round as
+        torchvision's `Resize` and `CenterCrop` do.
+    """
+    height, width = image_size
+    covered = covering_size((image.height, image.width), image_size)
+    image = view_of(image, covered, interpolation)
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return to_array(image.crop((left, top, left + width, top + height)))
+
+
+def covering_size(source_size: tuple[int, int], image_size: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) that a picture is resized to before a centre crop; its aspect is kept.
+
+    Args:
+        source_size: (height, width) of the picture.
+        image_size: (height, width) of the crop.
+    """
+    rows, columns = (int(side / CROP_SHARE) for side in image_size)
+    height, width = source_size
+    if rows * width >= columns * height:
+        return rows, int(rows * width / height)
+    return int(columns * height / width), columns
 
 
 def to_array(image: Image.Image) -> np.ndarray:

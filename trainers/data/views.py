@@ -157,7 +157,8 @@ def make_inputs(
 ) -> dict[str, np.ndarray]:
     """Crop, augment and mask one picture; a pure function of its arguments.
 
-    The picture is decoded once, at the lowest resolution at which no view is enlarged.
+    The picture is decoded once, at the lowest resolution that has twice the pixels of every view
+    along each side.
 
     Args:
         inputs: the method's declared inputs.

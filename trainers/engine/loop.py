@@ -16,8 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mimray.trainers.config.run import Plan
-from mimray.trainers.data.loader import Place, Samples, collate, make_loader
-from mimray.trainers.data.order import SampleOrder
+from mimray.trainers.data.loader import Place, Samples, collate, make_loader, training_order
 from mimray.trainers.data.sources import Source
 from mimray.trainers.data.views import Inputs
 from mimray.trainers.engine import checkpoints
@@ -312,7 +311,7 @@ def _plain_grad_norm(engine: Engine) -> Tensor | None:
 
 def _shown_batch(plan: Plan, source: Source, inputs: Inputs) -> Batch:
     """The first samples of the run; the same ones are drawn each time, to show progress."""
-    order = SampleOrder(source.group_rows, plan.recipe.seed, plan.recipe.data.shuffle_window)
+    order = training_order(source, plan.recipe)
     count = min(plan.recipe.logging.num_pictures, len(source))
     samples = Samples(source, plan.recipe, inputs)
     places = zip(*order.take(0, count), strict=True)

@@ -61,6 +61,7 @@ class Setting:
         device: `cpu`, `cuda`, …, as torch names it.
         folder: folder of the state that a task goes on from after a kill.
         progress: called with the phase, and how much of it is done.
+        command: the command line, for the record.
         label: column of the labels; None for `label`, or class folders.
         hold_out: the rule by which pictures are held out where DATA has no split to score on.
     """
@@ -73,5 +74,6 @@ class Setting:
     device: str
     folder: Path
     progress: Progress
+    command: str = ""
     label: str | None = None
     hold_out: HoldOut = HoldOut()

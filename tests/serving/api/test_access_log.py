@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ def test_access_log__written_to_the_end_by_a_process_that_ends(tmp_path: Path) -
         "log = open_access_log(sys.argv[1])\n"
         "for _ in range(2000): log.write({'status': 200})"
     )
-    subprocess.run([sys.executable, "-c", code, tmp_path / "a.jsonl"], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code, tmp_path / "a.jsonl"], check=True, timeout=240)
     (file,) = tmp_path.iterdir()
     assert len(file.read_text().splitlines()) == 2000
 
@@ -128,10 +129,9 @@ def test_gateway__notes_every_request(
         assert refused.status_code == 429
         assert 1 <= int(refused.headers["retry-after"]) <= 30
     (file,) = tmp_path.glob("log-*.jsonl")
-    deadline = 200
-    while len(lines := file.read_text().splitlines()) < 4 and deadline:
-        deadline -= 1
-        os.sched_yield()
+    deadline = time.monotonic() + 120
+    while len(lines := file.read_text().splitlines()) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
     first, answered, *_ = map(json.loads, lines)
     assert (first["status"], first["error"], first["request_id"]) == (401, "unauthorized", "mine")
     assert (answered["key"], answered["pictures"], answered["cache"]) == ("web", 2, "miss")

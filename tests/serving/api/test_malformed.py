@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import psutil
-import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
@@ -89,7 +88,6 @@ def _request(rng: np.random.Generator, data: bytes, whole: bytes) -> dict[str, A
     return {"url": infer, "content": data, "headers": headers}
 
 
-@pytest.mark.timeout(400)
 def test_endpoint__takes_what_is_sent(
     application: Callable[..., Any], picture: Callable[..., bytes]
 ) -> None:

@@ -109,7 +109,7 @@ def test_endpoint__a_fuzzer_finds_nothing(url: str, operation: str) -> None:
         def check(case: Any) -> None:
             # No schema can say what bytes are a picture, so not every body it allows is one.
             excluded = [positive_data_acceptance] if "requestBody" in tree_operation else []
-            case.call_and_validate(base_url=url, timeout=20, excluded_checks=excluded)
+            case.call_and_validate(base_url=url, timeout=120, excluded_checks=excluded)
 
         try:
             check()

@@ -84,3 +84,13 @@ def test_import__is_light() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", ["http_proxy", "all_proxy"])
+def test_proxy__an_endpoint_of_this_machine_is_asked_directly(
+    server: Any, call: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nothing listens
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    assert call("embed", [b"\x07"], "m")[0, 0] == 7

@@ -37,16 +37,16 @@ def test_retry__waits_as_long_as_asked(server: Any, call: Any) -> None:
     server.script.append(server.refuse(503, {"Retry-After": "1"}))
     started = time.monotonic()
     assert call("embed", [b"\x07"], "m")[0, 0] == 7
-    assert 1.0 <= time.monotonic() - started < 5.0
+    assert time.monotonic() - started >= 1.0
 
 
 def test_retry__never_beyond_the_deadline(server: Any, call: Any) -> None:
     server.script.append(server.refuse(503, {"Retry-After": "60"}, error="queue is full"))
     started = time.monotonic()
     with pytest.raises(OverloadedError, match="queue is full") as refused:
-        call("embed", [b"a"], "m")
+        call("embed", [b"a"], "m", options={"deadline_s": 50.0})
     assert refused.value.retry_after_s == 60
-    assert time.monotonic() - started < 5.0
+    assert time.monotonic() - started < 40  # it does not wait for the deadline to refuse
     assert len(server.seen) == 1
 
 
@@ -69,23 +69,24 @@ def test_retry__refusals_for_good_are_raised_at_once(server: Any, call: Any) -> 
 def test_retry__one_requests_failure_stops_the_others_pauses(server: Any, call: Any) -> None:
     def reply(handler: Any, body: bytes) -> None:
         (picture,) = parse_request(body, handler.headers[HEADER_LENGTH]).inputs[0].data
-        busy = server.refuse(503, {"Retry-After": "8"})
+        busy = server.refuse(503, {"Retry-After": "60"})
         (server.refuse(400) if picture == b"0" else busy)(handler, body)
 
     server.reply = reply
     started = time.monotonic()
+    options = {"batch_size": 1, "deadline_s": 120.0}
     with pytest.raises(InvalidRequestError):
-        call("embed", [b"0", b"1", b"2"], "m", options={"batch_size": 1})
-    assert time.monotonic() - started < 6.0
+        call("embed", [b"0", b"1", b"2"], "m", options=options)
+    assert time.monotonic() - started < 50
 
 
 def test_deadline__an_answer_that_drips_is_given_up(server: Any, call: Any) -> None:
     def drip(handler: Any, _: bytes) -> None:
         handler.send_response(200)
-        handler.send_header("Content-Length", "1000")
+        handler.send_header("Content-Length", "1000000")
         handler.end_headers()
         try:
-            for _index in range(100):
+            for _index in range(1000):
                 handler.wfile.write(b"x")
                 time.sleep(0.05)
         except OSError:
@@ -95,7 +96,7 @@ def test_deadline__an_answer_that_drips_is_given_up(server: Any, call: Any) -> N
     started = time.monotonic()
     with pytest.raises(OverloadedError, match="does not answer"):
         call("models", options={"deadline_s": 0.3})
-    assert time.monotonic() - started < 3.0
+    assert time.monotonic() - started < 40  # it drips for 50 s
 
 
 def test_timeout__silence_is_tried_again(server: Any, call: Any) -> None:

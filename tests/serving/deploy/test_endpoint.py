@@ -205,7 +205,7 @@ def test_client__bad_pictures_fail_alone_under_load(
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=60)
+        thread.join(timeout=240)
     for index in range(16):
         if index % 4 == 3:
             assert isinstance(outcomes[index], UnusablePictureError)

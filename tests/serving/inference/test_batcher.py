@@ -77,7 +77,8 @@ def test_batcher__rare_key_is_not_starved_by_full_batches() -> None:
 
         floods = [asyncio.create_task(flood()) for _ in range(3)]
         await asyncio.sleep(0)
-        assert await asyncio.wait_for(batcher.submit("rare", 1), timeout=0.2) == 10
+        assert await batcher.submit("rare", 1) == 10
+        assert not any(task.done() for task in floods)
         await asyncio.gather(*floods)
         await batcher.close()
 
@@ -126,7 +127,7 @@ def test_batcher__waits_for_those_that_are_expected_but_not_for_ever() -> None:
         await asyncio.gather(first, second)
         assert log == [("a", [1, 2])]
         with batcher.expecting(1):  # which never comes
-            assert await asyncio.wait_for(batcher.submit("a", 3), timeout=1) == 3
+            assert await asyncio.wait_for(batcher.submit("a", 3), timeout=60) == 3
         await batcher.close()
 
     asyncio.run(main())

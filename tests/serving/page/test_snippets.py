@@ -31,7 +31,7 @@ def _copied(seen: Any, tab: str) -> str:
 def _run(command: list[str], folder: Path) -> str:
     environment = {**os.environ, "MIMRAY_API_KEY": KEY, "no_proxy": "*"}
     done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -8,8 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from mimray.serving.telemetry.metrics import KINDS, exposition, merged
 
 SERVE = "ray_serve_deployment_replica_healthy"
@@ -37,10 +35,9 @@ def test_metrics__nothing_outside_ray() -> None:
         "metrics = Metrics('m', '3'); metrics.request('infer', 200, 0.1, 1); metrics.batch(1, 9)\n"
         "assert asyncio.run(exposition()) == '' and 'ray' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=240)
 
 
-@pytest.mark.timeout(90)
 def test_exposition__what_a_replica_counted(ray_session: str) -> None:
     import ray
     from prometheus_client.parser import text_string_to_metric_families

@@ -24,7 +24,8 @@ class TapedSource:
     def __init__(self, source: Source) -> None:
         self.source, self.read = source, list[int]()
         self.facts, self.group_rows = source.facts, source.group_rows
-        self.num_bytes = source.num_bytes
+        self.open_groups, self.num_bytes = source.open_groups, source.num_bytes
+        self.reads_per_epoch = source.reads_per_epoch
 
     def __len__(self) -> int:
         return len(self.source)

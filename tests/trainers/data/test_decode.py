@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from mimray.trainers.data.decode import decode, decode_rgb, read_size, resized_short_side
+from mimray.trainers.data.decode import (
+    decode,
+    decode_rgb,
+    draft_scale,
+    read_size,
+    resized_short_side,
+)
 from mimray.trainers.errors import ImageError
 
 
@@ -172,9 +178,41 @@ def test_decode__draft_covers_the_wanted_size_upright() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     data = encode(Image.new("RGB", (1600, 800)), "JPEG", exif=exif)
-    image, header = decode(data, draft_size=(200, 400))
+    image, header = decode(data, draft_size=(100, 200))
     assert image.size == (200, 400)
     assert (header.width, header.height) == (800, 1600)
+
+
+@pytest.mark.parametrize(("enough", "decoded"), [(101, 400), (100, 200), (50, 100), (400, 800)])
+def test_decode__draft_keeps_twice_what_is_needed(enough: int, decoded: int) -> None:
+    data = encode(Image.new("RGB", (800, 800)), "JPEG")
+    assert decode_rgb(data, draft_size=(enough, enough)).size == (decoded, decoded)
+    assert draft_scale((800, 800), (enough, enough)) == 800 // decoded
+
+
+def test_decode__draft_keeps_the_detail_of_what_is_resampled_from_it() -> None:
+    # Amplitudes fall with frequency, as those of photographs do.
+    height, width = 480, 720
+    noise = np.fft.fft2(np.random.default_rng(3).normal(size=(height, width)))
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None])
+    frequency[0, 0] = 1
+    pixels = np.fft.ifft2(noise / frequency).real
+    picture = Image.fromarray(np.clip(128 + 40 * pixels / pixels.std(), 0, 255).astype(np.uint8))
+    data = encode(picture, "JPEG", quality=95)
+    view = (150, 100)
+
+    def gradient_energy(image: Image.Image) -> float:
+        shown = np.asarray(image.resize(view, Image.Resampling.BICUBIC), np.float64)
+        return float(sum((np.diff(shown, axis=axis) ** 2).sum() for axis in (0, 1)))
+
+    whole = gradient_energy(decode_rgb(data))
+    drafted = decode_rgb(data, draft_size=view)
+    assert drafted.size == (360, 240)
+    assert gradient_energy(drafted) > 0.95 * whole
+    # The lowest scale that is not smaller than the view.
+    least = Image.open(io.BytesIO(data))
+    least.draft(None, view)
+    assert gradient_energy(least.convert("RGB")) < 0.85 * whole
 
 
 @pytest.mark.parametrize(

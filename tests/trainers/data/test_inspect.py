@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from mimray.service.commands.data import inspection_text, run_inspect
 from mimray.trainers.data.inspect import Range, inspect
 from mimray.trainers.errors import EmptyDatasetError
 
@@ -50,6 +51,58 @@ def test_inspect__sizes_come_from_columns_without_reading_pictures(tmp_path: Pat
     found = inspect(str(tmp_path))
     assert found.width == Range(0, 49, 99)
     assert (found.num_measured, found.label_counts) == (100, None)
+
+
+def write_labels(path: Path, labels: np.ndarray) -> None:
+    pq.write_table(pa.table({"image": [b""] * len(labels), "label": labels}), path)
+
+
+SORTED = {
+    "by class": np.repeat(np.arange(1000), 20),
+    "a few classes": np.repeat(np.arange(4), 25),
+    "by class, backwards": np.repeat(np.arange(9, -1, -1), 500),
+    # No two neighbours are alike, and yet no batch of neighbours is mixed.
+    "shuffled within shards of ten classes": np.concatenate(
+        [np.tile(np.arange(10) + 10 * shard, 200) for shard in range(10)]
+    ),
+    "shuffled in pairs": np.repeat(np.random.default_rng(0).permutation(10_000) % 1000, 2),
+}
+MIXED = {
+    "shuffled": np.random.default_rng(0).permutation(SORTED["by class"]),
+    "in turn": np.tile(np.arange(10), 30),
+    "one class": np.zeros(500, dtype=int),
+    "one class rules": (np.random.default_rng(0).random(5000) < 0.01).astype(int),
+}
+
+
+@pytest.mark.parametrize("order", [*SORTED, *MIXED])
+def test_inspect__labels_in_runs_are_told(tmp_path: Path, order: str) -> None:
+    write_labels(tmp_path / "x.parquet", {**SORTED, **MIXED}[order])
+
+    result = run_inspect(str(tmp_path), None)
+
+    assert result["label_mixing"]["in_runs"] == (order in SORTED)
+    assert ("mimray data ingest" in inspection_text(result)) == (order in SORTED)
+
+
+def test_inspect__labels_in_runs_are_told_in_figures(tmp_path: Path) -> None:
+    write_labels(tmp_path / "x.parquet", np.repeat(np.arange(100), 1024))
+
+    result = run_inspect(str(tmp_path), None)
+
+    mixing = result["label_mixing"]
+    assert (mixing["stretch_rows"], mixing["classes"]) == (1024, 1)
+    assert mixing["shuffled_classes"] == pytest.approx(100, abs=0.1)
+    assert "1024 rows in turn have 1.0 classes on average, 100.0 if shuffled" in inspection_text(
+        result
+    )
+
+
+def test_inspect__order_of_files_and_of_unlabelled_rows_is_not_judged(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "folder")
+    pq.write_table(pa.table({"image": [b""] * 100}), tmp_path / "x.parquet")
+    for place in ("folder", "x.parquet"):
+        assert inspect(str(tmp_path / place)).label_mixing is None
 
 
 def test_inspect__empty(tmp_path: Path) -> None:

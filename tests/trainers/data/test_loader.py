@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from mimray.trainers.config.run import Plan, Recipe, parse_recipe, resolve
-from mimray.trainers.data.loader import MAX_SUBSTITUTES, MicroBatches, Samples, make_loader
+from mimray.trainers.data import loader
+from mimray.trainers.data.loader import MAX_SUBSTITUTES, MicroBatches, Place, Samples, make_loader
 from mimray.trainers.data.order import SampleOrder
 from mimray.trainers.data.sources import Source, open_source
 from mimray.trainers.data.views import make_inputs
@@ -137,6 +138,25 @@ def test_loader__decode_processes_change_nothing(source: Source):
     elsewhere = batches(source, plan_of(source, num_workers=1), first_step=6)
 
     for a, b in zip(here, elsewhere, strict=True):
+        assert_same(a, b)
+
+
+def test_loader__without_room_in_shared_memory_batches_go_through_a_pipe(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+):
+    here = batches(source, plan_of(source), first_step=6)
+    samples = [
+        Samples(source, plan_of(source).recipe, inputs_of(plan_of(source).recipe))[Place(0, i)]
+        for i in range(4)
+    ]
+    monkeypatch.setattr(loader, "get_worker_info", lambda: "a decode process")
+    monkeypatch.setattr(loader, "free_shared_memory", lambda: 2**40)
+    shared = loader.collate(samples)
+    monkeypatch.setattr(loader, "free_shared_memory", lambda: 1 << 10)
+    piped = loader.collate(samples)
+    assert all(isinstance(value, torch.Tensor) for value in shared.inputs.values())
+    assert all(isinstance(value, np.ndarray) for value in piped.inputs.values())
+    for a, b in zip(here, batches(source, plan_of(source), first_step=6), strict=True):
         assert_same(a, b)
 
 

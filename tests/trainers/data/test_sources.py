@@ -5,7 +5,9 @@ import json
 import multiprocessing
 import os
 import pickle
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,10 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
+from mimray.trainers.data import parquet, parts
 from mimray.trainers.data.cache import DiskCache, MemoryCache
-from mimray.trainers.data.sources import available_splits, open_source
+from mimray.trainers.data.order import SampleOrder
+from mimray.trainers.data.sources import ParquetSource, available_splits, open_source
 from mimray.trainers.errors import DataError, EmptyDatasetError
 
 HF_LABELS = {"info": {"features": {"label": {"_type": "ClassLabel", "names": ["cat", "dog"]}}}}
@@ -200,6 +204,103 @@ def test_parquet__one_picture_costs_one_row_group(
     assert counting.num_bytes < group_bytes, "labels are read without pictures"
 
 
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bounds so small that row groups of some pictures are kept on disk, in parts."""
+    monkeypatch.setattr(parts, "OPEN_BYTES", 500_000)
+    monkeypatch.setattr(parts, "MIN_OPEN_PARTS", 16)
+    monkeypatch.setattr(parquet, "MEMORY_BYTES", 16_000)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("scheme", ["", "fsspec+counting://"])
+@pytest.mark.parametrize("cache_mib", [1, 4])
+def test_parquet__large_row_groups_are_read_once_a_part_or_once(
+    tmp_path: Path, counting: type[CountingFileSystem], scheme: str, cache_mib: int
+) -> None:
+    # 1.5 MiB of noise, so that a cache of 1 MiB does not hold them and one of 4 MiB does.
+    images = [picture(i, 66) for i in range(120)]
+    write_hf(tmp_path / "data/a.parquet", images[:70], [0] * 70, group_rows=20)
+    write_hf(tmp_path / "data/b.parquet", images[70:], [1] * 50, group_rows=50)
+    uri, cache = f"{scheme}{tmp_path}/data", tmp_path / "cache"
+    plain = open_source(uri, cache_dir=str(cache))
+    source = open_source(uri, cache_dir=str(cache), cache_mib=cache_mib, shuffled=True)
+    assert source.facts == plain.facts
+    assert plain.group_rows.tolist() == [20, 20, 20, 10, 50]
+    assert source.group_rows.sum() == 120
+    assert len(source.group_rows) > 4 * len(plain.group_rows)
+    assert isinstance(source, ParquetSource)
+    num_reads = 5 if cache_mib == 4 else len(source.group_rows)
+    assert source.reads_per_epoch == num_reads / 5
+    assert 16 <= source.open_groups < len(source.group_rows)
+
+    read: list[tuple[str, int]] = []
+    whole = ParquetSource._read
+
+    def counted(self: Any, shard: Any, group: int, columns: list[str]) -> pa.Table:
+        read.append((shard.path, group))
+        return whole(self, shard, group, columns)
+
+    order = SampleOrder(source.group_rows, 0, 8192, source.open_groups)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ParquetSource, "_read", counted)
+        for index in order.take(0, 120)[1].tolist():
+            assert source[index] == (images[index], int(index >= 70))
+        assert len(read) == num_reads
+        again = pickle.loads(pickle.dumps(source))
+        assert again[index].image == images[index]
+        assert len(read) == num_reads, "another process finds it on disk"
+    assert [source.name(i) for i in (69, 70, 119)] == [plain.name(i) for i in (69, 70, 119)]
+    assert (source.labels() == plain.labels()).all()  # type: ignore[union-attr]
+
+
+@pytest.mark.usefixtures("small")
+def test_parquet__what_ingest_permuted_is_read_by_whole_row_groups(tmp_path: Path) -> None:
+    manifest = {
+        "format": "mimray-dataset",
+        "version": 1,
+        "num_samples": 60,
+        "labelled": True,
+        "class_names": [],
+        "fingerprint": "0" * 64,
+        "image_bytes": 1,
+        "short_side_px": None,
+        "num_reencoded": 0,
+        "num_ignored": 0,
+        "rejected": {},
+        "shards": [{"file": "shard-00000.parquet", "num_rows": 60, "num_bytes": 1}],
+    }
+    write_hf(tmp_path / "shard-00000.parquet", [picture(i, 66) for i in range(60)], [0] * 60, 20)
+    found = []
+    for permuted in (True, False):
+        (tmp_path / "dataset.json").write_text(json.dumps(manifest | {"permuted": permuted}))
+        source = open_source(str(tmp_path), shuffled=True, cache_dir=str(tmp_path / "cache"))
+        found.append((len(source.group_rows) == 3, source[59].image == picture(59, 66)))
+        assert (tmp_path / "cache").exists() != permuted
+    assert found == [(True, True), (False, True)]
+
+
+def test_disk_cache__of_several_that_miss_a_file_one_loads_it(tmp_path: Path) -> None:
+    loads: list[int] = []
+
+    def load() -> pa.Table:
+        loads.append(1)
+        time.sleep(0.2)
+        return pa.table({"x": [1]})
+
+    with ThreadPoolExecutor(4) as pool:  # locks are of open files, as if these were processes
+        found = list(pool.map(lambda _: DiskCache(str(tmp_path), 1).get("a", load), range(4)))
+
+    assert len(loads) == 1
+    assert all(table.equals(pa.table({"x": [1]})) for table in found)
+
+
+def test_disk_cache__that_cannot_be_written_costs_no_picture(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    cache, table = DiskCache(str(tmp_path / "file/cache"), 1), pa.table({"x": [1]})
+    assert cache.get("a", lambda: table).equals(table)
+
+
 def test_disk_cache__is_bounded_and_evicts_the_longest_unread(tmp_path: Path) -> None:
     cache = DiskCache(str(tmp_path), max_mib=1)
     table = pa.table({"x": np.zeros(50_000)})  # 0.4 MB
@@ -208,7 +309,7 @@ def test_disk_cache__is_bounded_and_evicts_the_longest_unread(tmp_path: Path) ->
         os.utime(tmp_path / f"{key}.arrow", (seconds, seconds))
     cache.get("a", lambda: pytest.fail("it is there"))  # makes `b` the longest unread
     cache.get("c", lambda: table)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.arrow", "c.arrow"]
+    assert sorted(p.name for p in tmp_path.glob("*.arrow")) == ["a.arrow", "c.arrow"]
 
 
 def test_disk_cache__reads_again_what_is_damaged(tmp_path: Path) -> None:

@@ -7,7 +7,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mimray.trainers.data.rng import Stream, generator
-from mimray.trainers.data.transforms import inference_view, random_crop_box, to_array, view_of
+from mimray.trainers.data.transforms import (
+    center_crop_view,
+    inference_view,
+    random_crop_box,
+    to_array,
+    view_of,
+)
 
 SIDES = st.integers(2, 3000)
 
@@ -99,3 +105,30 @@ def test_inference_view__the_whole_picture_channels_first(channels: int, interpo
     np.testing.assert_array_equal(view, to_array(expected))
     # A picture of the right size passes untouched.
     np.testing.assert_array_equal(inference_view(image, (40, 60), interpolation), to_array(image))
+
+
+@pytest.mark.parametrize(
+    "size", [(500, 375), (375, 500), (97, 64), (301, 300), (224, 224), (40, 9)]
+)
+@pytest.mark.parametrize("side", [224, 64])
+def test_center_crop_view__equals_the_papers_by_torchvision(size: tuple[int, int], side: int):
+    from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
+
+    pixels = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    resize = Resize(int(side / 0.875), interpolation=InterpolationMode.BICUBIC)
+    want = to_array(Compose([resize, CenterCrop(side)])(image))
+
+    np.testing.assert_array_equal(center_crop_view(image, (side, side), "bicubic"), want)
+
+
+def test_center_crop_view__of_another_shape_covers_and_keeps_the_aspect():
+    square = Image.new("RGB", (200, 200))
+    square.paste((255, 255, 255), (50, 50, 150, 150))
+
+    found = center_crop_view(square, (64, 128), "bicubic")[0] > 127
+
+    assert found.shape == (64, 128)
+    # Half the picture's side is half of 128 / 0.875 either way, of which 64 rows are shown.
+    assert abs(found.any(axis=0).sum() - 73) <= 1
+    assert found.any(axis=1).sum() == 64

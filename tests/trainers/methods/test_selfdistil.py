@@ -82,7 +82,7 @@ class Trainings:
             for rank in range(ranks)
         ]
         try:
-            said = [process.communicate(timeout=240)[0] for process in processes]
+            said = [process.communicate(timeout=800)[0] for process in processes]
         finally:
             for process in processes:
                 process.kill()

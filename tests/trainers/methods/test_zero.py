@@ -114,7 +114,7 @@ def results(
     out = tmp_path_factory.mktemp("zero") / "out"
     stages = [(name, stage, "fp32") for name in RECIPES for stage in (0, 1, 2, 3)]
     cases = [json.dumps(c) for c in (*stages, *((name, 3, "bf16") for name in RECIPES))]
-    run_ranks(__file__, out, "2", *cases, timeout_s=280)
+    run_ranks(__file__, out, "2", *cases, timeout_s=800)
     return [torch.load(f"{out}.{rank}") for rank in range(2)]
 
 

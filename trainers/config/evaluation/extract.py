@@ -8,6 +8,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from mimray.trainers.config.base import Config
 
+View = Literal["whole", "center_crop"]
 Pooled = Literal["mean", "cls"]
 PositiveFraction = Annotated[PositiveFloat, Field(le=1)]
 
@@ -29,6 +30,11 @@ class ExtractSpec(Config):
     )
     image_size: tuple[PositiveInt, PositiveInt] | None = Field(
         default=None, description="height and width of the input, pixels; the card's by default"
+    )
+    view: View = Field(
+        default="whole",
+        description="whole: resized to the input, as served; center_crop: its aspect kept, the "
+        "shorter side at the input / 0.875, and the centre cut, as in the papers",
     )
     num_views: NonNegativeInt = Field(
         default=0, description="random resized crops and flips a picture; 0: the whole, resized"

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mimray.trainers.config.base import Config
+from mimray.trainers.config.evaluation.extract import View
 
 
 class LinearConfig(Config):
@@ -24,6 +25,11 @@ class LinearConfig(Config):
         default=None,
         description="mean of the patch tokens, class token, or both side by side; "
         "the bundle's own by default",
+    )
+    view: View = Field(
+        default="whole",
+        description="whole: pictures resized to the input, as served; center_crop: shorter side to "
+        "the input / 0.875 (256 for 224), then its centre, as DINO and MAE score",
     )
     held_out: float = Field(
         default=0.1, gt=0, lt=1, description="share of the training pictures to choose on"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mimray.trainers.config.evaluation.head import HeadConfig
 
@@ -25,7 +25,11 @@ class SegmentationConfig(HeadConfig):
         default=None,
         description="number of classes; by default those named, or those in training masks",
     )
-    ignore_index: int = Field(default=255, ge=0, description="value of void pixels in index masks")
+    ignore_index: NonNegativeInt | None = Field(
+        default=None,
+        description="value of void pixels in index masks; 255 by default, but for masks that hold "
+        "0 and 255 alone and so two classes",
+    )
     val_split: str | None = Field(
         default=None, description="the split to score on; a validation or else a test split"
     )

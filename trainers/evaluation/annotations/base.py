@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -30,12 +31,14 @@ class SegmentationSet(Protocol):
         uri: URI of the data.
         class_names: names of the classes, by number.
         ignore_index: the value of void pixels, which enter neither loss nor metric.
+        binary: True if masks hold 0 and 255 alone, and 255 was read as class 1.
         fingerprint: changes with any picture or label.
     """
 
     uri: str
     class_names: tuple[str, ...]
     ignore_index: int
+    binary: bool
     fingerprint: str
 
     def __len__(self) -> int:
@@ -106,39 +109,76 @@ class DetectionSet(Protocol):
         ...
 
 
-@dataclass
-class InvalidLabels:
-    """Labels that are wrong: the first is an error, unless they are to be left out.
+class Fault(NamedTuple):
+    """A fault of a label.
 
     Attributes:
-        skip: True leaves such labels out and lists them, False refuses them.
+        reason: the kind of fault, by which such labels are counted.
+        text: the fault with its values, as the rest of a sentence about the label.
+    """
+
+    reason: str
+    text: str
+
+
+@dataclass
+class InvalidLabels:
+    """Labels that are wrong, and those that were not taken as they stand, counted by reason.
+
+    The first wrong one is an error, unless they are to be left out. What a task does not need, or
+    can be taken in one way only, is never an error; it is counted.
+
+    Attributes:
+        skip: True leaves wrong labels out and lists them, False refuses them.
         found: a line for each label that was left out, in the order found.
+        left_out: number of labels left out, by reason.
+        adapted: number of labels passed over or reinterpreted without harm to the task, by reason.
     """
 
     skip: bool
     found: list[str] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+    adapted: Counter[str] = field(default_factory=Counter)
 
-    def add(self, where: str, what: str) -> None:
+    def add(self, where: str, fault: Fault) -> None:
         """Refuse a label, or list it as left out.
 
         Args:
             where: file and line or id.
-            what: the fault, as the rest of a sentence about it.
+            fault: the fault.
 
         Raises:
             DataError: unless such labels are left out.
         """
         if not self.skip:
             raise DataError(
-                f"{where}: {what}", hint="mend it, or leave such out with --skip-invalid"
+                f"{where}: {fault.text}", hint="mend it, or leave such out with --skip-invalid"
             )
-        self.found.append(f"{where}: {what}")
+        self.found.append(f"{where}: {fault.text}")
+        self.left_out[fault.reason] += 1
+
+    def adapt(self, reason: str, count: int = 1) -> None:
+        """Count labels that were not taken as they stand.
+
+        Args:
+            reason: what was found and what became of it, as words before a number.
+            count: number of such labels.
+        """
+        if count:
+            self.adapted[reason] += count
+
+    def as_json(self) -> dict[str, dict[str, int]]:
+        """The counts, by what became of the labels and by reason."""
+        return {"left_out": dict(self.left_out), "adapted": dict(self.adapted)}
 
     def notes(self, shown: int = 5) -> tuple[str, ...]:
-        """Notes for the result: the number of such labels, and the first few."""
+        """Notes for the result: the counts by reason, and the first few labels left out."""
+        adapted = tuple(f"{reason}: {count}" for reason, count in self.adapted.items())
         if not self.found:
-            return ()
+            return adapted
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in self.left_out.items())
         more = len(self.found) - shown
         tail = (f"and {more} more",) if more > 0 else ()
         what = "label" if len(self.found) == 1 else "labels"
-        return (f"{len(self.found)} invalid {what} left out:", *self.found[:shown], *tail)
+        first = f"{len(self.found)} invalid {what} left out ({reasons}):"
+        return (*adapted, first, *self.found[:shown], *tail)

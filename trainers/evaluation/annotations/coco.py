@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, ValidationInfo, field_validator
 
-from mimray.trainers.data.files import is_file, join, locate, parent, read_bytes
+from mimray.trainers.data.files import is_file, join, parent
 from mimray.trainers.data.geometry import Size, clip_boxes
 from mimray.trainers.errors import DataError, EmptyDatasetError
-from mimray.trainers.evaluation.annotations.base import DetectionExample, InvalidLabels
-from mimray.trainers.evaluation.annotations.pictures import PictureFolder, box_fault
+from mimray.trainers.evaluation.annotations.base import DetectionExample, Fault, InvalidLabels
+from mimray.trainers.evaluation.annotations.pictures import (
+    EDGE_PX,
+    PictureFolder,
+    box_fault,
+    read_text,
+)
 from mimray.trainers.evaluation.score import Progress
 
 # So many pictures are looked for to tell where all lie.
 _PROBED = 8
+# A box and the polygons that it is drawn around differ by no more, per side.
+_AGREE_PX = 2.0
+_LAYOUT = "COCO detection has images, annotations and categories"
 
 
 class RunLengths(BaseModel):
@@ -33,37 +44,57 @@ class RunLengths(BaseModel):
 
 
 class ImageRecord(BaseModel):
-    """A picture in the file."""
+    """A picture in the file; without a size, its own is taken."""
 
     id: int
     file_name: str
-    height: int
-    width: int
+    height: int | None = None
+    width: int | None = None
+
+    @property
+    def stated_size(self) -> Size | None:
+        """(height, width); None where the file does not say it, or says 0."""
+        return (self.height, self.width) if self.height and self.width else None
 
 
 class AnnotationRecord(BaseModel):
     """An object in the file; `bbox` is (left, top, width, height) in pixels."""
 
-    id: int
+    id: int | str | None = None
     image_id: int
     category_id: int
-    bbox: tuple[float, float, float, float]
+    bbox: tuple[float, float, float, float] | None = None
     segmentation: RunLengths | list[list[float]] | None = None
     area: float | None = None
     iscrowd: bool = False
 
+    @field_validator("bbox", "segmentation", mode="before")
+    @classmethod
+    def _none_where_empty(cls, value: Any, field: ValidationInfo) -> Any:
+        flat = isinstance(value, list) and all(isinstance(item, int | float) for item in value)
+        return (
+            ([value] if flat and field.field_name == "segmentation" else value) if value else None
+        )
+
+    @field_validator("iscrowd", mode="before")
+    @classmethod
+    def _no_crowd_where_null(cls, value: Any) -> Any:
+        return False if value is None else value
+
     @property
     def box(self) -> tuple[float, float, float, float]:
         """(left, top, right, bottom), pixels."""
+        assert self.bbox is not None
         left, top, width, height = self.bbox
         return left, top, left + width, top + height
 
 
 class CategoryRecord(BaseModel):
-    """A class in the file."""
+    """A class in the file, and the class above it."""
 
     id: int
     name: str
+    supercategory: str | None = None
 
 
 class CocoFile(BaseModel):
@@ -73,18 +104,16 @@ class CocoFile(BaseModel):
     """
 
     images: list[ImageRecord]
-    annotations: list[AnnotationRecord]
+    annotations: list[AnnotationRecord] = []
     categories: list[CategoryRecord]
 
 
 @dataclass(frozen=True)
 class _AnnotatedPicture:
     record: ImageRecord
+    path: str
+    size: Size
     objects: list[AnnotationRecord] = field(default_factory=list)
-
-    @property
-    def size(self) -> Size:
-        return self.record.height, self.record.width
 
 
 class CocoDetection:
@@ -92,6 +121,7 @@ class CocoDetection:
 
     Classes are the categories in the order of their ids. Everything but the pixels is checked
     here: ids, boxes, masks, and that each picture is there and of the size that the file says.
+    Ids of annotations name objects in messages only.
 
     Args:
         json_uri: URI of the file.
@@ -100,6 +130,7 @@ class CocoDetection:
         invalid_labels: collects what is wrong, or refuses it; the object or the picture is left
             out.
         progress: called with the number of pictures checked.
+        need_masks: True if an object without a mask is wrong where others have one.
 
     Raises:
         DataError: no such file, not COCO's layout, or a label that is wrong.
@@ -112,26 +143,30 @@ class CocoDetection:
         images_uri: str | None,
         invalid_labels: InvalidLabels,
         progress: Progress | None = None,
+        *,
+        need_masks: bool = False,
     ) -> None:
         content = read_coco(json_uri)
-        tree = parse_coco(json_uri, content)
+        tree = parse_coco(json_uri, content, CocoFile, _LAYOUT)
+        if not tree.annotations:
+            raise DataError(
+                f"{json_uri} has no annotations: is this a test list?",
+                hint="labelled pictures are needed; --val names others to score on",
+            )
         self.uri = json_uri
         self._folder = PictureFolder.open(images_uri or images_of(json_uri, tree.images))
-        categories = sorted(tree.categories, key=lambda record: record.id)
+        used = {record.category_id for record in tree.annotations}
+        categories = take_categories(json_uri, tree.categories, used, invalid_labels)
         self.class_names = tuple(record.name for record in categories)
         self._classes = {record.id: label for label, record in enumerate(categories)}
-        if len(self._classes) < len(categories) or len({*self.class_names}) < len(categories):
-            raise DataError(
-                f"{json_uri}: two categories share an id or a name", hint="give each its own"
-            )
         self._pictures = self._take_pictures(tree.images, invalid_labels, progress)
-        self._take_objects(tree, invalid_labels)
+        self._take_objects(tree, invalid_labels, need_masks)
         objects = [thing for picture in self._pictures for thing in picture.objects]
         self.has_masks = bool(objects) and all(thing.segmentation for thing in objects)
-        digest = hashlib.sha256(content)
+        digest = hashlib.sha256(content.encode())
         for picture in self._pictures:
-            path = picture.record.file_name
-            digest.update(json.dumps([path, self._folder.num_bytes[path]]).encode())
+            record = [picture.record.file_name, self._folder.num_bytes[picture.path]]
+            digest.update(json.dumps(record).encode())
         self.fingerprint = digest.hexdigest()
 
     def __len__(self) -> int:
@@ -151,9 +186,9 @@ class CocoDetection:
                 masks[number] = decode_mask(thing.segmentation, picture.size)
             measured = masks.sum(axis=(1, 2)).astype(np.float64)
         for number, thing in enumerate(objects):
-            measured[number] = measured[number] if thing.area is None else thing.area
+            measured[number] = thing.area or measured[number]
         return DetectionExample(
-            image=self._folder.read(picture.record.file_name),
+            image=self._folder.read(picture.path),
             image_id=picture.record.id,
             boxes=boxes,
             labels=np.array([self._classes[thing.category_id] for thing in objects], np.int64),
@@ -169,25 +204,39 @@ class CocoDetection:
 
     def name(self, index: int) -> str:
         """Path of a picture."""
-        return self._folder.name(self._pictures[index].record.file_name)
+        return self._folder.name(self._pictures[index].path)
 
     def _take_pictures(
         self, records: list[ImageRecord], invalid_labels: InvalidLabels, progress: Progress | None
     ) -> list[_AnnotatedPicture]:
         """The pictures that exist and have the size that the file says."""
-        taken = []
-        seen: set[int] = set()
-        for number, record in enumerate(records):
-            fault = (
-                "another image has the same id"
-                if record.id in seen
-                else self._folder.fault(record.file_name, (record.height, record.width))
-            )
-            seen.add(record.id)
-            if fault:
-                invalid_labels.add(f"{self.uri}: image {record.id}", fault)
+        distinct = list({record.model_dump_json(): record for record in records}.values())
+        invalid_labels.adapt("images that stand in the file twice", len(records) - len(distinct))
+        records = distinct
+        paths = [self._folder.find(record.file_name) for record in records]
+        more = paths.count(None) - 1
+        also = f" (nor {more} more of {len(paths)})" if more > 0 and not invalid_labels.skip else ""
+        taken: list[_AnnotatedPicture] = []
+        ids: set[int] = set()
+        seen: set[str] = set()
+        for number, (record, path) in enumerate(zip(records, paths, strict=True)):
+            size: Size | Fault
+            if record.id in ids:
+                size = Fault("images of an id twice", "another image has the same id")
+            elif path is None:
+                missing = f"there is no picture {self._folder.name(record.file_name)}{also}"
+                size = Fault("pictures that are not there", missing)
+            elif path in seen:
+                size = Fault("images of a file twice", f"another image has the same file, {path}")
             else:
-                taken.append(_AnnotatedPicture(record))
+                size = self._folder.checked_size(path, record.stated_size, invalid_labels)
+            ids.add(record.id)
+            if isinstance(size, Fault):
+                invalid_labels.add(f"{self.uri}: image {record.id}", size)
+            else:
+                assert path is not None
+                seen.add(path)
+                taken.append(_AnnotatedPicture(record, path, size))
             if progress is not None:
                 progress("checking pictures", number + 1, len(records))
         if not taken:
@@ -197,75 +246,163 @@ class CocoDetection:
             )
         return taken
 
-    def _take_objects(self, tree: CocoFile, invalid_labels: InvalidLabels) -> None:
+    def _take_objects(
+        self, tree: CocoFile, invalid_labels: InvalidLabels, need_masks: bool
+    ) -> None:
         """Put each object into its picture; objects of pictures left out are dropped."""
         taken = {picture.record.id: picture for picture in self._pictures}
-        listed = {record.id: (record.height, record.width) for record in tree.images}
-        seen: set[int] = set()
-        for record in tree.annotations:
-            fault = (
-                "another annotation has the same id"
-                if record.id in seen
-                else f"there is no image {record.image_id}"
-                if record.image_id not in listed
-                else f"there is no category {record.category_id}"
-                if record.category_id not in self._classes
-                else box_fault(record.box, listed[record.image_id])
-                or _mask_fault(record.segmentation, listed[record.image_id])
-            )
-            seen.add(record.id)
+        listed = {record.id for record in tree.images}
+        records = [_adapted(record, invalid_labels) for record in tree.annotations]
+        self._refuse_other_boxes(
+            [
+                (record, taken[record.image_id].size)
+                for record in records
+                if record.image_id in taken
+            ]
+        )
+        need_masks = need_masks and any(record.segmentation for record in records)
+        seen: dict[int | str, AnnotationRecord] = {}
+        for number, record in enumerate(records):
+            if record.id is not None and record.id in seen:
+                if record == seen[record.id]:
+                    invalid_labels.adapt("annotations that stand in the file twice, taken once")
+                    continue
+                invalid_labels.adapt("annotations whose id another one has, taken all the same")
+            fault: Fault | None
+            if record.image_id not in listed:
+                missing = f"there is no image {record.image_id}"
+                fault = Fault("annotations of images that are not listed", missing)
+            elif record.category_id not in self._classes:
+                missing = f"there is no category {record.category_id}"
+                fault = Fault("annotations of categories that are not listed", missing)
+            elif record.image_id not in taken:
+                continue
+            else:
+                fault = _object_fault(record, taken[record.image_id].size, need_masks)
+            if record.id is not None:
+                seen[record.id] = record
             if fault:
-                invalid_labels.add(f"{self.uri}: annotation {record.id}", fault)
-            elif record.image_id in taken:
+                name = f"number {number + 1}" if record.id is None else record.id
+                invalid_labels.add(f"{self.uri}: annotation {name}", fault)
+            else:
                 taken[record.image_id].objects.append(record)
+
+    def _refuse_other_boxes(self, objects: Sequence[tuple[AnnotationRecord, Size]]) -> None:
+        """Refuse a file whose boxes are not (left, top, width, height) in pixels.
+
+        Leaving out those that cannot be so would keep the others, which are as wrong.
+        """
+        boxes = [(thing, size) for thing, size in objects if thing.bbox is not None]
+        if boxes and all(max(thing.bbox or ()) <= 1 for thing, _ in boxes):
+            raise DataError(
+                f"{self.uri}: every box lies within 0 and 1, as shares of the picture do",
+                hint="bbox is (left, top, width, height) in pixels",
+            )
+        told = [(thing, size) for thing, size in boxes if _must_be_corners(thing, size)]
+        if told and all(_are_corners(thing.bbox or (), size) for thing, size in boxes):
+            thing, (height, width) = told[0]
+            raise DataError(
+                f"{self.uri}: boxes are (left, top, right, bottom): {list(thing.bbox or ())} as "
+                f"(left, top, width, height) does not fit its mask or its picture of "
+                f"{width}x{height} pixels, and every box of the file fits as corners",
+                hint="bbox is (left, top, width, height) in pixels",
+            )
+
+
+def take_categories(
+    uri: str, records: list[CategoryRecord], used: set[int], invalid_labels: InvalidLabels
+) -> list[CategoryRecord]:
+    """The categories that are classes, in the order of their ids.
+
+    A category that stands in the file twice is taken once. One that labels nothing is no class
+    where it is the others' supercategory, or where it has the name of another.
+
+    Args:
+        uri: URI of the file, for messages.
+        records: categories of the file.
+        used: ids of the categories that label something.
+        invalid_labels: counts what is dropped.
+
+    Raises:
+        DataError: two categories share an id, or a name while both are used.
+    """
+    distinct = {(record.id, record.name): record for record in records}
+    invalid_labels.adapt("categories that stand in the file twice", len(records) - len(distinct))
+    above = {r.supercategory for r in distinct.values() if r.supercategory != r.name}
+    names = Counter(record.name for record in distinct.values())
+    kept: list[CategoryRecord] = []
+    for record in sorted(distinct.values(), key=lambda record: (record.id not in used, record.id)):
+        is_root = record.name in above
+        is_double = names[record.name] > 1 and any(record.name == other.name for other in kept)
+        if record.id not in used and (is_root or is_double):
+            invalid_labels.adapt("categories above others or named like another, without objects")
+        else:
+            kept.append(record)
+    ids = {record.id for record in kept}
+    if len(ids) < len(kept) or len({record.name for record in kept}) < len(kept):
+        raise DataError(f"{uri}: two categories share an id or a name", hint="give each its own")
+    return sorted(kept, key=lambda record: record.id)
 
 
 def images_of(json_uri: str, records: list[ImageRecord]) -> str:
     """The folder that the pictures of a file lie in."""
+    if not records:
+        raise EmptyDatasetError(f"{json_uri} lists no images", hint=_LAYOUT)
     folder, stem = parent(json_uri), json_uri.rpartition("/")[2].partition(".")[0]
     split = stem.removeprefix("instances_").removeprefix("panoptic_")
     below, above = ("images", split, f"images/{split}"), (f"images/{split}", split, "images")
     places = [*(join(folder, name) for name in below), folder]
     places += [join(parent(folder), name) for name in above]
+    # A few, since the first picture may be what is missing.
+    names = [record.file_name for record in records[:_PROBED]]
+    names += [name.replace("\\", "/") for name in names if "\\" in name]
     for place in places:
-        # A few, since the first picture may be what is missing.
-        if any(is_file(join(place, record.file_name)) for record in records[:_PROBED]):
+        if any(is_file(join(place, name)) for name in names):
             return place
     looked = ", ".join(places)
     raise DataError(
-        f"{json_uri}: none of its pictures is where it should be", hint=f"looked in {looked}"
+        f"{json_uri}: none of its pictures is where it should be, such as {names[0]}",
+        hint=f"looked in {looked}",
     )
 
 
-def read_coco(uri: str) -> bytes:
-    """Read the bytes of an annotation file.
+def read_coco(uri: str) -> str:
+    """Read the text of an annotation file.
 
     Raises:
-        DataError: there is none.
+        DataError: there is none, or it is not text.
     """
     if not is_file(uri):
         raise DataError(f"no annotation file at {uri}", hint="check the path")
-    return read_bytes(*locate(uri))
+    return read_text(uri)
 
 
-def parse_coco(uri: str, content: bytes) -> CocoFile:
-    """Parse a COCO detection file.
+_Tree = TypeVar("_Tree", bound=BaseModel)
+
+
+def parse_coco(uri: str, content: str, kind: type[_Tree], layout: str) -> _Tree:
+    """Parse a COCO file.
 
     Args:
         uri: URI of the file, for messages.
-        content: bytes of the file.
+        content: text of the file.
+        kind: class of what the file holds.
+        layout: the keys that such a file has, as a sentence.
 
     Raises:
-        DataError: it is not JSON, or not COCO's layout.
+        DataError: it is not JSON, or of another layout.
     """
     try:
-        return CocoFile.model_validate_json(content)
+        return kind.model_validate_json(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in first["loc"])
+        value = first["input"]
+        shown = f" ({value!r})" if place and isinstance(value, str | int | float) else ""
+        of_id = first["type"].startswith("int_")
         raise DataError(
-            f"{uri}: {(place.lstrip('.') + ': ') if place else ''}{first['msg']}",
-            hint="COCO detection has images, annotations and categories",
+            f"{uri}: {(place.lstrip('.') + ': ') if place else ''}{first['msg']}{shown}",
+            hint="ids and sizes are whole numbers" if of_id else layout,
         ) from None
 
 
@@ -285,17 +422,88 @@ def decode_mask(segmentation: RunLengths | list[list[float]], size: Size) -> np.
     return np.asarray(decoded).reshape(size).astype(bool)
 
 
-def _mask_fault(segmentation: RunLengths | list[list[float]] | None, size: Size) -> str | None:
+def _adapted(record: AnnotationRecord, invalid_labels: InvalidLabels) -> AnnotationRecord:
+    """An object without polygons that span no area, and with a box where its mask gives one."""
+    changed: dict[str, Any] = {}
+    if record.area is not None and not record.area > 0:
+        invalid_labels.adapt("areas that are not positive, measured instead")
+        changed["area"] = None
+    polygons = record.segmentation
+    if isinstance(polygons, list):
+        polygons = [polygon for polygon in polygons if len(polygon) not in (0, 2, 4)]
+        dropped = len(record.segmentation or ()) - len(polygons)
+        invalid_labels.adapt("polygons of fewer than three points passed over", dropped)
+        changed["segmentation"] = polygons or None
+        if record.bbox is None and polygons:
+            left, top, right, bottom = _extent(polygons)
+            changed["bbox"] = left, top, right - left, bottom - top
+            invalid_labels.adapt("objects without a box, which is taken from their polygons")
+    return record.model_copy(update=changed)
+
+
+def _object_fault(record: AnnotationRecord, size: Size, need_mask: bool) -> Fault | None:
+    """The fault of an object in a picture of (height, width); None where there is none."""
+    if record.bbox is None:
+        return Fault("objects without a box", "it has no bbox")
+    if need_mask and not record.segmentation:
+        return Fault("objects without a mask", "it has no mask, which the task needs")
+    return box_fault(record.box, size) or _mask_fault(record.segmentation, size)
+
+
+def _mask_fault(segmentation: RunLengths | list[list[float]] | None, size: Size) -> Fault | None:
     """The fault of a mask for a picture of (height, width); None where there is none."""
     if not segmentation:
         return None
+    reason = "masks that do not fit their picture"
     if isinstance(segmentation, RunLengths):
         height, width = segmentation.size
         if segmentation.size != size:
-            return f"its mask is {width}x{height}, the picture {size[1]}x{size[0]} pixels"
+            said = f"its mask is {width}x{height}, the picture {size[1]}x{size[0]} pixels"
+            return Fault(reason, said)
         if isinstance(segmentation.counts, list) and sum(segmentation.counts) != height * width:
-            return f"its mask's runs come to {sum(segmentation.counts)} of {height * width} pixels"
-        return None
-    if any(len(polygon) < 6 or len(polygon) % 2 for polygon in segmentation):
-        return "a polygon of its mask is not three or more (x, y)"
+            runs = sum(segmentation.counts)
+            return Fault(reason, f"its mask's runs come to {runs} of {height * width} pixels")
+        return (
+            None if _can_be_decoded(segmentation) else Fault(reason, "its mask's runs are broken")
+        )
+    if not all(np.isfinite(polygon).all() for polygon in segmentation):
+        return Fault("polygons that are not finite", "a polygon of its mask is not finite")
+    if any(len(polygon) % 2 for polygon in segmentation):
+        return Fault("polygons of half a point", "a polygon of its mask is not pairs of (x, y)")
     return None
+
+
+def _can_be_decoded(mask: RunLengths) -> bool:
+    if isinstance(mask.counts, list):
+        return min(mask.counts) >= 0
+    try:
+        decode_mask(mask, mask.size)
+    except (RuntimeError, ValueError):  # as the decoder refuses text that is no run lengths
+        return False
+    return True
+
+
+def _extent(polygons: list[list[float]]) -> tuple[float, float, float, float]:
+    """The box (left, top, right, bottom) around polygons."""
+    x, y = (np.concatenate([polygon[first::2] for polygon in polygons]) for first in (0, 1))
+    return float(x.min()), float(y.min()), float(x.max()), float(y.max())
+
+
+def _overflows(box: Sequence[float], size: Size) -> bool:
+    return box[2] > size[1] + EDGE_PX or box[3] > size[0] + EDGE_PX
+
+
+def _must_be_corners(thing: AnnotationRecord, size: Size) -> bool:
+    """True if a box does not fit its picture or its polygons but as corners."""
+    if _overflows(thing.box, size):
+        return True
+    if not isinstance(thing.segmentation, list):
+        return False
+    extent = np.array(_extent(thing.segmentation))
+    as_corners, as_sizes = (np.abs(extent - box).max() for box in (thing.bbox, thing.box))
+    return bool(as_corners <= _AGREE_PX < as_sizes)
+
+
+def _are_corners(bbox: Sequence[float], size: Size) -> bool:
+    left, top, right, bottom = bbox
+    return left < right and top < bottom and not _overflows(bbox, size)

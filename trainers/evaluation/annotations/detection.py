@@ -67,6 +67,7 @@ def open_detection(
     progress: Progress | None = None,
     *,
     shared: bool = False,
+    need_masks: bool = False,
 ) -> DetectionSet:
     """Open pictures with labelled objects.
 
@@ -82,24 +83,34 @@ def open_detection(
         progress: called with the number of pictures checked.
         shared: True if `uri` holds the training pictures too, so that a place without a
             validation split has no validation pictures.
+        need_masks: True if an object without a mask is wrong where others have one.
 
     Raises:
         DataError: nothing of the kind is there, or no such split.
     """
-    return find_detection(absolute(uri), split, shared=shared)(invalid_labels, progress)
+    found = find_detection(absolute(uri), split, shared=shared, need_masks=need_masks)
+    return found(invalid_labels, progress)
 
 
-def find_detection(uri: str, split: Split, *, shared: bool = False) -> Open:
+def find_detection(
+    uri: str, split: Split, *, shared: bool = False, need_masks: bool = False
+) -> Open:
     """Find pictures with labelled objects, and the function that opens them; see `open_detection`.
 
     Raises:
         NoValidationError: the place is shared and has no validation split.
         DataError: nothing of the kind is there, or no such split.
     """
+
+    def coco(file: str) -> Open:
+        return lambda invalid_labels, progress: CocoDetection(
+            file, None, invalid_labels, progress, need_masks=need_masks
+        )
+
     if uri.endswith(".json"):
         if shared and split == "val":
             raise no_validation(uri)
-        return partial(CocoDetection, uri, None)
+        return coco(uri)
     place = RunDir(uri)
     voc = place.exists(PICTURES) and place.exists(ANNOTATIONS)
     for name in SPLIT_NAMES[split]:
@@ -108,14 +119,14 @@ def find_detection(uri: str, split: Split, *, shared: bool = False) -> Open:
         for pattern in _SPLIT_FILES:
             file = pattern.format(name)
             if place.exists(file):
-                return partial(CocoDetection, join(uri, file), None)
+                return coco(join(uri, file))
     if shared and split == "val":
         raise no_validation(uri)
     if voc:
         return partial(VocDetection, uri, None)
     for file in _WHOLE_FILES:
         if place.exists(file):
-            return partial(CocoDetection, join(uri, file), None)
+            return coco(join(uri, file))
     raise DataError(
         f"no annotation file for {split} at {uri}",
         hint=f"COCO: annotations/instances_{split}.json or {split}/instances.json; "
@@ -124,7 +135,7 @@ def find_detection(uri: str, split: Split, *, shared: bool = False) -> Open:
 
 
 def open_detection_splits(
-    setting: Setting, invalid_labels: InvalidLabels
+    setting: Setting, invalid_labels: InvalidLabels, *, need_masks: bool = False
 ) -> tuple[DetectionSet, DetectionSet, HoldOut | None]:
     """Open the pictures to learn from and those to score on.
 
@@ -135,9 +146,11 @@ def open_detection_splits(
         DataError: as of `open_detection`.
     """
     place = absolute(setting.val or setting.data)
-    train = open_detection(setting.data, "train", invalid_labels, setting.progress)
+    train = open_detection(
+        setting.data, "train", invalid_labels, setting.progress, need_masks=need_masks
+    )
     try:
-        opened = find_detection(place, "val", shared=setting.val is None)
+        opened = find_detection(place, "val", shared=setting.val is None, need_masks=need_masks)
     except NoValidationError:
         learnt, held = choose_held_out(train, place, setting.hold_out)
         return PartOfDetection(train, learnt), PartOfDetection(train, held), setting.hold_out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from pathlib import PurePosixPath
 
 from mimray.trainers.data.files import (
@@ -10,14 +11,12 @@ from mimray.trainers.data.files import (
     is_picture,
     join,
     list_files,
-    locate,
     parent,
-    read_bytes,
 )
 from mimray.trainers.errors import DataError
-from mimray.trainers.evaluation.annotations.base import SegmentationExample
+from mimray.trainers.evaluation.annotations.base import InvalidLabels, SegmentationExample
 from mimray.trainers.evaluation.annotations.masks import check_size, read_indices
-from mimray.trainers.evaluation.annotations.pictures import PictureFolder
+from mimray.trainers.evaluation.annotations.pictures import PictureFolder, read_text
 
 MASK_FOLDERS = ("masks", "annotations", "labels")
 CLASSES = "classes.txt"
@@ -62,6 +61,7 @@ class PairFolder:
         images: folder of the pictures, relative to it.
         masks: folder of the masks.
         ignore_index: the value of void pixels.
+        invalid_labels: counts masks without a picture.
 
     Attributes:
         uri: the folder above both.
@@ -69,38 +69,71 @@ class PairFolder:
         ignore_index: the value of void pixels.
     """
 
-    def __init__(self, uri: str, images: str, masks: str, *, ignore_index: int) -> None:
+    def __init__(
+        self,
+        uri: str,
+        images: str,
+        masks: str,
+        *,
+        ignore_index: int,
+        invalid_labels: InvalidLabels,
+    ) -> None:
         self.uri = uri
         self.ignore_index = ignore_index
         self._images = PictureFolder.open(join(uri, images))
         self._masks = PictureFolder.open(join(uri, masks))
-        mask_of = {_stem(path): path for path in self._masks.num_bytes}
-        self._pairs = [(path, mask_of.get(_stem(path))) for path in self._images.num_bytes]
+        self._masks_of: dict[str, list[str]] = defaultdict(list)
+        for path in self._masks.num_bytes:
+            self._masks_of[_stem(path)].append(path)
+        self._paths = list(self._images.num_bytes)
+        self._num_pictures = Counter(map(_stem, self._paths))
+        alone = sum(
+            len(paths) for stem, paths in self._masks_of.items() if stem not in self._num_pictures
+        )
+        invalid_labels.adapt("masks without a picture of their name passed over", alone)
         places = (parent(join(uri, images)), uri)
         files = [join(place, CLASSES) for place in places if is_file(join(place, CLASSES))]
-        self.class_names = (
-            tuple(read_bytes(*locate(files[0])).decode().splitlines()) if files else ()
-        )
+        self.class_names = _class_names(files[0]) if files else ()
 
     def __len__(self) -> int:
-        return len(self._pairs)
+        return len(self._paths)
 
     def __getitem__(self, index: int) -> SegmentationExample:
-        image_path, mask_path = self._pairs[index]
-        if mask_path is None:
+        path, stem = self._paths[index], _stem(self._paths[index])
+        masks = self._masks_of.get(stem, [])
+        if not masks:
             raise DataError(f"there is no mask of its name in {self._masks.uri}")
-        image = self._images.read(image_path)
-        mask = read_indices(self._masks.name(mask_path))
-        check_size(image, mask, self._masks.name(mask_path))
+        if len(masks) > 1:
+            raise DataError(f"{self._masks.uri} has two masks of its name, {' and '.join(masks)}")
+        if self._num_pictures[stem] > 1:
+            raise DataError(f"another picture of {self._images.uri} has its name")
+        image = self._images.read(path)
+        mask = read_indices(self.label_name(index))
+        check_size(self._images, path, mask, self.label_name(index))
         return SegmentationExample(image, mask)
 
     def name(self, index: int) -> str:
         """Path of a picture."""
-        return self._images.name(self._pairs[index][0])
+        return self._images.name(self._paths[index])
 
     def label_name(self, index: int) -> str:
         """Path of its mask."""
-        return self._masks.name(self._pairs[index][1] or "")
+        masks = self._masks_of.get(_stem(self._paths[index]), [""])
+        return self._masks.name(masks[0])
+
+    def is_turned(self, index: int) -> bool:
+        """True if EXIF turns a picture."""
+        return self._images.header(self._paths[index]).is_turned
+
+
+def _class_names(uri: str) -> tuple[str, ...]:
+    """Names of the classes, one a line; blank lines at the end are none."""
+    lines = [line.strip() for line in read_text(uri).rstrip().splitlines()]
+    if "" in lines:
+        raise DataError(
+            f"{uri}: line {lines.index('') + 1} is blank", hint="a class a line, by its index"
+        )
+    return tuple(lines)
 
 
 def _stem(path: str) -> str:

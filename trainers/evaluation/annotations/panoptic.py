@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import numpy as np
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from mimray.trainers.data.files import join
 from mimray.trainers.errors import DataError
-from mimray.trainers.evaluation.annotations.base import SegmentationExample
+from mimray.trainers.evaluation.annotations.base import InvalidLabels, SegmentationExample
 from mimray.trainers.evaluation.annotations.coco import (
     CategoryRecord,
     ImageRecord,
     images_of,
+    parse_coco,
     read_coco,
+    take_categories,
 )
 from mimray.trainers.evaluation.annotations.masks import check_size, read_segment_ids
 from mimray.trainers.evaluation.annotations.pictures import PictureFolder
 
 # Above any class: masks made from JSON choose their own void.
 VOID = 65_535
+_LAYOUT = "COCO panoptic has images, categories, and annotations with segments_info"
 
 
 class SegmentRecord(BaseModel):
@@ -55,6 +58,7 @@ class CocoPanoptic:
 
     Args:
         json_uri: the JSON file; pictures are looked for beside it, as for COCO detection.
+        invalid_labels: counts categories that are dropped.
 
     Attributes:
         uri: the JSON file.
@@ -67,10 +71,11 @@ class CocoPanoptic:
 
     ignore_index = VOID
 
-    def __init__(self, json_uri: str) -> None:
+    def __init__(self, json_uri: str, invalid_labels: InvalidLabels) -> None:
         self.uri = json_uri
-        tree = _parse(json_uri)
-        categories = sorted(tree.categories, key=lambda record: record.id)
+        tree = parse_coco(json_uri, read_coco(json_uri), PanopticFile, _LAYOUT)
+        used = {thing.category_id for record in tree.annotations for thing in record.segments_info}
+        categories = take_categories(json_uri, tree.categories, used, invalid_labels)
         self.class_names = tuple(record.name for record in categories)
         self._classes = {record.id: label for label, record in enumerate(categories)}
         self._records = tree.annotations
@@ -83,14 +88,10 @@ class CocoPanoptic:
 
     def __getitem__(self, index: int) -> SegmentationExample:
         record = self._records[index]
-        file_name = self._files.get(record.image_id)
-        if file_name is None:
-            raise DataError(f"there is no image {record.image_id}")
-        if file_name not in self._images.num_bytes:
-            raise DataError(f"there is no picture {self._images.name(file_name)}")
-        image = self._images.read(file_name)
+        path = self._path(index)
+        image = self._images.read(path)
         ids = read_segment_ids(self.label_name(index))  # h w
-        check_size(image, ids, self.label_name(index))
+        check_size(self._images, path, ids, self.label_name(index))
         present, places = np.unique(ids, return_inverse=True)
         class_of = {0: VOID}
         for segment in record.segments_info:
@@ -111,7 +112,20 @@ class CocoPanoptic:
 
     def label_name(self, index: int) -> str:
         """Path of its PNG."""
-        return join(self._segments_uri, self._records[index].file_name)
+        return join(self._segments_uri, self._records[index].file_name.replace("\\", "/"))
+
+    def is_turned(self, index: int) -> bool:
+        """True if EXIF turns a picture."""
+        return self._images.header(self._path(index)).is_turned
+
+    def _path(self, index: int) -> str:
+        number = self._records[index].image_id
+        if number not in self._files:
+            raise DataError(f"there is no image {number}")
+        path = self._images.find(self._files[number])
+        if path is None:
+            raise DataError(f"there is no picture {self._images.name(self._files[number])}")
+        return path
 
 
 def is_panoptic(json_uri: str) -> bool:
@@ -120,16 +134,4 @@ def is_panoptic(json_uri: str) -> bool:
     Raises:
         DataError: there is no such file.
     """
-    return b'"segments_info"' in read_coco(json_uri)
-
-
-def _parse(uri: str) -> PanopticFile:
-    try:
-        return PanopticFile.model_validate_json(read_coco(uri))
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise DataError(
-            f"{uri}: {place + ': ' if place else ''}{first['msg']}",
-            hint="COCO panoptic has images, categories, and annotations with segments_info",
-        ) from None
+    return '"segments_info"' in read_coco(json_uri)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import Any, Protocol
+from functools import partial
+from typing import Protocol
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from mimray.trainers.data.selection import evenly_spread
 from mimray.trainers.errors import DataError, EmptyDatasetError
 from mimray.trainers.evaluation.annotations.base import (
     DetectionSet,
+    Fault,
     InvalidLabels,
     SegmentationExample,
     SegmentationSet,
@@ -29,8 +31,16 @@ from mimray.trainers.evaluation.annotations.detection import (
 )
 from mimray.trainers.evaluation.annotations.pairs import MASK_FOLDERS, PairFolder, pair_folders
 from mimray.trainers.evaluation.annotations.panoptic import VOID, CocoPanoptic, is_panoptic
+from mimray.trainers.evaluation.annotations.pictures import TURNED
 from mimray.trainers.evaluation.score import Progress, Setting
 
+# The usual value of void; in masks that hold nothing else but 0 it stands for class 1.
+BINARY = 255
+BINARY_NAMES = ("0", "255")
+READ_AS_BINARY = "masks of 0 and 255 alone read as two classes, 255 as the second"
+UNUSABLE = "masks or pictures that cannot be used"
+# Masks with larger values, and no names of classes, number something else.
+MOST_UNNAMED = 4096
 _SPLIT_FILES = (
     "annotations/panoptic_{0}.json",
     "annotations/panoptic_{0}2017.json",
@@ -54,6 +64,8 @@ class _Reader(Protocol):
 
     def label_name(self, index: int) -> str: ...
 
+    def is_turned(self, index: int) -> bool: ...
+
 
 def open_segmentation(
     uri: str,
@@ -63,6 +75,7 @@ def open_segmentation(
     *,
     shared: bool = False,
     class_names: tuple[str, ...] = (),
+    binary: bool | None = None,
     limit: int | None = None,
     progress: Progress | None = None,
 ) -> SegmentationSet:
@@ -82,6 +95,8 @@ def open_segmentation(
         shared: True if `uri` holds the training pictures too, so that a place without a
             validation split has no validation pictures.
         class_names: classes of the training pictures, which pictures to score on must have too.
+        binary: True if 255 stands for class 1, as in the pictures trained on; None tells it from
+            the masks.
         limit: number of pictures to take, evenly spread; None takes all.
         progress: called with the number of pictures checked.
 
@@ -91,7 +106,7 @@ def open_segmentation(
     """
     reader = _find(absolute(uri), split, config, shared)(invalid_labels)
     indices = evenly_spread(len(reader), limit)
-    return _checked(reader, indices, config, invalid_labels, class_names, progress)
+    return _checked(reader, indices, config, invalid_labels, class_names, binary, progress)
 
 
 def open_segmentation_splits(
@@ -119,9 +134,15 @@ def open_segmentation_splits(
     else:
         parts = [*choose_held_out(train_reader, place, hold_out)]
     train_part, val_part = (part[evenly_spread(len(part), setting.limit)] for part in parts)
-    train = _checked(train_reader, train_part, config, invalid_labels, (), setting.progress)
+    train = _checked(train_reader, train_part, config, invalid_labels, (), None, setting.progress)
     val = _checked(
-        val_reader, val_part, config, invalid_labels, train.class_names, setting.progress
+        val_reader,
+        val_part,
+        config,
+        invalid_labels,
+        train.class_names,
+        train.binary,
+        setting.progress,
     )
     return train, val, hold_out
 
@@ -132,8 +153,9 @@ def _checked(
     config: SegmentationConfig,
     invalid_labels: InvalidLabels,
     class_names: tuple[str, ...],
+    binary: bool | None,
     progress: Progress | None,
-) -> SegmentationSet:
+) -> _Checked:
     names = class_names or config.class_names or reader.class_names
     if not names and config.num_classes:
         names = tuple(map(str, range(config.num_classes)))
@@ -150,7 +172,11 @@ def _checked(
     twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
     if twice:
         raise DataError(f"{reader.uri}: two classes are called {twice[0]!r}")
-    return _Checked(reader, names, indices, invalid_labels, progress)
+    if binary is None:
+        binary = _may_be_binary(reader, config, names) and _holds_255_alone(reader, indices)
+    if binary:
+        reader, names = _Binary(reader), names or BINARY_NAMES
+    return _Checked(reader, names, binary, indices, invalid_labels, progress)
 
 
 def _find(
@@ -159,18 +185,25 @@ def _find(
     """Find labelled pixels, and the function that opens them."""
 
     def instances() -> Callable[[InvalidLabels], _Reader]:
-        found = find_detection(uri, split, shared=shared)
+        found = find_detection(uri, split, shared=shared, need_masks=True)
         return lambda invalid_labels: _Instances(found(invalid_labels, None))
 
     if uri.endswith(".json"):
         if shared and split == "val":
             raise no_validation(uri)
-        return _of_all(CocoPanoptic, uri) if is_panoptic(uri) else instances()
+        return partial(CocoPanoptic, uri) if is_panoptic(uri) else instances()
     pairs = pair_folders(uri)
+    ignore_index = BINARY if config.ignore_index is None else config.ignore_index
+
+    def open_pairs(images: str, masks: str) -> Callable[[InvalidLabels], _Reader]:
+        return lambda invalid_labels: PairFolder(
+            uri, images, masks, ignore_index=ignore_index, invalid_labels=invalid_labels
+        )
+
     names = (config.val_split,) if split == "val" and config.val_split else SPLIT_NAMES[split]
     for name in names:
         if name in pairs:
-            return _of_all(PairFolder, uri, *pairs[name], ignore_index=config.ignore_index)
+            return open_pairs(*pairs[name])
     if pairs and "" not in pairs and shared and split == "val" and not config.val_split:
         raise no_validation(uri)
     if pairs and "" not in pairs:
@@ -178,15 +211,15 @@ def _find(
             f"{uri} has no {' or '.join(names)} split", hint=f"splits found: {', '.join(pairs)}"
         )
     if pairs and not (shared and split == "val"):
-        return _of_all(PairFolder, uri, *pairs[""], ignore_index=config.ignore_index)
+        return open_pairs(*pairs[""])
     for name in names:
         for pattern in _SPLIT_FILES:
             if is_file(file := join(uri, pattern.format(name))):
-                return _of_all(CocoPanoptic, file)
+                return partial(CocoPanoptic, file)
     if shared and split == "val" and (pairs or is_file(join(uri, "panoptic.json"))):
         raise no_validation(uri)
     if is_file(file := join(uri, "panoptic.json")):
-        return _of_all(CocoPanoptic, file)
+        return partial(CocoPanoptic, file)
     if not any(file.path.endswith(".json") for file in list_files(uri)):
         raise DataError(
             f"no masks for {split} at {uri}",
@@ -195,13 +228,6 @@ def _find(
             f"or COCO's annotations/panoptic_{split}.json or instances_{split}.json",
         )
     return instances()
-
-
-def _of_all(
-    kind: Callable[..., _Reader], *args: Any, **options: Any
-) -> Callable[[InvalidLabels], _Reader]:
-    """The function that opens a reader which finds wrong labels only as it reads them."""
-    return lambda invalid_labels: kind(*args, **options)
 
 
 class _Instances:
@@ -235,6 +261,59 @@ class _Instances:
         """The file of all labels."""
         return self.uri
 
+    def is_turned(self, index: int) -> bool:
+        """False: pictures that EXIF turns were counted as the file was opened."""
+        return False
+
+
+class _Binary:
+    """Masks of 0 and 255, as programs for painting save them: 255 is class 1, and none is void."""
+
+    def __init__(self, reader: _Reader) -> None:
+        self._reader = reader
+        self.uri, self.class_names = reader.uri, reader.class_names
+        self.ignore_index = reader.ignore_index
+        self.name, self.label_name = reader.name, reader.label_name
+        self.is_turned = reader.is_turned
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def __getitem__(self, index: int) -> SegmentationExample:
+        image, mask = self._reader[index]
+        if not _is_binary(mask):
+            raise DataError(
+                f"{self.label_name(index)} holds other values than 0 and 255, which the masks to "
+                "learn from hold alone"
+            )
+        return SegmentationExample(image, mask // BINARY)
+
+
+def _is_binary(mask: np.ndarray) -> bool:
+    return bool(((mask == 0) | (mask == BINARY)).all())
+
+
+def _may_be_binary(
+    reader: _Reader, config: SegmentationConfig, class_names: tuple[str, ...]
+) -> bool:
+    """True if nobody said that 255 is void, nor that there are more than two classes."""
+    of_folders = reader.ignore_index == BINARY
+    return of_folders and config.ignore_index is None and len(class_names) in (0, 2)
+
+
+def _holds_255_alone(reader: _Reader, indices: np.ndarray) -> bool:
+    """True if all masks hold 0 and 255 alone, and both; stops at the first other one."""
+    seen: set[int] = set()
+    for index in indices.tolist():
+        try:
+            mask = reader[index].mask
+        except DataError:  # told when labels are checked
+            continue
+        if not _is_binary(mask):
+            return False
+        seen.update((int(mask.min(initial=BINARY)), int(mask.max(initial=0))))
+    return seen == {0, BINARY}
+
 
 class _Checked:
     """The pictures of a set that can be read and keep to the classes; each was read once."""
@@ -243,24 +322,30 @@ class _Checked:
         self,
         reader: _Reader,
         class_names: tuple[str, ...],
+        binary: bool,
         indices: np.ndarray,
         invalid_labels: InvalidLabels,
         progress: Progress | None,
     ) -> None:
         self.uri, self.ignore_index = reader.uri, reader.ignore_index
+        self.binary = binary
         self._reader = reader
         self._kept: list[int] = []
         digest, largest = hashlib.sha256(), -1
+        present: set[int] = set()
         for number, index in enumerate(indices.tolist()):
             try:
                 image, mask = reader[index]
                 _check_range(mask, len(class_names), self.ignore_index, reader.label_name(index))
             except DataError as error:
-                invalid_labels.add(reader.name(index), str(error))
+                invalid_labels.add(reader.name(index), Fault(UNUSABLE, str(error)))
             else:
                 self._kept.append(index)
                 known = mask != self.ignore_index
                 largest = int(mask.max(initial=largest, where=known))
+                present.update(np.unique(mask[known]).tolist())
+                invalid_labels.adapt(TURNED, int(reader.is_turned(index)))
+                invalid_labels.adapt(READ_AS_BINARY, int(binary))
                 digest.update(np.ascontiguousarray(image).tobytes())
                 digest.update(mask.tobytes())
             if progress is not None:
@@ -274,6 +359,17 @@ class _Checked:
             raise DataError(
                 f"every pixel of {self.uri} is void ({self.ignore_index})",
                 hint="--set ignore_index=… says what is void in index masks",
+            )
+        if not class_names and largest >= MOST_UNNAMED:
+            raise DataError(
+                f"the masks of {self.uri} hold {len(present)} values up to {largest}, which would "
+                f"be {largest + 1} classes",
+                hint="number the classes 0, 1, …; classes.txt or --set num_classes=… says how many",
+            )
+        if not class_names:
+            invalid_labels.adapt(
+                f"class numbers below {largest + 1} that occur in no mask to learn from",
+                largest + 1 - len(present),
             )
         self.class_names = class_names or tuple(map(str, range(largest + 1)))
         if len(self.class_names) < 2:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import posixpath
+from collections import defaultdict
 from dataclasses import dataclass
 from xml.etree import ElementTree
 from xml.parsers import expat
@@ -12,8 +14,12 @@ import numpy as np
 from mimray.trainers.data.files import is_picture, join, list_files, locate, read_bytes
 from mimray.trainers.data.geometry import Size, clip_boxes
 from mimray.trainers.errors import DataError, EmptyDatasetError
-from mimray.trainers.evaluation.annotations.base import DetectionExample, InvalidLabels
-from mimray.trainers.evaluation.annotations.pictures import PictureFolder, box_fault
+from mimray.trainers.evaluation.annotations.base import DetectionExample, Fault, InvalidLabels
+from mimray.trainers.evaluation.annotations.pictures import (
+    PictureFolder,
+    box_fault,
+    read_text,
+)
 from mimray.trainers.evaluation.score import Progress
 
 PICTURES = "JPEGImages"
@@ -21,6 +27,9 @@ ANNOTATIONS = "Annotations"
 SPLITS = "ImageSets/Main"
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
+# Behind a name in a list: the class is absent, hard to see, present.
+_FLAGS = ("-1", "0", "1")
+_NO_XML = "annotation files that cannot be read"
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,8 @@ class VocDetection:
     (xmin - 1, ymin - 1, xmax, ymax). Tools that count from 0 are not told apart: their boxes
     begin a pixel early, and are cut at the picture's edge. `xmin` = `xmax` is refused all the
     same: from the tools in use today that is a slip of the mouse and not a single pixel.
-    Objects marked `difficult` count as crowds. Classes are the names, sorted.
+    Objects marked `difficult` count as crowds. Classes are the names, sorted. An XML file without a
+    size takes its picture's own.
 
     Args:
         uri: URI of the folder that holds `JPEGImages` and `Annotations`.
@@ -77,9 +87,11 @@ class VocDetection:
     ) -> None:
         self.uri = uri
         self._folder = PictureFolder.open(join(uri, PICTURES))
-        self._by_stem = {path.rpartition(".")[0]: path for path in self._folder.num_bytes}
+        self._paths_of: dict[str, list[str]] = defaultdict(list)
+        for path in self._folder.num_bytes:
+            self._paths_of[path.rpartition(".")[0]].append(path)
         self._pictures: list[_AnnotatedPicture] = []
-        stems = _stems(uri, split)
+        stems = self._stems(split, invalid_labels)
         digest = hashlib.sha256()
         for number, stem in enumerate(stems):
             picture = self._take(stem, invalid_labels, digest)
@@ -87,6 +99,7 @@ class VocDetection:
                 self._pictures.append(picture)
             if progress is not None:
                 progress("checking pictures", number + 1, len(stems))
+        self._refuse_shares()
         if not self._pictures:
             raise EmptyDatasetError(f"{uri}: no picture of {split or 'it'} can be used")
         self.fingerprint = digest.hexdigest()
@@ -121,36 +134,92 @@ class VocDetection:
         """Path of a picture."""
         return self._folder.name(self._pictures[index].path)
 
+    def _stems(self, split: str | None, invalid_labels: InvalidLabels) -> list[str]:
+        """Names of a split's pictures, without suffix."""
+        if split is None:
+            files = list_files(join(self.uri, ANNOTATIONS))
+            stems = [f.path.removesuffix(".xml") for f in files if f.path.endswith(".xml")]
+            unlabelled = len(set(self._paths_of) - set(stems))
+            invalid_labels.adapt("pictures without an annotation file passed over", unlabelled)
+            return stems
+        place = join(self.uri, f"{SPLITS}/{split}.txt")
+        try:
+            lines = read_text(place).splitlines()
+        except FileNotFoundError:
+            raise DataError(f"there is no {place}", hint=f"{SPLITS} holds the lists") from None
+        listed = [self._stem(line.strip()) for line in lines if line.strip()]
+        stems = list(dict.fromkeys(listed))
+        invalid_labels.adapt("lines that name a picture again", len(listed) - len(stems))
+        return stems
+
+    def _stem(self, line: str) -> str:
+        """The name, without suffix, that a line of a list means.
+
+        VOC's lists may put a flag behind a name: -1, 0 or 1. Names may hold spaces.
+        """
+        name, _, flag = line.rpartition(" ")
+        unflagged = _plain_stem(name.strip()) if flag in _FLAGS else ""
+        whole = _plain_stem(line)
+        known = unflagged in self._paths_of or whole not in self._paths_of
+        return unflagged if unflagged and known else whole
+
+    def _picture_of(
+        self, stem: str, root: ElementTree.Element, invalid_labels: InvalidLabels
+    ) -> str:
+        """Path of the picture that an XML file is for: of its own name, or the one it states."""
+        paths = self._paths_of.get(stem, [])
+        if len(paths) > 1:
+            raise _XmlError("pictures of one name", f"two pictures are {' and '.join(paths)}")
+        stated = (root.findtext("filename") or "").strip()
+        named = self._folder.find(stated) if stated else None
+        if paths:
+            differs = named is not None and named != paths[0]
+            invalid_labels.adapt(
+                "annotation files whose <filename> is another picture, taken by their own name",
+                int(differs),
+            )
+            return paths[0]
+        if named is not None:
+            invalid_labels.adapt("annotation files whose picture is found by <filename>")
+            return named
+        missing = f"there is no picture {self._folder.name(stem)}.*"
+        raise _XmlError("pictures that are not there", missing)
+
     def _take(
         self, stem: str, invalid_labels: InvalidLabels, digest: hashlib._Hash
     ) -> _AnnotatedPicture | None:
         """A picture with its objects; None where it is left out."""
         place = join(self.uri, f"{ANNOTATIONS}/{stem}.xml")
-        path = self._by_stem.get(stem)
-        if path is None:
-            invalid_labels.add(place, f"there is no picture {self._folder.name(stem)}.*")
-            return None
         try:
             content = read_bytes(*locate(place))
         except FileNotFoundError:
-            invalid_labels.add(self._folder.name(path), f"has no annotation file {place}")
+            paths = self._paths_of.get(stem)
+            missing = Fault(
+                "pictures without an annotation file", f"has no annotation file {place}"
+            )
+            if not paths:
+                missing = Fault(
+                    "pictures that are not there",
+                    f"there is neither a picture {self._folder.name(stem)}.* nor {place}",
+                )
+            invalid_labels.add(self._folder.name(paths[0] if paths else stem), missing)
             return None
         try:
-            size, records = _parse(content)
+            root = _parse(content)
+            path = self._picture_of(stem, root, invalid_labels)
+            size = self._folder.checked_size(path, _stated_size(root), invalid_labels)
+            if isinstance(size, Fault):
+                raise _XmlError(*size)
         except _XmlError as error:
-            invalid_labels.add(place, str(error))
-            return None
-        fault = self._folder.fault(path, size)
-        if fault:
-            invalid_labels.add(place, fault)
+            invalid_labels.add(place, error.fault)
             return None
         objects = []
-        for number, record in enumerate(records):
+        for number, record in enumerate(root.findall("object")):
             where = f"{place}: object {number + 1}"
             try:
                 thing = _object(record)
             except _XmlError as error:
-                invalid_labels.add(where, str(error))
+                invalid_labels.add(where, error.fault)
                 continue
             fault = _corner_fault(thing) or box_fault(thing.box, size)
             if fault:
@@ -160,51 +229,63 @@ class VocDetection:
         digest.update(content + f"{path} {self._folder.num_bytes[path]}".encode())
         return _AnnotatedPicture(path, size, objects)
 
+    def _refuse_shares(self) -> None:
+        """Refuse boxes that are shares of their picture; corners count pixels, from 0 or 1."""
+        corners = [thing.corners for picture in self._pictures for thing in picture.objects]
+        if corners and all(max(corner) <= 1 for corner in corners):
+            raise DataError(
+                f"{self.uri}: every box lies within 0 and 1, as shares of the picture do",
+                hint="xmin, ymin, xmax and ymax are pixels",
+            )
+
 
 class _XmlError(Exception):
     """A fault of a file or of an element of it."""
 
-
-def _stems(uri: str, split: str | None) -> list[str]:
-    """Names of a split's pictures, without suffix."""
-    if split is None:
-        files = list_files(join(uri, ANNOTATIONS))
-        return [file.path.removesuffix(".xml") for file in files if file.path.endswith(".xml")]
-    place = join(uri, f"{SPLITS}/{split}.txt")
-    try:
-        lines = read_bytes(*locate(place)).decode().splitlines()
-    except FileNotFoundError:
-        raise DataError(f"there is no {place}", hint=f"{SPLITS} holds the lists") from None
-    names = [line.split()[0] for line in lines if line.strip()]
-    return [name.rpartition(".")[0] if is_picture(name) else name for name in names]
+    def __init__(self, reason: str, text: str) -> None:
+        super().__init__(text)
+        self.fault = Fault(reason, text)
 
 
-def _parse(content: bytes) -> tuple[Size, list[ElementTree.Element]]:
-    """(height, width) that a file speaks of, and its objects."""
+def _plain_stem(name: str) -> str:
+    """A name of a list without the folder of pictures, `./` and the suffix."""
+    path = posixpath.normpath(name.replace("\\", "/")) if name else ""
+    path = path.rpartition(f"{PICTURES}/")[2]
+    return path.rpartition(".")[0] if is_picture(path) else path
+
+
+def _parse(content: bytes) -> ElementTree.Element:
+    """The tree of a file."""
     _refuse_entities(content)
     try:
-        root = ElementTree.fromstring(content)
+        return ElementTree.fromstring(content)
     except ElementTree.ParseError as error:
-        raise _XmlError(f"is not XML: {error}") from None
-    height, width = (_number(root, f"size/{side}") for side in ("height", "width"))
-    return (int(height), int(width)), root.findall("object")
+        raise _XmlError(_NO_XML, f"is not XML: {error}") from None
+
+
+def _stated_size(root: ElementTree.Element) -> Size | None:
+    """(height, width) that a file speaks of; None where it does not, or says 0."""
+    if not (root.findtext("size/height") or root.findtext("size/width")):
+        return None
+    height, width = (int(_number(root, f"size/{side}")) for side in ("height", "width"))
+    return (height, width) if height and width else None
 
 
 def _object(record: ElementTree.Element) -> _Object:
     left, top, right, bottom = (_number(record, f"bndbox/{corner}") for corner in _CORNERS)
     name = (record.findtext("name") or "").strip()
     if not name:
-        raise _XmlError("has no name")
+        raise _XmlError("objects without a name", "has no name")
     difficult = (record.findtext("difficult") or "0").strip() == "1"
     return _Object(name, difficult, (left, top, right, bottom))
 
 
-def _corner_fault(thing: _Object) -> str | None:
+def _corner_fault(thing: _Object) -> Fault | None:
     left, top, right, bottom = thing.corners
     if left < right and top < bottom:
         return None
     shown = ", ".join(f"{name} {v:g}" for name, v in zip(_CORNERS, thing.corners, strict=True))
-    return f"the box has no area: {shown}"
+    return Fault("boxes without area", f"the box has no area: {shown}")
 
 
 def _number(element: ElementTree.Element, path: str) -> float:
@@ -212,7 +293,9 @@ def _number(element: ElementTree.Element, path: str) -> float:
     try:
         return float(text or "")
     except ValueError:
-        raise _XmlError(f"<{path}> is {text!r}, not a number") from None
+        raise _XmlError(
+            "values that are no numbers", f"<{path}> is {text!r}, not a number"
+        ) from None
 
 
 def _refuse_entities(content: bytes) -> None:
@@ -220,10 +303,10 @@ def _refuse_entities(content: bytes) -> None:
     parser = expat.ParserCreate()
 
     def refuse(*_: object) -> None:
-        raise _XmlError("declares entities, which labels have no use for")
+        raise _XmlError(_NO_XML, "declares entities, which labels have no use for")
 
     parser.EntityDeclHandler = refuse
     try:
         parser.Parse(content, True)
     except expat.ExpatError as error:
-        raise _XmlError(f"is not XML: {error}") from None
+        raise _XmlError(_NO_XML, f"is not XML: {error}") from None

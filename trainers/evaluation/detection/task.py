@@ -60,13 +60,15 @@ def evaluate(make_encoder: MakeEncoder, setting: Setting, config: DetectionConfi
         NonFiniteLossError: training diverged.
     """
     invalid_labels = InvalidLabels(setting.skip_invalid)
-    train, val, hold_out = open_detection_splits(setting, invalid_labels)
+    train, val, hold_out = open_detection_splits(
+        setting, invalid_labels, need_masks=config.detector == "mask_rcnn"
+    )
     train_indices = evenly_spread(len(train), setting.limit)
     val_indices = evenly_spread(len(val), setting.limit)
     labels = _labels_of(train, val)
     with_objects = _with_objects(train, train_indices, "to learn from")
     _with_objects(val, val_indices, "to score on")
-    if config.detector == "mask_rcnn" and not train.has_masks:
+    if need_masks and not train.has_masks:
         raise ConfigError(
             f"detector=mask_rcnn: not every object of {train.uri} has a mask",
             hint="faster_rcnn and retinanet learn from boxes alone",
@@ -82,7 +84,7 @@ def evaluate(make_encoder: MakeEncoder, setting: Setting, config: DetectionConfi
         truths, found, train.class_names, by="bbox", max_detections=config.max_detections
     )
     metrics = by_box.as_json()
-    if config.detector == "mask_rcnn" and val.has_masks:
+    if need_masks and val.has_masks:
         by_mask = coco_figures(
             truths, found, train.class_names, by="segm", max_detections=config.max_detections
         )
@@ -105,6 +107,7 @@ def evaluate(make_encoder: MakeEncoder, setting: Setting, config: DetectionConfi
             "class_names": list(train.class_names),
             **config.model_dump(mode="json", include={"image_size", "layers", "anchor_sizes"}),
             "training": rows,
+            "labels": invalid_labels.as_json(),
         },
         data_fingerprint=train.fingerprint,
         val_fingerprint=val.fingerprint,
@@ -112,6 +115,7 @@ def evaluate(make_encoder: MakeEncoder, setting: Setting, config: DetectionConfi
         num_val=len(val_indices),
         notes=(
             *_missing(by_box, val),
+            *_unscored_masks(config, val),
             *([hold_out_note(len(val), len(train) + len(val), hold_out)] if hold_out else ()),
             *invalid_labels.notes(),
         ),
@@ -225,3 +229,10 @@ def _missing(figures: Figures, val: DetectionSet) -> tuple[str, ...]:
     if not names:
         return ()
     return (f"no object of {', '.join(names)} to score on in {val.uri}; left out of the means",)
+
+
+def _unscored_masks(config: DetectionConfig, val: DetectionSet) -> tuple[str, ...]:
+    """A note that masks were learnt and could not be scored."""
+    if config.detector != "mask_rcnn" or val.has_masks:
+        return ()
+    return (f"the objects of {val.uri} have no masks: masks were learnt and not scored",)

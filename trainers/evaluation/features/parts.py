@@ -25,7 +25,13 @@ from mimray.trainers.data.decode import decode
 from mimray.trainers.data.rng import Stream, generator
 from mimray.trainers.data.selection import evenly_spread
 from mimray.trainers.data.sources import Source
-from mimray.trainers.data.transforms import inference_view, random_crop_box, to_array, view_of
+from mimray.trainers.data.transforms import (
+    center_crop_view,
+    inference_view,
+    random_crop_box,
+    to_array,
+    view_of,
+)
 from mimray.trainers.errors import ConfigError, DataError, ImageError
 from mimray.trainers.evaluation.features.encoders import EncoderRef, check_input
 from mimray.trainers.models import build_encoder
@@ -321,7 +327,8 @@ class PartEncoder:
         if self._extraction.channels == 1:
             picture = picture.convert("L")
         if not spec.num_views:
-            pixels = inference_view(picture, size, interpolation)
+            shown = center_crop_view if spec.view == "center_crop" else inference_view
+            pixels = shown(picture, size, interpolation)
             return _PreparedPicture(name, index, label, pixels[None])
         views = []
         for view in range(spec.num_views):

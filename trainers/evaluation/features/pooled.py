@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from mimray.trainers.config.evaluation.extract import ExtractSpec
+from mimray.trainers.config.evaluation.extract import ExtractSpec, View
 from mimray.trainers.data.cache import user_cache
 from mimray.trainers.data.selection import evenly_spread, labelled, num_classes_of
 from mimray.trainers.data.sources import Source
@@ -83,13 +83,16 @@ class ProbeData:
     notes: tuple[str, ...]
 
 
-def load_probe_data(ref: EncoderRef, setting: Setting, pooling: Pooling | None) -> ProbeData:
-    """Features of the training and validation pictures, whole and resized as they are served.
+def load_probe_data(
+    ref: EncoderRef, setting: Setting, pooling: Pooling | None, view: View = "whole"
+) -> ProbeData:
+    """Features of the training and validation pictures.
 
     Args:
         ref: the encoder.
         setting: the data.
         pooling: the card's own where None.
+        view: part of each picture that is shown, as of `ExtractSpec`.
 
     Raises:
         DataError: as of `open_splits` and `labelled_features`.
@@ -98,9 +101,11 @@ def load_probe_data(ref: EncoderRef, setting: Setting, pooling: Pooling | None) 
     splits = open_splits(setting)
     pooling = pooling or ref.card().pooling
     train, skipped = labelled_features(
-        ref, splits.train, setting, pooling, phase="features of train"
+        ref, splits.train, setting, pooling, phase="features of train", view=view
     )
-    val, skipped_val = labelled_features(ref, splits.val, setting, pooling, phase="features of val")
+    val, skipped_val = labelled_features(
+        ref, splits.val, setting, pooling, phase="features of val", view=view
+    )
     val = replace(val, y=splits.val_numbers[val.y])
     notes = (*splits.notes, *seen_before(ref, splits), *skipped, *skipped_val)
     return ProbeData(splits, pooling, train, val, notes=notes)
@@ -114,6 +119,7 @@ def labelled_features(
     *,
     phase: str,
     num_views: int = 0,
+    view: View = "whole",
 ) -> tuple[LabelledFeatures, tuple[str, ...]]:
     """Features of a source's labelled pictures; arguments are those of `pooled_features`.
 
@@ -129,7 +135,9 @@ def labelled_features(
     if not setting.skip_invalid:
         asked = evenly_spread(len(source), setting.limit)
         labelled(source, asked, num_classes_of(source), skip=False)
-    found = pooled_features(ref, source, setting, pooling, phase=phase, num_views=num_views)
+    found = pooled_features(
+        ref, source, setting, pooling, phase=phase, num_views=num_views, view=view
+    )
     good = _is_class(found.labels, source)
     notes = list(found.notes)
     step = max(1, num_views)
@@ -151,6 +159,7 @@ def pooled_features(
     *,
     phase: str,
     num_views: int = 0,
+    view: View = "whole",
 ) -> PooledFeatures:
     """Features of a source's pictures, a vector a view; from the cache where they are known.
 
@@ -162,7 +171,8 @@ def pooled_features(
         setting: limit, seed of the views, device, whether broken pictures are left out.
         pooling: vectors to give.
         phase: name of the work in progress.
-        num_views: random crops a picture; 0 for the whole one.
+        num_views: random crops a picture; 0 for one view, `view`.
+        view: part of each picture that is shown where there are no random crops.
 
     Raises:
         DataError: a picture cannot be decoded.
@@ -173,6 +183,7 @@ def pooled_features(
     spec = ExtractSpec(
         pooled=("mean", "cls") if has_class_token(ref.card()) else ("mean",),
         limit=setting.limit,
+        view=view,
         num_views=num_views,
         seed=setting.seed if num_views else 0,
         skip_invalid=setting.skip_invalid,

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mimray.trainers.config.evaluation.extract import View
+from mimray.trainers.data.transforms import covering_size
+
 
 def per_class_accuracy(
     predicted: np.ndarray, labels: np.ndarray, class_names: Sequence[str]
@@ -32,6 +35,26 @@ def missing_classes(per_class: dict[str, float | None]) -> tuple[str, ...]:
         return ()
     named = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if missing[10:] else "")
     return (f"no picture of {named} to score on",)
+
+
+def accuracy_of(view: View) -> str:
+    """Name of the accuracy on a view, so that figures of two views are never taken for one."""
+    return "accuracy" if view == "whole" else f"accuracy_{view}"
+
+
+def described_view(view: View, interpolation: str, image_size: tuple[int, int]) -> str:
+    """A view in words, for the result.
+
+    Args:
+        view: part of each picture that is shown.
+        interpolation: filter of the resize.
+        image_size: (height, width) of the input, pixels.
+    """
+    height, width = image_size
+    if view == "whole":
+        return f"whole, resized to {height}x{width}, {interpolation}"
+    rows, columns = covering_size(image_size, image_size)
+    return f"resized to cover {rows}x{columns}, {interpolation}; centre crop of {height}x{width}"
 
 
 def top_k_accuracy(scores: np.ndarray, labels: np.ndarray, k: int) -> float:

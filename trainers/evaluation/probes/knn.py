@@ -17,7 +17,12 @@ from mimray.trainers.data.sources import Source
 from mimray.trainers.data.transforms import to_array, view_of
 from mimray.trainers.evaluation.features.encoders import EncoderRef
 from mimray.trainers.evaluation.features.pooled import ProbeData, load_probe_data
-from mimray.trainers.evaluation.probes.classification import missing_classes, per_class_accuracy
+from mimray.trainers.evaluation.probes.classification import (
+    accuracy_of,
+    described_view,
+    missing_classes,
+    per_class_accuracy,
+)
 from mimray.trainers.evaluation.score import Score, Setting
 from mimray.trainers.pictures import panel_sheet, png
 from mimray.trainers.types import Panel
@@ -67,21 +72,23 @@ def evaluate(ref: EncoderRef, setting: Setting, config: KnnConfig) -> Score:
         DataError: labels, classes or pictures that cannot be used.
         ConfigError: the encoder has no class token to pool by.
     """
-    found = load_probe_data(ref, setting, config.pooling)
+    found = load_probe_data(ref, setting, config.pooling, config.view)
+    card = ref.card()
     train, val = found.train, found.val
     setting.progress("neighbours", 0, len(val.x))
     score = knn(train.x, train.y, val.x, val.y, k=config.k, temperature=config.temperature)
     setting.progress("neighbours", len(val.x), len(val.x))
     per_class = per_class_accuracy(score.predicted, val.y, found.splits.class_names)
     return Score(
-        metric="accuracy",
+        metric=accuracy_of(config.view),
         headline=score.headline,
         metrics={
-            "accuracy": score.headline,
+            accuracy_of(config.view): score.headline,
             "k": score.k,
             "accuracy_by_k": {str(k): accuracy for k, accuracy in score.accuracy.items()},
             "per_class_accuracy": per_class,
             "pooling": found.pooling,
+            "view": described_view(config.view, card.interpolation, card.image_size),
         },
         data_fingerprint=found.splits.train.facts.fingerprint,
         val_fingerprint=found.splits.val.facts.fingerprint,

@@ -18,6 +18,8 @@ from mimray.trainers.evaluation.features.encoders import EncoderRef
 from mimray.trainers.evaluation.features.extraction import local_device
 from mimray.trainers.evaluation.features.pooled import labelled_features, load_probe_data
 from mimray.trainers.evaluation.probes.classification import (
+    accuracy_of,
+    described_view,
     missing_classes,
     per_class_accuracy,
     top_k_accuracy,
@@ -49,7 +51,8 @@ def evaluate(ref: EncoderRef, setting: Setting, config: LinearConfig) -> Score:
         ConfigError: the encoder has no class token to pool by.
         NonFiniteLossError: LARS diverged at every learning rate.
     """
-    found = load_probe_data(ref, setting, config.pooling)
+    found = load_probe_data(ref, setting, config.pooling, config.view)
+    card = ref.card()
     train, val, names = found.train, found.val, found.splits.class_names
     learn_x = train.x
     if config.num_views:
@@ -79,12 +82,13 @@ def evaluate(ref: EncoderRef, setting: Setting, config: LinearConfig) -> Score:
     accuracy = float((predicted == val.y).mean())
     per_class = per_class_accuracy(predicted, val.y, names)
     metrics: dict[str, Any] = {
-        "accuracy": accuracy,
+        accuracy_of(config.view): accuracy,
         "top5_accuracy": top_k_accuracy(scores, val.y, 5) if len(learnt) >= 5 else None,
         "train_accuracy": head.accuracy(train.x, train.y),
         "per_class_accuracy": per_class,
         "solver": config.solver,
         "pooling": found.pooling,
+        "view": described_view(config.view, card.interpolation, card.image_size),
         key: candidates[best],
         "held_out_accuracy": {str(c): share for c, share in zip(candidates, shares, strict=True)},
         "num_held_out": len(held_out),
@@ -97,7 +101,7 @@ def evaluate(ref: EncoderRef, setting: Setting, config: LinearConfig) -> Score:
             "num_views": config.num_views,
         }
     return Score(
-        metric="accuracy",
+        metric=accuracy_of(config.view),
         headline=accuracy,
         metrics=metrics,
         data_fingerprint=found.splits.train.facts.fingerprint,

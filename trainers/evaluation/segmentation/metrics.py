@@ -11,29 +11,35 @@ import numpy as np
 def scores(confusion: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
     """IoU and accuracy over a whole validation set, in [0, 1].
 
-    A class without a labelled pixel has no IoU and no accuracy: None, and it is left out of both
-    means. Pixels that were wrongly given such a class count against their own.
+    `mIoU` is the mean over classes that are labelled or predicted somewhere, as mmsegmentation and
+    torchmetrics count: a class that is predicted and has no labelled pixel has IoU 0.
+    `mIoU_labelled` is the mean over labelled classes alone. The two differ where a validation set
+    lacks classes of the training set. A class that is neither has no IoU: None.
 
     Args:
         confusion: int64 [K, K], labels by predictions.
         class_names: names of the K classes.
 
     Returns:
-        `mIoU`, `pixel_accuracy`, `mean_accuracy`, and by class name `IoU` and `accuracy`.
+        `mIoU`, `mIoU_labelled`, `pixel_accuracy`, `mean_accuracy` (over labelled classes), and by
+        class name `IoU` and `accuracy`.
 
-    Source: Long et al. 2015, "Fully Convolutional Networks for Semantic Segmentation", sec. 5,
-        whose means are over the classes that there are.
+    Source: mmsegmentation, `mmseg/evaluation/metrics/iou_metric.py` (intersection over union by
+        class, `nanmean`); Long et al. 2015, "Fully Convolutional Networks for Semantic
+        Segmentation", sec. 5.
     """
     hits = confusion.diagonal().astype(np.float64)
     labelled, predicted = confusion.sum(axis=1), confusion.sum(axis=0)
-    there = labelled > 0
-    iou = hits[there] / (labelled + predicted - hits)[there]
+    union = labelled + predicted - hits
+    there, somewhere = labelled > 0, union > 0
+    iou = hits[somewhere] / union[somewhere]
     accuracy = hits[there] / labelled[there]
     return {
         "mIoU": float(iou.mean()),
+        "mIoU_labelled": float(iou[there[somewhere]].mean()),
         "pixel_accuracy": float(hits.sum() / labelled.sum()),
         "mean_accuracy": float(accuracy.mean()),
-        "IoU": _by_name(iou, there, class_names),
+        "IoU": _by_name(iou, somewhere, class_names),
         "accuracy": _by_name(accuracy, there, class_names),
     }
 

@@ -81,7 +81,7 @@ def class_chart(iou: Mapping[str, float | None], rows: Sequence[Mapping[str, flo
     """IoU by class, best first, and the loss by epoch; a PNG.
 
     Args:
-        iou: IoU by class name; None where there was nothing to score on.
+        iou: IoU by class name; None where it is neither labelled nor predicted.
         rows: rows of the training, with `epoch` and `cross_entropy`.
     """
     ranked = sorted(iou.items(), key=lambda item: -1.0 if item[1] is None else item[1])
@@ -90,7 +90,7 @@ def class_chart(iou: Mapping[str, float | None], rows: Sequence[Mapping[str, flo
     bars = left.barh(
         [name for name, _ in ranked], [value or 0.0 for _, value in ranked], color=_BLUE
     )
-    marks = ["no labels" if value is None else f"{value:.3f}" for _, value in ranked]
+    marks = ["absent" if value is None else f"{value:.3f}" for _, value in ranked]
     left.bar_label(bars, marks, padding=4, color=_TEXT, fontsize=8)
     left.set_xlim(0, 1.12)
     left.set_xticks([0, 0.25, 0.5, 0.75, 1])

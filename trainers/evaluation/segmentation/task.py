@@ -70,13 +70,14 @@ def evaluate(make_encoder: MakeEncoder, setting: Setting, config: SegmentationCo
             "image_size": list(input_size),
             "layers": list(model.layers),
             "training": rows,
+            "labels": invalid_labels.as_json(),
         },
         data_fingerprint=train.fingerprint,
         val_fingerprint=val.fingerprint,
         num_train=len(train),
         num_val=len(val),
         notes=(
-            *_missing(metrics["IoU"], train, val),
+            *_missing(confusion, train, val),
             *([hold_out_note(len(val), len(train) + len(val), hold_out)] if hold_out else ()),
             *invalid_labels.notes(),
         ),
@@ -196,17 +197,20 @@ def _score(
 
 
 def _missing(
-    iou: dict[str, float | None], train: SegmentationSet, val: SegmentationSet
+    confusion: np.ndarray, train: SegmentationSet, val: SegmentationSet
 ) -> tuple[str, ...]:
-    """A note that names the classes without a labelled pixel to score on."""
+    """Notes that name the classes without a labelled pixel to score on."""
+    labelled, predicted = confusion.sum(axis=1) > 0, confusion.sum(axis=0) > 0
     void = train.ignore_index, val.ignore_index
-    names = [
-        name
-        for number, name in enumerate(train.class_names)
-        if iou[name] is None and number not in void
-    ]
-    if not names:
-        return ()
-    return (
-        f"classes without a labelled pixel to score on, left out of the mean: {', '.join(names)}",
+    unlabelled = [k for k in np.flatnonzero(~labelled).tolist() if k not in void]
+    names = {
+        "left out of the means": [train.class_names[k] for k in unlabelled if not predicted[k]],
+        "predicted all the same, which counts as 0 in mIoU and not in mIoU_labelled": [
+            train.class_names[k] for k in unlabelled if predicted[k]
+        ],
+    }
+    return tuple(
+        f"classes without a labelled pixel to score on, {what}: {', '.join(those)}"
+        for what, those in names.items()
+        if those
     )

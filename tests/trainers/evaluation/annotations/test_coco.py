@@ -14,6 +14,7 @@ from pycocotools import mask as reference
 from mimray.trainers.errors import DataError, EmptyDatasetError
 from mimray.trainers.evaluation.annotations.base import InvalidLabels
 from mimray.trainers.evaluation.annotations.coco import CocoDetection
+from mimray.trainers.evaluation.annotations.pictures import TURNED
 
 HEIGHT, WIDTH = 40, 60
 BLOB = np.zeros((HEIGHT, WIDTH), np.uint8)
@@ -32,6 +33,10 @@ def _uncompressed(mask: np.ndarray) -> dict[str, Any]:
 def _compressed(mask: np.ndarray) -> dict[str, Any]:
     packed = reference.encode(np.asfortranarray(mask))
     return {"size": packed["size"], "counts": packed["counts"].decode()}
+
+
+def _runs(counts: str | list[int]) -> dict[str, Any]:
+    return {"size": [HEIGHT, WIDTH], "counts": counts}
 
 
 def _thing(number: int, **more: Any) -> dict[str, Any]:
@@ -68,6 +73,10 @@ def write(tmp_path: Path) -> Callable[..., str]:
         return str(file)
 
     return writes
+
+
+def _objects(data: CocoDetection) -> int:
+    return sum(len(data[index].labels) for index in range(len(data)))
 
 
 def _open(uri: str, skip: bool = False) -> tuple[CocoDetection, InvalidLabels]:
@@ -139,10 +148,6 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         lambda t: t["annotations"][1].update(image_id=99),
         r"annotation 2: there is no image 99",
     ),
-    "double annotation": (
-        lambda t: t["annotations"][1].update(id=1),
-        r"annotation 1: another annotation has the same id",
-    ),
     "double image": (
         lambda t: t["images"][1].update(id=7),
         r"image 7: another image has the same id",
@@ -171,9 +176,33 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         lambda t: t["annotations"][0]["segmentation"]["counts"].pop(),
         r"annotation 1: its mask's runs come to",
     ),
-    "polygon of two points": (
-        lambda t: t["annotations"][2].update(segmentation=[[1, 2, 3, 4]]),
-        r"annotation 9: a polygon of its mask",
+    "runs that are no text of COCO's": (
+        lambda t: t["annotations"][1].update(segmentation=_runs("zz!!")),
+        r"annotation 2: its mask's runs are broken",
+    ),
+    "compressed runs too short": (
+        lambda t: t["annotations"][1].update(segmentation=_runs("52")),
+        r"annotation 2: its mask's runs are broken",
+    ),
+    "negative runs": (
+        lambda t: t["annotations"][1].update(segmentation=_runs([-5, HEIGHT * WIDTH + 5])),
+        r"annotation 2: its mask's runs are broken",
+    ),
+    "polygon that is not finite": (
+        lambda t: t["annotations"][2].update(segmentation=[[float("nan")] * 6]),
+        r"annotation 9: a polygon of its mask is not finite",
+    ),
+    "polygon of half a point": (
+        lambda t: t["annotations"][2].update(segmentation=[[1, 2, 3, 4, 9, 9, 5]]),
+        r"annotation 9: a polygon of its mask is not pairs",
+    ),
+    "neither box nor mask": (
+        lambda t: t["annotations"][1].update(bbox=[], segmentation=None),
+        r"annotation 2: it has no bbox",
+    ),
+    "file of another image": (
+        lambda t: t["images"][1].update(file_name="./a.png"),
+        r"image 3: another image has the same file, a\.png",
     ),
     "picture missing": (
         lambda t: t["images"][1].update(file_name="c.png"),
@@ -201,9 +230,9 @@ def test_fault__is_left_out_and_listed_on_request(write: Callable[..., str], fau
     spoil, _ = FAULTS[fault]
     data, invalid_labels = _open(write(spoil), skip=True)
     assert len(invalid_labels.found) == 1
-    objects = sum(len(data[index].labels) for index in range(len(data)))
+    assert invalid_labels.left_out.total() == 1
     of_picture = "image" in invalid_labels.found[0].split(": ")[1]
-    assert (len(data), objects) == ((1, 3) if of_picture else (2, 2))
+    assert (len(data), _objects(data)) == ((1, 3) if of_picture else (2, 2))
 
 
 def test_file__that_is_missing_is_named(tmp_path: Path) -> None:
@@ -215,7 +244,16 @@ def test_file__that_is_missing_is_named(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("{", "Invalid JSON"),
-        ('{"images": []}', "annotations: Field required"),
+        ('{"images": []}', "categories: Field required"),
+        ('{"images": [], "categories": []}', "has no annotations: is this a test list"),
+        (
+            '{"images": [], "categories": [], "annotations": [{"image_id": 1, "category_id": 1}]}',
+            "lists no images",
+        ),
+        (
+            '{"images": [{"id": "img_1", "file_name": "a"}], "categories": []}',
+            r"images\[0\]\.id: .* \('img_1'\)",
+        ),
         ('{"images": [{"id": 1}], "annotations": [], "categories": []}', r"images\[0\]\.file_name"),
     ],
 )
@@ -258,3 +296,196 @@ def test_picture__that_cannot_be_decoded_is_named(
     data, _ = _open(uri)  # its header is well
     with pytest.raises(DataError, match=r"a\.png"):
         data[0]
+
+
+Spoil = Callable[[dict[str, Any]], object]
+
+
+def _each(tree: dict[str, Any], kind: str, **values: Any) -> None:
+    for record in tree[kind]:
+        record.update(values)
+
+
+def _without(*keys: str) -> Spoil:
+    def spoil(tree: dict[str, Any]) -> None:
+        for record in (*tree["images"], *tree["annotations"]):
+            for key in keys:
+                record.pop(key, None)
+
+    return spoil
+
+
+def _renamed(change: Callable[[str], str]) -> Spoil:
+    def spoil(tree: dict[str, Any]) -> None:
+        for record in tree["images"]:
+            record["file_name"] = change(record["file_name"])
+
+    return spoil
+
+
+DIALECTS: dict[str, tuple[Spoil, dict[str, int]]] = {
+    "./": (_renamed(lambda name: f"./{name}"), {}),
+    "Windows' paths": (_renamed(lambda name: name.replace("/", "\\")), {}),
+    "no sizes": (_without("height", "width"), {}),
+    "sizes of 0": (lambda t: _each(t, "images", height=0, width=0), {}),
+    "ids as whole floats": (lambda t: _each(t, "annotations", image_id=7.0), {}),
+    "no ids, crowds and areas": (
+        lambda t: (t["annotations"].pop(), _without("iscrowd", "area")(t)),
+        {},
+    ),
+    "nulls": (lambda t: _each(t, "annotations", area=None, iscrowd=None), {}),
+    "text ids of annotations": (lambda t: t["annotations"][0].update(id="a1"), {}),
+    "one id for all": (
+        lambda t: _each(t, "annotations", id=1),
+        {"annotations whose id another one has, taken all the same": 2},
+    ),
+    "an annotation twice": (
+        lambda t: t["annotations"].append(t["annotations"][0]),
+        {"annotations that stand in the file twice, taken once": 1},
+    ),
+    "an image twice": (
+        lambda t: t["images"].append(t["images"][0]),
+        {"images that stand in the file twice": 1},
+    ),
+    "areas of 0": (
+        lambda t: _each(t, "annotations", area=0),
+        {"areas that are not positive, measured instead": 3},
+    ),
+    "a root category": (
+        lambda t: (
+            _each(t, "categories", supercategory="pets"),
+            t["categories"].append({"id": 0, "name": "pets", "supercategory": "none"}),
+        ),
+        {"categories above others or named like another, without objects": 1},
+    ),
+    "a category without objects, named like another": (
+        lambda t: t["categories"].insert(0, {"id": 0, "name": "cat"}),
+        {"categories above others or named like another, without objects": 1},
+    ),
+    "a category twice": (
+        lambda t: t["categories"].append(t["categories"][0]),
+        {"categories that stand in the file twice": 1},
+    ),
+    "a polygon without a list around it": (
+        lambda t: t["annotations"][2].update(segmentation=POLYGONS[0]),
+        {},
+    ),
+    "a polygon of two points beside another": (
+        lambda t: t["annotations"][2]["segmentation"].append([1, 2, 3, 4]),
+        {"polygons of fewer than three points passed over": 1},
+    ),
+    "no box beside polygons": (
+        lambda t: t["annotations"][2].pop("bbox"),
+        {"objects without a box, which is taken from their polygons": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_dialect__of_a_tool_says_the_same(write: Callable[..., str], dialect: str) -> None:
+    spoil, told = DIALECTS[dialect]
+    data, invalid_labels = _open(write(spoil))
+    want = TREE["annotations"][: 2 if "no ids" in dialect else 3]
+    assert len(data) == 2
+    assert data.class_names == ("dog", "cat")
+    boxes = data[0].boxes
+    assert boxes[0].tolist() == [10, 5, 33, 20]
+    assert (
+        np.abs(boxes - [[x, y, x + w, y + h] for x, y, w, h in (t["bbox"] for t in want)]).max()
+        <= 1
+    )
+    assert dict(invalid_labels.adapted) == told
+    assert not invalid_labels.left_out
+    assert invalid_labels.as_json()["adapted"] == told
+    assert list(invalid_labels.notes()) == [f"{reason}: {count}" for reason, count in told.items()]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be-sig"])
+def test_file__with_a_byte_order_mark_is_read(write: Callable[..., str], encoding: str) -> None:
+    file = Path(write())
+    text = "\ufeff" + file.read_text()
+    file.write_bytes(
+        text.encode({"utf-8-sig": "utf-8", "utf-16": "utf-16-le"}.get(encoding, "utf-16-be"))
+    )
+    assert len(_open(str(file))[0]) == 2
+
+
+def test_file__of_another_encoding_is_named(write: Callable[..., str]) -> None:
+    file = Path(write())
+    file.write_bytes(file.read_bytes().replace(b"cat", b"k\xe4tzchen"))
+    with pytest.raises(DataError, match=r"instances\.json is not UTF-8 text.*save it as UTF-8"):
+        _open(str(file))
+
+
+@pytest.mark.parametrize("empty", [{}, [], None, [[10, 10, 30, 10]], [[]]])
+def test_mask__that_is_none_costs_no_box(write: Callable[..., str], empty: Any) -> None:
+    uri = write(lambda tree: tree["annotations"][1].update(segmentation=empty))
+    data, invalid_labels = _open(uri)
+    assert _objects(data) == 3
+    assert not data.has_masks
+    assert invalid_labels.adapted.total() == (empty in ([[10, 10, 30, 10]], [[]]))
+    with pytest.raises(DataError, match="annotation 2: it has no mask, which the task needs"):
+        CocoDetection(uri, None, InvalidLabels(False), need_masks=True)
+    left = InvalidLabels(True)
+    masked = CocoDetection(uri, None, left, need_masks=True)
+    assert masked.has_masks
+    assert dict(left.left_out) == {"objects without a mask": 1}
+
+
+def test_boxes__as_corners_are_refused_even_where_wrong_ones_are_left_out(
+    write: Callable[..., str],
+) -> None:
+    def spoil(tree: dict[str, Any]) -> None:
+        for thing in tree["annotations"]:
+            left, top, width, height = thing["bbox"]
+            thing["bbox"] = [left, top, left + width, top + height]
+
+    with pytest.raises(DataError, match=r"boxes are \(left, top, right, bottom\)"):
+        _open(write(spoil), skip=True)
+
+
+def test_boxes__as_shares_are_refused(write: Callable[..., str]) -> None:
+    with pytest.raises(DataError, match=r"within 0 and 1.* in pixels"):
+        _open(write(lambda tree: _each(tree, "annotations", bbox=[0.1, 0.2, 0.3, 0.4])), skip=True)
+
+
+def test_pictures__that_are_missing_are_counted(write: Callable[..., str]) -> None:
+    def spoil(tree: dict[str, Any]) -> None:
+        for number in range(50):
+            image = {"id": 100 + number, "file_name": f"gone{number}.png"}
+            tree["images"].append(image)
+
+    with pytest.raises(DataError, match=r"no picture .*gone0\.png \(nor 49 more of 52\)"):
+        _open(write(spoil))
+    data, invalid_labels = _open(write(spoil), skip=True)
+    assert len(data) == 2
+    assert dict(invalid_labels.left_out) == {"pictures that are not there": 50}
+    assert invalid_labels.notes()[0].startswith(
+        "50 invalid labels left out (pictures that are not there: 50)"
+    )
+
+
+def test_picture__whose_name_listing_passes_over_is_found(
+    write: Callable[..., str], tmp_path: Path
+) -> None:
+    uri = write(lambda tree: tree["images"][1].update(file_name="_camera/b.png"))
+    (tmp_path / "images" / "deep").rename(tmp_path / "images" / "_camera")
+    data, _ = _open(uri)
+    assert data[1].image.size == (WIDTH, HEIGHT)
+
+
+def _turn(path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (WIDTH, HEIGHT)).save(path, exif=exif)
+
+
+def test_picture__that_exif_turns_is_told(write: Callable[..., str], tmp_path: Path) -> None:
+    uri = write()
+    _turn(tmp_path / "images" / "a.png", 6)
+    with pytest.raises(DataError, match=r"40x60 pixels once EXIF has turned it, .*60x40 as stored"):
+        _open(uri)
+    _turn(tmp_path / "images" / "a.png", 3)  # upside down: the size does not tell
+    data, invalid_labels = _open(uri)
+    assert len(data) == 2
+    assert dict(invalid_labels.adapted) == {TURNED: 1}

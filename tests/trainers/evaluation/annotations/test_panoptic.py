@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from mimray.trainers.errors import DataError
+from mimray.trainers.evaluation.annotations.base import InvalidLabels
 from mimray.trainers.evaluation.annotations.panoptic import VOID, CocoPanoptic, is_panoptic
 
 IDS = np.array([[0, 7, 7, 7], [0, 7, 300, 300], [70_000, 70_000, 300, 300]])
@@ -44,7 +45,7 @@ def panoptic(tmp_path: Path) -> Callable[..., CocoPanoptic]:
         file = tmp_path / "annotations/panoptic_val.json"
         file.write_text(json.dumps(content))
         assert is_panoptic(str(file))
-        return CocoPanoptic(str(file))
+        return CocoPanoptic(str(file), InvalidLabels(False))
 
     return opened
 
@@ -99,4 +100,31 @@ def test_panoptic__a_file_of_another_kind(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"images": [], "categories": []}')
     assert not is_panoptic(str(tmp_path / "a.json"))
     with pytest.raises(DataError, match=r"a\.json: annotations: Field required"):
-        CocoPanoptic(str(tmp_path / "a.json"))
+        CocoPanoptic(str(tmp_path / "a.json"), InvalidLabels(False))
+
+
+def _with_a_root(content: dict[str, Any]) -> None:
+    content["categories"].append({"id": 0, "name": "root"})
+    content["categories"][0]["supercategory"] = "root"
+
+
+def test_panoptic__as_tools_write_it(panoptic: Callable[..., CocoPanoptic], tmp_path: Path) -> None:
+    def spoil(content: dict[str, Any]) -> None:
+        _with_a_root(content)
+        for image in content["images"]:
+            del image["height"], image["width"]
+            image["file_name"] = ".\\" + image["file_name"]
+
+    want = panoptic()
+    found = panoptic(spoil)
+    assert found.class_names == want.class_names
+    np.testing.assert_array_equal(found[0].mask, want[0].mask)
+    assert not found.is_turned(0)
+
+
+def test_panoptic__masks_as_jpeg_are_refused(
+    panoptic: Callable[..., CocoPanoptic], tmp_path: Path
+) -> None:
+    Image.new("RGB", (4, 3)).save(tmp_path / "annotations/panoptic_val/a.png", "JPEG")
+    with pytest.raises(DataError, match=r"stored as JPEG, which changes indices .*PNG"):
+        panoptic()[0]

@@ -174,12 +174,64 @@ def test_classes__named_numbered_or_found(scenes: Path) -> None:
         SegmentationConfig(num_classes=3, class_names=("a", "b"))
 
 
-def test_classes__masks_of_0_and_255_are_told_apart_from_a_class(scenes: Path) -> None:
-    (scenes / "train/classes.txt").unlink()
-    for mask in (scenes / "train/masks").iterdir():
-        values = np.asarray(Image.open(mask))
-        Image.fromarray((255 * (values == 1)).astype(np.uint8)).save(mask)
+def _paint_binary(scenes: Path) -> None:
+    for split in ("train", "val"):
+        (scenes / split / "classes.txt").unlink(missing_ok=True)
+        for mask in (scenes / split / "masks").iterdir():
+            values = np.asarray(Image.open(mask))
+            Image.fromarray((255 * (values == 1)).astype(np.uint8)).save(mask)
+
+
+def test_classes__masks_of_0_and_255_alone_are_two_classes(scenes: Path) -> None:
+    want = _open(scenes)[0].mask == 1
+    _paint_binary(scenes)
+    invalid_labels = InvalidLabels(False)
+    train = open_segmentation(str(scenes), "train", CONFIG, invalid_labels)
+    assert train.binary
+    assert train.class_names == ("0", "255")
+    np.testing.assert_array_equal(train[0].mask, want)
+    assert invalid_labels.notes() == (
+        "masks of 0 and 255 alone read as two classes, 255 as the second: 5",
+    )
+    val = _open(scenes, "val", class_names=train.class_names, binary=True)
+    assert set(np.unique(val[0].mask)) <= {0, 1}
+    named = SegmentationConfig(class_names=("ground", "disc"))
+    assert _open(scenes, config=named).binary
+    mask = np.full((32, 40), 7, np.uint8)
+    Image.fromarray(mask).save(scenes / "val/masks/000001.png")
+    with pytest.raises(DataError, match="holds other values than 0 and 255"):
+        _open(scenes, "val", class_names=train.class_names, binary=True)
+
+
+def test_classes__255_is_void_where_that_is_said_or_other_classes_are_there(scenes: Path) -> None:
+    assert not _open(scenes).binary
+    _paint_binary(scenes)
     with pytest.raises(DataError, match="no class but 0 and void"):
+        _open(scenes, config=SegmentationConfig(ignore_index=255))
+
+
+def test_classes__unnamed_numbers_that_occur_nowhere_are_counted(scenes: Path) -> None:
+    (scenes / "train/classes.txt").unlink()
+    mask = np.zeros((32, 40), np.uint16)
+    mask[3, 4] = 40
+    Image.fromarray(mask).save(scenes / "train/masks/000001.png")
+    invalid_labels = InvalidLabels(False)
+    found = open_segmentation(str(scenes), "train", CONFIG, invalid_labels)
+    assert len(found.class_names) == 41
+    assert invalid_labels.notes() == (
+        "class numbers below 41 that occur in no mask to learn from: 36",
+    )
+    mask[3, 4] = 26_001  # an instance's number
+    Image.fromarray(mask).save(scenes / "train/masks/000001.png")
+    with pytest.raises(DataError, match=r"hold 5 values up to 26001, which would be 26002 classes"):
+        _open(scenes)
+
+
+def test_masks__as_jpeg_are_refused(scenes: Path) -> None:
+    for mask in list((scenes / "train/masks").iterdir()):
+        Image.open(mask).convert("L").save(mask.with_suffix(".jpg"))
+        mask.unlink()
+    with pytest.raises(DataError, match=r"masks/000000\.jpg is stored as JPEG"):
         _open(scenes)
 
 

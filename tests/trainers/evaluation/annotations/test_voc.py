@@ -120,3 +120,128 @@ def test_fingerprint__changes_with_labels(write: Callable[..., str]) -> None:
     other = VocDetection(write(SECOND), "train", InvalidLabels(False)).fingerprint
     assert VocDetection(write(), "train", InvalidLabels(False)).fingerprint == first
     assert other != first
+
+
+def _rename(folder: Path, old: str, new: str) -> None:
+    (folder / "JPEGImages" / f"{old}.jpg").rename(folder / "JPEGImages" / f"{new}.jpg")
+    (folder / "Annotations" / f"{old}.xml").rename(folder / "Annotations" / f"{new}.xml")
+
+
+def _list(folder: Path, content: bytes) -> tuple[list[str], InvalidLabels]:
+    """Names of the pictures that a list takes, and what is counted of it."""
+    (folder / "ImageSets" / "Main" / "train.txt").write_bytes(content)
+    invalid_labels = InvalidLabels(False)
+    data = VocDetection(str(folder), "train", invalid_labels)
+    return [Path(data.name(index)).stem for index in range(len(data))], invalid_labels
+
+
+@pytest.mark.parametrize(
+    ("names", "content"),
+    [
+        (("GSH (2)", "GSH (5)"), "GSH (2)\nGSH (5)\n"),
+        (("GSH (2)", "GSH (5)"), "GSH (2) -1\nGSH (5)  1\n"),
+        (("a 1", "b 0"), "a 1\nb 0\n"),
+        (("a 1", "b 0"), "a 1 1\nb 0 -1\n"),
+        (("a.b.c", "d.rf.e"), "a.b.c\nd.rf.e.jpg\n"),
+        (("one", "two"), "\ufeffone\r\n\r\ntwo\r\n\r\n"),
+        (("one", "two"), "./one.jpg\n JPEGImages\\two.jpg \n"),
+        (("one", "two"), "/home/me/VOC2012/JPEGImages/one.jpg\ntwo 1"),
+    ],
+)
+def test_lists__as_tools_write_them(
+    write: Callable[..., str], tmp_path: Path, names: tuple[str, str], content: str
+) -> None:
+    write()
+    for old, new in zip(("one", "two"), names, strict=True):
+        _rename(tmp_path, old, new)
+    found, invalid_labels = _list(tmp_path, content.encode())
+    assert found == list(names)
+    assert invalid_labels.notes() == ()
+
+
+def test_lists__a_flag_is_a_flag_where_both_readings_are_pictures(
+    write: Callable[..., str], tmp_path: Path
+) -> None:
+    write()
+    _rename(tmp_path, "two", "one 1")
+    found, invalid_labels = _list(tmp_path, b"one 1\none  -1\n")
+    assert found == ["one"]
+    assert dict(invalid_labels.adapted) == {"lines that name a picture again": 1}
+
+
+def test_lists__of_another_encoding_are_named(write: Callable[..., str], tmp_path: Path) -> None:
+    write()
+    with pytest.raises(DataError, match=r"train\.txt is not UTF-8 text"):
+        _list(tmp_path, b"k\xe4tzchen\n")
+
+
+@pytest.mark.parametrize("size", ["", "<size/>", "<size><width>0</width><height>0</height></size>"])
+def test_size__is_the_pictures_own_where_none_is_stated(
+    write: Callable[..., str], size: str
+) -> None:
+    content = f"<annotation>{size}{_object('cat', (1.5, 2, 60, 40))}</annotation>"
+    data = VocDetection(write(content), "train", InvalidLabels(False))
+    assert data[0].boxes.tolist() == [[0.5, 1, 60, 40]]
+
+
+def test_filename__that_is_another_picture_is_counted(
+    write: Callable[..., str], tmp_path: Path
+) -> None:
+    uri = write(
+        _xml(_object("cat", (1, 1, 5, 5)), head="").replace(
+            "<annotation>", "<annotation><filename>two.jpg</filename>"
+        )
+    )
+    invalid_labels = InvalidLabels(False)
+    data = VocDetection(uri, "train", invalid_labels)
+    assert Path(data.name(0)).stem == "one"
+    (note,) = invalid_labels.notes()
+    assert note.startswith("annotation files whose <filename> is another picture")
+
+
+def test_filename__finds_a_picture_of_another_name(
+    write: Callable[..., str], tmp_path: Path
+) -> None:
+    uri = write(
+        _xml(_object("cat", (1, 1, 5, 5))).replace(
+            "<annotation>", "<annotation><filename>camera.jpg</filename>"
+        )
+    )
+    (tmp_path / "JPEGImages" / "one.jpg").rename(tmp_path / "JPEGImages" / "camera.jpg")
+    invalid_labels = InvalidLabels(False)
+    data = VocDetection(uri, "train", invalid_labels)
+    assert Path(data.name(0)).stem == "camera"
+    assert invalid_labels.adapted.total() == 1
+
+
+def test_pictures__of_one_name_are_refused(write: Callable[..., str], tmp_path: Path) -> None:
+    uri = write()
+    Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "JPEGImages" / "one.png")
+    with pytest.raises(DataError, match=r"two pictures are one\.jpg and one\.png"):
+        VocDetection(uri, "train", InvalidLabels(False))
+
+
+def test_pictures__without_labels_are_counted_where_no_list_says_which(
+    write: Callable[..., str], tmp_path: Path
+) -> None:
+    uri = write()
+    Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "JPEGImages" / "three.jpg")
+    invalid_labels = InvalidLabels(False)
+    assert len(VocDetection(uri, None, invalid_labels)) == 2
+    assert invalid_labels.notes() == ("pictures without an annotation file passed over: 1",)
+
+
+def test_boxes__as_shares_are_refused(write: Callable[..., str], tmp_path: Path) -> None:
+    uri = write(_xml(_object("cat", (0.1, 0.2, 0.5, 0.6))))
+    (tmp_path / "ImageSets" / "Main" / "train.txt").write_text("one\n")
+    with pytest.raises(DataError, match=r"within 0 and 1.*pixels"):
+        VocDetection(uri, "train", InvalidLabels(True))
+
+
+def test_picture__that_exif_turns_is_told(write: Callable[..., str], tmp_path: Path) -> None:
+    uri = write()
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "JPEGImages" / "one.jpg", exif=exif)
+    with pytest.raises(DataError, match=r"one\.xml: .*40x60 pixels once EXIF has turned it"):
+        VocDetection(uri, "train", InvalidLabels(False))

@@ -240,7 +240,8 @@ def test_invalid_labels__are_listed_when_skipped(
     with pytest.raises(DataError, match=r"train/instances\.json: annotation 1: the box .* no area"):
         evaluate(vit, setting(data), config)
     score = evaluate(vit, setting(data, skip_invalid=True), config)
-    assert score.notes[-2] == "1 invalid label left out:"
+    assert score.notes[-2] == "1 invalid label left out (boxes without area: 1):"
+    assert score.metrics["labels"]["left_out"] == {"boxes without area": 1}
 
 
 def test_input__that_the_stride_does_not_divide_is_refused(

@@ -81,6 +81,6 @@ def test_extract__inside_a_task_that_holds_every_cpu_does_not_wait_for_itself(
     task = ray.remote(num_cpus=2)(extract)
     out = RunDir(str(tmp_path / "out"))
 
-    found = ray.get(task.remote(ref, open_source(str(colours)), out, SPEC), timeout=100)
+    found = ray.get(task.remote(ref, open_source(str(colours)), out, SPEC), timeout=600)
 
     assert (found.num_written, found.manifest.num_rows) == (3, 60)

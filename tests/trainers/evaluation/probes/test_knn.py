@@ -116,6 +116,26 @@ def test_evaluate__scores_a_dataset_and_shows_neighbours(
     assert greens.any()
 
 
+def test_evaluate__names_the_view_in_the_score(
+    ref: EncoderRef, colours: Path, setting: Callable[..., Setting]
+):
+    whole = evaluate(ref, setting(colours), KnnConfig())
+    cropped = evaluate(ref, setting(colours), KnnConfig(view="center_crop"))
+
+    assert (whole.metric, cropped.metric) == ("accuracy", "accuracy_center_crop")
+    assert "accuracy" not in cropped.metrics
+    assert cropped.metrics["accuracy_center_crop"] == cropped.headline
+    assert whole.metrics["view"] == "whole, resized to 16x24, bicubic"
+    assert cropped.metrics["view"] == "resized to cover 18x27, bicubic; centre crop of 16x24"
+    views = [
+        labelled_features(
+            ref, open_source(str(colours)), setting(colours), "mean", phase="", view=v
+        )
+        for v in ("whole", "center_crop")
+    ]
+    assert np.abs(views[0][0].x - views[1][0].x).max() > 1e-3
+
+
 def test_evaluate__a_class_without_validation_pictures_is_told_and_not_averaged(
     ref: EncoderRef, colours: Path, setting: Callable[..., Setting]
 ):

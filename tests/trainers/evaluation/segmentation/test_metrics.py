@@ -54,17 +54,39 @@ def test_scores__a_class_neither_there_nor_predicted_is_left_out_as_by_torchmetr
     assert found["mIoU"] == pytest.approx(reference, abs=1e-6)
 
 
-def test_scores__a_class_without_labels_is_left_out_even_where_it_is_predicted() -> None:
+def _as_mmsegmentation(labels: np.ndarray, predicted: np.ndarray) -> float:
+    """mIoU by mmsegmentation's formula, from histograms over the pixels that are not void."""
+    known = labels != VOID
+    labels, predicted = labels[known], predicted[known]
+    bins = np.arange(K + 1)
+    intersect = np.histogram(labels[labels == predicted], bins)[0]
+    union = np.histogram(labels, bins)[0] + np.histogram(predicted, bins)[0] - intersect
+    with np.errstate(invalid="ignore"):
+        return float(np.nanmean(intersect / union))
+
+
+@pytest.mark.parametrize("absent", [(), (2,), (0, 5)])
+@pytest.mark.parametrize("predicts_absent", [False, True])
+def test_scores__equal_mmsegmentation(absent: tuple[int, ...], predicts_absent: bool) -> None:
+    labels, predicted = _maps(1, absent)
+    if predicts_absent:
+        predicted[0, :10] = 2
+    found = _ours(labels, predicted)
+    assert found["mIoU"] == pytest.approx(_as_mmsegmentation(labels, predicted), abs=1e-12)
+
+
+def test_scores__a_class_without_labels_counts_as_0_where_it_is_predicted() -> None:
     labels, predicted = _maps(1, absent=(2,))
     predicted[0, :10] = 2
     found = _ours(labels, predicted)
     each = MulticlassJaccardIndex(K, average=None, ignore_index=VOID)
     reference = each(torch.from_numpy(predicted), torch.from_numpy(labels)).tolist()
-    assert reference[2] == 0, "torchmetrics averages it as zero"
-    assert found["IoU"]["c"] is None  # type: ignore[index]
+    assert reference[2] == found["IoU"]["c"] == 0  # type: ignore[index]
     assert found["accuracy"]["c"] is None  # type: ignore[index]
+    assert found["mIoU"] == pytest.approx(np.mean(reference), abs=1e-6)
     others = [value for k, value in enumerate(reference) if k != 2]
-    assert found["mIoU"] == pytest.approx(np.mean(others), abs=1e-6)
+    assert found["mIoU_labelled"] == pytest.approx(np.mean(others), abs=1e-6)
+    assert found["mIoU"] < found["mIoU_labelled"]  # type: ignore[operator]
 
 
 def test_confusion__void_is_in_no_count() -> None:

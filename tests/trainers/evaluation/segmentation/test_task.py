@@ -156,8 +156,11 @@ def test_evaluate__a_class_missing_from_the_validation_is_named_and_not_averaged
         Image.fromarray(mask).save(file)
     score = run(make_vit, data=data)
     iou = score.metrics["IoU"]
-    assert iou["rectangle"] is None
-    assert score.headline == pytest.approx((iou["background"] + iou["disc"]) / 2)
+    rectangles = np.array(score.metrics["confusion"]).sum(axis=0)[2]
+    assert iou["rectangle"] == (0 if rectangles else None)
+    labelled = (iou["background"] + iou["disc"]) / 2
+    assert score.metrics["mIoU_labelled"] == pytest.approx(labelled)
+    assert score.headline == pytest.approx(labelled * (2 / 3 if rectangles else 1))
     assert any("rectangle" in note for note in score.notes)
 
 
@@ -171,6 +174,7 @@ def test_evaluate__skips_and_lists_what_is_invalid(
     score = run(make_vit, data=data, skip_invalid=True)
     assert score.num_val == 7
     assert score.notes[0].startswith("1 invalid")
+    assert score.metrics["labels"]["left_out"] == {"masks or pictures that cannot be used": 1}
 
 
 def test_evaluate__an_input_that_the_stride_does_not_divide(

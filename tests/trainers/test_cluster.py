@@ -1,0 +1,110 @@
+"""Ray's token and address, without a Ray."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from mimray.trainers import cluster
+from mimray.trainers.cluster import keep_token, start_ray, unreachable
+from mimray.trainers.environment import limits
+from mimray.trainers.errors import ResourceError
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def mode(file: Path) -> int:
+    return file.stat().st_mode & 0o777
+
+
+def test_token__is_made_readable_by_its_owner_alone(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        keep_token()
+    finally:
+        os.umask(before)
+    file = tmp_path / ".ray/auth_token"
+    assert mode(file) == 0o600
+    assert mode(file.parent) == 0o700
+    token = file.read_text()
+    assert len(token) == 64
+    keep_token()
+    assert file.read_text() == token
+
+
+def test_token__that_others_can_read_is_closed(tmp_path: Path) -> None:
+    file = tmp_path / ".ray/auth_token"
+    file.parent.mkdir()
+    file.write_text("secret")
+    file.chmod(0o644)
+    keep_token()
+    assert mode(file) == 0o600
+    assert file.read_text() == "secret"
+
+
+def test_token__goes_elsewhere_where_it_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / ".ray").write_text("in the way")
+    place = tmp_path / "place"
+    place.mkdir()
+    monkeypatch.setattr(cluster, "temporary_place", lambda: str(place))
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "")  # restored after the test
+    keep_token()
+    kept = place / f"mimray-{os.getuid()}" / "auth_token"
+    assert mode(kept) == 0o600
+    assert os.environ["RAY_AUTH_TOKEN_PATH"] == str(kept)
+    assert str(kept) in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("RAY_AUTH_TOKEN", "x"), ("RAY_AUTH_MODE", "disabled")]
+)
+def test_token__is_not_made_where_none_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    keep_token()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}"])
+def test_start_ray__a_dead_cluster_is_told_at_once(
+    monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = address.format(port=listener.getsockname()[1])
+        assert unreachable(address) == ""
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ResourceError, match=f"no Ray cluster answers at {address}: Connection ref"):
+        start_ray()
+
+
+def test_unreachable__what_is_no_address() -> None:
+    assert unreachable("auto") == unreachable("local") == ""
+    assert "an address is host:port" in unreachable("host:port")
+    assert unreachable("nosuchhost.invalid:6379")
+
+
+def test_resources__of_a_share_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    gib = 2**30
+    monkeypatch.setattr(limits, "usable_cpus", lambda: 3)
+    monkeypatch.setattr(limits, "memory_limit", lambda: 4 * gib)
+    monkeypatch.setattr(limits, "available_memory", lambda: 2 * gib)
+    monkeypatch.setattr(limits, "free_shared_memory", lambda: 64 << 20)
+    found = cluster._resources()
+    assert found["num_cpus"] == 3
+    assert found["object_store_memory"] == int(0.3 * 2 * gib)
+    assert found["_memory"] == 2 * gib - found["object_store_memory"]
+    assert "_plasma_directory" not in found
+    monkeypatch.setattr(limits, "free_shared_memory", lambda: 0)
+    assert Path(cluster._resources()["_plasma_directory"]).is_dir()
