@@ -21,6 +21,9 @@ from mimray.trainers.data.files import (
 )
 from mimray.trainers.errors import DataError, EmptyDatasetError
 
+VALIDATION_SPLITS = ("val", "valid", "validation", "dev", "test")
+"""Held-out splits in the order they are preferred: a test set is kept back where it can be."""
+
 _SPLIT_IN_NAME = re.compile(r"(.+?)-\d{5}-of-\d{5}.*")
 
 

@@ -6,14 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mimray.trainers.data.discover import available_splits
+from mimray.trainers.data.discover import VALIDATION_SPLITS, available_splits
 from mimray.trainers.data.selection import labels_of
 from mimray.trainers.data.sources import Source, open_source
 from mimray.trainers.errors import DataError
 from mimray.trainers.evaluation.score import Setting
-
-# In the order they are preferred: a test set is kept back where there is a validation set.
-VALIDATION_SPLITS = ("val", "valid", "validation", "dev", "test")
 
 
 @dataclass(frozen=True)
