@@ -49,7 +49,8 @@ def assess_method(
     figures, warnings = method.eval().assess(batches)
     count = sum(len(batch) for batch in batches)
     said = tuple(f"{count} pictures of split {split}: {warning}" for warning in warnings)
-    return {**figures, "pictures": count, "split": split, "data": plan.data.uri}, said
+    seen = {"pictures": count, "undecodable": len(chosen) - count, "split": split}
+    return {**figures, **seen, "data": plan.data.uri}, said
 
 
 def _pictures(plan: Plan) -> tuple[Source, str]:
@@ -63,7 +64,7 @@ def _pictures(plan: Plan) -> tuple[Source, str]:
 
 
 def _batches(source: Source, recipe: Recipe, chosen: list[int]) -> Iterator[Tensor]:
-    """Normalised whole pictures; such as cannot be decoded are left out."""
+    """Normalised whole pictures; those that cannot be decoded are left out."""
     inputs = inputs_of(recipe)
     pictures = Pictures(source, cache_mib=0, labels=False)
     found: list[Image.Image] = []
