@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -35,6 +35,9 @@ CARD = "bundle.json"
 ENCODER = "encoder.safetensors"
 METHOD = "method.safetensors"
 
+RETIRED_METHOD_KEYS = {"revive_below"}
+"""Keys that a bundle's recipe may still hold, and this version's recipes do not."""
+
 
 class BundleCard(Config):
     """A bundle's description, bundle.json: how to use the encoder, and its origin.
@@ -48,6 +51,9 @@ class BundleCard(Config):
         samples: pictures seen.
         source: the origin of imported weights, with the digest of their file.
         scores: headline figures by task, each with its command and data.
+        held_out: the method's own figures over pictures that it was not trained on, such as the
+            usage of a codebook, with these pictures' number and place.
+        warnings: sentences on what is wrong with the weights.
     """
 
     format: Literal[1] = 1
@@ -71,6 +77,18 @@ class BundleCard(Config):
     source: str = ""
     recipe: dict[str, Any] = Field(default_factory=dict)
     scores: dict[str, Any] = Field(default_factory=dict)
+    held_out: dict[str, Any] = Field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    @field_validator("recipe")
+    @classmethod
+    def _without_retired_keys(cls, recipe: dict[str, Any]) -> dict[str, Any]:
+        """Leave out keys of earlier versions that shaped the training alone, not the weights."""
+        method = recipe.get("method")
+        if not isinstance(method, dict) or not RETIRED_METHOD_KEYS & method.keys():
+            return recipe
+        kept = {key: value for key, value in method.items() if key not in RETIRED_METHOD_KEYS}
+        return {**recipe, "method": kept}
 
 
 class FrozenEncoder(torch.nn.Module):

@@ -16,7 +16,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mimray.trainers.config.names import check_name
-from mimray.trainers.config.run import Plan, Recipe, differences, resolve
+from mimray.trainers.config.run import Plan, Recipe, differences, parse_plan, resolve
 from mimray.trainers.data.selection import open_training, with_classes
 from mimray.trainers.errors import DataError, MimrayError, ResourceError, RunConflictError
 from mimray.trainers.methods.needs import check_outside, keep_needs, with_needs
@@ -111,7 +111,7 @@ def prepare(job: Job) -> Plan:
     plan = resolve(recipe, source.facts, recipe.resources.num_workers)
     if job.fresh or not job.run.exists("plan.json"):
         return plan
-    before = Plan.model_validate_json(job.run.read("plan.json"))
+    before = parse_plan(job.run.read("plan.json"), f"{job.run}/plan.json")
     changed = differences(before, plan)
     if changed:
         raise RunConflictError(
@@ -326,15 +326,18 @@ def _work(config: dict[str, Any]) -> None:
                 observer=link,
                 launch_id=config["launch_id"],
             )
+            if rank == 0:
+                card = write_bundle(
+                    run,
+                    plan,
+                    trained.state,
+                    step=plan.steps,
+                    name=config["name"],
+                    command=config["command"],
+                )
+                for warning in card.warnings:
+                    logger.warning("%s", warning)
         if rank == 0:
-            write_bundle(
-                run,
-                plan,
-                trained.state,
-                step=plan.steps,
-                name=config["name"],
-                command=config["command"],
-            )
             link.flush()
     except MimrayError as error:
         link.fail(error)

@@ -6,7 +6,7 @@ B batch, C channels, H/W pixels, N patches (row-major over the grid), D width, h
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -28,16 +28,27 @@ class Batch:
     Attributes:
         inputs: tensors by the names that the method's `views` declare: pictures uint8
             [B, C, H, W], masks bool [B, N] with True = hidden, labels int64 [B]; with an axis
-            for views or masks if there are several.
+            for views or masks if there are several. Where pictures are combined in pairs,
+            `partners`, int64 [B], is the row of each one's partner, and rows after the first B
+            are there as partners alone.
         indices: int64 [B], sample indices in the dataset.
         epoch: int64 [B], the epoch of each sample.
         problems: reasons why pictures could not be used and were substituted.
+        hidden: hidden patches of the worker's whole share of the global batch, by the name of their
+            mean (`views.Masks`); with the first micro batch of a step, else empty.
     """
 
     inputs: dict[str, Tensor]
     indices: np.ndarray
     epoch: np.ndarray
     problems: tuple[str, ...] = ()
+    hidden: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def num_samples(self) -> int:
+        """Number of samples B, without those that are there as partners alone."""
+        partners = self.inputs.get("partners")
+        return len(self.indices) if partners is None else len(partners)
 
     def pin_memory(self) -> Batch:
         """Copy the batch to page-locked memory; torch's loader calls it by this name."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from mimray.service.terminal.console import warn
 from mimray.trainers.errors import BundleError
 
 if TYPE_CHECKING:
@@ -28,13 +29,15 @@ def export_run(run: str, out: Path | None, kind: str) -> str:
     Raises:
         BundleError: there is nothing to export, or no place to write to.
     """
-    from mimray.trainers.bundles import CARD, bundle_place, fetch_bundle
+    from mimray.trainers.bundles import CARD, bundle_place, fetch_bundle, read_card
     from mimray.trainers.convert import export_timm, export_transformers
     from mimray.trainers.storage import RunDir
 
     run_dir = RunDir(run)
     if run_dir.exists("plan.json") and not run_dir.exists(f"bundle/{CARD}"):
         _bundle_from_checkpoint(run_dir)
+    for warning in read_card(fetch_bundle(run)).warnings:
+        warn(warning)
     if kind == "bundle":
         if out is None:
             return f"{bundle_place(run)}: bundle"
@@ -49,7 +52,7 @@ def export_run(run: str, out: Path | None, kind: str) -> str:
 
 
 def _bundle_from_checkpoint(run: RunDir) -> None:
-    from mimray.trainers.config.run import Plan
+    from mimray.trainers.config.run import parse_plan
     from mimray.trainers.engine.checkpoints import newest_whole
     from mimray.trainers.engine.export import read_checkpoint, write_bundle
 
@@ -58,7 +61,7 @@ def _bundle_from_checkpoint(run: RunDir) -> None:
         raise BundleError(
             f"{run} has no checkpoint yet", hint="let it reach checkpoint.every_steps"
         )
-    plan = Plan.model_validate_json(run.read("plan.json"))
+    plan = parse_plan(run.read("plan.json"), f"{run}/plan.json")
     with TemporaryDirectory(prefix="mimray-") as scratch:
         (run / f"checkpoints/{checkpoint.name}").download(Path(scratch))
         state = read_checkpoint(Path(scratch), checkpoint, plan)

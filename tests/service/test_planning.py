@@ -121,6 +121,51 @@ def test_plan__refuses_as_pretrain_does(pictures: Path) -> None:
         assert result.stdout == ""
 
 
+def test_plan__says_whose_key_it_is() -> None:
+    for arguments, wanted in (
+        (["mae-vit-b", "--set", "method.bundle=x"],
+         "'method.bundle' is no key of method mae, only of finetune"),
+        (["mae-vit-b", "--set", "method.beta=1"],
+         "'method.beta' is no key of method mae, only of vae and dvae"),
+        (["mae-tiny", "--set", "encoder.window_size=7"],
+         "'encoder.window_size' is no key of encoder vit, only of swin, swin_tiny, swin_small"),
+        (["mae-vit-b", "--set", "method.mask_ratios=x"], "did you mean 'method.mask_ratio'?"),
+        (["mae-vit-b", "--set", "method.bundles=x"], "unknown key 'method.bundles' ("),
+        (["mae-vit-b", "--set", "method.patch_size=8"], "did you mean 'encoder.patch_size'?"),
+    ):  # fmt: skip
+        result = CliRunner().invoke(cli, ["plan", *arguments])
+        assert result.exit_code == 2, result.output
+        assert wanted in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize("size", [64, 50])
+@pytest.mark.parametrize(
+    ("recipe", "encoder", "wanted"),
+    [
+        ("mae-tiny", "swin_tiny", "which the windows of swin_tiny cannot do without"),
+        ("simmim-tiny", "conv", "hides tokens, which encoder conv does not have"),
+    ],
+)
+def test_plan__names_the_cause_before_the_size(
+    recipe: str, encoder: str, wanted: str, size: int
+) -> None:
+    widths = ["--set", "encoder.widths=[8, 8]"] if encoder == "conv" else []
+    arguments = ["--set", f"encoder.name={encoder}", "--set", f"data.image_size={size}", *widths]
+
+    result = CliRunner().invoke(cli, ["plan", recipe, *arguments])
+
+    assert result.exit_code == 2
+    said = " ".join(result.stderr.split())
+    assert wanted in said
+    assert "window_size" not in said
+    assert "divide" not in said
+
+
+def test_plan__warns_of_a_batch_that_is_too_small_for_the_codebook() -> None:
+    found = plan("dvae-tiny", "--set", "method.codebook_size=2048")
+    assert any("encodings a code" in warning for warning in found["warnings"])
+
+
 def test_pretrain__gives_the_same_advice(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,6 +187,12 @@ def test_guide__prints_without_a_name() -> None:
     assert result.exit_code == 0, (result.output, result.exception)
     for part in ("Detection and segmentation", "simmim-swin-b", "What circulates wrongly", "83.6"):
         assert part in result.stdout
+
+
+def test_guide__tells_frozen_from_trained_end_to_end() -> None:
+    (row,) = (row for row in guide.read_guide()["choices"] if "Detection" in row["need"])
+    assert "Trained end to end, both beat supervised pre-training" in row["why"]
+    assert "Frozen, they do not" in row["why"]
 
 
 def test_guide__rows_are_for_machines_too() -> None:

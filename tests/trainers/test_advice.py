@@ -34,6 +34,18 @@ def test_advice__warns_with_the_numbers(override: str, wanted: tuple[str, ...]) 
         assert part in warning
 
 
+def test_advice__on_a_batch_that_is_too_small_for_the_codebook() -> None:
+    sizes = "method.codebook_size=1024", "optim.batch_size=32", "optim.base_lr=8e-3"
+
+    (warning,) = given("dvae-tiny", *sizes)
+
+    # 64 places a picture; 4 x 1024 / 64 = 64 pictures, or 32 x 64 / 4 = 512 codes.
+    assert "32 x 64 places / method.codebook_size 1024 = 2 encodings a code" in warning
+    assert "--set optim.batch_size=64, or --set method.codebook_size=512" in warning
+    for cure in ("optim.batch_size=64", "method.codebook_size=512"):
+        assert given("dvae-tiny", *sizes, cure) == []
+
+
 def test_advice__on_a_batch_that_is_most_of_the_data() -> None:
     (warning,) = given("mae-tiny", pictures=128)
     assert "a global batch of 64 is 50% of the 128 pictures" in warning

@@ -18,6 +18,7 @@ from mimray.trainers.bundles import (
     save_bundle,
     spread_layers,
 )
+from mimray.trainers.config.model import ViTConfig
 from mimray.trainers.config.run import Recipe, parse_recipe
 from mimray.trainers.errors import BundleError, StorageError
 from mimray.trainers.methods.base import Method
@@ -216,6 +217,16 @@ def test_save_bundle__a_full_disk_leaves_the_old_one(tmp_path: Path, method: Met
 
     load_bundle(tmp_path / "bundle")
     assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_card__of_an_earlier_version_goes_without_its_retired_keys():
+    card = BundleCard(
+        name="it", encoder=ViTConfig(name="vit", width=16, depth=1, num_heads=2, patch_size=8),
+        image_size=(16, 16), channels=3, mean=(0.5,) * 3, std=(0.2,) * 3,
+        recipe={"method": {"name": "dvae", "revive_below": 2.0, "codebook_size": 16}},
+    )  # fmt: skip
+
+    assert card.recipe == {"method": {"name": "dvae", "codebook_size": 16}}
 
 
 def test_card__survives_json_and_refuses_unknown_keys(tmp_path: Path, method: Method):

@@ -19,7 +19,9 @@ def advice(plan: Plan) -> list[str]:
     Returns:
         The warnings; empty if there are none.
     """
-    return [*_on_precision(plan), *_on_lr(plan), *_on_length(plan)]
+    rows, columns = plan.recipe.grid
+    of_method = plan.recipe.method.advice(rows * columns, plan.global_batch)
+    return [*_on_precision(plan), *_on_lr(plan), *_on_length(plan), *of_method]
 
 
 def _on_precision(plan: Plan) -> list[str]:

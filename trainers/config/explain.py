@@ -17,6 +17,7 @@ def explain(
     origin: str,
     *,
     keys: Sequence[str],
+    owners: Mapping[str, Sequence[str]] | None = None,
     hint: str = "see `mimray recipes NAME` for keys",
 ) -> ConfigError:
     """Turn pydantic's report into one line a person can act on.
@@ -26,6 +27,8 @@ def explain(
         data: the tree that was validated, to tell keys from union tags.
         origin: the source of the tree, e.g. a recipe's name.
         keys: dotted keys that exist, of which the closest is suggested for an unknown one.
+        owners: names of the methods or encoders that have a key, for keys that not all have; keys
+            of others are not suggested.
         hint: the place where keys can be looked up.
 
     Returns:
@@ -35,7 +38,7 @@ def explain(
     for item in error.errors(include_url=False):
         key = _dotted(item["loc"], data)
         if item["type"] == "extra_forbidden":
-            lines.append(f"unknown key '{key}'{_suggestion(key, keys)}")
+            lines.append(_unknown(key, data, keys, owners or {}))
         elif item["type"] == "missing":
             lines.append(f"missing key '{key}'")
         elif item["type"] == "value_error":
@@ -69,12 +72,39 @@ def _dotted(loc: Sequence[int | str], data: Any) -> str:
     return ".".join(parts)
 
 
-def _suggestion(key: str, keys: Sequence[str]) -> str:
+def _unknown(
+    key: str, data: Mapping[str, Any], keys: Sequence[str], owners: Mapping[str, Sequence[str]]
+) -> str:
+    """What is wrong with a key, and which one may have been meant."""
+    if key in owners:
+        section = key.split(".")[0]
+        chosen = _name_of(data, section)
+        return f"'{key}' is no key of {section} {chosen}, only of {_listed(owners[key])}"
+    valid = [
+        k
+        for k in keys
+        if k != key and (k not in owners or _name_of(data, k.split(".")[0]) in owners[k])
+    ]
     # People mostly mistype or misplace real keys, so one of the same name elsewhere goes first.
     leaf = key.rsplit(".", 1)[-1]
-    same_leaf = [k for k in keys if k.rsplit(".", 1)[-1] == leaf]
-    close = same_leaf[:1] or difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
-    return f", did you mean '{close[0]}'?" if close else ""
+    same_leaf = [k for k in valid if k.rsplit(".", 1)[-1] == leaf]
+    alike = [k for k in valid if _likeness(leaf, k.rsplit(".", 1)[-1]) >= 0.4]
+    close = same_leaf[:1] or difflib.get_close_matches(key, alike, n=1, cutoff=0.6)
+    return f"unknown key '{key}'" + (f", did you mean '{close[0]}'?" if close else "")
+
+
+def _likeness(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one, other).ratio()
+
+
+def _name_of(data: Mapping[str, Any], section: str) -> Any:
+    found = data.get(section)
+    return found.get("name") if isinstance(found, Mapping) else None
+
+
+def _listed(names: Sequence[str], most: int = 6) -> str:
+    shown = [*names[:most], "others"] if len(names) > most else names
+    return ", ".join(shown[:-1]) + " and " * (len(shown) > 1) + shown[-1]
 
 
 def _shown(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union, get_args
 
@@ -50,8 +51,18 @@ class MethodConfig(Config):
     if TYPE_CHECKING:
         name: str
 
+    def check_encoder(self, encoder: EncoderConfig) -> None:
+        """Refuse an encoder that the method cannot work with at any picture size.
+
+        Args:
+            encoder: the encoder's architecture.
+
+        Raises:
+            ValueError: they do not go together; the message names what does.
+        """
+
     def check(self, encoder: EncoderConfig, image_size: Size) -> None:
-        """Refuse an encoder or a picture size that the method cannot work with.
+        """Refuse a picture size, or keys that do not fit it.
 
         Args:
             encoder: the encoder's architecture, which fits the size.
@@ -61,17 +72,26 @@ class MethodConfig(Config):
             ValueError: they do not go together; the message names what does.
         """
 
-    def check_data(self, facts: DatasetFacts, num_places: int, first_batch: int) -> None:
+    def check_data(self, facts: DatasetFacts, num_places: int, global_batch: int) -> None:
         """Refuse data that the method cannot learn from.
 
         Args:
             facts: the dataset's description.
             num_places: the encoder's output tokens of one picture.
-            first_batch: pictures in one micro batch of all workers together.
+            global_batch: pictures in one global batch.
 
         Raises:
             ConfigError: the dataset or a batch is too small for the method.
         """
+
+    def advice(self, num_places: int, global_batch: int) -> list[str]:
+        """Warnings about settings that pass every check and are still unlikely to train well.
+
+        Args:
+            num_places: the encoder's output tokens of one picture.
+            global_batch: pictures in one global batch.
+        """
+        return []
 
     @property
     def drops_hidden(self) -> bool:
@@ -86,6 +106,14 @@ class MethodConfig(Config):
         number of such groups, so that results depend neither on workers nor on accumulation.
         """
         return 1
+
+    @property
+    def pairs(self) -> bool:
+        """True if pictures are combined in pairs, of neighbouring positions of the global batch.
+
+        Micro batches are then completed by partners, and `forward` gets `partners` (`types.Batch`).
+        """
+        return False
 
     @property
     def pooled_by(self) -> Literal["mean", "cls"]:
@@ -126,10 +154,13 @@ class MAEConfig(_TransformerDecoder):
         default=False, description="targets normalised by each patch's own mean and variance"
     )
 
-    def check(self, encoder: EncoderConfig, image_size: Size) -> None:
-        """Require an encoder that can leave patches out, and patches both hidden and visible."""
+    def check_encoder(self, encoder: EncoderConfig) -> None:
+        """Require an encoder that can leave patches out."""
         check_masking(self.name, encoder)
         check_drops_hidden(self.name, encoder)
+
+    def check(self, encoder: EncoderConfig, image_size: Size) -> None:
+        """Require patches both hidden and visible."""
         check_ratio(self.mask_ratio, _patches(encoder, image_size))
 
     @property
@@ -151,9 +182,12 @@ class SimMIMConfig(MethodConfig):
     )
     loss: Literal["l1", "l2"] = Field(default="l1", description="l1 as in the paper")
 
+    def check_encoder(self, encoder: EncoderConfig) -> None:
+        """Require an encoder with tokens to hide."""
+        check_masking(self.name, encoder)
+
     def check(self, encoder: EncoderConfig, image_size: Size) -> None:
         """Require mask units that are whole tokens, divide the picture, and leave one visible."""
-        check_masking(self.name, encoder)
         check_units(self.mask_ratio, self.mask_unit_px, encoder, image_size)
 
 
@@ -198,18 +232,21 @@ class MaskFeatConfig(BlockMasking, _TransformerDecoder):
             )
         return self
 
-    def check(self, encoder: EncoderConfig, image_size: Size) -> None:
-        """Require cells that divide a patch and a block that fits; with a decoder, as for MAE."""
-        num_patches = _patches(encoder, image_size)
+    def check_encoder(self, encoder: EncoderConfig) -> None:
+        """Require tokens to hide, and cells that divide one; with a decoder, as for MAE."""
         check_masking(self.name, encoder)
         if self.drops_hidden:
             check_drops_hidden(self.name, encoder)
-        check_ratio(self.mask_ratio, num_patches)
         if encoder.stride % self.hog_cell_px:
             raise ValueError(
                 f"method.hog_cell_px {self.hog_cell_px} does not divide the encoder's stride "
                 f"{encoder.stride}"
             )
+
+    def check(self, encoder: EncoderConfig, image_size: Size) -> None:
+        """Require patches both hidden and visible, and a least block that may be hidden."""
+        num_patches = _patches(encoder, image_size)
+        check_ratio(self.mask_ratio, num_patches)
         if self.masking == "block":
             self.check_block(num_patches)
 
@@ -247,10 +284,13 @@ class BEiTConfig(BlockMasking):
     def _square(cls, value: Any) -> Any:
         return (value, value) if isinstance(value, int) else value
 
+    def check_encoder(self, encoder: EncoderConfig) -> None:
+        """Require an encoder with tokens to hide."""
+        check_masking(self.name, encoder)
+
     def check(self, encoder: EncoderConfig, image_size: Size) -> None:
         """Require patches both hidden and visible, and a least block that may be hidden."""
         num_patches = _patches(encoder, image_size)
-        check_masking(self.name, encoder)
         check_ratio(self.mask_ratio, num_patches)
         self.check_block(num_patches)
 
@@ -265,7 +305,7 @@ class _Autoencoder(MethodConfig):
     )
     decoder_blocks: PositiveInt = Field(default=2, description="residual blocks a decoder stage")
 
-    def check(self, encoder: EncoderConfig, image_size: Size) -> None:
+    def check_encoder(self, encoder: EncoderConfig) -> None:
         """Require decoder stages that enlarge to the encoder's stride."""
         check_decoder(self.decoder_widths, encoder)
 
@@ -298,7 +338,17 @@ class VAEConfig(_Autoencoder):
 
 
 # Keys that only one of a dvae's quantizers reads.
-_VQ_KEYS = ("beta", "ema_decay", "l2_normalize", "kmeans_init", "revive_below")
+_VQ_KEYS = (
+    "beta",
+    "ema_decay",
+    "l2_normalize",
+    "kmeans_init",
+    "revive_below_share",
+    "revive_until_share",
+)
+# Encodings a code and step from which moving averages are published: EnCodec has 64 x 75 / 1024 =
+# 4.7 (Defossez et al. 2022), BEiT v2 1024 x 196 / 8192 = 24.5, DALL-E 512 x 1024 / 8192 = 64.
+FEWEST_ENCODINGS_A_CODE = 4
 _GUMBEL_KEYS = ("temperature", "min_temperature", "temperature_steps", "kl_weight")
 
 
@@ -320,19 +370,40 @@ class DVAEConfig(_Autoencoder):
     )
     l2_normalize: bool = Field(default=False, description="vq: codes on the unit sphere")
     kmeans_init: bool = Field(
-        default=False, description="vq: codebook from k-means over the first batch of all workers"
+        default=False,
+        description="vq: codebook from k-means over the encodings of the first "
+        "global batch, which itself is not quantized",
     )
-    revive_below: float = Field(
+    revive_below_share: float = Field(
         default=0.0,
         ge=0,
-        description="vq: a code used less often than this a step (moving average) is replaced "
-        "by an encoding of the batch; 0 never",
+        lt=1,
+        description="vq: a code is replaced by an encoding of the batch where its uses (moving "
+        "average) fall below this share of the mean over all codes, e.g. 0.4; 0 never",
+    )
+    revive_until_share: float = Field(
+        default=0.75,
+        ge=0,
+        le=1,
+        description="vq: share of the run's steps after which no code is replaced",
     )
     min_usage: float = Field(
         default=0.05,
         ge=0,
         le=1,
         description="share of codes in use below which the run stops; 0 never",
+    )
+    warn_usage_below: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="share of codes used on held-out pictures below which the run warns",
+    )
+    warn_perplexity_below: float = Field(
+        default=0.1,
+        ge=0,
+        le=1,
+        description="perplexity of the codes over codebook_size below which the run warns",
     )
     usage_window_steps: PositiveInt = Field(
         default=100, description="steps over which usage is counted"
@@ -345,6 +416,16 @@ class DVAEConfig(_Autoencoder):
     kl_weight: float = Field(
         default=0.0, ge=0, description="gumbel: weight of KL(codes | uniform), nats a place"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_absolute_threshold(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "revive_below" in values:
+            raise ValueError(
+                "method.revive_below, uses a step whatever the batch, is no longer a key: take "
+                "method.revive_below_share, a share of the mean uses of a code, e.g. 0.4"
+            )
+        return values
 
     @model_validator(mode="after")
     def _check_quantizer(self) -> DVAEConfig:
@@ -360,15 +441,15 @@ class DVAEConfig(_Autoencoder):
             )
         return self
 
-    def check(self, encoder: EncoderConfig, image_size: Size) -> None:
+    def check_encoder(self, encoder: EncoderConfig) -> None:
         """Require a fitting decoder, save of a dalle tokenizer, imported for its codes alone."""
         if self.decoder_widths or not isinstance(encoder, DalleConfig):
             check_decoder(self.decoder_widths, encoder)
 
-    def check_data(self, facts: DatasetFacts, num_places: int, first_batch: int) -> None:
+    def check_data(self, facts: DatasetFacts, num_places: int, global_batch: int) -> None:
         """Require a decoder, and at least as many places to code as codes.
 
-        With k-means the first micro batches must hold as many places, too.
+        With k-means a global batch must hold as many places, too.
         """
         if not self.decoder_widths:
             raise ConfigError(
@@ -382,14 +463,27 @@ class DVAEConfig(_Autoencoder):
                 f"{num_places} places = {places} of {facts.uri}",
                 hint="fewer codes, or more pictures",
             )
-        if self.kmeans_init and first_batch * num_places < codes:
+        if self.kmeans_init and global_batch * num_places < codes:
             raise ConfigError(
                 f"k-means cannot make method.codebook_size {codes} codes of the first "
-                f"{first_batch} pictures x {num_places} places = {first_batch * num_places} "
+                f"{global_batch} pictures x {num_places} places = {global_batch * num_places} "
                 "encodings",
-                hint="a larger optim.batch_size or engine.micro_batch_size, fewer codes, "
-                "or method.kmeans_init=false",
+                hint="a larger optim.batch_size, fewer codes, or method.kmeans_init=false",
             )
+
+    def advice(self, num_places: int, global_batch: int) -> list[str]:
+        """Warn of batches that are too small for the codebook."""
+        encodings, fewest = global_batch * num_places, FEWEST_ENCODINGS_A_CODE
+        if self.quantizer != "vq" or encodings >= fewest * self.codebook_size:
+            return []
+        return [
+            f"a step has optim.batch_size {global_batch} x {num_places} places / "
+            f"method.codebook_size {self.codebook_size} = {encodings / self.codebook_size:.2g} "
+            f"encodings a code, fewer than {fewest}; published codebooks see 5 to 64, and with "
+            "fewer the codes follow chance: "
+            f"--set optim.batch_size={math.ceil(fewest * self.codebook_size / num_places)}, or "
+            f"--set method.codebook_size={max(2, encodings // fewest)}"
+        ]
 
 
 class FinetuneConfig(MethodConfig):
@@ -425,13 +519,13 @@ class FinetuneConfig(MethodConfig):
     )
     cutmix: float = Field(default=0.0, ge=0, description="alpha of cutmix; 0 never")
     mixup_prob: float = Field(
-        default=1.0, ge=0, le=1, description="probability that a micro batch is mixed"
+        default=1.0, ge=0, le=1, description="probability that a picture is mixed"
     )
     mixup_switch_prob: float = Field(
         default=0.5, ge=0, le=1, description="probability of cutmix where both are on"
     )
 
-    def check(self, encoder: EncoderConfig, image_size: Size) -> None:
+    def check_encoder(self, encoder: EncoderConfig) -> None:
         """Require an encoder with the pooling that the head uses."""
         if isinstance(encoder, DalleConfig):
             raise ValueError("encoder dalle makes codes of pictures; it is not for fine-tuning")
@@ -439,6 +533,11 @@ class FinetuneConfig(MethodConfig):
             raise ValueError(
                 f"encoder {encoder.name} has no class token; method.pooling mean goes with it"
             )
+
+    @property
+    def pairs(self) -> bool:
+        """True if pictures are mixed."""
+        return bool((self.mixup or self.cutmix) and self.mixup_prob)
 
     @property
     def pooled_by(self) -> Literal["mean", "cls"]:

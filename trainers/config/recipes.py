@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from mimray.trainers.config.run import Recipe, parse_recipe
+from mimray.trainers.config.run import Recipe, key_owners, parse_recipe
 from mimray.trainers.errors import ConfigError
 
 # Assigning a name drops the old one's keys from its section, so names come before keys.
@@ -145,6 +145,7 @@ def assign(tree: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
             node.pop(other if leaf == one else one, None)
     kept = {"encoder.name": ("patch_size", "drop_path"), "method.name": ()}.get(key)
     if kept is not None:
-        section = parents[0]
+        section, owners = parents[0], key_owners()
+        kept = tuple(k for k in kept if value in owners.get(f"{section}.{k}", (value,)))
         tree[section] = {k: v for k, v in tree[section].items() if k in kept} | {"name": value}
     return tree

@@ -99,6 +99,8 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _check_composition(self) -> Recipe:
+        # The cause first: of an encoder that is none for the method, no size is right.
+        self.method.check_encoder(self.encoder)
         check_size(self.encoder, self.data.image_size)
         self.method.check(self.encoder, self.data.image_size)
         return self
@@ -204,7 +206,7 @@ def resolve(recipe: Recipe, facts: DatasetFacts, world_size: int) -> Plan:
             hint="another engine.micro_batch_size or number of workers",
         )
     num_places = recipe.grid[0] * recipe.grid[1]
-    recipe.method.check_data(facts, num_places, micro * world_size)
+    recipe.method.check_data(facts, num_places, batch)
     per_epoch = facts.num_samples / batch
     steps = optim.steps or max(1, math.floor((optim.epochs or 0) * per_epoch))
     warmup = optim.warmup_steps or round((optim.warmup_epochs or 0) * per_epoch)
@@ -269,16 +271,52 @@ def parse_recipe(tree: Mapping[str, Any], origin: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise explain(error, tree, origin, keys=known_keys()) from None
+        raise explain(error, tree, origin, keys=known_keys(), owners=key_owners()) from None
+
+
+def parse_plan(text: str | bytes, origin: str) -> Plan:
+    """Check a plan as it was written.
+
+    Args:
+        text: the plan as JSON.
+        origin: the plan's file, which errors name.
+
+    Raises:
+        ConfigError: it is not one of this version's plans; names each wrong key.
+    """
+    try:
+        return Plan.model_validate_json(text)
+    except ValidationError as error:
+        hint = "--fresh starts the run over, another --name keeps it"
+        raise explain(error, json.loads(text), origin, keys=(), hint=hint) from None
 
 
 @functools.cache
 def known_keys() -> tuple[str, ...]:
     """Every dotted key a recipe may hold."""
-    return tuple(dict.fromkeys(_keys_of(Recipe)))
+    return tuple(dict.fromkeys(key for key, _ in _keys_of(Recipe)))
 
 
-def _keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+@functools.cache
+def key_owners() -> dict[str, tuple[str, ...]]:
+    """Names of the methods or encoders that have a key, for keys that not all of them have."""
+    owners: dict[str, list[str]] = {}
+    for key, names in _keys_of(Recipe):
+        owners.setdefault(key, []).extend(names)
+    everyone = {key.split(".")[0]: set(names) for key, names in owners.items() if names}
+    for key, names in owners.items():
+        everyone.get(key.split(".")[0], set()).update(names)
+    return {
+        key: tuple(names)
+        for key, names in owners.items()
+        if names and set(names) != everyone[key.split(".")[0]]
+    }
+
+
+def _keys_of(
+    model: type[BaseModel], prefix: str = "", names: tuple[str, ...] = ()
+) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Each dotted key, with the names by which a recipe chooses the model that has it."""
     for name, field in model.model_fields.items():
         nested = [
             kind
@@ -286,9 +324,14 @@ def _keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
             if isinstance(kind, type) and issubclass(kind, BaseModel)
         ]
         if not nested:
-            yield f"{prefix}{name}"
+            yield f"{prefix}{name}", names
         for kind in nested:
-            yield from _keys_of(kind, f"{prefix}{name}.")
+            chosen = kind.model_fields.get("name") if len(nested) > 1 else None
+            yield from _keys_of(
+                kind,
+                f"{prefix}{name}.",
+                get_args(chosen.annotation) if chosen is not None else names,
+            )
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -17,7 +17,7 @@ from mimray.trainers.config.explain import explain
 from mimray.trainers.config.method import BEiTConfig
 from mimray.trainers.config.model import EncoderConfig, SwinConfig
 from mimray.trainers.config.recipes import override
-from mimray.trainers.config.run import Recipe, known_keys, parse_recipe
+from mimray.trainers.config.run import Recipe, key_owners, known_keys, parse_recipe
 from mimray.trainers.convert.assign_weights import (
     Assignment,
     assign_weights,
@@ -238,7 +238,7 @@ def _checked(kind: type[_Kind], tree: Mapping[str, Any], source: str) -> _Kind:
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        raise explain(error, tree, source, keys=known_keys()) from None
+        raise explain(error, tree, source, keys=known_keys(), owners=key_owners()) from None
 
 
 def _is_head(key: str) -> bool:

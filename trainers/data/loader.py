@@ -6,7 +6,7 @@ rank alone, so a continued run simply begins with a later batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from mimray.trainers.config.run import Plan, Recipe
 from mimray.trainers.data.decoded import Pictures
 from mimray.trainers.data.order import SampleOrder
 from mimray.trainers.data.sources import Source
-from mimray.trainers.data.views import Inputs, Labels, make_inputs
+from mimray.trainers.data.views import Inputs, Labels, counted, draw_masks, make_inputs
 from mimray.trainers.data.workers import decode_workers
 from mimray.trainers.environment.limits import free_shared_memory
 from mimray.trainers.errors import DataError, ImageError
@@ -28,6 +28,8 @@ from mimray.trainers.types import Batch
 MAX_SUBSTITUTES = 8
 # Batches for which shared memory must have room: other processes fill it at the same time.
 ROOM_FOR_BATCHES = 16
+# Name of the input that holds, where pictures are combined in pairs, the row of each one's partner.
+PARTNERS = "partners"
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,22 @@ class Sample:
     problems: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class MicroBatch:
+    """The places of a micro batch.
+
+    Attributes:
+        places: the places of its samples; after them, those of partners that are not among them.
+        partners: the row of each sample's partner, where pictures are combined in pairs.
+        share: the places of the worker's whole share of the global batch, with the first micro
+            batch of a step, where hidden patches are counted.
+    """
+
+    places: tuple[Place, ...]
+    partners: tuple[int, ...] = ()
+    share: tuple[Place, ...] = ()
+
+
 class Samples(Dataset[Sample]):
     """A dataset that makes the sample of a place, a pure function of plan and place.
 
@@ -71,6 +89,29 @@ class Samples(Dataset[Sample]):
             cache_mib=recipe.data.decoded_cache_mib,
             labels=any(isinstance(wanted, Labels) for wanted in inputs),
         )
+
+    def __getitems__(self, micro: MicroBatch) -> Batch:
+        """Make a micro batch; torch's loader calls it by this name.
+
+        Raises:
+            DataError: as for one sample.
+        """
+        batch = collate([self[place] for place in micro.places])
+        inputs: dict[str, Any] = batch.inputs
+        if micro.partners:
+            inputs = {**inputs, PARTNERS: np.array(micro.partners, dtype=np.int64)}
+        return replace(batch, inputs=inputs, hidden=self._hidden(micro.share))
+
+    def _hidden(self, share: Iterable[Place]) -> dict[str, int]:
+        """Hidden patches of a share, by name; only the masks are drawn."""
+        counts: dict[str, int] = {}
+        seed = self.recipe.seed
+        for place in share:
+            for view, first in counted(self.inputs):
+                masks = draw_masks(view, first, seed=seed, epoch=place.epoch, index=place.index)
+                name = view.masks.mean_name if view.masks else ""
+                counts[name] = counts.get(name, 0) + int(masks.sum())
+        return counts
 
     def __getitem__(self, place: Place) -> Sample:
         """Decode, crop, augment and mask; the next picture substitutes one that is broken.
@@ -108,7 +149,7 @@ class Samples(Dataset[Sample]):
         )
 
 
-class MicroBatches(Sampler[list[Place]]):
+class MicroBatches(Sampler[MicroBatch]):
     """A sampler of the places of one worker's micro batches, from a step to the end of the run.
 
     The global batch of step s is positions s * G to (s + 1) * G - 1, for any number of workers. A
@@ -116,20 +157,27 @@ class MicroBatches(Sampler[list[Place]]):
     pictures, one range per micro step, so that the micro batches of all workers together are whole
     groups.
 
+    Where the method combines pictures in pairs, those are neighbours in the global batch: the
+    positions 2 k and 2 k + 1 of it. The last one of an odd batch is its own partner.
+
     Args:
         plan: the run's plan, with batch sizes and length.
         order: the order of samples, from positions to epochs and indices.
         rank: this worker's rank.
         first_step: the step to begin with.
+        shares: True to add the worker's share to the first micro batch of each step.
     """
 
-    def __init__(self, plan: Plan, order: SampleOrder, rank: int, first_step: int) -> None:
+    def __init__(
+        self, plan: Plan, order: SampleOrder, rank: int, first_step: int, *, shares: bool = False
+    ) -> None:
         self.plan = plan
         self.order = order
         self.rank = rank
         self.first_step = first_step
+        self.shares = shares
 
-    def __iter__(self) -> Iterator[list[Place]]:
+    def __iter__(self) -> Iterator[MicroBatch]:
         plan = self.plan
         size = plan.micro_batch_size
         together = plan.recipe.method.assignment_pictures > 1
@@ -137,11 +185,37 @@ class MicroBatches(Sampler[list[Place]]):
         between_ranks, between_micros = size * plan.accumulation, size
         if together:
             between_ranks, between_micros = size, size * plan.world_size
+        share_size = size * plan.accumulation
         for step in range(self.first_step, plan.steps):
             start = step * plan.global_batch + self.rank * between_ranks
             for micro in range(plan.accumulation):
-                epochs, indices = self.order.take(start + micro * between_micros, size)
-                yield [Place(int(e), int(i)) for e, i in zip(epochs, indices, strict=True)]
+                share: tuple[Place, ...] = ()
+                if self.shares and micro == 0:
+                    share = self._places(
+                        step * plan.global_batch + self.rank * share_size, share_size
+                    )
+                first = start + micro * between_micros
+                if plan.recipe.method.pairs:
+                    yield replace(self._in_pairs(step, first), share=share)
+                else:
+                    yield MicroBatch(self._places(first, size), share=share)
+
+    def _places(self, position: int, count: int) -> tuple[Place, ...]:
+        epochs, indices = self.order.take(position, count)
+        return tuple(Place(int(e), int(i)) for e, i in zip(epochs, indices, strict=True))
+
+    def _in_pairs(self, step: int, first: int) -> MicroBatch:
+        """The micro batch from a position on, with partners that it does not hold itself."""
+        size, batch = self.plan.micro_batch_size, self.plan.global_batch
+        start = step * batch
+        own = range(first - start, first - start + size)  # positions in the global batch
+        partners = [(k ^ 1) if (k ^ 1) < batch else k for k in own]
+        others = [k for k in partners if k not in own]
+        places = self._places(first, size)
+        for k in others:
+            places += self._places(start + k, 1)
+        rows = {k: row for row, k in enumerate([*own, *others])}
+        return MicroBatch(places, partners=tuple(rows[k] for k in partners))
 
     def __len__(self) -> int:
         return (self.plan.steps - self.first_step) * self.plan.accumulation
@@ -177,12 +251,18 @@ def make_loader(
     order = training_order(source, plan.recipe)
     loader = DataLoader(
         Samples(source, plan.recipe, inputs),
-        batch_sampler=MicroBatches(plan, order, rank, first_step),
-        collate_fn=collate,
+        batch_sampler=MicroBatches(
+            plan, order, rank, first_step, shares=bool(list(counted(inputs)))
+        ),
+        collate_fn=_as_it_is,
         pin_memory=pin_memory,
         **decode_workers(data.num_workers, data.prefetch_batches),
     )
     return map(_as_tensors, loader)
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
 
 
 def collate(samples: list[Sample]) -> Batch:

@@ -33,6 +33,8 @@ class Stream(IntEnum):
     ERASING = 12
     SEARCH = 13
     INGEST_ORDER = 14
+    NUMBERS = 15
+    NOISE = 16
 
 
 def generator(seed: int, stream: Stream, a: int, b: int = 0, view: int = 0) -> np.random.Generator:
@@ -48,6 +50,15 @@ def generator(seed: int, stream: Stream, a: int, b: int = 0, view: int = 0) -> n
     # Philox itself counts in the two low words.
     key = [seed, int(stream) + (view << 32)]
     return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, a, b]))
+
+
+def sample_seeds(seed: int, epochs: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """Seeds of the noise of samples, uint64 [B], by their epochs and indices, int64 [B]."""
+    found = [
+        generator(seed, Stream.NOISE, int(epoch), int(index)).integers(2**64, dtype=np.uint64)
+        for epoch, index in zip(epochs, indices, strict=True)
+    ]
+    return np.array(found, dtype=np.uint64)
 
 
 def permutation(rng: np.random.Generator, n: int) -> np.ndarray:

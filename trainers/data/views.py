@@ -1,4 +1,4 @@
-"""Inputs of a method by name: views, masks and labels of a picture, and their making.
+"""Inputs of a method by name: views, masks, labels and numbers of a picture, and their making.
 
 A method declares its inputs (`Method.views`); the loader makes them, and the loop passes them to
 `forward` under their names. Nothing else defines the contents of a batch.
@@ -30,6 +30,9 @@ from mimray.trainers.data.transforms import (
 DrawMask = Callable[[np.random.Generator], np.ndarray]
 """Draws a mask, bool [N] over the grid of a view, True = hidden; pure given its generator."""
 
+DrawNumbers = Callable[[np.random.Generator], np.ndarray]
+"""Draws a method's random numbers of one picture, float32 [D]; pure given its generator."""
+
 Transform = Callable[[np.random.Generator, Image.Image], Image.Image]
 """A random augmentation of a picture; pure given its generator."""
 
@@ -42,11 +45,16 @@ class Masks:
         draw: a picklable function that draws a mask.
         count: masks per view; more than one add an axis to the tensor.
         name: the argument's name in the method's `forward`.
+        mean_name: name of another argument of `forward`, float []: the hidden patches of a picture,
+            all its masks together, averaged over the global batch. A loss that is divided by it
+            weighs all hidden patches alike, in whatever micro batch they are. Empty for none, where
+            every mask hides the same number.
     """
 
     draw: DrawMask
     count: int = 1
     name: str = "mask"
+    mean_name: str = ""
 
 
 @dataclass(frozen=True)
@@ -99,7 +107,20 @@ class Labels:
     name: str = "labels"
 
 
-Inputs = Sequence[View | Labels]
+@dataclass(frozen=True)
+class Numbers:
+    """Random numbers of each picture, float32 [B, D]; none outside training.
+
+    Attributes:
+        draw: a picklable function that draws them.
+        name: the argument's name in the method's `forward`.
+    """
+
+    draw: DrawNumbers
+    name: str
+
+
+Inputs = Sequence[View | Labels | Numbers]
 
 
 class Numbered(NamedTuple):
@@ -152,6 +173,13 @@ def numbered(inputs: Inputs) -> Iterator[Numbered]:
         yield Numbered(view, firsts[view.name])
 
 
+def counted(inputs: Inputs) -> Iterator[Numbered]:
+    """The views whose hidden patches are counted over the global batch."""
+    for view, first in numbered(inputs):
+        if view.masks is not None and view.masks.mean_name:
+            yield Numbered(view, first)
+
+
 def make_inputs(
     inputs: Inputs, picture: Picture, *, seed: int, epoch: int, index: int, channels: int
 ) -> dict[str, np.ndarray]:
@@ -169,8 +197,8 @@ def make_inputs(
         channels: 1 for grayscale, 3 for RGB.
 
     Returns:
-        Arrays by name: pictures uint8 [C, H, W], masks bool [N], labels int64 []; with an axis in
-        front for more than one.
+        Arrays by name: pictures uint8 [C, H, W], masks bool [N], labels int64 [], numbers float32
+        [D]; with an axis in front for more than one.
 
     Raises:
         ImageError: the picture cannot be decoded.
@@ -197,10 +225,13 @@ def make_inputs(
         )
         if view.masks is not None:
             made[view.masks.name] = draw_masks(view, first, seed=seed, epoch=epoch, index=index)
-    for label in inputs:
-        if isinstance(label, Labels):
+    for wanted_input in inputs:
+        if isinstance(wanted_input, Labels):
             assert picture.label is not None
-            made[label.name] = np.asarray(picture.label, dtype=np.int64)
+            made[wanted_input.name] = np.asarray(picture.label, dtype=np.int64)
+        elif isinstance(wanted_input, Numbers):
+            drawn = wanted_input.draw(generator(seed, Stream.NUMBERS, epoch, index))
+            made[wanted_input.name] = drawn.astype(np.float32)
     return made
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mimray.trainers.bundles import CARD, BundleCard, save_bundle, spread_layers
 from mimray.trainers.config.run import Plan
+from mimray.trainers.engine.assess import assess_method
 from mimray.trainers.engine.checkpoints import Checkpoint
 from mimray.trainers.methods.catalogue import build_method, method_class
 from mimray.trainers.methods.needs import kept_needs
@@ -33,6 +34,7 @@ def write_bundle(
         The bundle's description, as written.
     """
     recipe = plan.recipe
+    held_out, warnings = assess_method(plan, state)
     card = BundleCard(
         name=name,
         encoder=recipe.encoder,
@@ -50,6 +52,8 @@ def write_bundle(
         data_fingerprint=plan.data.fingerprint,
         created_by=command,
         recipe=recipe.model_dump(mode="json"),
+        held_out=held_out,
+        warnings=warnings,
     )
     result = f"{method_class(recipe.method.name).result}."
     encoder = {k.removeprefix(result): v for k, v in state.items() if k.startswith(result)}

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mimray.trainers.config.run import Plan
 from mimray.trainers.data.loader import Place, Samples, collate, make_loader, training_order
+from mimray.trainers.data.rng import sample_seeds
 from mimray.trainers.data.sources import Source
 from mimray.trainers.data.views import Inputs
 from mimray.trainers.engine import checkpoints
@@ -215,19 +216,26 @@ def _update(
 ) -> _StepResult:
     """One update: `accumulation` micro batches, one optimiser step."""
     set_hyperparameters(engine.optimizer, plan, step)
-    # Drop path and the like depend on step and rank alone, so a continued run repeats them.
+    # What is not drawn a sample depends on step and rank alone, so a continued run repeats it.
     torch.manual_seed(_device_seed(plan.recipe.seed, step, dist.get_rank()))
     engine.module.at_step(step, plan.steps)
     sums = _Sums(device)
     suspects: list[int] = []
     waited = 0.0
+    hidden_means: dict[str, Tensor] = {}
     for micro in range(plan.accumulation):
         began = time.perf_counter()
         batch = next(batches)
         waited += time.perf_counter() - began
         for problem in batch.problems:
             logger.warning("%s", problem)
-        output = engine(**arguments_of(batch, inputs, plan.recipe, device))
+        if batch.hidden:  # with the first one of a step, for all of its micro batches
+            hidden_means = _hidden_means(batch, plan, device)
+        count = batch.num_samples
+        engine.module.at_batch(
+            sample_seeds(plan.recipe.seed, batch.epoch[:count], batch.indices[:count])
+        )
+        output = engine(**arguments_of(batch, inputs, plan.recipe, device), **hidden_means)
         engine.backward(output.loss)
         if not sums.add({"loss": output.loss, **output.terms}):
             suspects.extend(batch.indices.tolist())
@@ -248,6 +256,13 @@ def _update(
         data_wait_s=waited,
         figures=means | engine.module.after_step(step + 1),
     )
+
+
+def _hidden_means(batch: Batch, plan: Plan, device: torch.device) -> dict[str, Tensor]:
+    """Hidden patches of a picture, averaged over the global batch, by name; collective."""
+    totals = torch.tensor(list(batch.hidden.values()), device=device)
+    dist.all_reduce(totals)
+    return dict(zip(batch.hidden, totals / plan.global_batch, strict=True))
 
 
 class _Sums:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from mimray.trainers.data.views import Inputs, Masks, training_view
 from mimray.trainers.methods.needs import Need
 from mimray.trainers.models.averages import MovingAverages
 from mimray.trainers.models.encoder import Encoder
+from mimray.trainers.models.noise import SampleNoise
 from mimray.trainers.models.normalise import denormalise
 from mimray.trainers.models.patches import unpatchify
 from mimray.trainers.pictures import hide_patches, paste_visible
@@ -26,6 +27,18 @@ from mimray.trainers.types import MethodOutput, Panel
 
 # Names, within a method, of modules that turn the last tokens or maps into predictions.
 HEADS = ("head", "decoder.pred", "decoder.to_pixels")
+
+
+class Assessment(NamedTuple):
+    """What a trained method's pictures say of it.
+
+    Attributes:
+        figures: figures by name.
+        warnings: sentences on what is wrong, with the figures and the cure.
+    """
+
+    figures: dict[str, float]
+    warnings: tuple[str, ...]
 
 
 class Method(nn.Module, ABC):
@@ -139,6 +152,16 @@ class Method(nn.Module, ABC):
             num_steps: updates of the whole run.
         """
 
+    def at_batch(self, seeds: np.ndarray) -> None:
+        """Called before each micro batch; its noise then depends on its samples alone.
+
+        Args:
+            seeds: uint64 [B], a seed for each sample.
+        """
+        for module in self.modules():
+            if isinstance(module, SampleNoise):
+                module.seeds = seeds
+
     def after_step(self, step: int) -> dict[str, float]:
         """Called after each update, on every rank; may be collective.
 
@@ -152,6 +175,19 @@ class Method(nn.Module, ABC):
             Figures for the row of metrics, by name, the same on every rank.
         """
         return {}
+
+    @property
+    def pictures_to_assess(self) -> int:
+        """Pictures that `assess` wants; 0 if there is nothing to assess."""
+        return 0
+
+    def assess(self, batches: Iterable[Float[Tensor, "B C H W"]]) -> Assessment:
+        """Examine a trained method, in evaluation mode, by pictures that it was not trained on.
+
+        Args:
+            batches: normalised whole pictures.
+        """
+        return Assessment({}, ())
 
     def reconstruct(
         self, images: Float[Tensor, "B C H W"], output: MethodOutput, *, oracle: bool = False

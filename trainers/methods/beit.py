@@ -6,6 +6,7 @@ Source: Bao et al. 2022, "BEiT: BERT Pre-Training of Image Transformers".
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,11 +20,12 @@ from mimray.trainers.bundles import BundleCard
 from mimray.trainers.config.method import BEiTConfig, DVAEConfig
 from mimray.trainers.config.run import Recipe, parse_recipe
 from mimray.trainers.data.masks import block_mask
-from mimray.trainers.data.views import Inputs, View
+from mimray.trainers.data.views import Inputs, Masks, View, training_view
 from mimray.trainers.errors import BundleError, ConfigError
 from mimray.trainers.methods.base import Method
 from mimray.trainers.methods.catalogue import build_method
 from mimray.trainers.methods.load import load_method
+from mimray.trainers.methods.losses import mean_over_hidden
 from mimray.trainers.methods.needs import Need
 from mimray.trainers.models import build_encoder
 from mimray.trainers.models.normalise import denormalise, normalise
@@ -81,7 +83,8 @@ class BEiT(Method):
         """A masked view, and the same crop as uint8 pixels at the tokenizer's size."""
         config = recipe.method
         assert isinstance(config, BEiTConfig)
-        (images,) = super().views(recipe)
+        masks = Masks(partial(cls.draw_mask, recipe), mean_name="hidden_mean")
+        images = training_view(recipe, masks=masks)
         second = View(
             name="tokenizer_images",
             size=config.tokenizer_image_size,
@@ -147,6 +150,7 @@ class BEiT(Method):
         images: Float[Tensor, "B C H W"],
         mask: Bool[Tensor, "B N"] | None = None,
         tokenizer_images: UInt8[Tensor, "B C h w"] | None = None,
+        hidden_mean: Float[Tensor, ""] | None = None,
     ) -> MethodOutput:
         """Mean cross-entropy over all hidden patches of the batch (Bao et al. 2022, eq. 3).
 
@@ -156,6 +160,7 @@ class BEiT(Method):
             tokenizer_images: the same crops as uint8 pixels, at the tokenizer's size. By default
                 they are resized from `images`, which comes close: training resizes the stored
                 picture, by another filter.
+            hidden_mean: as for `mean_over_hidden`.
         """
         if mask is None:
             mask = self.draw_masks(images)
@@ -164,8 +169,9 @@ class BEiT(Method):
         target = self.codes(tokenizer_images)[mask]  # M
         features = self.encoder(images, mask, self.mask_token)
         logits = self.head(features.tokens[mask])  # M K
-        loss = F.cross_entropy(logits.float(), target)
-        accuracy = (logits.argmax(dim=-1) == target).float().mean()
+        loss = F.cross_entropy(logits.float(), target, reduction="sum")
+        right = (logits.argmax(dim=-1) == target).float().sum()
+        loss, accuracy = (mean_over_hidden(total, mask, hidden_mean) for total in (loss, right))
         return MethodOutput(loss, logits, target, mask, {"accuracy": accuracy})
 
     @staticmethod

@@ -7,6 +7,9 @@ sec. 2.1, and Peng et al. 2022 (BEiT v2), sec. 3.1.
 
 from __future__ import annotations
 
+import logging
+import math
+from collections.abc import Iterable
 from functools import partial
 
 import numpy as np
@@ -20,8 +23,19 @@ from mimray.trainers.config.run import Recipe
 from mimray.trainers.data.rng import Stream, generator
 from mimray.trainers.errors import CodebookCollapseError
 from mimray.trainers.methods.autoencoding import Autoencoding
-from mimray.trainers.models.quantizer import GumbelQuantizer, Quantizer, VectorQuantizer
+from mimray.trainers.methods.base import Assessment
+from mimray.trainers.models.quantizer import (
+    GumbelQuantizer,
+    Quantizer,
+    VectorQuantizer,
+    perplexity_of,
+)
 from mimray.trainers.types import MethodOutput, Panel
+
+logger = logging.getLogger(__name__)
+
+# Encodings of held-out pictures a code; were all used alike, 5e-5 of them would not be seen.
+ENCODINGS_A_CODE = 10
 
 
 class DVAE(Autoencoding):
@@ -35,6 +49,7 @@ class DVAE(Autoencoding):
         assert isinstance(config, DVAEConfig)
         super().__init__(recipe, config.code_dim)
         self.config = config
+        self._warned = False
         self.quantizer: Quantizer
         if config.quantizer == "gumbel":
             self.quantizer = GumbelQuantizer(config, self.encoder.width)
@@ -73,6 +88,12 @@ class DVAE(Autoencoding):
         """
         figures = self.quantizer.after_step(step)
         usage, window = figures["codebook_usage"], self.config.usage_window_steps
+        perplexity = figures["codebook_perplexity"]
+        if step % window == 0 and not self._warned and self._is_low(perplexity):
+            self._warned = True
+            logger.warning(
+                "step %d: %s; %s", step, self._perplexity_said(perplexity), self._cures()
+            )
         if step >= window and usage < self.config.min_usage:
             error = CodebookCollapseError(
                 f"step {step}: {round(usage * self.vocab_size)} of {self.vocab_size} codes "
@@ -83,6 +104,43 @@ class DVAE(Autoencoding):
             error.on_every_rank = True
             raise error
         return figures
+
+    @property
+    def pictures_to_assess(self) -> int:
+        """As many as have enough places for every code to be used."""
+        places = self.recipe.grid[0] * self.recipe.grid[1]
+        return math.ceil(ENCODINGS_A_CODE * self.vocab_size / places)
+
+    @torch.no_grad()
+    def assess(self, batches: Iterable[Float[Tensor, "B C H W"]]) -> Assessment:
+        """Usage and perplexity of the codes of held-out pictures."""
+        counts = torch.zeros(self.vocab_size)
+        for images in batches:
+            counts += torch.bincount(self.codes(images).flatten(), minlength=self.vocab_size)
+        usage, perplexity = float((counts > 0).float().mean()), perplexity_of(counts)
+        warnings = []
+        # Fewer encodings than codes cannot use them all.
+        reachable = min(1.0, float(counts.sum()) / self.vocab_size)
+        if usage < self.config.warn_usage_below * reachable:
+            warnings.append(
+                f"{round(usage * self.vocab_size)} of {self.vocab_size} codes ({usage:.1%}) are "
+                f"used, less than method.warn_usage_below "
+                f"{self.config.warn_usage_below:.1%}; {self._cures()}"
+            )
+        if self._is_low(perplexity):
+            warnings.append(f"{self._perplexity_said(perplexity)}; {self._cures()}")
+        figures = {"codebook_usage": usage, "codebook_perplexity": perplexity}
+        return Assessment(figures, tuple(warnings))
+
+    def _is_low(self, perplexity: float) -> bool:
+        return perplexity < self.config.warn_perplexity_below * self.vocab_size
+
+    def _perplexity_said(self, perplexity: float) -> str:
+        return (
+            f"the codes' perplexity is {perplexity:.4g} of {self.vocab_size} "
+            f"({perplexity / self.vocab_size:.1%}), less than method.warn_perplexity_below "
+            f"{self.config.warn_perplexity_below:.1%}, so that a few codes stand for most places"
+        )
 
     @torch.no_grad()
     def codes(self, images: Float[Tensor, "B C H W"]) -> Int64[Tensor, "B h w"]:
@@ -110,10 +168,17 @@ class DVAE(Autoencoding):
                 "start over with --fresh and a higher method.temperature, a method.kl_weight, "
                 "a lower optim.base_lr or a smaller method.codebook_size"
             )
-        return (
-            "start over with --fresh and method.ema_decay=0.99, method.l2_normalize=true, "
-            "method.kmeans_init=true, method.revive_below=0.1 or a smaller method.codebook_size"
-        )
+        config = self.config
+        cures = {
+            "method.ema_decay=0.99": config.ema_decay is None,
+            "method.l2_normalize=true": not config.l2_normalize,
+            "method.kmeans_init=true": not config.kmeans_init,
+            "method.revive_below_share=0.4": not config.revive_below_share,
+            "a higher method.revive_below_share": config.revive_below_share > 0,
+            "a larger optim.batch_size": True,
+        }
+        named = ", ".join(cure for cure, applies in cures.items() if applies)
+        return f"start over with --fresh and {named} or a smaller method.codebook_size"
 
 
 def false_colours(table: Float[Tensor, "K D"]) -> np.ndarray:

@@ -7,6 +7,7 @@ Source: He et al. 2022 (MAE), A.1 and Table 9; github.com/facebookresearch/mae `
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,10 @@ from mimray.trainers.bundles import ENCODER, BundleCard, read_card
 from mimray.trainers.config.method import FinetuneConfig
 from mimray.trainers.config.model import EncoderConfig, ViTConfig
 from mimray.trainers.config.run import Recipe
-from mimray.trainers.data.views import Inputs, Labels
+from mimray.trainers.data.views import Inputs, Labels, Numbers
 from mimray.trainers.errors import BundleError, ConfigError
 from mimray.trainers.methods.base import Method
-from mimray.trainers.methods.mixing import mix, smoothed_targets
+from mimray.trainers.methods.mixing import draw_mixing, mix, smoothed_targets
 from mimray.trainers.methods.needs import Need
 from mimray.trainers.models import build_encoder
 from mimray.trainers.models.resize import for_size, resized
@@ -62,8 +63,14 @@ class Finetune(Method):
 
     @classmethod
     def views(cls, recipe: Recipe) -> Inputs:
-        """An unmasked view, and its class."""
-        return (*super().views(recipe), Labels())
+        """An unmasked view, its class, and the numbers it is mixed by."""
+        config = recipe.method
+        assert isinstance(config, FinetuneConfig)
+        inputs = (*super().views(recipe), Labels())
+        if not config.pairs:
+            return inputs
+        draw = partial(draw_mixing, config=config, size=recipe.data.image_size)
+        return (*inputs, Numbers(draw, "mixing"))
 
     @classmethod
     def needs(cls) -> tuple[Need, ...]:
@@ -104,6 +111,8 @@ class Finetune(Method):
         images: Float[Tensor, "B C H W"],
         mask: Bool[Tensor, "B N"] | None = None,
         labels: Int64[Tensor, " B"] | None = None,
+        mixing: Float[Tensor, "B 5"] | None = None,
+        partners: Int64[Tensor, " M"] | None = None,
     ) -> MethodOutput:
         """Mean cross-entropy, in training with mixed pictures and smoothed labels.
 
@@ -111,6 +120,9 @@ class Finetune(Method):
             images: normalised pictures.
             mask: None; fine-tuning hides nothing.
             labels: the pictures' classes.
+            mixing: the result of `draw_mixing` for each picture; None to mix nothing.
+            partners: rows of the pictures that the first M ones are mixed with; the loss is that of
+                these M.
 
         Returns:
             Logits, target probabilities, and the term `accuracy`, which counts the class of the
@@ -120,10 +132,9 @@ class Finetune(Method):
         assert labels is not None, "a loss needs labels; `logits` needs none"
         smoothing = self.config.label_smoothing if self.training else 0.0
         targets = smoothed_targets(labels, self.config.num_classes, smoothing)  # B K
-        if self.training:
-            # From torch's generator, which the loop seeds from the step and the rank.
-            rng = np.random.default_rng(int(torch.randint(2**62, ())))
-            images, targets = mix(rng, images, targets, self.config)
+        if self.training and mixing is not None:
+            assert partners is not None
+            images, targets = mix(images, targets, mixing, partners)
         logits = self.logits(images)
         loss = F.cross_entropy(logits.float(), targets)
         accuracy = (logits.argmax(dim=1) == targets.argmax(dim=1)).float().mean()

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from mimray.trainers.config.run import Recipe
 from mimray.trainers.data.erasing import erase
-from mimray.trainers.data.views import Inputs, View, draw_masks, numbered, whole_picture
+from mimray.trainers.data.views import (
+    Inputs,
+    Labels,
+    Numbers,
+    draw_masks,
+    numbered,
+    whole_picture,
+)
 from mimray.trainers.models.normalise import normalise
 from mimray.trainers.types import Batch
 
@@ -82,6 +89,8 @@ def whole_pictures(
 def placeholders(inputs: Inputs, recipe: Recipe, batch: int, dtype: torch.dtype) -> Arguments:
     """Make arguments on torch's meta device; masks have values, since shapes depend on them.
 
+    Random numbers are left out, as they are outside training: they cost nothing.
+
     Args:
         inputs: the method's declared inputs.
         recipe: the recipe, with its number of channels.
@@ -91,7 +100,9 @@ def placeholders(inputs: Inputs, recipe: Recipe, batch: int, dtype: torch.dtype)
     arguments: Arguments = {}
     rng = np.random.default_rng(0)
     for wanted in inputs:
-        if not isinstance(wanted, View):
+        if isinstance(wanted, Numbers):
+            continue
+        if isinstance(wanted, Labels):
             arguments[wanted.name] = torch.empty(batch, dtype=torch.int64, device="meta")
             continue
         views = () if wanted.count == 1 else (wanted.count,)

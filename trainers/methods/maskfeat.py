@@ -5,6 +5,8 @@ Source: Wei et al. 2022, "Masked Feature Prediction for Self-Supervised Visual P
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from mimray.trainers.config.method import MaskFeatConfig
 from mimray.trainers.config.run import Recipe
 from mimray.trainers.data.masks import block_mask, random_mask
+from mimray.trainers.data.views import Inputs, Masks, training_view
 from mimray.trainers.glyphs import draw_glyphs
 from mimray.trainers.methods.base import Method
 from mimray.trainers.methods.losses import masked_mean
@@ -53,13 +56,30 @@ class MaskFeat(Method):
             nn.init.trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
 
+    @classmethod
+    def views(cls, recipe: Recipe) -> Inputs:
+        """One masked view; blocks hide another number of patches in each picture."""
+        config = recipe.method
+        assert isinstance(config, MaskFeatConfig)
+        mean_name = "hidden_mean" if config.masking == "block" else ""
+        masks = Masks(partial(cls.draw_mask, recipe), mean_name=mean_name)
+        return (training_view(recipe, masks=masks),)
+
     def forward(
-        self, images: Float[Tensor, "B C H W"], mask: Bool[Tensor, "B N"] | None = None
+        self,
+        images: Float[Tensor, "B C H W"],
+        mask: Bool[Tensor, "B N"] | None = None,
+        hidden_mean: Float[Tensor, ""] | None = None,
     ) -> MethodOutput:
         """Mean squared error over hidden patches only.
 
         The mean is over the values of a patch too, as in the official code. Targets are cut from
         the HOG of the whole picture, so that cells at a patch's border see its neighbours.
+
+        Args:
+            images: normalised pictures.
+            mask: True = hidden; drawn from torch's generator by default.
+            hidden_mean: as for `masked_mean`.
 
         Source: Wei et al. 2022, sec. 3.
         """
@@ -68,7 +88,8 @@ class MaskFeat(Method):
         prediction = self._predict(images, mask)  # B N P
         target = self.hog(images)  # B N P
         error = (prediction.float() - target).square().mean(dim=-1)  # B N
-        return MethodOutput(masked_mean(error, mask), prediction, target, mask)
+        loss = masked_mean(error, mask, hidden_mean)
+        return MethodOutput(loss, prediction, target, mask)
 
     @staticmethod
     def draw_mask(recipe: Recipe, rng: np.random.Generator) -> Bool[np.ndarray, N]:

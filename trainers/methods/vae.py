@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mimray.trainers.config.method import VAEConfig
 from mimray.trainers.config.run import Recipe
 from mimray.trainers.methods.autoencoding import Autoencoding
+from mimray.trainers.models.noise import Noise
 from mimray.trainers.types import MethodOutput, Panel
 
 
@@ -28,6 +29,7 @@ class VAE(Autoencoding):
         super().__init__(recipe, config.latent_dim)
         self.config = config
         self.to_moments = nn.Conv2d(self.encoder.width, 2 * config.latent_dim, kernel_size=1)
+        self.noise = Noise()
         self.beta = config.beta
 
     def at_step(self, step: int, num_steps: int) -> None:
@@ -40,14 +42,14 @@ class VAE(Autoencoding):
     ) -> MethodOutput:
         """Reconstruction error + beta * KL, averaged over pictures.
 
-        The latent is sampled with torch's generator in training, and is the mean otherwise.
+        The latent is sampled in training, and is the mean otherwise.
 
         Source: Kingma & Welling 2014, eq. 10; beta by Higgins et al. 2017, eq. 4.
         """
         mean, log_variance = self.posterior(images)
         latent = mean
         if self.training:
-            latent = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
+            latent = mean + (0.5 * log_variance).exp() * self.noise.normal(mean.detach())
         decoded = self.decode(latent)
         reconstruction = self.reconstruction_error(decoded, images).mean()
         kl = gaussian_kl(mean, log_variance).mean()

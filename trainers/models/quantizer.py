@@ -23,6 +23,7 @@ from mimray.trainers.config.method import DVAEConfig
 from mimray.trainers.errors import ConfigError
 from mimray.trainers.models.codebook import Codebook, Fp32Buffers
 from mimray.trainers.models.kmeans import cluster, kmeans, nearest_codes
+from mimray.trainers.models.noise import Noise
 
 # Laplace smoothing of the moving counts, as in the code of van den Oord et al. (Sonnet).
 SMOOTHING = 1e-5
@@ -96,20 +97,21 @@ class Quantizer(Fp32Buffers, ABC):
             step: updates made, this one included.
 
         Returns:
-            `codebook_usage`, the share of codes used over the window, and `codebook_perplexity`,
-            that of the step's codes.
+            `codebook_usage`, the share of codes used over the window; `codebook_perplexity`, that
+            of the step's codes; and figures of the quantizer's own.
         """
         counts = _over_ranks(self.counts)
-        self._settle(step, counts)
+        figures = self._settle(step, counts)
         self.last_used.masked_fill_(counts > 0, step)
         window_start = max(0, step - self.config.usage_window_steps)
         usage = (self.last_used > window_start).float().mean()
-        perplexity = torch.special.entr(counts / counts.sum()).sum().exp()
+        perplexity = perplexity_of(counts)
         counts.zero_()
-        return {"codebook_usage": float(usage), "codebook_perplexity": float(perplexity)}
+        return {"codebook_usage": float(usage), "codebook_perplexity": perplexity, **figures}
 
-    def _settle(self, step: int, counts: Float[Tensor, " K"]) -> None:
-        """Update the codebook from the counts of all ranks."""
+    def _settle(self, step: int, counts: Float[Tensor, " K"]) -> dict[str, float]:
+        """Update the codebook from the counts of all ranks, or these if they are made only now."""
+        return {}
 
     def _count(self, codes: Int64[Tensor, "B h w"]) -> None:
         self.counts += torch.bincount(codes.flatten(), minlength=len(self.counts))
@@ -125,14 +127,18 @@ class VectorQuantizer(Quantizer):
 
     Attributes:
         moving: True if codes follow moving averages in place of gradients.
+        revives: True while codes are replaced that have gone out of use.
         uses: float [K], moving average of the uses of each code per step.
         sums: float [K, D], sums of each code's encodings since the last `after_step` on this rank.
         moving_sums: float [K, D], moving average of the sums over all ranks.
-        ready: 0 until k-means over the first batch has made the codebook, else 1.
+        ready: 0 until k-means has made the codebook, else 1. It is made of the encodings of a whole
+            step, so that it depends on neither ranks nor micro batches; the step itself has no
+            codes yet and hands its encodings on as they are.
 
     Source: van den Oord et al. 2017, sec. 3.2; moving averages: appendix A.1; narrow codes on
         the unit sphere: Yu et al. 2022 (ViT-VQGAN), sec. 3.2; revival: Zeghidour et al. 2021
-        (SoundStream), sec. III-C.
+        (SoundStream), sec. III-C, and Dhariwal et al. 2020 (Jukebox), sec. 3.1, whose
+        thresholds are counts; ours is relative to the mean count, so that it suits any batch.
     """
 
     uses: Tensor
@@ -150,6 +156,7 @@ class VectorQuantizer(Quantizer):
         std = 1.0 if config.l2_normalize else 1 / size
         super().__init__(config, Codebook(size, dim, std=std, learnt=not moving))
         self.moving = moving
+        self.revives = config.revive_below_share > 0
         self.rng = rng
         self.project = nn.Conv2d(width, dim, kernel_size=1)
         self.register_buffer("uses", torch.ones(size))
@@ -159,19 +166,26 @@ class VectorQuantizer(Quantizer):
         self.register_buffer("ready", torch.tensor(float(not config.kmeans_init)))
         self._seen: list[Tensor] = []
 
+    def at_step(self, step: int, num_steps: int) -> None:
+        """End revival in the last part of a run, in which codes settle."""
+        config = self.config
+        self.revives = (
+            config.revive_below_share > 0 and step < config.revive_until_share * num_steps
+        )
+
     def forward(self, features: Float[Tensor, "B W h w"]) -> Quantized:
         """Quantize; the loss is codebook term (without moving averages) + beta * commitment.
 
         Both terms are means over values.
         """
         vectors = self._vectors(features)  # B h w D
-        if self.training and not self.ready:
-            self._start(vectors.detach().flatten(0, 2))
         table = self.table()
         codes = self._nearest(vectors, table)
         if self.training:
             self._remember(vectors.detach(), codes)
         chosen = F.embedding(codes, table)  # B h w D
+        if self.training and not self.ready:
+            chosen = vectors + 0 * chosen  # with gradients of 0 for the codebook, as ZeRO wants
         commitment = F.mse_loss(vectors, chosen.detach())
         loss, terms = self.config.beta * commitment, {"commitment": commitment}
         if not self.moving:
@@ -199,16 +213,19 @@ class VectorQuantizer(Quantizer):
         return flat.view(vectors.shape[:3])
 
     @torch.no_grad()
-    def _start(self, vectors: Float[Tensor, "M D"]) -> None:
-        """Initialise the codebook by k-means over the encodings of all ranks; collective."""
-        everyone = _gather(vectors)
+    def _start(self) -> Float[Tensor, " K"]:
+        """Initialise the codebook by k-means over the step's encodings of all ranks; collective.
+
+        Returns:
+            Uses of each code by these encodings.
+        """
+        everyone = _gather(torch.cat(self._seen))
         size = len(self.uses)
         if len(everyone) < size:
             error = ConfigError(
                 f"k-means cannot make method.codebook_size {size} codes of the {len(everyone)} "
                 "encodings of the first batch",
-                hint="a larger batch or engine.micro_batch_size, fewer codes, "
-                "or method.kmeans_init=false",
+                hint="a larger optim.batch_size, fewer codes, or method.kmeans_init=false",
             )
             error.on_every_rank = True
             raise error
@@ -219,8 +236,13 @@ class VectorQuantizer(Quantizer):
             means = kmeans(everyone, means, spherical=self.config.l2_normalize)
         if dist.is_initialized():
             dist.broadcast(means, 0)
-        self._replace(torch.ones_like(self.uses, dtype=torch.bool), means, len(everyone) / size)
+        self.codebook.replace(torch.ones_like(self.uses, dtype=torch.bool), means)
+        found = cluster(everyone, nearest_codes(everyone, self.table()), size)
+        self.uses.copy_(found.counts)
+        if self.moving:
+            self.moving_sums.copy_(found.sums)
         self.ready.fill_(1)
+        return found.counts
 
     @torch.no_grad()
     def _remember(self, vectors: Float[Tensor, "B h w D"], codes: Int64[Tensor, "B h w"]) -> None:
@@ -228,26 +250,43 @@ class VectorQuantizer(Quantizer):
         flat = vectors.flatten(0, 2)
         if self.moving:
             self.sums += cluster(flat, codes.flatten(), len(self.sums)).sums
-        if self.config.revive_below:
+        if self.revives or not self.ready:
             self._seen.append(flat)
 
-    def _settle(self, step: int, counts: Float[Tensor, " K"]) -> None:
+    def _settle(self, step: int, counts: Float[Tensor, " K"]) -> dict[str, float]:
+        if self.ready:
+            self._follow(counts)
+        else:
+            counts.copy_(self._start())
+        revived = self._revive(step, counts) if self.revives else 0
+        self._seen.clear()
+        if self.moving:
+            self.sums.zero_()
+        return {"codes_revived": float(revived)}
+
+    def _follow(self, counts: Float[Tensor, " K"]) -> None:
+        """Move the averages, and the codes with them, by the counts of all ranks; collective."""
         decay = self.config.ema_decay or USES_DECAY
         self.uses.lerp_(counts, 1 - decay)
         if self.moving:
             self.moving_sums.lerp_(_over_ranks(self.sums), 1 - decay)
-            self.sums.zero_()
             total = self.uses.sum()
             smoothed = (self.uses + SMOOTHING) / (total + len(counts) * SMOOTHING) * total  # K
             # A code without uses keeps its place: only the smoothing would move it.
             used = counts > 0
             self.codebook.replace(used, (self.moving_sums / smoothed.unsqueeze(1))[used])
-        if self.config.revive_below:
-            rare = self.uses < self.config.revive_below
-            if count := int(rare.sum()):
-                share = float(counts.sum()) / len(counts)
-                self._replace(rare, self._draw(count, self.rng(step)), share)
-            self._seen.clear()
+
+    def _revive(self, step: int, counts: Float[Tensor, " K"]) -> int:
+        """Replace codes that are hardly used by encodings of the step; collective.
+
+        Returns:
+            The number of codes replaced.
+        """
+        mean = float(counts.sum()) / len(counts)
+        rare = self.uses < self.config.revive_below_share * mean
+        if count := int(rare.sum()):
+            self._replace(rare, self._draw(count, self.rng(step)), mean)
+        return count
 
     def _draw(self, count: int, rng: np.random.Generator) -> Float[Tensor, "n D"]:
         """Draw encodings of the step, from any rank; collective."""
@@ -285,6 +324,7 @@ class GumbelQuantizer(Quantizer):
         size = config.codebook_size
         super().__init__(config, Codebook(size, config.code_dim, std=1.0, learnt=True))
         self.to_logits = nn.Conv2d(width, size, kernel_size=1)
+        self.noise = Noise()
         self.temperature = config.temperature
 
     def at_step(self, step: int, num_steps: int) -> None:
@@ -302,7 +342,8 @@ class GumbelQuantizer(Quantizer):
         codes = logits.detach().argmax(dim=-1)
         if self.training:
             self._count(codes)
-            soft = F.gumbel_softmax(logits, tau=self.temperature)  # B h w K
+            gumbels = -self.noise.exponential(logits.detach()).log()
+            soft = ((logits + gumbels) / self.temperature).softmax(dim=-1)  # B h w K
             latent = (soft @ self.table()).movedim(3, 1)
         else:
             latent = self.embed(codes)
@@ -314,6 +355,11 @@ class GumbelQuantizer(Quantizer):
         """The likeliest code of each place."""
         logits: Tensor = self.to_logits(features)
         return logits.float().argmax(dim=1)
+
+
+def perplexity_of(counts: Float[Tensor, " K"]) -> float:
+    """Perplexity of the codes, from the uses of each: K if all are used alike, 1 for a single."""
+    return float(torch.special.entr(counts / counts.sum()).sum().exp())
 
 
 def kl_from_uniform(logits: Float[Tensor, "*P K"]) -> Float[Tensor, "*P"]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mimray.trainers.config.model import SwinConfig
 from mimray.trainers.models.encoder import Encoder
+from mimray.trainers.models.noise import replace_drop_path
 from mimray.trainers.types import Features
 
 
@@ -86,6 +87,7 @@ class Swin(Encoder):
         self.layers = nn.ModuleList(self._build_stage(config, stage) for stage in stages)
         self.norm = nn.LayerNorm(self.width)
         self.apply(_init_linear)
+        replace_drop_path([block for stage in self._stages for block in stage["blocks"]])
 
     def _build_stage(self, config: SwinConfig, stage: int) -> nn.ModuleDict:
         """Blocks of one width; every stage but the first begins with a merge of 2x2 tokens."""

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from mimray.trainers.config.model import ViTConfig
 from mimray.trainers.models.encoder import Encoder
+from mimray.trainers.models.noise import replace_drop_path
 from mimray.trainers.models.patches import patchify, take_tokens, visible_indices
 from mimray.trainers.models.positions import sincos_2d
 from mimray.trainers.models.rel_pos import RelPosBias, RelPosBlock
@@ -52,7 +53,7 @@ def transformer_blocks(
             none.
     """
     block = Block if rel_pos_grid is None else partial(RelPosBlock, grid=rel_pos_grid)
-    return nn.ModuleList(
+    blocks = nn.ModuleList(
         block(
             width,
             num_heads,
@@ -64,6 +65,8 @@ def transformer_blocks(
         )
         for i in range(depth)
     )
+    replace_drop_path(list(blocks))
+    return blocks
 
 
 def init_transformer(module: nn.Module) -> None:

@@ -224,7 +224,7 @@ def test_micro_batches__can_be_gone_through_again(source: Source):
     sampler = pickle.loads(pickle.dumps(MicroBatches(plan, order, rank=0, first_step=10)))
 
     def places() -> Iterator[tuple[int, int]]:
-        return ((p.epoch, p.index) for batch in sampler for p in batch)
+        return ((p.epoch, p.index) for batch in sampler for p in batch.places)
 
     assert list(places()) == list(places())
     assert len(sampler) == 4

@@ -29,7 +29,7 @@ SWIN = {
     "patch_size": 2,
     "window_size": 2,
 }
-SPHERE = {"ema_decay": 0.9, "l2_normalize": True, "kmeans_init": True, "revive_below": 0.1}
+SPHERE = {"ema_decay": 0.9, "l2_normalize": True, "kmeans_init": True, "revive_below_share": 0.1}
 QUANTIZERS: dict[str, dict[str, Any]] = {
     "vq": {"beta": 0.5},
     "vq-sphere": SPHERE,
@@ -200,7 +200,8 @@ def test_collapse__stops_the_run_after_a_full_window():
     for step in (1, 2):
         method(images)
         figures = method.after_step(step)
-    assert figures == {"codebook_usage": 1 / 16, "codebook_perplexity": pytest.approx(1)}
+    wanted = {"codebook_usage": 1 / 16, "codebook_perplexity": pytest.approx(1)}
+    assert figures == wanted | {"codes_revived": 0}
 
     method(images)
     with pytest.raises(CodebookCollapseError) as caught:
@@ -208,7 +209,7 @@ def test_collapse__stops_the_run_after_a_full_window():
 
     error = pickle.loads(pickle.dumps(caught.value))
     assert "1 of 16 codes (6.25%)" in str(error)
-    for cure in ("ema_decay", "l2_normalize", "kmeans_init", "revive_below", "codebook_size"):
+    for cure in ("ema_decay", "l2_normalize", "kmeans_init", "revive_below_share", "codebook_size"):
         assert f"method.{cure}" in str(error)
     assert error.exit_code == 1
     assert error.on_every_rank
@@ -231,7 +232,75 @@ def test_collapse__is_borne_where_the_recipe_says_so():
     assert method.after_step(3)["codebook_usage"] == 1 / 16
 
 
+# Held-out pictures and perplexity
+
+
+def even(**options: Any) -> DVAE:
+    """A tokenizer whose 16 codes lie on 16 corners; each place shows one of them."""
+    return dvae_of(recipe_of({"min_usage": 0.0, **options})).eval()
+
+
+def said_of(codes: list[int], monkeypatch: pytest.MonkeyPatch, **options: Any) -> Any:
+    """The assessment of a tokenizer that gives these codes."""
+    method = even(**options)
+    given = torch.tensor(codes).view(-1, 1, 1, 1)
+    monkeypatch.setattr(method, "codes", lambda images: images.long()[:, 0])
+    return method.assess(given.float().split(5))
+
+
+def test_assess__counts_usage_and_perplexity_over_all_batches(monkeypatch: pytest.MonkeyPatch):
+    found = said_of([*range(16)] * 10, monkeypatch)
+
+    assert found.figures == {"codebook_usage": 1.0, "codebook_perplexity": pytest.approx(16)}
+    assert found.warnings == ()
+
+
+def test_assess__warns_of_few_codes_in_use(monkeypatch: pytest.MonkeyPatch):
+    found = said_of([0, 1, 2, 3, 4, 5] * 10, monkeypatch)
+
+    assert found.figures["codebook_usage"] == 6 / 16
+    (warning,) = found.warnings
+    assert "6 of 16 codes (37.5%) are used" in warning
+    assert said_of([0, 1, 2, 3, 4, 5] * 10, monkeypatch, warn_usage_below=0.3).warnings == ()
+
+
+def test_assess__warns_of_codes_that_are_all_in_use_and_hardly_used(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    # Usage alone would say that all is well: 100 %.
+    found = said_of([0] * 4000 + [*range(16)], monkeypatch)
+
+    assert found.figures["codebook_usage"] == 1.0
+    (warning,) = found.warnings
+    assert "the codes' perplexity is 1.0" in warning
+    assert "method.warn_perplexity_below 10.0%" in warning
+
+
+def test_assess__asks_for_no_more_codes_than_there_are_places(monkeypatch: pytest.MonkeyPatch):
+    assert said_of([0, 1, 2, 3], monkeypatch).warnings == ()
+
+
+def test_assess__wants_ten_encodings_a_code():
+    # 16 x 10 codes over the 4 x 4 places of a picture.
+    assert even().pictures_to_assess == 10
+
+
+def test_perplexity__that_is_low_is_warned_of_once(caplog: pytest.LogCaptureFixture):
+    method = collapsing(min_usage=0.0, usage_window_steps=2)
+    for step in range(1, 9):
+        method(images_of(method.recipe))
+        method.after_step(step)
+
+    (record,) = caplog.records
+    assert "step 2: the codes' perplexity is 1 of 16 (6.2%)" in record.getMessage()
+
+
 # Recipes
+
+
+def test_config__refuses_the_threshold_that_did_not_know_the_batch():
+    with pytest.raises(ConfigError, match=r"revive_below, uses a step.*revive_below_share"):
+        recipe_of({"revive_below": 2.0})
 
 
 @pytest.mark.parametrize(

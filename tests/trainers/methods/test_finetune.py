@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from mimray.trainers.cost import estimate
 from mimray.trainers.errors import BundleError, ConfigError, RunConflictError
 from mimray.trainers.methods.catalogue import build_method
 from mimray.trainers.methods.finetune import Finetune
-from mimray.trainers.methods.mixing import mix, smoothed_targets
+from mimray.trainers.methods.mixing import draw_mixing, mix, smoothed_targets
 from mimray.trainers.methods.needs import check_outside, keep_needs, load_needs, with_needs
 from mimray.trainers.models import build_encoder
 from mimray.trainers.models.resize import resized
@@ -59,19 +59,15 @@ def batch_of(count: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
     return images, torch.randint(NUM_CLASSES, (count,), generator=rng)
 
 
-def numbers_for_timm(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    """Let timm's mixing draw from a generator of ours."""
-    rng = np.random.default_rng(seed)
-    draws = SimpleNamespace(
-        rand=rng.random,
-        beta=rng.beta,
-        randint=lambda low, high, size=None: rng.integers(low, high, size=size),
-    )
-    numpy = SimpleNamespace(random=draws, sqrt=np.sqrt, clip=np.clip)
-    monkeypatch.setattr(timm_mixup, "np", numpy)
+def _next(given: Iterator[Any], *_: Any, **__: Any) -> Any:
+    return next(given)
 
 
-@pytest.mark.parametrize(
+def _given(lam: np.ndarray, cut: np.ndarray, _: int) -> tuple[np.ndarray, np.ndarray]:
+    return lam, cut
+
+
+MIXING = pytest.mark.parametrize(
     "options",
     [
         {"mixup": 0.8, "cutmix": 1.0},
@@ -80,30 +76,72 @@ def numbers_for_timm(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
         {"mixup": 0.2, "cutmix": 0.7, "mixup_prob": 0.5, "mixup_switch_prob": 0.8},
     ],
 )
-def test_mix__is_that_of_timm(options: dict[str, float], monkeypatch: pytest.MonkeyPatch):
+SIZE = (32, 32)
+
+
+def mixing_of(config: FinetuneConfig, seed: int, count: int = 4) -> torch.Tensor:
+    rng = np.random.default_rng(seed)
+    drawn = [draw_mixing(rng, config, SIZE) for _ in range(count)]
+    return torch.from_numpy(np.stack(drawn)).float()
+
+
+@MIXING
+def test_mix__is_that_of_timm_a_picture(options: dict[str, float], monkeypatch: pytest.MonkeyPatch):
     config = FinetuneConfig(name="finetune", label_smoothing=0.1, **options)
     theirs = timm_mixup.Mixup(
-        mixup_alpha=config.mixup, cutmix_alpha=config.cutmix, prob=config.mixup_prob,
-        switch_prob=config.mixup_switch_prob, label_smoothing=0.1, num_classes=NUM_CLASSES,
-    )  # fmt: skip
+        mixup_alpha=config.mixup or 1, label_smoothing=0.1, num_classes=NUM_CLASSES, mode="elem"
+    )
     images, labels = batch_of()
     before, kinds = images.clone(), set()
+    opposite = torch.arange(4).flip(0)  # timm's partners
 
     for seed in range(20):
-        numbers_for_timm(monkeypatch, seed)
+        mixing = mixing_of(config, seed)
+        kept, boxes = mixing[:, 0].numpy(), mixing[:, 1:].int().tolist()
+        cut = np.array([box[1] > box[0] and box[3] > box[2] for box in boxes])
+        shares = np.array([1 - (b - a) * (d - c) / (32 * 32) for a, b, c, d in boxes])
+        given = iter([(box, share) for box, share, c in zip(boxes, shares, cut, strict=True) if c])
+        monkeypatch.setattr(timm_mixup, "cutmix_bbox_and_lam", partial(_next, given))
+        lam = np.where(cut, 0.5, kept).astype(np.float32)  # any share below 1 for a box
+        monkeypatch.setattr(theirs, "_params_per_elem", partial(_given, lam, cut))
         wanted, wanted_targets = theirs(images.clone(), labels)
         smooth = smoothed_targets(labels, NUM_CLASSES, 0.1)
-        found, targets = mix(np.random.default_rng(seed), images, smooth, config)
+        found, targets = mix(images, smooth, mixing, opposite)
 
         torch.testing.assert_close(found, wanted)
         torch.testing.assert_close(targets, wanted_targets)
         torch.testing.assert_close(targets.sum(dim=1), torch.ones(4))
-        kinds.add((bool((found == images).all()), bool((found == images).any())))
+        kinds |= {
+            (bool((ours == one).all()), bool((ours == one).any()))
+            for ours, one in zip(found, images, strict=True)
+        }
     assert torch.equal(images, before)
     # Whole pictures were blended, or parts of them replaced, and sometimes nothing was done.
     assert ((False, False) in kinds) == ("mixup" in options)
     assert ((False, True) in kinds) == ("cutmix" in options)
-    assert ((True, True) in kinds) == ("mixup_prob" in options)
+    assert ((True, True) in kinds) >= ("mixup_prob" in options)
+
+
+@MIXING
+def test_mixing__has_the_distributions_of_the_papers(options: dict[str, float]):
+    config = FinetuneConfig(name="finetune", **options)
+    drawn = mixing_of(config, 0, count=20_000).numpy()
+    kept, (top, bottom, left, right) = drawn[:, 0], drawn[:, 1:].T
+
+    mixup = kept < 1
+    cutmix = (bottom > top) & (right > left)
+    assert not (mixup & cutmix).any()
+    switch = config.mixup_switch_prob if config.mixup and config.cutmix else bool(config.cutmix)
+    assert mixup.mean() == pytest.approx(config.mixup_prob * (1 - switch), abs=0.03)
+    # A box may come out with no pixel at all.
+    assert cutmix.mean() == pytest.approx(config.mixup_prob * switch, abs=0.06)
+    if mixup.any():
+        assert kept[mixup].mean() == pytest.approx(0.5, abs=0.02)
+        wanted = 0.25 / (2 * config.mixup + 1)  # the variance of Beta(alpha, alpha)
+        assert kept[mixup].var() == pytest.approx(wanted, abs=0.01)
+    assert (top >= 0).all()
+    assert (bottom <= 32).all()
+    assert (right <= 32).all()
 
 
 def test_network__is_maes_classifier_in_timm():
@@ -155,14 +193,15 @@ def test_class_token__is_what_the_head_sees():
     torch.testing.assert_close(found, method.head(method.encoder(images).prefix[:, 0]))
 
 
-def test_forward__repeats_from_torchs_seed_and_mixes_in_training_only():
+def test_forward__mixes_in_training_only():
     method = method_of(mixup=0.8, cutmix=1.0, label_smoothing=0.1)
     torch.nn.init.normal_(method.head.weight)
     images, labels = batch_of()
+    partners = torch.tensor([1, 0, 3, 2])
 
     def loss(seed: int) -> float:
-        torch.manual_seed(seed)
-        return method(images, labels=labels).loss.item()
+        mixing = mixing_of(method.config, seed)
+        return method(images, labels=labels, mixing=mixing, partners=partners).loss.item()
 
     method.train()
     assert loss(3) == loss(3)
@@ -170,6 +209,29 @@ def test_forward__repeats_from_torchs_seed_and_mixes_in_training_only():
     method.eval()
     assert len({loss(seed) for seed in range(5)}) == 1
     assert set(method(images, labels=labels).target.unique().tolist()) == {0.0, 1.0}
+
+
+def test_forward__scores_no_partner_that_is_of_another_micro_batch():
+    method = method_of(mixup=0.8, cutmix=1.0).train()
+    torch.nn.init.normal_(method.head.weight)
+    images, labels = batch_of(6)
+    mixing = mixing_of(method.config, 0, count=6)
+    pairs = torch.tensor([1, 0, 3, 2, 5, 4])
+
+    whole = method(images, labels=labels, mixing=mixing, partners=pairs)
+    order = torch.tensor([0, 1, 2, 3])  # 0 to 2, and 3, the partner of 2
+    first = method(
+        images[order], labels=labels[order], mixing=mixing[order],
+        partners=torch.tensor([1, 0, 3]),
+    )  # fmt: skip
+    order = torch.tensor([3, 4, 5, 2])
+    second = method(
+        images[order], labels=labels[order], mixing=mixing[order],
+        partners=torch.tensor([3, 2, 1]),
+    )  # fmt: skip
+
+    torch.testing.assert_close((first.loss + second.loss) / 2, whole.loss)
+    torch.testing.assert_close(torch.cat([first.target, second.target]), whole.target)
 
 
 def test_panels__frame_what_is_right_in_green():

@@ -198,7 +198,7 @@ def test_ema__leaves_an_unused_code_where_it_is_for_ever():
 
 
 def test_evaluation__leaves_no_trace():
-    quantizer = vq(ema_decay=0.5, revive_below=0.5, kmeans_init=True).eval()
+    quantizer = vq(ema_decay=0.5, revive_below_share=0.5, kmeans_init=True).eval()
     before = {k: v.clone() for k, v in quantizer.named_buffers()}
 
     quantizer(features())
@@ -215,29 +215,50 @@ def inertia(vectors: Tensor, means: Tensor) -> float:
 
 @SPHERE
 @pytest.mark.parametrize("ema_decay", [None, 0.9])
-def test_kmeans_start__happens_once_before_the_first_loss(sphere: bool, ema_decay: float | None):
+def test_kmeans_start__is_over_the_first_step_which_has_no_codes(
+    sphere: bool, ema_decay: float | None
+):
     quantizer = vq(kmeans_init=True, l2_normalize=sphere, ema_decay=ema_decay).train()
     x = features()
     vectors = torch.from_numpy(unit(rows(x)) if sphere else rows(x)).float()
     before = inertia(vectors, quantizer.table().detach())
 
-    first = quantizer(x)
+    outs = [quantizer(micro) for micro in x.chunk(2)]
+    figures = quantizer.after_step(1)
     table = quantizer.table().detach().clone()
-    quantizer(features(1))
+    second = quantizer(x)
 
-    # A fixed point of k-means or close to it, and the loss is already that of the new codes.
+    for out, micro in zip(outs, x.chunk(2), strict=True):
+        assert out.loss.item() == 0
+        passed = unit(rows(micro)) if sphere else rows(micro)
+        np.testing.assert_allclose(rows(out.latent), passed, atol=1e-6)
+    # A fixed point of k-means or close to it.
     assert inertia(vectors, table) < 0.2 * before
     expected = inertia(vectors, table) / vectors.numel()
-    assert first.terms["commitment"].item() == pytest.approx(expected, abs=1e-5)
+    assert second.terms["commitment"].item() == pytest.approx(expected, abs=1e-5)
     assert torch.equal(quantizer.table(), table)
-    assert (quantizer.uses == vectors.shape[0] / K).all()
+    counts = np.bincount(brute_force(vectors.numpy(), table.numpy()), minlength=K)
+    np.testing.assert_array_equal(quantizer.uses.numpy(), counts)
+    assert figures["codebook_usage"] == pytest.approx((counts > 0).mean())
+    p = counts[counts > 0] / counts.sum()
+    assert figures["codebook_perplexity"] == pytest.approx(np.exp(-(p * np.log(p)).sum()))
+
+
+def test_kmeans_start__gives_a_learnt_codebook_gradients_of_zero():
+    quantizer = vq(kmeans_init=True).train()
+
+    quantizer(features()).loss.backward()
+
+    assert quantizer.codebook.learnt.grad is not None
+    assert not quantizer.codebook.learnt.grad.any()
 
 
 def test_kmeans_start__wants_as_many_encodings_as_codes():
     quantizer = vq(kmeans_init=True).train()
+    quantizer(features(count=1))
 
     with pytest.raises(ConfigError, match=r"codebook_size 12 codes of the 9 enc") as caught:
-        quantizer(features(count=1))
+        quantizer.after_step(1)
 
     assert caught.value.on_every_rank
 
@@ -268,17 +289,20 @@ def test_usage__is_the_share_of_codes_used_over_the_window():
 
 @pytest.mark.parametrize("options", [{"ema_decay": 0.5}, {"ema_decay": 0.5, "l2_normalize": True}])
 def test_revival__puts_rare_codes_onto_encodings_of_the_step(options: dict[str, Any]):
-    quantizer = vq(revive_below=0.9, **options).train()
+    share = 0.3
+    quantizer = vq(revive_below_share=share, **options).train()
     plain = vq(**options).train()
     x = features()
     for q in (quantizer, plain):
         for micro in x.chunk(2):
             q(micro)
-        q.after_step(1)
+    figures, plain_figures = quantizer.after_step(1), plain.after_step(1)
 
     z = unit(rows(x)) if options.get("l2_normalize") else rows(x)
-    rare = plain.uses < 0.9
+    rare = plain.uses < share * len(z) / K
     assert 0 < rare.sum() < K
+    assert figures["codes_revived"] == rare.sum()
+    assert plain_figures["codes_revived"] == 0
     table = quantizer.table()
     assert torch.equal(table[~rare], plain.table()[~rare])
     distance = np.abs(table[rare].numpy()[:, None] - z[None]).max(-1).min(1)
@@ -289,7 +313,7 @@ def test_revival__puts_rare_codes_onto_encodings_of_the_step(options: dict[str, 
 
 
 def test_revival__moves_a_learnt_code_without_touching_its_parameter():
-    quantizer = vq(revive_below=0.995).train()
+    quantizer = vq(revive_below_share=0.331).train()  # uses are 1 or 0.99 and more, the mean is 3
     learnt = quantizer.codebook.learnt.detach().clone()
     before, x = quantizer.table().detach().clone(), features()
 
@@ -305,7 +329,7 @@ def test_revival__moves_a_learnt_code_without_touching_its_parameter():
 
 def test_revival__depends_on_seed_and_step_alone():
     def revived(step: int) -> Tensor:
-        quantizer = vq(ema_decay=0.5, revive_below=0.9).train()
+        quantizer = vq(ema_decay=0.5, revive_below_share=0.3).train()
         torch.manual_seed(step)  # must not matter
         quantizer(features())
         quantizer.after_step(step)
@@ -313,3 +337,48 @@ def test_revival__depends_on_seed_and_step_alone():
 
     assert torch.equal(revived(5), revived(5))
     assert not torch.equal(revived(5), revived(6))
+
+
+@pytest.mark.parametrize("encodings_a_code", [2, 8, 64])
+def test_revival__leaves_codes_that_are_used_alike_whatever_the_batch(encodings_a_code: int):
+    """A threshold of 2 a step, as there once was, replaces a fifth of them at 2 a code."""
+    quantizer = vq(revive_below_share=0.1, ema_decay=0.99, kmeans_init=True).train()
+    torch.manual_seed(0)
+    found = []
+    for step in range(60):
+        x = torch.randn(encodings_a_code, D, 3, 4)  # 12 places for 12 codes
+        quantizer(x)
+        found.append(quantizer.after_step(step + 1)["codes_revived"])
+
+    assert found == [0] * 60
+
+
+def test_revival__of_a_dead_code_comes_once_its_average_has_faded():
+    # From the mean, 0.9 to the power of n is below 0.1 from n = 22 on.
+    quantizer = vq(revive_below_share=0.1, ema_decay=0.9).train()
+    quantizer.uses.fill_(36 / K)
+    x = features(count=4)
+    found = []
+    for step in range(25):
+        quantizer(x)
+        found.append(quantizer.after_step(step + 1)["codes_revived"])
+
+    assert np.flatnonzero(found)[0] + 1 == 22
+
+
+def test_revival__ends_before_the_run_does():
+    def revived(until: float) -> list[float]:
+        options = {"ema_decay": 0.5, "revive_below_share": 0.3, "revive_until_share": until}
+        quantizer, found = vq(**options).train(), []
+        for step in range(10):
+            quantizer.at_step(step, 10)
+            quantizer(features(step))
+            found.append(quantizer.after_step(step + 1)["codes_revived"])
+        assert not quantizer._seen
+        return found
+
+    half, whole = revived(0.5), revived(1.0)
+    assert half[:5] == whole[:5]
+    assert sum(half[:5]) > 0
+    assert sum(whole[5:]) > 0
+    assert half[5:] == [0] * 5

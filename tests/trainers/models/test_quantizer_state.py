@@ -26,9 +26,9 @@ K, D = 12, 5
 KINDS: dict[str, dict[str, Any]] = {
     "ema": {"ema_decay": 0.7},
     "ema-sphere-kmeans": {"ema_decay": 0.7, "l2_normalize": True, "kmeans_init": True},
-    "ema-kmeans-revival": {"ema_decay": 0.7, "kmeans_init": True, "revive_below": 0.8},
-    "ema-sphere-revival": {"ema_decay": 0.7, "l2_normalize": True, "revive_below": 0.8},
-    "learnt-kmeans-revival": {"kmeans_init": True, "revive_below": 0.95},
+    "ema-kmeans-revival": {"ema_decay": 0.7, "kmeans_init": True, "revive_below_share": 0.8},
+    "ema-sphere-revival": {"ema_decay": 0.7, "l2_normalize": True, "revive_below_share": 0.8},
+    "learnt-kmeans-revival": {"kmeans_init": True, "revive_below_share": 0.95},
 }
 
 
