@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -26,7 +27,23 @@ def _number(value: Any) -> Any:
     return value
 
 
-Scalar = Annotated[bool | int | float | str | None | tuple[int, ...], BeforeValidator(_number)]
+def _value(value: Any) -> Any:
+    """Any value that a recipe's key may take, as YAML or JSON holds it, with lists as tuples."""
+    match value:
+        case None | bool() | int():
+            return value
+        case str():
+            return _number(value)
+        case float() if math.isfinite(value):
+            return value
+        case list() | tuple():
+            return tuple(_value(item) for item in value)
+        case dict() if all(isinstance(key, str) for key in value):
+            return {key: _value(item) for key, item in value.items()}
+    raise ValueError(f"{value!r} is no value of a recipe: numbers, texts, null, lists and mappings")
+
+
+Value = Annotated[Any, BeforeValidator(_value)]
 Number = Annotated[float, BeforeValidator(_number)]
 
 
@@ -51,13 +68,13 @@ class BaseConfig(Config):
 class Grid(Config):
     """Every value, in every combination with other grids."""
 
-    grid: tuple[Scalar, ...] = Field(min_length=1)
+    grid: tuple[Value, ...] = Field(min_length=1)
 
 
 class Choice(Config):
     """One of these, all equally likely."""
 
-    choice: tuple[Scalar, ...] = Field(min_length=1)
+    choice: tuple[Value, ...] = Field(min_length=1)
 
 
 class _Range(Config):

@@ -7,7 +7,6 @@ checkpoints and bundles lie in the trials' directories.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import warnings
 from collections.abc import Callable, Iterable
@@ -28,7 +27,7 @@ from mimray.tuning.config import (
     Uniform,
 )
 from mimray.tuning.record import ENDED, TrialRecord
-from mimray.tuning.space import Params, listed, space_digest
+from mimray.tuning.space import Params, listed, space_digest, word_of
 
 if TYPE_CHECKING:
     import optuna
@@ -236,7 +235,7 @@ def _distribution(domain: Domain) -> optuna.distributions.BaseDistribution:
     match domain:
         case Grid() | Choice():
             values = domain.grid if isinstance(domain, Grid) else domain.choice
-            return CategoricalDistribution([_word(value) for value in values])
+            return CategoricalDistribution([word_of(value) for value in values])
         case Uniform():
             return FloatDistribution(*domain.uniform)
         case LogUniform():
@@ -245,13 +244,8 @@ def _distribution(domain: Domain) -> optuna.distributions.BaseDistribution:
             return IntDistribution(*domain.int)
 
 
-def _word(value: Any) -> Any:
-    """A value as Optuna keeps it, which holds lists as text only."""
-    return json.dumps(value) if isinstance(value, tuple | list) else value
-
-
 def _external(config: SweepConfig, params: Params) -> Params:
-    return {key: _word(params[key]) for key in config.space}
+    return {key: word_of(params[key]) for key in config.space}
 
 
 def _internal(config: SweepConfig, params: Params) -> Params:
@@ -260,7 +254,7 @@ def _internal(config: SweepConfig, params: Params) -> Params:
     for key, domain in config.space.items():
         if isinstance(domain, Grid | Choice):
             values = domain.grid if isinstance(domain, Grid) else domain.choice
-            by_word = {_word(value): value for value in values}
+            by_word = {word_of(value): value for value in values}
             found[key] = by_word[params[key]]
         else:
             found[key] = params[key]
@@ -322,7 +316,7 @@ def check_storable(config: SweepConfig) -> None:
     for key, domain in config.space.items():
         if isinstance(domain, Grid | Choice):
             values = domain.grid if isinstance(domain, Grid) else domain.choice
-            words = [_word(value) for value in values]
+            words = [word_of(value) for value in values]
             twice = [word for i, word in enumerate(words) if word in words[:i]]
             if twice:
                 raise ConfigError(f"space.{key} has {twice[0]!r} twice")

@@ -9,6 +9,7 @@ from mimray.trainers.config.run import Plan
 from mimray.trainers.storage import RunDir
 from mimray.trainers.tracking import Tracker
 from mimray.tuning.record import Rung, SweepRecord, TrialRecord, trial_dir
+from mimray.tuning.space import word_of
 
 EXPERIMENT = "mimray"
 PARENT_TAG = "mlflow.parentRunId"
@@ -91,8 +92,7 @@ class SweepTrackers:
         from tensorboardX.summary import hparams
 
         if trial.score is not None:
-            words = {k: v if isinstance(v, bool | int | float | str) else str(v)
-                     for k, v in trial.params.items()}  # fmt: skip
+            words = {k: "null" if v is None else word_of(v) for k, v in trial.params.items()}
             metrics = {f"score/{self._record.metric}": trial.score, "samples": trial.samples}
             writer = self._writer(number)
             for summary in hparams(words, metrics):
@@ -131,7 +131,7 @@ class SweepTrackers:
                 "mimray.plan_hash": plan.hash,
                 "mimray.data_fingerprint": plan.data.fingerprint,
                 "mimray.sweep": self._record.name,
-                **{f"mimray.space.{key}": str(value) for key, value in params.items()},
+                **{f"mimray.space.{key}": str(word_of(value)) for key, value in params.items()},
                 PARENT_TAG: self._parent.run_id,
             },
         )

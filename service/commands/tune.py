@@ -216,6 +216,7 @@ def _speed(plan: SweepPlan) -> dict[float, float] | None:
     """The encoder's speed over the full sequence at each searched mask ratio, measured here."""
     from mimray.tuning.config import Choice, Grid
     from mimray.tuning.report.speed import encoder_speed
+    from mimray.tuning.report.values import is_number
     from mimray.tuning.space import trial_recipe
 
     domain = plan.config.space.get("method.mask_ratio")
@@ -223,7 +224,7 @@ def _speed(plan: SweepPlan) -> dict[float, float] | None:
     if recipe.method.name != "mae" or not isinstance(domain, Grid | Choice):
         return None
     values = domain.grid if isinstance(domain, Grid) else domain.choice
-    return encoder_speed(recipe, [float(value) for value in values if value is not None])  # type: ignore[arg-type]
+    return encoder_speed(recipe, [float(value) for value in values if is_number(value)])
 
 
 def _interrupted(record: SweepRecord, plan: SweepPlan) -> bool:

@@ -18,13 +18,13 @@ def frozen(value: Any) -> Any:
         value: a searched key's value.
 
     Returns:
-        The value with lists as tuples; as text, if it is of a type that no recipe key takes.
+        The value with lists as tuples; a mapping as the text shown of it.
     """
     if isinstance(value, list | tuple):
         return tuple(frozen(item) for item in value)
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    return str(value)
+    return _text(value)
 
 
 def shown(value: Any) -> str:
@@ -33,6 +33,10 @@ def shown(value: Any) -> str:
     Args:
         value: a searched key's value.
     """
+    return _cut(_text(value), _LONGEST)
+
+
+def _text(value: Any) -> str:
     match value:
         case None:
             return "none"
@@ -41,8 +45,10 @@ def shown(value: Any) -> str:
         case float():
             return f"{value:.4g}"
         case list() | tuple():
-            return "(" + ", ".join(shown(item) for item in value) + ")"
-    return _cut(str(value), _LONGEST)
+            return "(" + ", ".join(map(_text, value)) + ")"
+        case Mapping():
+            return "{" + ", ".join(f"{key}: {_text(item)}" for key, item in value.items()) + "}"
+    return str(value)
 
 
 def tick(value: Any) -> str:
