@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mimray.trainers.evaluation.uncertainty import described
 from mimray.trainers.registry import Registry, Version
 
 
@@ -64,7 +65,7 @@ def version_text(row: Mapping[str, Any]) -> str:
     lines = []
     for key, value in row.items():
         if key == "scores":
-            lines += [f"{task:16} {s['metric']} {s['headline']:.4f}" for task, s in value.items()]
+            lines += [_score_line(task, score) for task, score in value.items()]
         elif value:
             lines.append(f"{key:16} {' '.join(value) if isinstance(value, list) else value}")
     return "\n".join(lines)
@@ -74,10 +75,19 @@ def versions_text(rows: Sequence[Mapping[str, Any]]) -> str:
     """A line a version: reference, aliases, method, headlines."""
     lines = []
     for row in rows:
-        scores = "  ".join(f"{t} {s['headline']:.4f}" for t, s in row["scores"].items())
+        scores = "  ".join(f"{task} {described(score)}" for task, score in row["scores"].items())
         aliases = "".join(f" @{alias}" for alias in row["aliases"])
         lines.append(f"{row['model']}{aliases}  {row['method']}  {scores}".rstrip())
     return "\n".join(lines)
+
+
+def _score_line(task: str, score: Mapping[str, Any]) -> str:
+    """A score with its error; of a sweep's trial also the pictures it is of."""
+    line = f"{task:16} {score['metric']} {described(score)}"
+    chosen = score.get("chosen_by")
+    if chosen is not None:
+        return f"{line} kept from the choice; chosen by {described(chosen)}"
+    return f"{line} that the trial was chosen by" if score.get("part") == "choice" else line
 
 
 def _row(version: Version) -> dict[str, Any]:

@@ -33,6 +33,8 @@ class Stream(IntEnum):
     ERASING = 12
     SEARCH = 13
     INGEST_ORDER = 14
+    RESAMPLE = 15
+    PART = 16
 
 
 def generator(seed: int, stream: Stream, a: int, b: int = 0, view: int = 0) -> np.random.Generator:

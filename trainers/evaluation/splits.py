@@ -7,13 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from mimray.trainers.data.discover import available_splits
-from mimray.trainers.data.selection import labels_of
+from mimray.trainers.data.selection import Selection, labels_of
 from mimray.trainers.data.sources import Source, open_source
 from mimray.trainers.errors import DataError
 from mimray.trainers.evaluation.score import Setting
 
 # In the order they are preferred: a test set is kept back where there is a validation set.
 VALIDATION_SPLITS = ("val", "valid", "validation", "dev", "test")
+TEST = "test"
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def open_splits(setting: Setting) -> Splits:
         EmptyDatasetError: a set has no picture.
     """
     train = open_source(setting.data)
-    val = open_source(setting.val) if setting.val else own_validation(setting.data)
+    val = _part(open_source(setting.val) if setting.val else own_validation(setting.data), setting)
     highest = max(int(labels_of(source).max()) for source in (train, val))
     names, val_names = train.facts.class_names, val.facts.class_names
     if bool(names) != bool(val_names):
@@ -71,8 +72,8 @@ def pictures_to_score(setting: Setting) -> Source:
         DataError: there are no such pictures.
     """
     if setting.val:
-        return open_source(setting.val)
-    return _own_validation(setting.data) or open_source(setting.data)
+        return _part(open_source(setting.val), setting)
+    return _part(_own_validation(setting.data) or open_source(setting.data), setting)
 
 
 def own_validation(data: str) -> Source:
@@ -89,6 +90,25 @@ def own_validation(data: str) -> Source:
             hint=f"splits found: {found}; give one with --val",
         )
     return source
+
+
+def _part(val: Source, setting: Setting) -> Source:
+    """The part of the pictures to score on that the setting asks for.
+
+    A dataset with a validation set and a test set has its parts already: the first to choose by,
+    the second to report on.
+    """
+    if setting.part is None:
+        return val
+    if setting.val is None and has_test_beside(setting.data):
+        return val if setting.part.name == "choice" else open_source(setting.data, split=TEST)
+    return Selection(val, setting.part.indices(len(val), val.labels(), val.facts.uri))
+
+
+def has_test_beside(data: str) -> bool:
+    """True if a dataset has a test split beside the one that it is scored on."""
+    found = [split for split in VALIDATION_SPLITS if split in available_splits(data)]
+    return TEST in found[1:]
 
 
 def _own_validation(data: str) -> Source | None:

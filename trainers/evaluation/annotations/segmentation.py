@@ -28,7 +28,7 @@ from mimray.trainers.evaluation.annotations.detection import (
 from mimray.trainers.evaluation.annotations.pairs import MASK_FOLDERS, PairFolder, pair_folders
 from mimray.trainers.evaluation.annotations.panoptic import VOID, CocoPanoptic, is_panoptic
 from mimray.trainers.evaluation.annotations.pictures import TURNED
-from mimray.trainers.evaluation.score import Progress
+from mimray.trainers.evaluation.score import Part, Progress
 
 # The usual value of void; in masks that hold nothing else but 0 it stands for class 1.
 BINARY = 255
@@ -73,6 +73,7 @@ def open_segmentation(
     class_names: tuple[str, ...] = (),
     binary: bool | None = None,
     limit: int | None = None,
+    part: Part | None = None,
     progress: Progress | None = None,
 ) -> SegmentationSet:
     """Open pictures with a class for each pixel, and check all of them.
@@ -94,6 +95,7 @@ def open_segmentation(
         binary: True if 255 stands for class 1, as in the pictures trained on; None tells it from
             the masks.
         limit: number of pictures to take, evenly spread; None takes all.
+        part: part of the pictures to take before the limit; None takes all.
         progress: called with the number of pictures checked.
 
     Raises:
@@ -117,7 +119,8 @@ def open_segmentation(
     twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
     if twice:
         raise DataError(f"{reader.uri}: two classes are called {twice[0]!r}")
-    indices = evenly_spread(len(reader), limit)
+    pictures = np.arange(len(reader)) if part is None else part.indices(len(reader), None, uri)
+    indices = pictures[evenly_spread(len(pictures), limit)]
     if binary is None:
         binary = _may_be_binary(reader, config, names) and _holds_255_alone(reader, indices)
     if binary:
