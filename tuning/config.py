@@ -10,6 +10,7 @@ from pydantic import (
     BeforeValidator,
     Discriminator,
     Field,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     Tag,
@@ -200,6 +201,11 @@ class Budget(Config):
     samples: PositiveInt | None = Field(
         default=None, description="pictures seen by all trials together, after which none starts"
     )
+    unit: Literal["steps", "flops"] = Field(
+        default="steps",
+        description="what trials are compared at: as many pictures, or as many FLOPs as the base "
+        "recipe spends on its steps, so that a cheaper trial sees more pictures",
+    )
     hours: PositiveFloat | None = Field(
         default=None,
         description="wall time of all launches together; what runs then is cut and "
@@ -220,8 +226,32 @@ class ScoreConfig(Config):
     val: str | None = Field(
         default=None, description="labelled pictures to score on; the data's own split by default"
     )
+    report: str | None = Field(
+        default=None,
+        description="labelled pictures that score the winner once; by default DATA's test split "
+        "where it has a validation split too, else a share of the pictures scored on",
+    )
+    report_share: float = Field(
+        default=0.5,
+        ge=0,
+        lt=1,
+        description="the share of the pictures scored on that is kept from the choice and scores "
+        "the winner; 0 for none",
+    )
     limit: PositiveInt | None = Field(default=5000, description="pictures of each, evenly spread")
     options: dict[str, Any] = Field(default_factory=dict, description="options of the task")
+
+
+class Repeats(Config):
+    """The best trials again with other seeds: their mean is not the maximum of anything."""
+
+    seeds: NonNegativeInt = Field(default=0, description="other seeds for each of the best trials")
+    best: PositiveInt = Field(default=3, description="trials that are repeated")
+
+
+def _seeds(value: Any) -> Any:
+    """Read a plain number as that many seeds."""
+    return {"seeds": value} if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 class TrialResources(Config):
@@ -253,6 +283,7 @@ class SweepConfig(Config):
     scheduler: SchedulerConfig = Field(default_factory=NoScheduler)
     budget: Budget = Field(default_factory=Budget)
     score: ScoreConfig = Field(default_factory=ScoreConfig)
+    repeats: Annotated[Repeats, BeforeValidator(_seeds)] = Field(default_factory=Repeats)
     resources: TrialResources = Field(default_factory=TrialResources)
     storage: str = Field(
         default="",

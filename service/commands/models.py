@@ -6,10 +6,13 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mimray.trainers.evaluation.uncertainty import described
 from mimray.trainers.registry import Registry, Version
+
+if TYPE_CHECKING:
+    from mimray.tuning.record import SweepRecord, TrialRecord
 
 
 def register_model(bundle: str, name: str, alias: str | None, storage: str) -> dict[str, Any]:
@@ -40,9 +43,26 @@ def register_model(bundle: str, name: str, alias: str | None, storage: str) -> d
                 "sweep": sweep.uri,
                 "trial": trial.name,
                 "params": json.dumps(trial.params),
-                "sweep_score": f"{sweep.metric} {trial.score}",
+                **_sweep_scores(sweep, trial),
             }
     return _row(Registry.open(storage).register(bundle, name, alias, lineage))
+
+
+def _sweep_scores(sweep: SweepRecord, trial: TrialRecord) -> dict[str, str]:
+    """The score on pictures kept from the choice, where the trial won, and the one it won by."""
+    if not trial.rungs:
+        return {}
+    last = trial.rungs[-1]
+    chosen = {
+        "headline": last.score,
+        "standard_error": last.standard_error,
+        "num_val": last.num_pictures,
+    }
+    found = {"sweep_chosen_by": f"{sweep.metric} {described(chosen)}"}
+    if sweep.final is not None and sweep.final.trial == trial.number:
+        kept = described(sweep.final.model_dump())
+        return {"sweep_score": f"{sweep.metric} {kept} kept from the choice", **found}
+    return found
 
 
 def list_models(name: str | None, storage: str) -> list[dict[str, Any]]:

@@ -119,6 +119,7 @@ def run_tune(request: TuneRequest) -> dict[str, Any]:
         "metric": final.metric,
         "proxy": final.proxy,
         "best": None if best is None else _row(final, best),
+        "final": None if final.final is None else final.final.model_dump(),
         "trials": [_row(final, trial) for trial in final.trials],
         "study": list(final.study),
         "report": files,
@@ -240,6 +241,9 @@ def _row(record: SweepRecord, trial: TrialRecord) -> dict[str, Any]:
         "params": trial.params,
         "state": trial.state,
         "score": trial.score,
+        "standard_error": trial.rungs[-1].standard_error if trial.rungs else None,
+        "num_pictures": trial.rungs[-1].num_pictures if trial.rungs else None,
+        "other_seeds": record.repeated(trial.number),
         "rung": len(trial.rungs),
         "samples": trial.samples,
         "device_seconds": round(trial.device_seconds, 1),
@@ -249,6 +253,9 @@ def _row(record: SweepRecord, trial: TrialRecord) -> dict[str, Any]:
 
 
 def _print_end(record: SweepRecord, took: str, files: Sequence[str], storage: str) -> None:
+    from mimray.tuning.report.summary import summarise
+    from mimray.tuning.report.tables import chosen_text, final_text, seeds_text
+
     states: dict[str, int] = {}
     for trial in record.trials:
         states[trial.state] = states.get(trial.state, 0) + 1
@@ -259,7 +266,15 @@ def _print_end(record: SweepRecord, took: str, files: Sequence[str], storage: st
     best = record.best
     if best is not None:
         shown = ", ".join(f"{key}={value}" for key, value in best.params.items())
-        say(f"best: trial {best.name}, {shown}: {record.metric} {best.score:.4f}")
+        summary = summarise(record)
+        say(f"best: trial {best.name}, {shown}: {record.metric} {chosen_text(best)}")
+        if summary.seeds:
+            say(f"other seeds: {seeds_text(summary, best.number)}")
+        if record.final is not None:
+            say(f"report: {record.metric} {final_text(summary)}")
+        if summary.tied:
+            names = ", ".join(trial.name for trial in summary.tied)
+            say(f"not told apart from it: {names}", style="yellow")
     say("\n".join(files))
     name = shlex.quote(record.name)
     where = "" if storage == "runs" else f" --storage {shlex.quote(storage)}"

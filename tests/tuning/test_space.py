@@ -8,12 +8,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mimray.trainers.errors import ConfigError, DataError, MimrayError
 from mimray.tuning.config import Asha, SweepConfig
-from mimray.tuning.plan import SweepPlan, load_sweep, make_plan, parse_sweep, rung_steps, shipped_sweeps
+from mimray.tuning.plan import (
+    SweepPlan,
+    load_sweep,
+    make_plan,
+    parse_sweep,
+    rung_steps,
+    shipped_sweeps,
+)
 from mimray.tuning.record import TrialRecord
 from mimray.tuning.space import combinations, drawn, listed
 
@@ -49,6 +56,7 @@ def test_drawn__stays_inside_and_depends_on_seed_and_number_alone(configured: Co
     assert 0.3 < below < 0.7
 
 
+@settings(deadline=None)
 @given(steps=st.integers(1, 400), count=st.integers(1, 6), factor=st.integers(2, 4))
 def test_rungs__grow_by_the_factor_and_end_with_the_whole(
     steps: int, count: int, factor: int

@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mimray.trainers.evaluation.uncertainty import figure_text
+
 _LONGEST, _TICK = 40, 16
 _PASSWORD = re.compile(r"(://[^/\s:@]*):[^/\s@]+@")
 
@@ -100,11 +102,16 @@ def params_text(params: Mapping[str, Any], names: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {shown(params.get(key))}" for key, name in names.items())
 
 
-def score_text(score: float | None) -> str:
-    """A score with four digits, or two from 10 on; a dash for none."""
+def score_text(score: float | None, standard_error: float | None = None) -> str:
+    """A score with four digits, or two from 10 on; a dash for none.
+
+    Args:
+        score: the score.
+        standard_error: its standard error, where it is known and to be shown.
+    """
     if score is None or not math.isfinite(score):
         return "–"
-    return f"{score:.4f}" if abs(score) < 10 else f"{score:.2f}"
+    return figure_text(score, standard_error)
 
 
 def duration(seconds: float) -> str:
