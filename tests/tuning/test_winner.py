@@ -78,7 +78,7 @@ def classes(folder: Path, *splits: str) -> Path:
 
 
 def setting(data: Path, part: Part | None, val: str | None = None) -> Setting:
-    return Setting(str(data), val, None, 0, False, "cpu", data, lambda *_: None, part)
+    return Setting(str(data), val, None, 0, False, "cpu", data, lambda *_: None, part=part)
 
 
 def test_parts__of_data_with_three_splits_are_its_own(tmp_path: Path) -> None:
