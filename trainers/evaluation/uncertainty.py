@@ -20,6 +20,7 @@ from mimray.trainers.data.rng import Stream, generator
 
 NUM_RESAMPLES = 100
 NUM_GROUPS = 20
+MIN_JACKKNIFE = 5
 SIGNIFICANCE = 0.05
 """Share of pairs of equal encoders that are told apart wrongly."""
 _Z = 1.959964  # the normal distribution's, two-sided at SIGNIFICANCE
@@ -28,7 +29,7 @@ Estimator = Literal["binomial", "bootstrap", "jackknife"]
 ESTIMATORS: dict[Estimator, str] = {
     "binomial": "binomial, sqrt(p (1 - p) / n)",
     "bootstrap": f"bootstrap over pictures, {NUM_RESAMPLES} resamples",
-    "jackknife": f"jackknife over {NUM_GROUPS} groups of pictures",
+    "jackknife": f"jackknife over at most {NUM_GROUPS} groups of pictures",
 }
 
 
@@ -139,17 +140,18 @@ def by_jackknife(
         index: int64 [N], the place of each picture in its dataset.
 
     Returns:
-        The evidence; None where there are fewer pictures than two a group.
+        The evidence; None where there are fewer pictures than `MIN_JACKKNIFE`.
 
     Source: Efron & Tibshirani 1993, "An Introduction to the Bootstrap", eq. 11.5, of groups.
     """
     num_pictures = len(index)
-    if num_pictures < 2 * NUM_GROUPS:
+    if num_pictures < MIN_JACKKNIFE:
         return None
-    groups = np.arange(num_pictures) % NUM_GROUPS
-    found = np.array([score_without(groups == group) for group in range(NUM_GROUPS)])
+    num_groups = min(NUM_GROUPS, num_pictures)
+    groups = np.arange(num_pictures) % num_groups
+    found = np.array([score_without(groups == group) for group in range(num_groups)])
     # Scaled, so that their plain standard deviation is the jackknife's standard error.
-    values = found.mean() + (found - found.mean()) * math.sqrt(NUM_GROUPS - 1)
+    values = found.mean() + (found - found.mean()) * math.sqrt(num_groups - 1)
     pictures = digest_of(val_fingerprint, index)
     return Evidence("jackknife", pictures, num_pictures, tuple(values.tolist()))
 

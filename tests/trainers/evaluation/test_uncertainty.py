@@ -148,4 +148,11 @@ def test_rankme__jackknife_of_the_same_rank(width: int) -> None:
         for seed in range(20)
     ]
     assert found.standard_error == pytest.approx(np.std(spread), rel=0.8)
-    assert by_jackknife(without, "v", np.arange(39)) is None
+    assert by_jackknife(without, "v", np.arange(4)) is None
+
+
+def test_jackknife__of_a_mean_is_its_standard_error_however_few_the_pictures() -> None:
+    values = np.random.default_rng(2).normal(size=14)
+    found = by_jackknife(lambda out: float(values[~out].mean()), "v", np.arange(14))
+    assert found is not None
+    assert found.standard_error == pytest.approx(values.std(ddof=1) / math.sqrt(14))
