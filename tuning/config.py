@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -27,7 +28,23 @@ def _number(value: Any) -> Any:
     return value
 
 
-Scalar = Annotated[bool | int | float | str | None | tuple[int, ...], BeforeValidator(_number)]
+def _value(value: Any) -> Any:
+    """Any value that a recipe's key may take, as YAML or JSON holds it, with lists as tuples."""
+    match value:
+        case None | bool() | int():
+            return value
+        case str():
+            return _number(value)
+        case float() if math.isfinite(value):
+            return value
+        case list() | tuple():
+            return tuple(_value(item) for item in value)
+        case dict() if all(isinstance(key, str) for key in value):
+            return {key: _value(item) for key, item in value.items()}
+    raise ValueError(f"{value!r} is no value of a recipe: numbers, texts, null, lists and mappings")
+
+
+Value = Annotated[Any, BeforeValidator(_value)]
 Number = Annotated[float, BeforeValidator(_number)]
 
 
@@ -52,13 +69,13 @@ class BaseConfig(Config):
 class Grid(Config):
     """Every value, in every combination with other grids."""
 
-    grid: tuple[Scalar, ...] = Field(min_length=1)
+    grid: tuple[Value, ...] = Field(min_length=1)
 
 
 class Choice(Config):
     """One of these, all equally likely."""
 
-    choice: tuple[Scalar, ...] = Field(min_length=1)
+    choice: tuple[Value, ...] = Field(min_length=1)
 
 
 class _Range(Config):
@@ -184,6 +201,11 @@ class Budget(Config):
     samples: PositiveInt | None = Field(
         default=None, description="pictures seen by all trials together, after which none starts"
     )
+    unit: Literal["steps", "flops"] = Field(
+        default="steps",
+        description="what trials are compared at: as many pictures, or as many FLOPs as the base "
+        "recipe spends on its steps, so that a cheaper trial sees more pictures",
+    )
     hours: PositiveFloat | None = Field(
         default=None,
         description="wall time of all launches together; what runs then is cut and "
@@ -215,8 +237,32 @@ class ScoreConfig(Config):
         "trial trains on it",
     )
     val_seed: NonNegativeInt = Field(default=0, description="the seed that chooses these")
+    report: str | None = Field(
+        default=None,
+        description="labelled pictures that score the winner once; by default DATA's test split "
+        "where it has a validation split too, else a share of the pictures scored on",
+    )
+    report_share: float = Field(
+        default=0.5,
+        ge=0,
+        lt=1,
+        description="the share of the pictures scored on that is kept from the choice and scores "
+        "the winner; 0 for none",
+    )
     limit: PositiveInt | None = Field(default=5000, description="pictures of each, evenly spread")
     options: dict[str, Any] = Field(default_factory=dict, description="options of the task")
+
+
+class Repeats(Config):
+    """The best trials again with other seeds: their mean is not the maximum of anything."""
+
+    seeds: NonNegativeInt = Field(default=0, description="other seeds for each of the best trials")
+    best: PositiveInt = Field(default=3, description="trials that are repeated")
+
+
+def _seeds(value: Any) -> Any:
+    """Read a plain number as that many seeds."""
+    return {"seeds": value} if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 class TrialResources(Config):
@@ -248,6 +294,7 @@ class SweepConfig(Config):
     scheduler: SchedulerConfig = Field(default_factory=NoScheduler)
     budget: Budget = Field(default_factory=Budget)
     score: ScoreConfig = Field(default_factory=ScoreConfig)
+    repeats: Annotated[Repeats, BeforeValidator(_seeds)] = Field(default_factory=Repeats)
     resources: TrialResources = Field(default_factory=TrialResources)
     storage: str = Field(
         default="",

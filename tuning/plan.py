@@ -15,13 +15,14 @@ from pydantic import ValidationError
 from mimray.trainers.config.explain import explain
 from mimray.trainers.config.names import check_name
 from mimray.trainers.config.recipes import override, read_tree
-from mimray.trainers.config.run import Plan, resolve
+from mimray.trainers.config.run import Plan, Recipe, resolve
 from mimray.trainers.data.files import absolute
 from mimray.trainers.data.selection import open_training, with_classes
 from mimray.trainers.errors import ConfigError, RunConflictError
 from mimray.trainers.methods.needs import with_needs
 from mimray.trainers.storage import RunDir
 from mimray.trainers.types import DatasetFacts
+from mimray.tuning.compute import training_flops
 from mimray.tuning.config import Asha, SweepConfig
 from mimray.tuning.record import SWEEP, SweepRecord
 from mimray.tuning.score import check_score, metric_of, without_held_out
@@ -29,7 +30,7 @@ from mimray.tuning.search import check_storable
 from mimray.tuning.space import Params, base_tree, check_space, listed, trial_recipe
 
 # These may differ when a sweep is continued: they change no trial, only the number and the place.
-_OPERATIONAL = ("about", "storage", "study")
+_OPERATIONAL = ("about", "storage", "study", "repeats")
 _OPERATIONAL_KEYS = {
     "budget": ("trials", "samples", "hours"),
     "resources": ("cpus_per_worker", "gpus_per_worker", "max_failures"),
@@ -48,6 +49,8 @@ class SweepPlan:
         facts: the dataset trained on.
         rung_samples: pictures seen at each scoring, ascending; the last is a whole trial.
         command: the command line, for the record.
+        flops: FLOPs of the base recipe for a picture, where trials are compared at equal FLOPs and
+            `rung_samples` are the base recipe's; None where they are compared at equal pictures.
     """
 
     uri: str
@@ -57,6 +60,7 @@ class SweepPlan:
     facts: DatasetFacts
     rung_samples: tuple[int, ...]
     command: str
+    flops: float | None = None
 
     @property
     def directory(self) -> RunDir:
@@ -67,17 +71,36 @@ class SweepPlan:
         """The plan of one trial.
 
         Raises:
-            ConfigError: its values do not fit each other, the data or the workers.
+            ConfigError: its values do not fit each other, the data or the workers, or the budget's
+                FLOPs are too few for its rungs.
         """
         recipe = trial_recipe(self.tree, params)
-        steps = self.rung_samples[-1] // recipe.optim.batch_size
-        recipe = trial_recipe(self.tree, {**params, "optim.steps": steps})
-        return resolve(with_needs(recipe), self.facts, self.config.resources.num_workers)
+        samples = self.rung_samples[-1]
+        if self.flops is not None:
+            samples = int(samples * self.flops / training_flops(self._resolved(recipe)))
+        steps = samples // recipe.optim.batch_size
+        if self.flops is not None and steps < len(self.rung_samples):
+            shown = ", ".join(f"{key}={value}" for key, value in params.items())
+            raise ConfigError(
+                f"at the base recipe's FLOPs, {shown} has {steps} steps, fewer than "
+                f"{len(self.rung_samples)} rungs",
+                hint="a larger budget.steps, or fewer scheduler.num_rungs",
+            )
+        return self._resolved(trial_recipe(self.tree, {**params, "optim.steps": steps}))
 
     def pauses(self, plan: Plan) -> dict[int, int]:
         """The rung at each step at which a trial is scored."""
-        steps = [samples // plan.global_batch for samples in self.rung_samples[:-1]]
+        whole = self.rung_samples[-1]
+        if self.flops is None:
+            steps = [samples // plan.global_batch for samples in self.rung_samples[:-1]]
+        else:
+            shares = enumerate(self.rung_samples[:-1], start=1)
+            # At least one step a rung.
+            steps = [max(n, plan.steps * samples // whole) for n, samples in shares]
         return {step: rung for rung, step in enumerate([*steps, plan.steps])}
+
+    def _resolved(self, recipe: Recipe) -> Plan:
+        return resolve(with_needs(recipe), self.facts, self.config.resources.num_workers)
 
 
 def load_sweep(name_or_path: str, overrides: Sequence[str] = ()) -> SweepConfig:
@@ -166,6 +189,7 @@ def make_plan(
         facts=source.facts,
         rung_samples=tuple(step * base.global_batch for step in rung_steps(config, base.steps)),
         command=command,
+        flops=training_flops(base) if config.budget.unit == "flops" else None,
     )
     trials = listed(config) or [{}]
     for params in trials:
@@ -207,11 +231,9 @@ def check_continues(plan: SweepPlan, before: SweepRecord) -> None:
     Raises:
         RunConflictError: the directory holds another sweep; the message names the difference.
     """
-    # Read as a configuration, so that keys that a later version adds have their defaults.
-    old, new = (
-        config.model_dump(mode="json")
-        for config in (parse_sweep(dict(before.config), f"{plan.uri}/{SWEEP}"), plan.config)
-    )
+    # Parsed again, so that a key that an earlier version did not know has its default.
+    old = remembered(RunDir(before.uri), before).model_dump(mode="json")
+    new = plan.config.model_dump(mode="json")
     changed = [
         f"{key}: {_shown(a.get(key))} -> {_shown(b.get(key))}"
         for a, b in [(_essential(old), _essential(new))]
@@ -233,13 +255,17 @@ def remembered(directory: RunDir, before: SweepRecord) -> SweepConfig:
     Raises:
         ConfigError: the configuration was written by a version with other keys.
     """
-    return parse_sweep(dict(before.config), f"{directory}/{SWEEP}")
+    tree = dict(before.config)
+    if "report_share" not in tree.get("score", {}):
+        # An earlier version chose by all pictures; the trials that are left must do so too.
+        tree["score"] = {**tree.get("score", {}), "report_share": 0.0}
+    return parse_sweep(tree, f"{directory}/{SWEEP}")
 
 
 def _placed(config: SweepConfig) -> SweepConfig:
     """Make places absolute: processes have working directories of their own."""
     score = config.score
-    places = {"data": score.data, "val": score.val}
+    places = {"data": score.data, "val": score.val, "report": score.report}
     found = {key: absolute(place) for key, place in places.items() if place is not None}
     return config.model_copy(update={"score": score.model_copy(update=found)})
 

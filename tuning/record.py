@@ -7,6 +7,7 @@ run like any other, with `trial.json` beside its plan.
 from __future__ import annotations
 
 import json
+from statistics import mean
 from typing import Any, Literal
 
 from pydantic import Field
@@ -14,11 +15,13 @@ from pydantic import Field
 from mimray.trainers.config.base import Config
 from mimray.trainers.engine.metrics import read_metrics
 from mimray.trainers.errors import StorageError
+from mimray.trainers.evaluation.uncertainty import Figure
 from mimray.trainers.storage import RunDir
 
 SWEEP = "sweep.json"
 TRIALS = "trials"
 TRIAL = "trial.json"
+_REPEAT = 1_000_000  # numbers from here on are repeats, so that a search may grow below
 
 # A `stopped` trial was ended by the scheduler for good; a `cut` one, ended by a budget or with the
 # driver, may go on.
@@ -38,6 +41,11 @@ class Rung(Config):
         train_s: seconds of training since the rung before, on the trial's devices.
         score_s: seconds of scoring.
         passed: True if the scheduler let the trial go on.
+        budget: pictures that the base recipe sees for the same cost, where trials are compared at
+            equal FLOPs; None where they are compared at equal pictures.
+        standard_error: the score's standard error over pictures; None where it is not known.
+        num_pictures: pictures scored on; None in records of earlier versions.
+        evidence: the score by picture, as JSON; None likewise.
     """
 
     number: int
@@ -48,6 +56,40 @@ class Rung(Config):
     train_s: float
     score_s: float
     passed: bool = False
+    budget: int | None = None
+    standard_error: float | None = None
+    num_pictures: int | None = None
+    evidence: dict[str, Any] | None = None
+
+    @property
+    def place(self) -> int:
+        """The rung's place on the axis at which trials are compared."""
+        return self.samples if self.budget is None else self.budget
+
+    @property
+    def figure(self) -> Figure:
+        """The score with its uncertainty."""
+        return Figure(self.score, self.standard_error, self.evidence)
+
+
+class FinalScore(Config):
+    """The score of a sweep's winner on pictures that took no part in its choice.
+
+    Attributes:
+        trial: the winner's number.
+        rungs: the scorings that the winner had, by which a later launch knows its weights.
+        headline: the score; larger is better.
+        standard_error: the score's standard error over pictures; None where it is not known.
+        num_val: pictures scored on.
+        place: the pictures scored on, for people.
+    """
+
+    trial: int
+    rungs: int
+    headline: float
+    standard_error: float | None
+    num_val: int
+    place: str
 
 
 class TrialRecord(Config):
@@ -78,7 +120,12 @@ class TrialRecord(Config):
     @property
     def name(self) -> str:
         """The name of the trial's directory below `trials/`."""
-        return f"{self.number:04d}"
+        return trial_name(self.number)
+
+    @property
+    def repeats(self) -> int | None:
+        """The number of the trial that this one repeats with another seed; None for others."""
+        return self.number % _REPEAT if self.number >= _REPEAT else None
 
     @property
     def score(self) -> float | None:
@@ -111,7 +158,8 @@ class SweepRecord(Config):
         planned: trials in the whole sweep, where that is known beforehand.
         elapsed_s: wall time of all launches together.
         ended: True if nothing is left to do.
-        trials: the trials, by number.
+        trials: the trials, by number; repeats with other seeds come last.
+        final: the winner's score on pictures kept from the choice; None before the end.
     """
 
     name: str
@@ -131,14 +179,30 @@ class SweepRecord(Config):
     elapsed_s: float = 0.0
     ended: bool = False
     trials: tuple[TrialRecord, ...] = ()
+    final: FinalScore | None = None
 
-    def ranked(self) -> list[TrialRecord]:
-        """Trials with a score, those that came farthest first, among these the best first.
+    def found(self) -> list[TrialRecord]:
+        """Trials of the search with a score, the farthest first, among these the best first.
 
         Scores after different lengths of training are not compared.
         """
-        scored = [t for t in self.trials if t.rungs and t.state != "failed"]
+        scored = [t for t in self.trials if t.rungs and t.state != "failed" and t.repeats is None]
         return sorted(scored, key=lambda t: (-len(t.rungs), -t.rungs[-1].score, t.number))
+
+    def ranked(self) -> list[TrialRecord]:
+        """Trials of the search in the order of `found`; first those that were repeated.
+
+        Those are ordered by the mean of the other seeds, which is not the maximum of anything.
+        """
+        means = {t.number: mean(s) for t in self.found() if (s := self.repeated(t.number))}
+        return sorted(
+            self.found(), key=lambda t: (t.number not in means, -means.get(t.number, 0.0))
+        )
+
+    def repeated(self, number: int) -> list[float]:
+        """The scores of a trial at its end with other seeds, by seed."""
+        again = [t for t in self.trials if t.repeats == number and t.state == "finished"]
+        return [t.rungs[-1].score for t in again if t.rungs]
 
     @property
     def best(self) -> TrialRecord | None:
@@ -148,7 +212,24 @@ class SweepRecord(Config):
 
 def trial_dir(sweep: RunDir, number: int) -> RunDir:
     """The directory of a trial; a run's directory."""
-    return sweep / f"{TRIALS}/{number:04d}"
+    return sweep / f"{TRIALS}/{trial_name(number)}"
+
+
+def trial_name(number: int) -> str:
+    """The name of a trial's directory: `0007`, or `0007-seed2` for its second repeat."""
+    repeat, first = divmod(number, _REPEAT)
+    return f"{first:04d}-seed{repeat}" if repeat else f"{first:04d}"
+
+
+def repeat_number(number: int, seed: int) -> int:
+    """The number of a trial's repeat.
+
+    Args:
+        number: the number of the trial repeated.
+        seed: which of the other seeds, from 1.
+    """
+    assert number < _REPEAT
+    return seed * _REPEAT + number
 
 
 def read_trials(sweep: RunDir) -> list[TrialRecord]:

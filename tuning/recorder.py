@@ -23,6 +23,7 @@ from mimray.tuning.record import (
     ENDED,
     SWEEP,
     TRIAL,
+    FinalScore,
     Rung,
     State,
     SweepRecord,
@@ -129,6 +130,11 @@ class SweepRecorder:
             self._put(trial)
             self._push(lambda trackers: trackers.end(number, trial))
         return trial
+
+    def final(self, score: FinalScore) -> None:
+        """Record the winner's score on pictures kept from the choice."""
+        self._record = self._record.model_copy(update={"final": score})
+        self._keep()
 
     def note(self, message: str) -> None:
         """Keep a warning for the driver's terminal, once."""

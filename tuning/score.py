@@ -8,10 +8,12 @@ from __future__ import annotations
 import shutil
 import time
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
+from mimray.trainers.config.base import Config
 from mimray.trainers.data.cache import user_cache
 from mimray.trainers.data.hold_out import HoldOut, validation_split
 from mimray.trainers.data.selection import labels_of
@@ -21,12 +23,14 @@ from mimray.trainers.evaluation.features.encoders import EncoderRef, FeatureEnco
 from mimray.trainers.evaluation.features.map_cache import CachedEncoder
 from mimray.trainers.evaluation.probes.classification import accuracy_of
 from mimray.trainers.evaluation.results import add_to_card, result_of, results_folder, write_result
-from mimray.trainers.evaluation.score import Score, Setting
-from mimray.trainers.evaluation.splits import open_splits
+from mimray.trainers.evaluation.score import Part, Score, Setting
+from mimray.trainers.evaluation.splits import has_test_beside, open_splits, pictures_to_score
 from mimray.trainers.evaluation.tasks import TASKS, checked_options, load
 from mimray.trainers.storage import RunDir
 from mimray.tuning.config import ScoreConfig
 
+PartName = Literal["choice", "report"]
+_PARTS: tuple[PartName, ...] = ("choice", "report")
 _METRICS = {"segmentation": "mIoU", "rankme": "RankMe"}
 _PROXY = (
     "RankMe, the effective rank of the features, is a stand-in that needs no labels: it follows "
@@ -42,11 +46,17 @@ class Scored:
         score: the headline; larger is better.
         metrics: every figure of the task, ready for JSON.
         seconds: seconds of scoring.
+        standard_error: the score's standard error over pictures; None where it is not known.
+        num_pictures: pictures scored on.
+        evidence: the content by picture, as JSON.
     """
 
     score: float
     metrics: dict[str, Any]
     seconds: float
+    standard_error: float | None
+    num_pictures: int
+    evidence: dict[str, Any] | None
 
 
 def metric_of(config: ScoreConfig) -> tuple[str, str]:
@@ -69,7 +79,12 @@ def check_score(config: ScoreConfig, data: str, seed: int) -> None:
         DataError: there are no labels, or no held-out pictures.
     """
     options = checked_options(TASKS[config.task], config.options)
-    setting = _setting(config, data, seed, "cpu")
+    for part in _PARTS if has_report(config) else _PARTS[:1]:
+        _check(config, options, _setting(config, data, seed, "cpu", part))
+
+
+def _check(config: ScoreConfig, options: Config, setting: Setting) -> None:
+    """Refuse one part of the pictures that could not be scored on."""
     if config.task in ("knn", "linear"):
         try:
             labels_of(open_source(setting.data, label=setting.label))
@@ -88,6 +103,8 @@ def check_score(config: ScoreConfig, data: str, seed: int) -> None:
 
         assert isinstance(options, SegmentationConfig)
         open_segmentation_splits(replace(setting, limit=1), options, InvalidLabels(False))
+    else:
+        pictures_to_score(setting)
 
 
 def without_held_out(tree: dict[str, Any], config: ScoreConfig, data: str) -> dict[str, Any]:
@@ -109,8 +126,36 @@ def without_held_out(tree: dict[str, Any], config: ScoreConfig, data: str) -> di
     return {**tree, "data": {**tree["data"], **held_out}}
 
 
+def has_report(config: ScoreConfig) -> bool:
+    """True if some pictures are kept from the choice."""
+    return config.report is not None or config.report_share > 0
+
+
+def report_place(config: ScoreConfig, data: str) -> str:
+    """The pictures that the winner is scored on once, for people.
+
+    Args:
+        config: the score's configuration.
+        data: the URI of the pictures trained on.
+    """
+    if config.report is not None:
+        return config.report
+    scored = config.val or config.data or data
+    if config.val is None and config.task != "segmentation" and has_test_beside(scored):
+        return f"the test split of {scored}"
+    return f"{config.report_share:.0%} of the pictures of {scored} to score on, drawn by the seed"
+
+
 def score_bundle(
-    bundle: RunDir, config: ScoreConfig, data: str, *, seed: int, device: str, command: str
+    bundle: RunDir,
+    config: ScoreConfig,
+    data: str,
+    *,
+    seed: int,
+    device: str,
+    command: str,
+    part: PartName = "choice",
+    chosen_by: Mapping[str, Any] | None = None,
 ) -> Scored:
     """Score the encoder of a bundle in this process; results go beside it and onto its card.
 
@@ -121,6 +166,9 @@ def score_bundle(
         seed: the sweep's seed.
         device: the device's name in torch.
         command: the command line, for the record.
+        part: the pictures that trials are chosen by, or those that the winner is reported on.
+        chosen_by: the headline, error and number of pictures that the winner was chosen by, which
+            go onto the card beside the score.
 
     Raises:
         DataError: labels or pictures cannot be used.
@@ -130,7 +178,7 @@ def score_bundle(
     task = TASKS[config.task]
     options = checked_options(TASKS[config.task], config.options)
     ref = EncoderRef.parse(bundle.uri)
-    setting = _setting(config, data, seed, device)
+    setting = _setting(config, data, seed, device, part)
     subject = partial(_on_device, ref, device) if task.dense else ref
     try:
         score: Score = load(task.evaluate)(subject, setting, options)
@@ -153,16 +201,30 @@ def score_bundle(
         "through": None,
         "seconds": round(seconds, 2),
     }
+    if has_report(config):
+        about["part"] = part
+    if chosen_by is not None:
+        about["chosen_by"] = dict(chosen_by)
     result = result_of(score, about)
-    write_result(results_folder(bundle), config.task, result, score)
+    name = config.task if part == "choice" else f"{config.task}-report"
+    write_result(results_folder(bundle), name, result, score)
     add_to_card(bundle, config.task, result)
-    return Scored(score.headline, score.metrics, seconds)
+    return Scored(
+        score.headline,
+        score.metrics,
+        seconds,
+        score.standard_error,
+        score.num_val,
+        result["evidence"],
+    )
 
 
-def _setting(config: ScoreConfig, data: str, seed: int, device: str) -> Setting:
+def _setting(config: ScoreConfig, data: str, seed: int, device: str, part: PartName) -> Setting:
+    own = config.report is None and config.report_share > 0
     return Setting(
         data=config.data or data,
-        val=config.val,
+        val=config.report if part == "report" and config.report is not None else config.val,
+        part=Part(part, config.report_share, seed) if own else None,
         limit=config.limit,
         seed=seed,
         skip_invalid=False,

@@ -7,7 +7,6 @@ checkpoints and bundles lie in the trials' directories.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import warnings
 from collections.abc import Callable, Iterable
@@ -27,8 +26,8 @@ from mimray.tuning.config import (
     SweepConfig,
     Uniform,
 )
-from mimray.tuning.record import ENDED, TrialRecord
-from mimray.tuning.space import Params, listed, space_digest
+from mimray.tuning.record import ENDED, SweepRecord, TrialRecord, repeat_number
+from mimray.tuning.space import Params, listed, space_digest, word_of
 
 if TYPE_CHECKING:
     import optuna
@@ -65,7 +64,7 @@ class Suggestions(Searcher):  # type: ignore[misc]
         self._list = listed(config)
         self._may_start = may_start
         self._check = check
-        before = list(before)
+        before = [trial for trial in before if trial.repeats is None]
         self._unfinished = [trial for trial in before if trial.state not in ENDED]
         self._given = {trial.number for trial in before}
         self._live: dict[str, int] = {}  # Tune's id -> our number
@@ -152,6 +151,55 @@ class Suggestions(Searcher):  # type: ignore[misc]
         return _internal(self._config, trial.params)
 
 
+class Repeated(Searcher):  # type: ignore[misc]
+    """A searcher of Tune's that goes through repeats of the best trials; no study knows them.
+
+    Args:
+        config: the sweep's configuration.
+        record: the sweep's record after the search.
+    """
+
+    def __init__(self, config: SweepConfig, record: SweepRecord) -> None:
+        super().__init__(metric=SCORE, mode="max")
+        done = {trial.number for trial in record.trials if trial.state in ENDED}
+        wanted = [
+            {"number": number, "params": {**trial.params, "seed": _seed(config, trial) + seed}}
+            for trial in record.found()[: config.repeats.best]
+            for seed in range(1, config.repeats.seeds + 1)
+            if (number := repeat_number(trial.number, seed)) not in done
+        ]
+        self._wanted = wanted
+
+    @property
+    def exhausted(self) -> bool:
+        """True if every repeat has been handed out."""
+        return not self._wanted
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        """The next repeat, or `FINISHED`."""
+        finished: Any = Searcher.FINISHED
+        return self._wanted.pop(0) if self._wanted else finished  # type: ignore[no-any-return]
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Do nothing: the order is fixed."""
+
+    def ended(self, trial: TrialRecord) -> None:
+        """Tell nobody: a repeat is no trial of the study."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Save nothing: the state lies in the sweep's directory."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Restore nothing."""
+
+
+def _seed(config: SweepConfig, trial: TrialRecord) -> int:
+    """The seed that a trial was trained with; it may be a key of the space itself."""
+    return int(trial.params.get("seed", config.seed))
+
+
 def open_study(
     config: SweepConfig, name: str, storage: str, *, fresh: bool = False
 ) -> optuna.Study:
@@ -236,7 +284,7 @@ def _distribution(domain: Domain) -> optuna.distributions.BaseDistribution:
     match domain:
         case Grid() | Choice():
             values = domain.grid if isinstance(domain, Grid) else domain.choice
-            return CategoricalDistribution([_word(value) for value in values])
+            return CategoricalDistribution([word_of(value) for value in values])
         case Uniform():
             return FloatDistribution(*domain.uniform)
         case LogUniform():
@@ -245,13 +293,8 @@ def _distribution(domain: Domain) -> optuna.distributions.BaseDistribution:
             return IntDistribution(*domain.int)
 
 
-def _word(value: Any) -> Any:
-    """A value as Optuna keeps it, which holds lists as text only."""
-    return json.dumps(value) if isinstance(value, tuple | list) else value
-
-
 def _external(config: SweepConfig, params: Params) -> Params:
-    return {key: _word(params[key]) for key in config.space}
+    return {key: word_of(params[key]) for key in config.space}
 
 
 def _internal(config: SweepConfig, params: Params) -> Params:
@@ -260,7 +303,7 @@ def _internal(config: SweepConfig, params: Params) -> Params:
     for key, domain in config.space.items():
         if isinstance(domain, Grid | Choice):
             values = domain.grid if isinstance(domain, Grid) else domain.choice
-            by_word = {_word(value): value for value in values}
+            by_word = {word_of(value): value for value in values}
             found[key] = by_word[params[key]]
         else:
             found[key] = params[key]
@@ -300,8 +343,8 @@ def _tell(study: optuna.Study, trial: TrialRecord) -> None:
         return
     live = optuna.trial.Trial(study, found._trial_id)
     for rung in trial.rungs:
-        if rung.samples not in found.intermediate_values:
-            live.report(rung.score, rung.samples)
+        if rung.place not in found.intermediate_values:
+            live.report(rung.score, rung.place)
     live.set_user_attr("mimray.reason", trial.reason)
     states = {
         "finished": optuna.trial.TrialState.COMPLETE,
@@ -322,7 +365,7 @@ def check_storable(config: SweepConfig) -> None:
     for key, domain in config.space.items():
         if isinstance(domain, Grid | Choice):
             values = domain.grid if isinstance(domain, Grid) else domain.choice
-            words = [_word(value) for value in values]
+            words = [word_of(value) for value in values]
             twice = [word for i, word in enumerate(words) if word in words[:i]]
             if twice:
                 raise ConfigError(f"space.{key} has {twice[0]!r} twice")

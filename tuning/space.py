@@ -73,9 +73,10 @@ def check_space(config: SweepConfig, tree: Mapping[str, Any]) -> None:
         ConfigError: a value is not allowed; the message names the key.
     """
     for key, domain in config.space.items():
-        reason = _FIXED.get(key) or _FIXED_SECTIONS.get(key.partition(".")[0])
-        if reason:
-            raise ConfigError(f"space.{key} cannot be searched: {reason}")
+        for name in (key, *_keys_within(domain, key)):
+            reason = _FIXED.get(name) or _FIXED_SECTIONS.get(name.partition(".")[0])
+            if reason:
+                raise ConfigError(f"space.{name} cannot be searched: {reason}")
         for value in _ends(domain):
             trial_recipe(tree, {key: value}, f"space.{key}")
     if config.searcher.name == "grid":
@@ -127,8 +128,28 @@ def space_digest(config: SweepConfig) -> str:
 def _assigned(tree: dict[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
     for key in sorted(params, key=lambda key: key not in NAMES_FIRST):
         value = params[key]
-        tree = assign(tree, key, list(value) if isinstance(value, tuple) else value)
+        tree = assign(tree, key, _listed(value))
     return tree
+
+
+def _listed(value: Any) -> Any:
+    """A value with lists for tuples, as a recipe's file has it."""
+    if isinstance(value, tuple | list):
+        return [_listed(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _listed(item) for key, item in value.items()}
+    return value
+
+
+def _keys_within(domain: Domain, key: str) -> list[str]:
+    """Keys that values of a domain set where they are mappings: `optim.steps` within `optim`."""
+    mappings = [value for value in _ends(domain) if isinstance(value, Mapping)]
+    return [f"{key}.{name}" for value in mappings for name in value]
+
+
+def word_of(value: Any) -> Any:
+    """A value as Optuna and TensorBoard keep it: lists and mappings as JSON."""
+    return json.dumps(value) if isinstance(value, tuple | list | dict) else value
 
 
 def _ends(domain: Domain) -> tuple[Any, ...]:

@@ -34,9 +34,10 @@ from mimray.tuning.config import Asha, Median, SweepConfig
 from mimray.tuning.plan import SweepPlan, check_continues, new_record
 from mimray.tuning.record import ENDED, SWEEP, SweepRecord, TrialRecord, read_record, trial_dir
 from mimray.tuning.recorder import SweepRecorder
-from mimray.tuning.search import SAMPLES, SCORE, Suggestions, open_study
+from mimray.tuning.search import SAMPLES, SCORE, Repeated, Suggestions, open_study
 from mimray.tuning.space import num_trials
 from mimray.tuning.trial import FAILED, LaunchContext, Trial
+from mimray.tuning.winner import report_winner
 
 logger = logging.getLogger(__name__)
 
@@ -124,52 +125,29 @@ def run_sweep(launch: Launch, on_progress: OnProgress | None = None) -> SweepRec
     claim(directory, launch_id)
 
     recorder = _open_recorder(record, launch)
-    started = time.monotonic()
 
     def may_start() -> bool:
         """True if the budget of pictures allows another trial."""
         current: SweepRecord = ray.get(recorder.current.remote())
-        spent = sum(trial.samples for trial in current.trials)
+        spent = sum(trial.samples for trial in current.trials if trial.repeats is None)
         return config.budget.samples is None or spent < config.budget.samples
 
-    suggestions = Suggestions(config, study, record.trials, may_start, plan.trial)
-    scheduler = RecordingScheduler(_scheduler(config, plan.rung_samples), recorder)
-    scheduler.replay(record.trials)
     context = LaunchContext(plan, capacity, recorder, launch_id, launch.cache_mib)
-    left_s = None
-    if config.budget.hours is not None:
-        left_s = max(1.0, config.budget.hours * 3600 - record.elapsed_s)
-    # A trial that failed has no score to report.
-    os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
-    # Ray's own callbacks would write every trial a second time.
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_SYNCER"] = "1"
-    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
-    tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(Trial, context=context), capacity.tune),
-        tune_config=tune.TuneConfig(
-            search_alg=suggestions,
-            scheduler=scheduler,
-            num_samples=-1,
-            max_concurrent_trials=capacity.concurrent,
-            reuse_actors=True,
-            time_budget_s=left_s,
-        ),
-        # A name of its own for each launch keeps Ray from resuming by its own records.
-        run_config=tune.RunConfig(
-            name=launch_id,
-            storage_path=(directory / ".ray").uri,
-            failure_config=tune.FailureConfig(max_failures=config.resources.max_failures),
-            callbacks=[_EndRecorder(directory, recorder, suggestions, scheduler)],
-            verbose=Verbosity.V0_MINIMAL,
-        ),
-    )
+    stage = _Stage(launch, context, record.elapsed_s, time.monotonic)
+    suggestions = Suggestions(config, study, record.trials, may_start, plan.trial)
+    search = RecordingScheduler(_scheduler(config, plan.rung_samples), recorder)
+    search.replay(trial for trial in record.trials if trial.repeats is None)
     with _Poller(recorder, on_progress):
-        tuner.fit()
-    current: SweepRecord = ray.get(recorder.current.remote())
-    spent_s = time.monotonic() - started
-    done = all(trial.state in ENDED for trial in current.trials)
-    in_time = left_s is None or spent_s < left_s
+        stage.run(suggestions, search)
+        current: SweepRecord = ray.get(recorder.current.remote())
+        if stage.complete(current):
+            repeats = Repeated(config, current)
+            if not repeats.exhausted:
+                stage.run(repeats, RecordingScheduler(FIFOScheduler(), recorder))
+                current = ray.get(recorder.current.remote())
+        if stage.complete(current):
+            report_winner(context, current)
+    done, in_time = all(trial.state in ENDED for trial in current.trials), stage.in_time
     ended = done and in_time and suggestions.exhausted
     final: SweepRecord = ray.get(recorder.close.remote(ended, "FINISHED" if done else "KILLED"))
     if on_progress is not None:
@@ -177,6 +155,72 @@ def run_sweep(launch: Launch, on_progress: OnProgress | None = None) -> SweepRec
     ray.kill(recorder)
     directory.delete(".ray")
     return final
+
+
+class _Stage:
+    """Part of a sweep that Tune runs: the search, and then the repeats of the best.
+
+    Args:
+        launch: the launch that was asked for.
+        context: the values that all trials share.
+        elapsed_before_s: wall time of earlier launches.
+        clock: seconds that pass, as `time.monotonic` tells them.
+    """
+
+    def __init__(
+        self,
+        launch: Launch,
+        context: LaunchContext,
+        elapsed_before_s: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self._launch, self._context = launch, context
+        self._clock, self._started_s = clock, clock()
+        hours = launch.plan.config.budget.hours
+        # At least a second, for a scoring that is left over.
+        self._budget_s = None if hours is None else max(1.0, hours * 3600 - elapsed_before_s)
+
+    @property
+    def in_time(self) -> bool:
+        """True if the budget of hours is not spent."""
+        return self._budget_s is None or self._clock() - self._started_s < self._budget_s
+
+    def complete(self, record: SweepRecord) -> bool:
+        """True if every trial that was begun has ended, and there is time for what follows."""
+        return self.in_time and all(trial.state in ENDED for trial in record.trials)
+
+    def run(self, searcher: Suggestions | Repeated, scheduler: RecordingScheduler) -> None:
+        """Run trials until the searcher has no more, or the budget of hours is spent."""
+        plan, context = self._launch.plan, self._context
+        capacity, directory = context.capacity, plan.directory
+        left_s = None
+        if self._budget_s is not None:
+            left_s = max(1.0, self._budget_s - (self._clock() - self._started_s))
+        # A trial that failed has no score to report.
+        os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
+        # Ray's own callbacks would write every trial a second time.
+        os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+        os.environ["TUNE_DISABLE_AUTO_CALLBACK_SYNCER"] = "1"
+        os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+        tune.Tuner(
+            tune.with_resources(tune.with_parameters(Trial, context=context), capacity.tune),
+            tune_config=tune.TuneConfig(
+                search_alg=searcher,
+                scheduler=scheduler,
+                num_samples=-1,
+                max_concurrent_trials=capacity.concurrent,
+                reuse_actors=True,
+                time_budget_s=left_s,
+            ),
+            # A name of its own for each stage keeps Ray from resuming by its own records.
+            run_config=tune.RunConfig(
+                name=uuid.uuid4().hex,
+                storage_path=(directory / ".ray").uri,
+                failure_config=tune.FailureConfig(max_failures=plan.config.resources.max_failures),
+                callbacks=[_EndRecorder(directory, context.recorder, searcher, scheduler)],
+                verbose=Verbosity.V0_MINIMAL,
+            ),
+        ).fit()
 
 
 def study_place(plan: SweepPlan) -> tuple[str, str]:
@@ -244,7 +288,7 @@ class RecordingScheduler(FIFOScheduler):  # type: ignore[misc]
             judged = trial.state in ENDED
             for rung in trial.rungs:
                 if judged or rung.passed:
-                    result = {SAMPLES: rung.samples, SCORE: rung.score}
+                    result = {SAMPLES: rung.place, SCORE: rung.score}
                     self._inner.on_trial_add(None, stand_in)
                     self._inner.on_trial_complete(None, stand_in, result)
 
@@ -282,7 +326,11 @@ class _EndRecorder(tune.Callback):  # type: ignore[misc]
     """Records the end of each trial, which only the driver knows."""
 
     def __init__(
-        self, sweep: RunDir, recorder: Any, suggestions: Suggestions, scheduler: RecordingScheduler
+        self,
+        sweep: RunDir,
+        recorder: Any,
+        suggestions: Suggestions | Repeated,
+        scheduler: RecordingScheduler,
     ) -> None:
         self._sweep, self._recorder = sweep, recorder
         self._suggestions, self._scheduler = suggestions, scheduler

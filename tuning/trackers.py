@@ -8,7 +8,8 @@ from typing import Any, Literal
 from mimray.trainers.config.run import Plan
 from mimray.trainers.storage import RunDir
 from mimray.trainers.tracking import Tracker
-from mimray.tuning.record import Rung, SweepRecord, TrialRecord, trial_dir
+from mimray.tuning.record import Rung, SweepRecord, TrialRecord, trial_dir, trial_name
+from mimray.tuning.space import word_of
 
 EXPERIMENT = "mimray"
 PARENT_TAG = "mlflow.parentRunId"
@@ -84,15 +85,17 @@ class SweepTrackers:
             self._trackers[number].log(
                 rung.step, {name: rung.score, "train_s": rung.train_s, "score_s": rung.score_s}
             )
-        self._writer(number).add_scalar(name, rung.score, rung.samples)
+        writer = self._writer(number)
+        writer.add_scalar(name, rung.score, rung.samples)
+        if rung.standard_error is not None:
+            writer.add_scalar("score/standard_error", rung.standard_error, rung.samples)
 
     def end(self, number: int, trial: TrialRecord) -> None:
         """Close a trial, with its last score as HParams."""
         from tensorboardX.summary import hparams
 
         if trial.score is not None:
-            words = {k: v if isinstance(v, bool | int | float | str) else str(v)
-                     for k, v in trial.params.items()}  # fmt: skip
+            words = {k: "null" if v is None else word_of(v) for k, v in trial.params.items()}
             metrics = {f"score/{self._record.metric}": trial.score, "samples": trial.samples}
             writer = self._writer(number)
             for summary in hparams(words, metrics):
@@ -112,6 +115,10 @@ class SweepTrackers:
         best = record.best
         if best is not None and best.score is not None:
             figures = {f"best/{record.metric}": best.score, "best/trial": float(best.number)}
+            if record.final is not None:
+                figures[f"report/{record.metric}"] = record.final.headline
+            if record.final is not None and record.final.standard_error is not None:
+                figures["report/standard_error"] = record.final.standard_error
             self._parent.score(best.rungs[-1].step, figures)
         self._parent.finish(status)
         for writer in self._writers.values():
@@ -131,7 +138,7 @@ class SweepTrackers:
                 "mimray.plan_hash": plan.hash,
                 "mimray.data_fingerprint": plan.data.fingerprint,
                 "mimray.sweep": self._record.name,
-                **{f"mimray.space.{key}": str(value) for key, value in params.items()},
+                **{f"mimray.space.{key}": str(word_of(value)) for key, value in params.items()},
                 PARENT_TAG: self._parent.run_id,
             },
         )
@@ -140,6 +147,6 @@ class SweepTrackers:
         if number not in self._writers:
             from tensorboardX import SummaryWriter
 
-            folder = self._folder / f"{number:04d}"
+            folder = self._folder / trial_name(number)
             self._writers[number] = SummaryWriter(str(folder), flush_secs=10)
         return self._writers[number]

@@ -86,8 +86,8 @@ class Trial(tune.Trainable):  # type: ignore[misc]
             ray.get(self._context.recorder.end.remote(self._number, "failed", reason))
             self.cleanup()
             return {FAILED: True, "done": True}
-        ended = rung.samples >= self._context.plan.rung_samples[-1]
-        return {SAMPLES: rung.samples, SCORE: rung.score, "rung": rung.number, "done": ended}
+        ended = rung.number == len(self._context.plan.rung_samples) - 1
+        return {SAMPLES: rung.place, SCORE: rung.score, "rung": rung.number, "done": ended}
 
     def cleanup(self) -> None:
         """Release the engine and the decode processes."""
@@ -247,8 +247,14 @@ def _scored(
     return Rung(
         number=rung,
         step=trained.step,
-        samples=sweep.rung_samples[rung],
+        samples=sweep.rung_samples[rung]
+        if sweep.flops is None
+        else trained.step * plan.global_batch,
+        budget=None if sweep.flops is None else sweep.rung_samples[rung],
         score=found.score,
+        standard_error=found.standard_error,
+        num_pictures=found.num_pictures,
+        evidence=found.evidence,
         metrics=found.metrics,
         train_s=round(trained.seconds, 3),
         score_s=round(found.seconds, 3),

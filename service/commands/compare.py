@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from mimray.service.commands.evaluate import EvaluationRequest, held_out_text, run_evaluate
+from mimray.trainers.evaluation.uncertainty import (
+    Difference,
+    Figure,
+    difference,
+    figure_text,
+)
 from mimray.trainers.storage import RunDir
 
 SHOWN_FIGURES = 6
+UNTRAINED = "untrained:"
+COMPARED = {"against_best": "less the best", "against_untrained": "less untrained"}
 
 
 def write_comparison(results: Sequence[Mapping[str, Any]], out: str) -> dict[str, str]:
@@ -28,7 +36,16 @@ def write_comparison(results: Sequence[Mapping[str, Any]], out: str) -> dict[str
     folder, task = RunDir(out), results[0]["task"]
     folder.create()
     title = f"{task} on {results[0]['data']}{held_out_text(results[0])}: {results[0]['metric']}"
-    chart = score_chart([r["encoder"] for r in results], [r["headline"] for r in results], title)
+    results = with_differences(results)
+    counts = sorted({r["num_val"] for r in results if "num_val" in r})
+    if counts:
+        title += f" on {' and '.join(f'{count:,}' for count in counts)} pictures"
+    chart = score_chart(
+        [r["encoder"] for r in results],
+        [r["headline"] for r in results],
+        title,
+        [r.get("standard_error") for r in results],
+    )
     name = f"compare-{task}"
     contents = {
         "json": json.dumps(list(results), indent=2).encode() + b"\n",
@@ -51,9 +68,35 @@ def run_comparison(encoders: Sequence[str], request: EvaluationRequest) -> dict[
     Returns:
         What `--json` prints: the results, and the URI of each file by kind.
     """
-    results = run_evaluate(encoders, replace(request, out=None))
+    results = with_differences(run_evaluate(encoders, replace(request, out=None)))
     files = write_comparison(results, request.out or "runs/evaluation")
     return {"results": results, "files": files}
+
+
+def with_differences(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Results with `against_best` and `against_untrained`, where there is one to hold it against.
+
+    Each is the difference of the headlines with its standard error, picture by picture where both
+    are of the same pictures, and `told_apart`, false where chance over pictures may explain it.
+    Results of versions that knew no standard error stay as they are.
+    """
+    if all(result.get("standard_error") is None for result in results):
+        return [dict(result) for result in results]
+    best = max(results, key=lambda result: result["headline"])
+    untrained = {r["encoder"]: r for r in results if r["encoder"].startswith(UNTRAINED)}
+    found = []
+    for result in results:
+        base = None
+        if untrained and result["encoder"] not in untrained:
+            own = UNTRAINED + result["encoder"]
+            base = untrained.get(own, next(iter(untrained.values())))
+        others = {"against_best": best if result is not best else None, "against_untrained": base}
+        made = {
+            name: asdict(difference(Figure.of(result), Figure.of(other))) if other else None
+            for name, other in others.items()
+        }
+        found.append({**result, **made})
+    return found
 
 
 def comparison_text(found: Mapping[str, Any]) -> str:
@@ -88,17 +131,22 @@ def _cells(results: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[s
         for name, value in results[0]["metrics"].items()
         if isinstance(value, float) and name != metric
     ][:SHOWN_FIGURES]
+    counted = any("num_val" in result for result in results)
+    compared = [name for name in COMPARED if any(result.get(name) for result in results)]
     ranked = sorted(results, key=lambda result: -result["headline"])
     rows = [
         [
             result["encoder"],
-            f"{result['headline']:.4f}",
+            figure_text(result["headline"], result.get("standard_error")),
+            *([f"{result.get('num_val', 0):,}"] if counted else []),
+            *(Difference(**result[name]).text() if result.get(name) else "" for name in compared),
             *(_shown(result["metrics"].get(name)) for name in figures),
             f"{result['seconds']:.0f}",
         ]
         for result in ranked
     ]
-    return ["encoder", metric, *figures, "seconds"], rows
+    heads = [*(["pictures"] if counted else []), *(COMPARED[name] for name in compared)]
+    return ["encoder", metric, *heads, *figures, "seconds"], rows
 
 
 def _shown(value: object) -> str:

@@ -17,6 +17,7 @@ from mimray.service.terminal.console import say
 from mimray.service.terminal.progress import duration
 from mimray.trainers.cluster import connected
 from mimray.trainers.errors import RunConflictError
+from mimray.trainers.evaluation.uncertainty import Figure, described, difference
 
 RECIPE = "mae-tiny"
 
@@ -65,10 +66,14 @@ def run_demo(out: Path, *, steps: int, fresh: bool, command: str) -> dict[str, A
                         + ["--data", f"{data}/train", "--val", f"{data}/val"]
                     ),
                 ),
-            )[0]["headline"]
+            )[0]
             for who, bundle in (("trained", str(out)), ("untrained", f"untrained:{out}"))
         }
-        say(f"kNN accuracy {scores['trained']:.3f}, untrained {scores['untrained']:.3f}")
+        told = difference(Figure.of(scores["trained"]), Figure.of(scores["untrained"]))
+        say(
+            f"kNN accuracy {described(scores['trained'])}, untrained "
+            f"{described(scores['untrained'])}: {told.text()}"
+        )
         say("4/5 serving it with Ray Serve, and calling it over HTTP", "bold")
         answer = _serve_and_call(out)
     say("5/5 done", "bold")
@@ -83,7 +88,8 @@ def run_demo(out: Path, *, steps: int, fresh: bool, command: str) -> dict[str, A
         f"  {mimray} pretrain mae-tiny --data dataset --steps 1000\n"
         f"  {mimray} serve {name}"
     )
-    return {"knn": scores, "loss": trained["loss"], "seconds": round(total_s, 1), **answer}
+    knn = {who: result["headline"] for who, result in scores.items()}
+    return {"knn": knn, "loss": trained["loss"], "seconds": round(total_s, 1), **answer}
 
 
 def _start_over(out: Path) -> None:

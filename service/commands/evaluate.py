@@ -373,14 +373,16 @@ def _keep(
 
 def result_text(result: Mapping[str, Any]) -> str:
     """A result for people: the headline, every figure, the places of files, the notes."""
+    from mimray.trainers.evaluation.uncertainty import described
+
     figures = [
         f"  {name:24} {value:.4f}"
         for name, value in result["metrics"].items()
         if isinstance(value, float)
     ]
     headline = (
-        f"{result['encoder']}: {result['task']} {result['metric']} {result['headline']:.4f} "
-        f"on {result['num_val']} pictures{held_out_text(result)}, {duration(result['seconds'])}"
+        f"{result['encoder']}: {result['task']} {result['metric']} {described(result)}"
+        f"{held_out_text(result)}, {duration(result['seconds'])}"
     )
     file = f"{result['folder']}/{result['task']}.json"
     notes = [f"note: {note}" for note in result["notes"]]

@@ -78,6 +78,7 @@ def evaluate(ref: EncoderRef, setting: Setting, config: FinetuneTask) -> Score:
         val_fingerprint=splits.val.facts.fingerprint,
         num_train=plan.data.num_samples,
         num_val=found.num_pictures,
+        evidence=found.evidence,
         notes=(
             f"the fine-tuned encoder is in {kept}",
             *splits.notes,

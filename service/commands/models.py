@@ -6,9 +6,13 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from mimray.trainers.evaluation.uncertainty import described
 from mimray.trainers.registry import Registry, Version
+
+if TYPE_CHECKING:
+    from mimray.tuning.record import SweepRecord, TrialRecord
 
 
 def register_model(bundle: str, name: str, alias: str | None, storage: str) -> dict[str, Any]:
@@ -39,9 +43,26 @@ def register_model(bundle: str, name: str, alias: str | None, storage: str) -> d
                 "sweep": sweep.uri,
                 "trial": trial.name,
                 "params": json.dumps(trial.params),
-                "sweep_score": f"{sweep.metric} {trial.score}",
+                **_sweep_scores(sweep, trial),
             }
     return _row(Registry.open(storage).register(bundle, name, alias, lineage))
+
+
+def _sweep_scores(sweep: SweepRecord, trial: TrialRecord) -> dict[str, str]:
+    """The score on pictures kept from the choice, where the trial won, and the one it won by."""
+    if not trial.rungs:
+        return {}
+    last = trial.rungs[-1]
+    chosen = {
+        "headline": last.score,
+        "standard_error": last.standard_error,
+        "num_val": last.num_pictures,
+    }
+    found = {"sweep_chosen_by": f"{sweep.metric} {described(chosen)}"}
+    if sweep.final is not None and sweep.final.trial == trial.number:
+        kept = described(sweep.final.model_dump())
+        return {"sweep_score": f"{sweep.metric} {kept} kept from the choice", **found}
+    return found
 
 
 def list_models(name: str | None, storage: str) -> list[dict[str, Any]]:
@@ -64,7 +85,7 @@ def version_text(row: Mapping[str, Any]) -> str:
     lines = []
     for key, value in row.items():
         if key == "scores":
-            lines += [f"{task:16} {s['metric']} {s['headline']:.4f}" for task, s in value.items()]
+            lines += [_score_line(task, score) for task, score in value.items()]
         elif value:
             lines.append(f"{key:16} {' '.join(value) if isinstance(value, list) else value}")
     return "\n".join(lines)
@@ -74,10 +95,19 @@ def versions_text(rows: Sequence[Mapping[str, Any]]) -> str:
     """A line a version: reference, aliases, method, headlines."""
     lines = []
     for row in rows:
-        scores = "  ".join(f"{t} {s['headline']:.4f}" for t, s in row["scores"].items())
+        scores = "  ".join(f"{task} {described(score)}" for task, score in row["scores"].items())
         aliases = "".join(f" @{alias}" for alias in row["aliases"])
         lines.append(f"{row['model']}{aliases}  {row['method']}  {scores}".rstrip())
     return "\n".join(lines)
+
+
+def _score_line(task: str, score: Mapping[str, Any]) -> str:
+    """A score with its error; of a sweep's trial also the pictures it is of."""
+    line = f"{task:16} {score['metric']} {described(score)}"
+    chosen = score.get("chosen_by")
+    if chosen is not None:
+        return f"{line} kept from the choice; chosen by {described(chosen)}"
+    return f"{line} that the trial was chosen by" if score.get("part") == "choice" else line
 
 
 def _row(version: Version) -> dict[str, Any]:

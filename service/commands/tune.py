@@ -119,6 +119,7 @@ def run_tune(request: TuneRequest) -> dict[str, Any]:
         "metric": final.metric,
         "proxy": final.proxy,
         "best": None if best is None else _row(final, best),
+        "final": None if final.final is None else final.final.model_dump(),
         "trials": [_row(final, trial) for trial in final.trials],
         "study": list(final.study),
         "report": files,
@@ -216,6 +217,7 @@ def _speed(plan: SweepPlan) -> dict[float, float] | None:
     """The encoder's speed over the full sequence at each searched mask ratio, measured here."""
     from mimray.tuning.config import Choice, Grid
     from mimray.tuning.report.speed import encoder_speed
+    from mimray.tuning.report.values import is_number
     from mimray.tuning.space import trial_recipe
 
     domain = plan.config.space.get("method.mask_ratio")
@@ -223,7 +225,7 @@ def _speed(plan: SweepPlan) -> dict[float, float] | None:
     if recipe.method.name != "mae" or not isinstance(domain, Grid | Choice):
         return None
     values = domain.grid if isinstance(domain, Grid) else domain.choice
-    return encoder_speed(recipe, [float(value) for value in values if value is not None])  # type: ignore[arg-type]
+    return encoder_speed(recipe, [float(value) for value in values if is_number(value)])
 
 
 def _interrupted(record: SweepRecord, plan: SweepPlan) -> bool:
@@ -239,6 +241,9 @@ def _row(record: SweepRecord, trial: TrialRecord) -> dict[str, Any]:
         "params": trial.params,
         "state": trial.state,
         "score": trial.score,
+        "standard_error": trial.rungs[-1].standard_error if trial.rungs else None,
+        "num_pictures": trial.rungs[-1].num_pictures if trial.rungs else None,
+        "other_seeds": record.repeated(trial.number),
         "rung": len(trial.rungs),
         "samples": trial.samples,
         "device_seconds": round(trial.device_seconds, 1),
@@ -248,6 +253,9 @@ def _row(record: SweepRecord, trial: TrialRecord) -> dict[str, Any]:
 
 
 def _print_end(record: SweepRecord, took: str, files: Sequence[str], storage: str) -> None:
+    from mimray.tuning.report.summary import summarise
+    from mimray.tuning.report.tables import chosen_text, final_text, seeds_text
+
     states: dict[str, int] = {}
     for trial in record.trials:
         states[trial.state] = states.get(trial.state, 0) + 1
@@ -258,7 +266,15 @@ def _print_end(record: SweepRecord, took: str, files: Sequence[str], storage: st
     best = record.best
     if best is not None:
         shown = ", ".join(f"{key}={value}" for key, value in best.params.items())
-        say(f"best: trial {best.name}, {shown}: {record.metric} {best.score:.4f}")
+        summary = summarise(record)
+        say(f"best: trial {best.name}, {shown}: {record.metric} {chosen_text(best)}")
+        if summary.seeds:
+            say(f"other seeds: {seeds_text(summary, best.number)}")
+        if record.final is not None:
+            say(f"report: {record.metric} {final_text(summary)}")
+        if summary.tied:
+            names = ", ".join(trial.name for trial in summary.tied)
+            say(f"not told apart from it: {names}", style="yellow")
     say("\n".join(files))
     name = shlex.quote(record.name)
     where = "" if storage == "runs" else f" --storage {shlex.quote(storage)}"

@@ -9,10 +9,11 @@ from rich.table import Table
 from rich.text import Text
 
 from mimray.service.terminal.progress import Pace, Progress
+from mimray.trainers.evaluation.uncertainty import figure_text
 
 if TYPE_CHECKING:
     from mimray.tuning.plan import SweepPlan
-    from mimray.tuning.record import SweepRecord
+    from mimray.tuning.record import SweepRecord, TrialRecord
 
 _SHOWN_TRIALS = 24
 _COLOURS = {"running": "cyan", "finished": "green", "failed": "red", "stopped": "bright_black"}
@@ -56,7 +57,8 @@ class SweepTable:
                     self._told.add((trial.number, rung.number))
                     shown = " ".join(f"{k.split('.')[-1]}={v}" for k, v in trial.params.items())
                     self._progress.line(
-                        f"trial {trial.name} {shown}: {record.metric} {rung.score:.4f} after "
+                        f"trial {trial.name} {shown}: {record.metric} "
+                        f"{figure_text(rung.score, rung.standard_error)} after "
                         f"{rung.samples:,} pictures",
                         trial.name,
                         at_once=True,
@@ -64,11 +66,14 @@ class SweepTable:
         self._progress.line(summary)
 
     def _summary(self, record: SweepRecord, left: str) -> str:
-        done = sum(t.state in ("finished", "stopped", "failed") for t in record.trials)
+        searched = [t for t in record.trials if t.repeats is None]
+        done = sum(t.state in ("finished", "stopped", "failed") for t in searched)
+        repeats = len(record.trials) - len(searched)
+        again = f", {repeats} with other seeds" if repeats else ""
         running = sum(t.state == "running" for t in record.trials)
         best = record.best
-        shown = "" if best is None else f", best {record.metric} {best.score:.4f} ({best.name})"
-        summary = f"{done}/{self._total} trials done, {running} running{shown}"
+        shown = "" if best is None else f", best {record.metric} {_figure(best)} ({best.name})"
+        summary = f"{done}/{self._total} trials done{again}, {running} running{shown}"
         return f"{summary}  {left}" if left else summary
 
     def _left(self, record: SweepRecord, rows: dict[int, dict[str, Any]]) -> str:
@@ -112,13 +117,20 @@ class SweepTable:
                 f"{len(trial.rungs)}/{len(record.rung_samples)}",
                 f"{max(trial.samples, row.get('samples', 0)):,}",
                 "" if loss is None else f"{loss:.4f}",
-                "" if trial.score is None else f"{trial.score:.4f}",
+                _figure(trial),
                 f"{trial.device_seconds:.0f}",
                 "best" if best is trial else trial.reason[:60] if trial.state == "failed"
                 else trial.state,
                 style=_COLOURS.get(trial.state, ""),
             )  # fmt: skip
         return table
+
+
+def _figure(trial: TrialRecord) -> str:
+    """A trial's newest score with its standard error; empty before the first."""
+    if not trial.rungs:
+        return ""
+    return figure_text(trial.rungs[-1].score, trial.rungs[-1].standard_error)
 
 
 def _short(value: Any) -> str:

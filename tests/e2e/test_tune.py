@@ -87,8 +87,14 @@ def test_sweep__leaves_everything_it_promises(undisturbed: Found, storage: Path)
             assert (trial / name).is_file(), name
         assert len(losses(trial)) == STEPS
         assert not (trial / "checkpoints").exists()
-        card = load_bundle(trial).card
-        assert card.scores["knn"]["headline"] == scores(folder)[trial.name][-1]
+        kept = load_bundle(trial).card.scores["knn"]
+        chosen_by = kept.get("chosen_by", kept)
+        assert chosen_by["headline"] == scores(folder)[trial.name][-1]
+        assert (kept["num_val"], chosen_by["num_val"]) == (8, 8)  # halves of 16
+        assert kept["part"] == ("report" if trial.name == best["trial"] else "choice")
+    assert undisturbed["final"]["trial"] == int(best["trial"])
+    assert undisturbed["final"]["num_val"] == 8
+    assert undisturbed["final"]["standard_error"] > 0
 
 
 def test_sweep__mlflow_has_a_parent_and_its_children(undisturbed: Found, storage: Path) -> None:
@@ -249,7 +255,10 @@ def test_winner__is_registered_with_its_lineage_and_served_by_name(
     assert found["trial"] == best["trial"]
     assert found["sweep"] == str(storage / "undisturbed")
     assert json.loads(found["params"]) == best["params"]
-    assert found["scores"]["knn"]["headline"] == best["score"]
+    knn = found["scores"]["knn"]
+    assert knn["headline"] == undisturbed["final"]["headline"]
+    assert knn["chosen_by"]["headline"] == best["score"]
+    assert "on 8 pictures kept from the choice" in found["sweep_score"]
     assert found["data_fingerprint"]
     other = next(t for t in undisturbed["trials"] if t["trial"] != best["trial"])
     second = models("register", f"undisturbed:{int(other['trial'])}", "--name", "photos", *place)

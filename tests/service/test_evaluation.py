@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
@@ -16,6 +17,7 @@ from mimray.service.commands.tasks import TASKS
 from mimray.trainers.errors import ConfigError
 from mimray.trainers.evaluation import tasks
 from mimray.trainers.evaluation.tasks import checked_options, options_of, task_config
+from mimray.trainers.evaluation.uncertainty import of_accuracy
 
 
 @pytest.mark.parametrize(
@@ -89,6 +91,39 @@ def test_comparison__one_table_and_one_chart_best_first(tmp_path: Path) -> None:
         "a              0.7500  0.3750        3",
         "untrained:a    0.2500  0.1250        3",
     ]
+
+
+def test_comparison__25_right_of_120_against_29_untrained_is_not_told_apart(
+    tmp_path: Path,
+) -> None:
+    places = np.arange(120)
+    results = []
+    for name, right in (("a", places < 25), ("untrained:a", (places >= 15) & (places < 44))):
+        evidence = of_accuracy(right, "v", places)
+        results.append(
+            {
+                "encoder": name, "task": "knn", "data": "d", "metric": "accuracy",
+                "headline": float(right.mean()), "standard_error": evidence.standard_error,
+                "evidence": evidence.as_json(), "num_val": 120, "metrics": {}, "seconds": 3.0,
+            }
+        )  # fmt: skip
+    files = write_comparison(results, str(tmp_path))
+    lines = Path(files["md"]).read_text().splitlines()
+    said = "-0.0333 ± 0.0485, not told apart"
+    assert (
+        lines[0] == "| encoder | accuracy | pictures | less the best | less untrained | seconds |"
+    )
+    assert lines[2:] == [
+        "| untrained:a | 0.2417 ± 0.0391 | 120 |  |  | 3 |",
+        f"| a | 0.2083 ± 0.0371 | 120 | {said} | {said} | 3 |",
+    ]
+    found = json.loads(Path(files["json"]).read_text())
+    assert found[0]["against_untrained"]["told_apart"] is False
+    assert found[0]["against_untrained"]["paired"] is True
+    assert found[1]["against_untrained"] is None
+    with_bars = Path(files["png"]).read_bytes()
+    bare = [{**r, "standard_error": None} for r in results]
+    assert Path(write_comparison(bare, str(tmp_path))["png"]).read_bytes() != with_bars
 
 
 def test_checked_options__a_tree_is_as_good_as_a_command_line() -> None:

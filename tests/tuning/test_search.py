@@ -200,3 +200,35 @@ def test_budget__that_is_spent_ends_it(configured: Configured, storage: str) -> 
     search = suggestions(configured(), storage, room=False)
     assert search.suggest("t0") == Searcher.FINISHED
     assert not search.exhausted
+
+
+@pytest.mark.parametrize("searcher", ["random", "optuna, num_startup_trials: 2"])
+def test_pairs_and_mappings__are_suggested_as_the_sweep_has_them_and_after_a_resume(
+    configured: Configured, storage: str, searcher: str
+) -> None:
+    config = configured(
+        f"searcher={{name: {searcher}}}", "budget.trials=6", "space.method.mask_ratio=null",
+        "space.method.decoder_depth=null",
+        "space.data.crop_scale={choice: [[0.2, 1.0], [0.6, 1.0]]}",
+        "space.optim.weight_decay={choice: [0.05, {start: 0.04, end: 0.4}]}",
+        "space.optim.clip_grad_norm={choice: [null, 1.0]}",
+    )  # fmt: skip
+    search = suggestions(config, storage)
+    records, seen = [], []
+    for number in range(3):
+        found = search.suggest(f"t{number}")
+        assert found is not None
+        record = finish(search, f"t{number}", found, 0.1 * number)
+        records.append(TrialRecord.model_validate_json(record.model_dump_json()))
+    again = suggestions(config, storage, tuple(records))
+    while (found := again.suggest("t")) != Searcher.FINISHED:
+        assert found is not None
+        seen.append(found["params"])
+        finish(again, "t", found, 0.5)
+    assert len(seen) == 3
+    for params in [*(r.params for r in records), *seen]:
+        assert tuple(params["data.crop_scale"]) in {(0.2, 1.0), (0.6, 1.0)}
+        assert params["optim.weight_decay"] in (0.05, {"start": 0.04, "end": 0.4})
+        assert params["optim.clip_grad_norm"] in (None, 1.0)
+    finished = [t for t in optuna.load_study(study_name="s", storage=storage).trials if t.value]
+    assert {t.params["data.crop_scale"] for t in finished} <= {"[0.2, 1.0]", "[0.6, 1.0]"}

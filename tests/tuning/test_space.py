@@ -1,17 +1,27 @@
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mimray.trainers.errors import ConfigError, DataError, MimrayError
 from mimray.tuning.config import Asha, ScoreConfig, SweepConfig
-from mimray.tuning.plan import SweepPlan, load_sweep, parse_sweep, rung_steps, shipped_sweeps
+from mimray.tuning.plan import (
+    SweepPlan,
+    load_sweep,
+    make_plan,
+    parse_sweep,
+    rung_steps,
+    shipped_sweeps,
+)
+from mimray.tuning.record import TrialRecord
 from mimray.tuning.score import without_held_out
 from mimray.tuning.space import combinations, drawn, listed
 
@@ -47,6 +57,7 @@ def test_drawn__stays_inside_and_depends_on_seed_and_number_alone(configured: Co
     assert 0.3 < below < 0.7
 
 
+@settings(deadline=None)
 @given(steps=st.integers(1, 400), count=st.integers(1, 6), factor=st.integers(2, 4))
 def test_rungs__grow_by_the_factor_and_end_with_the_whole(
     steps: int, count: int, factor: int
@@ -171,3 +182,57 @@ def test_without_held_out__trains_on_no_picture_that_is_scored(tmp_path: Path) -
     assert without_held_out(tree, score, split) == tree
     assert without_held_out(tree, ScoreConfig(task="rankme"), plain) == tree
     assert without_held_out(tree, ScoreConfig(val="elsewhere"), plain) == tree
+
+
+PAIRS = [[0.2, 1.0], [0.6, 1.0]]
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("data.crop_scale", PAIRS),
+        ("optim.betas", [[0.9, 0.95], [0.9, 0.999]]),
+        ("data.image_size", [32, [32, 64]]),
+        ("optim.clip_grad_norm", [None, 1.0, "5e-1"]),
+        ("optim.weight_decay", [0.05, {"start": 0.04, "end": 0.4}]),
+        ("method", [{"name": "mae", "mask_ratio": 0.5}, {"name": "mae", "decoder_depth": 2}]),
+    ],
+)
+def test_values__any_that_the_key_takes_can_be_searched(
+    labelled: Path, tmp_path: Path, key: str, values: list[Any]
+) -> None:
+    tree = {
+        "base": {"recipe": "mae-tiny", "set": {"data.image_size": 32, "optim.batch_size": 8}},
+        "space": {key: {"choice": values}},
+        "searcher": {"name": "random"},
+        "budget": {"trials": 6, "steps": 2},
+        "score": {"task": "rankme"},
+    }
+    config = parse_sweep(tree, "sweep")
+    assert parse_sweep(json.loads(config.model_dump_json()), "again") == config
+    plan = make_plan(config, data=str(labelled), name="s", storage=str(tmp_path), command="")
+    tried = [params[key] for params in listed(config) or ()]
+    assert {repr(value) for value in tried} == {repr(v) for v in config.space[key].choice}  # type: ignore[union-attr]
+    hashes = {plan.trial({key: value}).hash for value in tried}
+    assert len(hashes) == len(values)
+    # As a later launch reads it from the trial's record.
+    record = TrialRecord(number=0, params={key: tried[0]})
+    read = TrialRecord.model_validate_json(record.model_dump_json())
+    assert plan.trial(read.params).hash == plan.trial({key: tried[0]}).hash
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("space.data.crop_scale={grid: [[0.2, 1.0], [0.6]]}", "data.crop_scale"),
+        ("space.optim.betas={grid: [[0.9]]}", "betas"),
+        ("space.optim.betas={grid: [[0.9, .nan]]}", "nan is no value of a recipe"),
+        ("space.data.crop_scale={grid: [[0.2, 1.0], [0.2, 1.0]]}", "twice"),
+        ("space.optim={grid: [{steps: 3}]}", "space.optim.steps cannot be searched"),
+    ],
+)
+def test_values__that_a_key_does_not_take_are_refused(
+    small: Callable[..., SweepPlan], override: str, said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        small(override)

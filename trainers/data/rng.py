@@ -35,6 +35,8 @@ class Stream(IntEnum):
     INGEST_ORDER = 14
     NUMBERS = 15
     NOISE = 16
+    RESAMPLE = 17
+    PART = 18
 
 
 def generator(seed: int, stream: Stream, a: int, b: int = 0, view: int = 0) -> np.random.Generator:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mimray.trainers.evaluation.confusion import confusion_counts
+from mimray.trainers.evaluation.uncertainty import figure_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,25 +22,45 @@ _MOST_CLASSES, _MOST_SHOWN, _NAME_LENGTH = 40, 30, 24
 _BAR, _UNTRAINED, _TEXT = "#1f5fae", "#a9b4c0", "#33383f"
 
 
-def score_chart(names: Sequence[str], values: Sequence[float], title: str) -> bytes:
+def score_chart(
+    names: Sequence[str],
+    values: Sequence[float],
+    title: str,
+    errors: Sequence[float | None] | None = None,
+) -> bytes:
     """Encoders side by side, a bar each, the best at the top, untrained ones in grey.
 
     Args:
         names: names of the encoders; those that begin with `untrained:` are drawn in grey.
         values: headline score of each encoder.
         title: text above the chart.
+        errors: standard error of each score, drawn to both sides; None where it is not known.
 
     Returns:
         A PNG.
     """
+    known = errors or [None] * len(names)
     order = sorted(range(len(names)), key=lambda i: values[i])
     figure = new_figure(8, 0.9 + 0.45 * len(names))
     axes = figure.subplots()
     colours = [_UNTRAINED if names[i].startswith("untrained:") else _BAR for i in order]
     bars = axes.barh([names[i] for i in order], [values[i] for i in order], color=colours)
-    axes.bar_label(bars, fmt="%.4f", padding=4, color=_TEXT, fontsize=9)
+    for bar, i in zip(bars, order, strict=True):
+        middle, error = bar.get_y() + bar.get_height() / 2, known[i]
+        if error is not None:
+            axes.errorbar(values[i], middle, xerr=error, color=_TEXT, capsize=3, linewidth=1)
+        axes.annotate(
+            figure_text(values[i], error),
+            (values[i] + (error or 0.0), middle),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            color=_TEXT,
+            fontsize=9,
+        )
     axes.set_title(title, loc="left", fontsize=10, color=_TEXT)
-    axes.set_xlim(0, max(max(values) * 1.15, 1e-6))
+    furthest = max(value + (error or 0.0) for value, error in zip(values, known, strict=True))
+    axes.set_xlim(0, max(furthest * 1.2, 1e-6))
     axes.spines[["top", "right", "bottom"]].set_visible(False)
     axes.tick_params(colors=_TEXT, length=0, labelsize=9)
     axes.xaxis.set_visible(False)

@@ -14,6 +14,21 @@ from mimray.trainers.evaluation.score import Score
 from mimray.trainers.storage import RunDir
 
 FOLDER = "evaluation"
+_ON_CARD = (
+    "metric",
+    "headline",
+    "standard_error",
+    "estimator",
+    "num_train",
+    "num_val",
+    "part",
+    "chosen_by",
+    "seed",
+    "data",
+    "data_fingerprint",
+    "val_fingerprint",
+    "command",
+)
 
 
 def results_folder(bundle: RunDir) -> RunDir:
@@ -34,6 +49,8 @@ def result_of(score: Score, about: Mapping[str, Any]) -> dict[str, Any]:
         **about,
         "metric": score.metric,
         "headline": score.headline,
+        "standard_error": score.standard_error,
+        "estimator": score.estimator,
         "metrics": score.metrics,
         "num_train": score.num_train,
         "num_val": score.num_val,
@@ -41,6 +58,7 @@ def result_of(score: Score, about: Mapping[str, Any]) -> dict[str, Any]:
         "val_fingerprint": score.val_fingerprint,
         "hold_out": None if score.hold_out is None else asdict(score.hold_out),
         "notes": list(score.notes),
+        "evidence": score.evidence.as_json() if score.evidence is not None else None,
     }
 
 
@@ -70,10 +88,9 @@ def write_result(folder: RunDir, task: str, result: Mapping[str, Any], score: Sc
 
 
 def card_score(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a result that a card holds: the headline and how to repeat it."""
-    kept = ("metric", "headline", "seed", "data", "data_fingerprint", "val_fingerprint", "command")
+    """The part of a result that a card holds: the headline, its error and how to repeat it."""
     rule = {"hold_out": result["hold_out"]} if result.get("hold_out") else {}
-    return {key: result[key] for key in kept} | rule
+    return {key: result[key] for key in _ON_CARD if key in result} | rule
 
 
 def add_to_card(bundle: RunDir, task: str, result: Mapping[str, Any]) -> BundleCard:
@@ -120,7 +137,10 @@ def track_score(bundle: RunDir, card: BundleCard, task: str, score: Score) -> st
         tags={"mimray.run_dir": run.uri},
     )
     figures = dict(_scalars({task: score.metrics}))
-    tracker.score(card.step, {f"{task}/{score.metric}": score.headline, **figures})
+    figures |= {f"{task}/{score.metric}": score.headline, f"{task}/num_val": float(score.num_val)}
+    if score.standard_error is not None:
+        figures[f"{task}/standard_error"] = score.standard_error
+    tracker.score(card.step, figures)
     for name, content in score.pictures.items():
         tracker.picture(name.removesuffix(".png"), content, card.step)
     tracker.finish()

@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from mimray.trainers.data.discover import available_splits
 from mimray.trainers.data.hold_out import (
+    VALIDATION_SPLITS,
     HoldOut,
     choose,
     hold_out_note,
@@ -17,6 +19,8 @@ from mimray.trainers.data.selection import Selection, labels_of
 from mimray.trainers.data.sources import Source, open_source
 from mimray.trainers.errors import DataError
 from mimray.trainers.evaluation.score import Setting
+
+TEST = "test"
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ def open_splits(setting: Setting) -> Splits:
     split = validation_split(setting.data) if setting.val is None else None
     if setting.val or split:
         val = open_source(setting.val or setting.data, split=split, label=setting.label)
-        return _matched(Splits(whole, val, (), np.zeros(0, dtype=np.int64)))
+        return _matched(Splits(whole, _part(val, setting), (), np.zeros(0, dtype=np.int64)))
     learnt, held = choose(whole.identities(), setting.hold_out, labels_of(whole))
     if not len(held):
         raise DataError(
@@ -75,7 +79,7 @@ def open_splits(setting: Setting) -> Splits:
     return _matched(
         Splits(
             Selection(whole, learnt),
-            Selection(whole, held),
+            _part(Selection(whole, held), setting),
             (),
             np.zeros(0, dtype=np.int64),
             hold_out=setting.hold_out,
@@ -142,4 +146,26 @@ def pictures_to_score(setting: Setting) -> Source:
         DataError: there are no such pictures.
     """
     split = validation_split(setting.data) if setting.val is None else None
-    return open_source(setting.val or setting.data, split=split, with_labels=False)
+    pictures = open_source(setting.val or setting.data, split=split, with_labels=False)
+    return _part(pictures, setting, with_labels=False)
+
+
+def _part(val: Source, setting: Setting, *, with_labels: bool = True) -> Source:
+    """The part of the pictures to score on that the setting asks for.
+
+    A dataset with a validation set and a test set has its parts already: the first to choose by,
+    the second to report on.
+    """
+    if setting.part is None:
+        return val
+    if setting.val is None and has_test_beside(setting.data):
+        if setting.part.name == "choice":
+            return val
+        return open_source(setting.data, split=TEST, label=setting.label, with_labels=with_labels)
+    return Selection(val, setting.part.indices(len(val), val.labels(), val.facts.uri))
+
+
+def has_test_beside(data: str) -> bool:
+    """True if a dataset has a test split beside the one that it is scored on."""
+    found = [split for split in VALIDATION_SPLITS if split in available_splits(data)]
+    return TEST in found[1:]

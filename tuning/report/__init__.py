@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mimray.trainers.data.files import join
 
 if TYPE_CHECKING:
+    from mimray.trainers.config.base import Config
     from mimray.trainers.storage import RunDir
     from mimray.tuning.record import SweepRecord
     from mimray.tuning.report.summary import SweepSummary
@@ -77,6 +78,10 @@ def data_of(summary: SweepSummary) -> dict[str, Any]:
             "rungs": rungs_of(trial),
             "samples": trial.rungs[-1].samples,
             "score": trial.score,
+            "standard_error": trial.rungs[-1].standard_error,
+            "num_pictures": trial.rungs[-1].num_pictures,
+            "against_best": _dumped(summary.against.get(trial.number)),
+            "other_seeds": _dumped(summary.seeds.get(trial.number)),
             "loss": trial.loss,
             "device_seconds": trial.device_seconds,
             "state": trial.state,
@@ -88,6 +93,7 @@ def data_of(summary: SweepSummary) -> dict[str, Any]:
             "format": FORMAT,
             "record": summary.record.model_dump(),
             "ranked": ranked,
+            "final": _dumped(summary.record.final),
             "rungs": summary.rungs,
             "states": summary.states,
             "points": [point.model_dump() for point in summary.points],
@@ -102,3 +108,7 @@ def data_of(summary: SweepSummary) -> dict[str, Any]:
         }
     )
     return tree
+
+
+def _dumped(value: Config | None) -> dict[str, Any] | None:
+    return None if value is None else value.model_dump()

@@ -21,6 +21,7 @@ from mimray.tuning.report.theme import (
     LIGHT,
     ORANGE,
     Plot,
+    bars,
     colours,
     figure,
     hover,
@@ -33,8 +34,10 @@ _LEGEND_ENTRIES = 10
 _CURVE_POINTS = 200
 _FEW = 8
 
-# A trial, pictures seen, the values drawn, texts under the pointer.
-Line = tuple[TrialRecord, Sequence[float], Sequence[float], Sequence[str] | str]
+# A trial, pictures seen, the values drawn, texts under the pointer, error bars.
+Line = tuple[
+    TrialRecord, Sequence[float], Sequence[float], Sequence[str] | str, dict[str, Any] | None
+]
 
 
 def heatmap(summary: SweepSummary) -> Plot | None:
@@ -56,7 +59,12 @@ def heatmap(summary: SweepSummary) -> Plot | None:
         texttemplate="%{text}",
         textfont={"size": 13 if len(chart.columns) <= _FEW else 10},
         hovertext=[
-            [hover(summary, summary.trial(c.trial), c.rungs, c.score) if c else "" for c in row]
+            [
+                hover(summary, summary.trial(c.trial), c.rungs, c.score, c.standard_error)
+                if c
+                else ""
+                for c in row
+            ]
             for row in chart.cells
         ],
         hoverinfo="text",
@@ -110,13 +118,17 @@ def _slice(summary: SweepSummary, number: int) -> Plot:
     trace = go.Scatter(
         x=tried if numeric else [places.index(value) for value in tried],
         y=[t.score for t in summary.ranked],
+        error_y=bars([t.rungs[-1].standard_error for t in summary.ranked]),
         mode="markers",
         marker={
             "size": 10,
             "color": [BLUE if far else GREY for far in whole],
             "symbol": ["circle" if far else "circle-open" for far in whole],
         },
-        hovertext=[hover(summary, t, len(t.rungs), t.rungs[-1].score) for t in summary.ranked],
+        hovertext=[
+            hover(summary, t, len(t.rungs), t.rungs[-1].score, t.rungs[-1].standard_error)
+            for t in summary.ranked
+        ],
         hoverinfo="text",
     )
     axis = ticks(places, label(name))
@@ -144,7 +156,10 @@ def against_compute(summary: SweepSummary, cost: str, axis: str) -> Plot | None:
         return go.Scatter(
             x=[getattr(p, cost) for p in points],
             y=[p.score for p in points],
-            hovertext=[hover(summary, summary.trial(p.trial), p.rung + 1, p.score) for p in points],
+            hovertext=[
+                hover(summary, summary.trial(p.trial), p.rung + 1, p.score, p.standard_error)
+                for p in points
+            ],
             hoverinfo="text",
             **looks,
         )
@@ -153,7 +168,13 @@ def against_compute(summary: SweepSummary, cost: str, axis: str) -> Plot | None:
     best = {"color": ORANGE, "size": 9}
     line = {"color": ORANGE, "width": 2, "shape": "hv"}
     made = figure(
-        trace(summary.points, mode="markers", marker=every, name="a trial at a rung"),
+        trace(
+            summary.points,
+            mode="markers",
+            marker=every,
+            name="a trial at a rung",
+            error_y=bars([point.standard_error for point in summary.points]),
+        ),
         trace(
             summary.fronts[cost], mode="lines+markers", line=line, marker=best, name="Pareto front"
         ),
@@ -177,8 +198,9 @@ def score_curves(summary: SweepSummary) -> Plot | None:
     lines = []
     for trial in summary.ranked:
         rungs = [r for r in trial.rungs if math.isfinite(r.score)]
-        texts = [hover(summary, trial, r.number + 1, r.score) for r in rungs]
-        lines.append((trial, [r.samples for r in rungs], [r.score for r in rungs], texts))
+        texts = [hover(summary, trial, r.number + 1, r.score, r.standard_error) for r in rungs]
+        samples, scores = [r.samples for r in rungs], [r.score for r in rungs]
+        lines.append((trial, samples, scores, texts, bars([r.standard_error for r in rungs])))
     made = _lines(summary, lines, summary.record.metric, mode="lines+markers")
     for samples in summary.record.rung_samples:
         made.add_vline(x=samples, line={"color": GREY, "width": 1, "dash": "dot"})
@@ -202,7 +224,7 @@ def loss_curves(
         rows = rows[:: -max(1, math.ceil(len(rows) / _CURVE_POINTS))][::-1]
         if rows:
             samples, losses = ([r[name] for r in rows] for name in ("samples", "loss"))
-            lines.append((trial, samples, losses, f"trial {trial.number}"))
+            lines.append((trial, samples, losses, f"trial {trial.number}", None))
     if not lines:
         return None
     made = _lines(summary, lines, "training loss", mode="lines")
@@ -221,12 +243,14 @@ def _lines(summary: SweepSummary, lines: Sequence[Line], axis: str, *, mode: str
     order = {value: place for place, value in enumerate(values)}
     told: set[Any] = set()
     traces = []
-    for trial, samples, heights, texts in sorted(lines, key=lambda line: order[value_of(line[0])]):
+    ordered = sorted(lines, key=lambda line: order[value_of(line[0])])
+    for trial, samples, heights, texts, errors in ordered:
         value = value_of(trial)
         traces.append(
             go.Scatter(
                 x=samples,
                 y=heights,
+                error_y=errors,
                 mode=mode,
                 line={"color": colour[value], "width": 2},
                 marker={"size": 7},

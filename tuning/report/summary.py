@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from statistics import mean, stdev
 from typing import Any
 
 from mimray.trainers.config.base import Config
+from mimray.trainers.evaluation.uncertainty import difference
 from mimray.tuning.record import SweepRecord, TrialRecord
 from mimray.tuning.report.importance import Importance, importance_of
 from mimray.tuning.report.speed import SpeedRow, speed_rows
@@ -26,6 +29,7 @@ class Point(Config):
         samples: pictures seen by then.
         device_seconds: device-seconds of training and scoring by then.
         score: the score; larger is better.
+        standard_error: the score's standard error; None where it is not known.
     """
 
     trial: int
@@ -33,6 +37,7 @@ class Point(Config):
     samples: float
     device_seconds: float
     score: float
+    standard_error: float | None = None
 
 
 class Cell(Config):
@@ -42,11 +47,43 @@ class Cell(Config):
         trial: the number of the best of the trials that came farthest here.
         score: the score at the trial's last rung.
         rungs: rungs that the trial reached.
+        standard_error: the score's standard error; None where it is not known.
     """
 
     trial: int
     score: float
     rungs: int
+    standard_error: float | None = None
+
+
+class Against(Config):
+    """A trial's score held against that of the trial ranked first, at the same rung.
+
+    Attributes:
+        value: the trial's score less the first one's.
+        standard_error: the difference's standard error; None where it is not known.
+        paired: True if both were compared picture by picture.
+        told_apart: True if chance over pictures alone explains it in fewer than 5 % of cases.
+    """
+
+    value: float
+    standard_error: float | None
+    paired: bool
+    told_apart: bool | None
+
+
+class Seeds(Config):
+    """The scores of a trial's repeats with other seeds.
+
+    Attributes:
+        scores: the score at the end, by seed.
+        mean: their mean.
+        deviation: their standard deviation; None of a single one.
+    """
+
+    scores: tuple[float, ...]
+    mean: float
+    deviation: float | None
 
 
 class Heatmap(Config):
@@ -71,7 +108,7 @@ class SweepSummary(Config):
     """The content of a sweep's report.
 
     Attributes:
-        record: the sweep's record, without passwords.
+        record: the sweep's record, without passwords and without repeats.
         ranked: trials with a finite score, the best first.
         rungs: rungs of a whole trial.
         states: the number of trials in each state.
@@ -80,6 +117,8 @@ class SweepSummary(Config):
         heatmap: scores over two keys; None where no two keys have few enough values.
         importance: the importance of the keys.
         speed: the encoder's speed by mask ratio; empty where that is not searched.
+        against: scores less that of the trial ranked first, by number, of those at its rung.
+        seeds: the scores of repeats with other seeds, by the number of the trial repeated.
         survived: losses of processes or nodes after which a trial went on.
     """
 
@@ -92,12 +131,22 @@ class SweepSummary(Config):
     heatmap: Heatmap | None
     importance: Importance
     speed: tuple[SpeedRow, ...]
+    against: dict[int, Against]
+    seeds: dict[int, Seeds]
     survived: int
 
     @property
     def best(self) -> TrialRecord | None:
         """The trial ranked first."""
         return next(iter(self.ranked), None)
+
+    @property
+    def tied(self) -> tuple[TrialRecord, ...]:
+        """Trials whose scores are not told apart from the first one's."""
+        return tuple(t for t in self.ranked if self._tied(t.number))
+
+    def _tied(self, number: int) -> bool:
+        return number in self.against and self.against[number].told_apart is False
 
     @property
     def failed(self) -> tuple[TrialRecord, ...]:
@@ -116,8 +165,15 @@ def summarise(record: SweepRecord, speed: Mapping[float, float] | None = None) -
         record: the record of a sweep at any stage.
         speed: the measured speed over the full sequence by mask ratio.
     """
-    record = SweepRecord.model_validate(without_passwords(record.model_dump()))
-    ranked = rank(record)
+    whole = SweepRecord.model_validate(without_passwords(record.model_dump()))
+    ranked = rank(whole)
+    seeds = {t.number: _seeds(found) for t in ranked if (found := whole.repeated(t.number))}
+    # After a larger budget the winner may be another than the one that was reported.
+    final = (
+        whole.final if whole.final and ranked and whole.final.trial == ranked[0].number else None
+    )
+    searched = tuple(t for t in whole.trials if t.repeats is None)
+    record = whole.model_copy(update={"trials": searched, "final": final})
     points = points_of(ranked)
     reached = max((rungs_of(trial) for trial in record.trials), default=0)
     rungs = len(record.rung_samples) or reached
@@ -132,7 +188,9 @@ def summarise(record: SweepRecord, speed: Mapping[float, float] | None = None) -
         heatmap=heatmap_of(record, ranked, rungs),
         importance=importance_of(record),
         speed=tuple(speed_rows(ratios, speed or {})) if MASK_RATIO in record.keys else (),
-        survived=sum(t.failures for t in record.trials if t.state != "failed"),
+        against=against_first(ranked),
+        seeds=seeds,
+        survived=sum(t.failures for t in whole.trials if t.state != "failed"),
     )
 
 
@@ -140,6 +198,25 @@ def rank(record: SweepRecord) -> list[TrialRecord]:
     """Rank as the record does, without scores that are not finite, which have no order."""
     usable = [t for t in record.trials if t.rungs and math.isfinite(t.rungs[-1].score)]
     return record.model_copy(update={"trials": tuple(usable)}).ranked()
+
+
+def against_first(ranked: Sequence[TrialRecord]) -> dict[int, Against]:
+    """Hold each trial against the first, where both have a score at the same rung.
+
+    Args:
+        ranked: trials with scores, the best first.
+    """
+    found = {}
+    for trial in ranked[1:]:
+        if rungs_of(trial) == rungs_of(ranked[0]):
+            less = difference(trial.rungs[-1].figure, ranked[0].rungs[-1].figure)
+            found[trial.number] = Against.model_validate(asdict(less))
+    return found
+
+
+def _seeds(scores: Sequence[float]) -> Seeds:
+    deviation = stdev(scores) if len(scores) > 1 else None
+    return Seeds(scores=tuple(scores), mean=mean(scores), deviation=deviation)
 
 
 def rungs_of(trial: TrialRecord) -> int:
@@ -166,6 +243,7 @@ def points_of(ranked: Sequence[TrialRecord]) -> list[Point]:
                         samples=rung.samples,
                         device_seconds=spent,
                         score=rung.score,
+                        standard_error=rung.standard_error,
                     )
                 )
     return points
@@ -250,7 +328,13 @@ def heatmap_of(record: SweepRecord, ranked: Sequence[TrialRecord], rungs: int) -
     found: dict[tuple[Any, Any], Cell] = {}
     for trial in ranked:
         place = frozen(trial.params.get(keys[0])), frozen(trial.params.get(keys[1]))
-        cell = Cell(trial=trial.number, score=trial.rungs[-1].score, rungs=rungs_of(trial))
+        last = trial.rungs[-1]
+        cell = Cell(
+            trial=trial.number,
+            score=last.score,
+            rungs=rungs_of(trial),
+            standard_error=last.standard_error,
+        )
         found.setdefault(place, cell)
     columns, rows = (tuple(values_of(record, key)) for key in keys)
     return Heatmap(

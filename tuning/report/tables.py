@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from mimray.trainers.data.files import join
+from mimray.trainers.evaluation.uncertainty import Difference
 from mimray.tuning.record import SweepRecord, TrialRecord
 from mimray.tuning.report.summary import Cell, Heatmap, SweepSummary, rungs_of
 from mimray.tuning.report.values import duration, params_text, score_text, short_names, shown
@@ -48,6 +49,8 @@ def leaderboard(summary: SweepSummary) -> Table:
         summary: the sweep's summary.
     """
     names = short_names(summary.record.keys)
+    # Records of earlier versions know neither errors nor numbers of pictures.
+    known = any(trial.rungs[-1].num_pictures is not None for trial in summary.ranked)
     head = (
         "rank",
         "trial",
@@ -55,6 +58,8 @@ def leaderboard(summary: SweepSummary) -> Table:
         "rung",
         "samples",
         "score",
+        *(("on pictures", "less the best") if known else ()),
+        *(("mean of other seeds",) if summary.seeds else ()),
         "loss",
         "device-s",
         "state",
@@ -66,14 +71,67 @@ def leaderboard(summary: SweepSummary) -> Table:
             *(shown(trial.params.get(key)) for key in names),
             f"{rungs_of(trial)}/{summary.rungs}",
             f"{trial.rungs[-1].samples:,}",
-            score_text(trial.score),
+            score_text(trial.score, trial.rungs[-1].standard_error),
+            *((count_text(trial), less_text(summary, trial.number)) if known else ()),
+            *((seeds_text(summary, trial.number),) if summary.seeds else ()),
             score_text(trial.loss),
             f"{trial.device_seconds:,.0f}",
             trial.state,
         )
         for rank, trial in enumerate(summary.ranked[:MAX_ROWS], start=1)
     ]
-    return Table("Leaderboard", head, rows, frozenset(range(len(head) - 1)))
+    texts = {"less the best", "state"}
+    numeric = frozenset(i for i, name in enumerate(head) if name not in texts)
+    return Table("Leaderboard", head, rows, numeric)
+
+
+def count_text(trial: TrialRecord) -> str:
+    """The number of pictures that a trial's last score is of; a dash where it is not known."""
+    count = trial.rungs[-1].num_pictures
+    return "–" if count is None else f"{count:,}"
+
+
+def less_text(summary: SweepSummary, number: int) -> str:
+    """A trial's score less the best one's, with the verdict; empty at another rung.
+
+    Args:
+        summary: the sweep's summary.
+        number: the trial's number.
+    """
+    found = summary.against.get(number)
+    if found is None:
+        return "the best" if summary.best and summary.best.number == number else ""
+    return Difference(**found.model_dump()).text()
+
+
+def seeds_text(summary: SweepSummary, number: int) -> str:
+    """The mean and the standard deviation of a trial's repeats; empty without any.
+
+    Args:
+        summary: the sweep's summary.
+        number: the trial's number.
+    """
+    found = summary.seeds.get(number)
+    if found is None:
+        return ""
+    spread = "" if found.deviation is None else f", sd {score_text(found.deviation)}"
+    return f"{score_text(found.mean)}{spread} ({len(found.scores)})"
+
+
+def final_text(summary: SweepSummary) -> str:
+    """The winner's score on pictures kept from the choice; empty before it is known."""
+    final = summary.record.final
+    if final is None:
+        return ""
+    count = f" on {final.num_val:,} pictures kept from the choice: {final.place}"
+    return score_text(final.headline, final.standard_error) + count
+
+
+def chosen_text(trial: TrialRecord) -> str:
+    """The score that a trial was chosen by, with its error and number of pictures."""
+    last = trial.rungs[-1]
+    count = "" if last.num_pictures is None else f" on {last.num_pictures:,} pictures"
+    return score_text(last.score, last.standard_error) + count
 
 
 def heatmap_table(heatmap: Heatmap) -> Table:
@@ -103,6 +161,8 @@ def cell_text(cell: Cell | None, rungs: int, *, gap: str = " ") -> str:
     if cell is None:
         return ""
     part = f"{gap}▸{cell.rungs}/{rungs}" if cell.rungs < rungs else ""
+    if cell.standard_error is not None:
+        return f"{score_text(cell.score)}{gap}± {score_text(cell.standard_error)}{part}"
     return score_text(cell.score) + part
 
 
@@ -122,7 +182,7 @@ def front_table(summary: SweepSummary, cost: str, title: str) -> Table:
             params_text(summary.trial(point.trial).params, names),
             f"{point.rung + 1}/{summary.rungs}",
             f"{getattr(point, cost):,.0f}",
-            score_text(point.score),
+            score_text(point.score, point.standard_error),
         )
         for point in summary.fronts[cost]
     ]
@@ -224,6 +284,24 @@ def notes(summary: SweepSummary) -> list[str]:
         "Trials are ranked by the score and never by the loss: at another mask ratio the network "
         "solves another task, so that reconstruction losses cannot be compared."
     )
+    if summary.ranked and record.final is None:
+        found.append(
+            f"The best {record.metric} is the largest of {len(summary.ranked)} scores on the "
+            "pictures that they were chosen by, and so too high on average"
+            + ("." if record.ended else "; the winner's own score comes at the end of the sweep.")
+        )
+    if summary.tied:
+        named = ", ".join(str(trial.number) for trial in summary.tied)
+        trials = "trial" if len(summary.tied) == 1 else "trials"
+        found.append(
+            f"Not told apart from the best: {trials} {named}. Chance over the pictures scored on "
+            "explains the difference in at least one of twenty cases."
+        )
+    if record.config.get("budget", {}).get("unit") == "flops":
+        found.append(
+            "Trials are compared at equal FLOPs of training, so that a cheaper one has seen more "
+            "pictures."
+        )
     return found
 
 

@@ -7,7 +7,7 @@ import re
 from mimray.tuning.report import tables
 from mimray.tuning.report.summary import SweepSummary
 from mimray.tuning.report.tables import Table
-from mimray.tuning.report.values import params_text, score_text, short_names
+from mimray.tuning.report.values import params_text, short_names
 
 _MARKS = re.compile(r"([\\`*_{}\[\]#|~])")
 
@@ -36,7 +36,12 @@ def _head(summary: SweepSummary) -> str:
     found = "No trial has a score yet."
     if best is not None:
         tried = params_text(best.params, short_names(record.keys))
-        found = f"Best {record.metric} {score_text(best.score)}: trial {best.number}, {tried}."
+        found = f"Best {record.metric} {tables.chosen_text(best)}: trial {best.number}, {tried}."
+        if record.final is not None:
+            found = (
+                f"{record.metric} {tables.final_text(summary)}: trial {best.number}, {tried}. "
+                f"It was chosen by {tables.chosen_text(best)}."
+            )
     lines = [f"{state}: {tables.outcome(summary)}.", found, *tables.notes(summary)]
     title = f"# {_safe(record.name)}"
     return "\n\n".join([title, *map(_safe, lines)])

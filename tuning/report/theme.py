@@ -89,7 +89,24 @@ class Plot(NamedTuple):
     min_width: int = 0
 
 
-def hover(summary: SweepSummary, trial: TrialRecord, rungs: int, score: float) -> str:
+def bars(errors: Sequence[float | None]) -> dict[str, Any] | None:
+    """Error bars of one standard error to both sides; None where no error is known.
+
+    Args:
+        errors: the standard error of each point; None where it is not known.
+    """
+    if all(error is None for error in errors):
+        return None
+    return {"type": "data", "array": [error or 0.0 for error in errors], "thickness": 1, "width": 2}
+
+
+def hover(
+    summary: SweepSummary,
+    trial: TrialRecord,
+    rungs: int,
+    score: float,
+    standard_error: float | None = None,
+) -> str:
     """The text under the pointer at a trial.
 
     Args:
@@ -97,12 +114,14 @@ def hover(summary: SweepSummary, trial: TrialRecord, rungs: int, score: float) -
         trial: the trial.
         rungs: rungs that the trial had reached.
         score: the score at the last of these.
+        standard_error: its standard error; None where it is not known.
     """
     tried = params_text(trial.params, short_names(summary.record.keys)) or "nothing changed"
+    shown = score_text(score, standard_error)
     lines = (
         f"trial {trial.number}, {trial.state}",
         tried,
-        f"{summary.record.metric} {score_text(score)} at rung {rungs} of {summary.rungs}",
+        f"{summary.record.metric} {shown} at rung {rungs} of {summary.rungs}",
     )
     return "<br>".join(map(label, lines))
 

@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mimray.trainers.evaluation.uncertainty import figure_text
+
 _LONGEST, _TICK = 40, 16
 _PASSWORD = re.compile(r"(://[^/\s:@]*):[^/\s@]+@")
 
@@ -18,13 +20,13 @@ def frozen(value: Any) -> Any:
         value: a searched key's value.
 
     Returns:
-        The value with lists as tuples; as text, if it is of a type that no recipe key takes.
+        The value with lists as tuples; a mapping as the text shown of it.
     """
     if isinstance(value, list | tuple):
         return tuple(frozen(item) for item in value)
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    return str(value)
+    return _text(value)
 
 
 def shown(value: Any) -> str:
@@ -33,6 +35,10 @@ def shown(value: Any) -> str:
     Args:
         value: a searched key's value.
     """
+    return _cut(_text(value), _LONGEST)
+
+
+def _text(value: Any) -> str:
     match value:
         case None:
             return "none"
@@ -41,8 +47,10 @@ def shown(value: Any) -> str:
         case float():
             return f"{value:.4g}"
         case list() | tuple():
-            return "(" + ", ".join(shown(item) for item in value) + ")"
-    return _cut(str(value), _LONGEST)
+            return "(" + ", ".join(map(_text, value)) + ")"
+        case Mapping():
+            return "{" + ", ".join(f"{key}: {_text(item)}" for key, item in value.items()) + "}"
+    return str(value)
 
 
 def tick(value: Any) -> str:
@@ -94,11 +102,16 @@ def params_text(params: Mapping[str, Any], names: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {shown(params.get(key))}" for key, name in names.items())
 
 
-def score_text(score: float | None) -> str:
-    """A score with four digits, or two from 10 on; a dash for none."""
+def score_text(score: float | None, standard_error: float | None = None) -> str:
+    """A score with four digits, or two from 10 on; a dash for none.
+
+    Args:
+        score: the score.
+        standard_error: its standard error, where it is known and to be shown.
+    """
     if score is None or not math.isfinite(score):
         return "–"
-    return f"{score:.4f}" if abs(score) < 10 else f"{score:.2f}"
+    return figure_text(score, standard_error)
 
 
 def duration(seconds: float) -> str:

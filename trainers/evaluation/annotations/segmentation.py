@@ -77,6 +77,7 @@ def open_segmentation(
     class_names: tuple[str, ...] = (),
     binary: bool | None = None,
     limit: int | None = None,
+    part: Part | None = None,
     progress: Progress | None = None,
 ) -> SegmentationSet:
     """Open pictures with a class for each pixel, and check all of them.
@@ -98,6 +99,7 @@ def open_segmentation(
         binary: True if 255 stands for class 1, as in the pictures trained on; None tells it from
             the masks.
         limit: number of pictures to take, evenly spread; None takes all.
+        part: part of the pictures to take before the limit; None takes all.
         progress: called with the number of pictures checked.
 
     Raises:
@@ -133,6 +135,8 @@ def open_segmentation_splits(
         parts = [np.arange(len(train_reader)), np.arange(len(val_reader))]
     else:
         parts = [*choose_held_out(train_reader, place, hold_out)]
+    if setting.part is not None:
+        parts[1] = parts[1][setting.part.indices(len(parts[1]), None, val_reader.uri)]
     train_part, val_part = (part[evenly_spread(len(part), setting.limit)] for part in parts)
     train = _checked(train_reader, train_part, config, invalid_labels, (), None, setting.progress)
     val = _checked(

@@ -23,7 +23,12 @@ from mimray.trainers.evaluation.detection.detector import (
     Detector,
     build_detector,
 )
-from mimray.trainers.evaluation.detection.metrics import Figures, GroundTruth, coco_figures
+from mimray.trainers.evaluation.detection.metrics import (
+    Figures,
+    GroundTruth,
+    coco_figures,
+    resampled_ap,
+)
 from mimray.trainers.evaluation.detection.pictures import draw_curves, draw_found
 from mimray.trainers.evaluation.detection.pyramid import choose_layers
 from mimray.trainers.evaluation.features.encoders import FeatureEncoder, MakeEncoder, check_input
@@ -31,6 +36,7 @@ from mimray.trainers.evaluation.heads.head_files import head_files
 from mimray.trainers.evaluation.heads.train_head import Row, train_head
 from mimray.trainers.evaluation.heads.views import fitting_size
 from mimray.trainers.evaluation.score import Score, Setting
+from mimray.trainers.evaluation.uncertainty import by_bootstrap
 
 # By default views have no more tokens and no longer side: attention is quadratic.
 _MAX_TOKENS = 1600
@@ -113,6 +119,11 @@ def evaluate(make_encoder: MakeEncoder, setting: Setting, config: DetectionConfi
         val_fingerprint=val.fingerprint,
         num_train=len(train_indices),
         num_val=len(val_indices),
+        evidence=by_bootstrap(
+            resampled_ap(truths, found, train.class_names, max_detections=config.max_detections),
+            val.fingerprint,
+            len(val_indices),
+        ),
         notes=(
             *_missing(by_box, val),
             *_unscored_masks(config, val),

@@ -25,6 +25,7 @@ from mimray.trainers.evaluation.probes.classification import (
 )
 from mimray.trainers.evaluation.score import Setting
 from mimray.trainers.evaluation.splits import Splits
+from mimray.trainers.evaluation.uncertainty import Evidence, of_accuracy
 from mimray.trainers.methods.finetune import Finetune
 from mimray.trainers.models.normalise import normalise
 from mimray.trainers.pictures import panel_sheet, png
@@ -43,6 +44,7 @@ class Classified:
         accuracy: share of the pictures whose likeliest class is theirs.
         metrics: every figure, ready for JSON.
         num_pictures: number of pictures classified.
+        evidence: right or wrong by picture.
         notes: pictures left out, for people.
         sheet: a PNG of some pictures, with their class and the likeliest one.
     """
@@ -50,6 +52,7 @@ class Classified:
     accuracy: float
     metrics: dict[str, Any]
     num_pictures: int
+    evidence: Evidence
     notes: tuple[str, ...]
     sheet: bytes
 
@@ -114,6 +117,7 @@ def classify(method: Finetune, splits: Splits, setting: Setting, *, batch_size: 
         accuracy,
         metrics,
         len(labels),
+        of_accuracy(predicted == labels, source.facts.fingerprint, np.array(seen)),
         (*notes, *missing_classes(per_class)),
         _sheet(views, np.array(seen), names, labels, predicted),
     )

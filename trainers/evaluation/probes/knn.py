@@ -24,6 +24,7 @@ from mimray.trainers.evaluation.probes.classification import (
     per_class_accuracy,
 )
 from mimray.trainers.evaluation.score import Score, Setting
+from mimray.trainers.evaluation.uncertainty import of_accuracy
 from mimray.trainers.pictures import panel_sheet, png
 from mimray.trainers.types import Panel
 
@@ -94,6 +95,9 @@ def evaluate(ref: EncoderRef, setting: Setting, config: KnnConfig) -> Score:
         val_fingerprint=found.splits.val.facts.fingerprint,
         num_train=score.num_train,
         num_val=score.num_val,
+        evidence=of_accuracy(
+            score.predicted == val.y, found.splits.val.facts.fingerprint, val.index
+        ),
         notes=(*missing_classes(per_class), *found.notes),
         hold_out=found.splits.hold_out,
         pictures={"knn.png": _sheet(found, score.predicted)},

@@ -27,6 +27,7 @@ from mimray.trainers.evaluation.probes.classification import (
 from mimray.trainers.evaluation.probes.lars import train_lars
 from mimray.trainers.evaluation.probes.linear_classifiers import LinearClassifier, logistic, ridge
 from mimray.trainers.evaluation.score import Score, Setting
+from mimray.trainers.evaluation.uncertainty import of_accuracy
 
 Solver = Callable[[np.ndarray, np.ndarray, Sequence[float], str], list[LinearClassifier]]
 """From x, y, candidates and a phase to one head a candidate."""
@@ -108,6 +109,7 @@ def evaluate(ref: EncoderRef, setting: Setting, config: LinearConfig) -> Score:
         val_fingerprint=found.splits.val.facts.fingerprint,
         num_train=len(train.y),
         num_val=len(val.y),
+        evidence=of_accuracy(predicted == val.y, found.splits.val.facts.fingerprint, val.index),
         notes=(
             *missing_classes(per_class),
             *_advice(key, candidates, best, head),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +14,7 @@ from mimray.trainers.evaluation.features.encoders import EncoderRef
 from mimray.trainers.evaluation.features.pooled import pooled_features
 from mimray.trainers.evaluation.score import Score, Setting
 from mimray.trainers.evaluation.splits import pictures_to_score
+from mimray.trainers.evaluation.uncertainty import by_jackknife
 
 EPSILON = 1e-7
 PROXY = (
@@ -66,11 +68,31 @@ def evaluate(ref: EncoderRef, setting: Setting, config: RankMeConfig) -> Score:
         val_fingerprint=source.facts.fingerprint,
         num_train=0,
         num_val=num_pictures,
+        evidence=by_jackknife(rank_without(found.x), source.facts.fingerprint, found.index),
         notes=tuple(notes),
         pictures={
             "rankme.png": spectrum_chart(values, f"RankMe {rank:.1f} of width {width}"),
         },
     )
+
+
+def rank_without(x: np.ndarray) -> Callable[[np.ndarray], float]:
+    """A function of the pictures left out, bool [N], to the effective rank of the others.
+
+    By the eigenvalues of the smaller Gram matrix, which is made once.
+
+    Args:
+        x: float [N, D], a picture a row; not centred.
+    """
+    z = x.astype(np.float64)
+    wide = len(z) < z.shape[1]
+    gram = z @ z.T if wide else z.T @ z
+
+    def rank(left_out: np.ndarray) -> float:
+        rest = gram[~left_out][:, ~left_out] if wide else gram - z[left_out].T @ z[left_out]
+        return effective_rank(np.sqrt(np.linalg.eigvalsh(rest).clip(0))[::-1])
+
+    return rank
 
 
 def singular_values(x: np.ndarray) -> np.ndarray:

@@ -7,6 +7,47 @@ from typing import Any
 
 import numpy as np
 
+from mimray.trainers.evaluation.confusion import confusion_matrix
+
+
+class PixelCounts:
+    """Pixels counted picture by picture, as far as a resample of the pictures needs them.
+
+    Args:
+        num_classes: number of classes, K.
+
+    Attributes:
+        confusion: int64 [K, K] over all pictures, labels by predictions.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        self.confusion = np.zeros((num_classes, num_classes), np.int64)
+        # Of each picture: hits, labelled and predicted pixels by class, all that an IoU takes.
+        self._counts: list[np.ndarray] = []
+
+    def add(self, mask: np.ndarray, predicted: np.ndarray, ignore_index: int) -> None:
+        """Count a picture.
+
+        Args:
+            mask: int64 [H, W], labels.
+            predicted: int64 [H, W], classes.
+            ignore_index: the label of void pixels.
+        """
+        found = confusion_matrix(mask, predicted, len(self.confusion), ignore_index)
+        self.confusion += found
+        self._counts.append(np.stack([found.diagonal(), found.sum(axis=1), found.sum(axis=0)]))
+
+    def miou(self, counts: np.ndarray) -> float | None:
+        """`mIoU` of `scores` where each picture counts so many times; None without any pixel.
+
+        Args:
+            counts: int64 [N], one for each picture in the order added.
+        """
+        hits, labelled, predicted = np.tensordot(counts, np.stack(self._counts), axes=1)  # K
+        union = labelled + predicted - hits
+        somewhere = union > 0
+        return float((hits[somewhere] / union[somewhere]).mean()) if somewhere.any() else None
+
 
 def scores(confusion: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
     """IoU and accuracy over a whole validation set, in [0, 1].

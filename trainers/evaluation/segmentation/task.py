@@ -16,15 +16,15 @@ from mimray.trainers.data.geometry import Size
 from mimray.trainers.data.hold_out import hold_out_note
 from mimray.trainers.evaluation.annotations.base import InvalidLabels, SegmentationSet
 from mimray.trainers.evaluation.annotations.segmentation import open_segmentation_splits
-from mimray.trainers.evaluation.confusion import confusion_matrix
 from mimray.trainers.evaluation.features.encoders import MakeEncoder, check_input
 from mimray.trainers.evaluation.heads.train_head import train_head
 from mimray.trainers.evaluation.heads.views import fitting_size, tensor_of
 from mimray.trainers.evaluation.score import Score, Setting
 from mimray.trainers.evaluation.segmentation.inference import learning_view
-from mimray.trainers.evaluation.segmentation.metrics import scores
+from mimray.trainers.evaluation.segmentation.metrics import PixelCounts, scores
 from mimray.trainers.evaluation.segmentation.pictures import Shown, class_chart, sheet
 from mimray.trainers.evaluation.segmentation.segmenter import Segmenter, build_segmenter
+from mimray.trainers.evaluation.uncertainty import by_bootstrap
 
 # Attention is quadratic in the tokens: by default no more than these, and no longer side.
 _MAX_TOKENS = 1024
@@ -58,7 +58,8 @@ def evaluate(make_encoder: MakeEncoder, setting: Setting, config: SegmentationCo
         encoder, config, train.class_names, input_size, device=setting.device, seed=setting.seed
     )
     rows = _train(model, train, config, setting)
-    confusion, shown = _score(model, val, config, setting)
+    by_picture, shown = _score(model, val, config, setting)
+    confusion = by_picture.confusion
     metrics = scores(confusion, train.class_names)
     return Score(
         metric="mIoU",
@@ -76,6 +77,7 @@ def evaluate(make_encoder: MakeEncoder, setting: Setting, config: SegmentationCo
         val_fingerprint=val.fingerprint,
         num_train=len(train),
         num_val=len(val),
+        evidence=by_bootstrap(by_picture.miou, val.fingerprint, len(val)),
         notes=(
             *_missing(confusion, train, val),
             *([hold_out_note(len(val), len(train) + len(val), hold_out)] if hold_out else ()),
@@ -177,10 +179,9 @@ def _train(
 
 def _score(
     model: Segmenter, val: SegmentationSet, config: SegmentationConfig, setting: Setting
-) -> tuple[np.ndarray, list[Shown]]:
-    """The confusion matrix of all pixels, and a few pictures spread over the set."""
-    num_classes = len(model.class_names)
-    confusion = np.zeros((num_classes, num_classes), np.int64)
+) -> tuple[PixelCounts, list[Shown]]:
+    """The pixels counted by picture, and a few pictures spread over the set."""
+    by_picture = PixelCounts(len(model.class_names))
     to_show = set(np.linspace(0, len(val) - 1, min(_NUM_SHOWN, len(val))).astype(int).tolist())
     shown = []
     for start in range(0, len(val), config.batch_size):
@@ -188,12 +189,12 @@ def _score(
         examples = [val[index] for index in indices]
         found = model([image for image, _ in examples], config.batch_size)
         for index, (image, mask), classes in zip(indices, examples, found, strict=True):
-            confusion += confusion_matrix(mask, classes, num_classes, val.ignore_index)
+            by_picture.add(mask, classes, val.ignore_index)
             if index in to_show:
                 void = mask == val.ignore_index
                 shown.append(Shown(np.asarray(image), mask, void, classes))
         setting.progress("scoring", indices.stop, len(val))
-    return confusion, shown
+    return by_picture, shown
 
 
 def _missing(
