@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mimray.trainers.config.names import check_name
 from mimray.trainers.config.run import Plan, Recipe, differences, parse_plan, resolve
+from mimray.trainers.data.account import Account
 from mimray.trainers.data.selection import open_training, with_classes
 from mimray.trainers.errors import DataError, MimrayError, ResourceError, RunConflictError
 from mimray.trainers.methods.needs import check_outside, keep_needs, with_needs
@@ -75,10 +76,14 @@ class WorkerResources:
     cpus: float
 
 
-def prepare(job: Job) -> Plan:
+def prepare(job: Job, account: Account | None = None) -> Plan:
     """Resolve a job into its plan and check that against the run's directory.
 
     Needs no cluster and writes nothing.
+
+    Args:
+        job: the job.
+        account: takes the count of what is passed over or merged in finding the data.
 
     Raises:
         ConfigError: the recipe does not fit the data, the workers or a bundle it needs; or the
@@ -107,6 +112,8 @@ def prepare(job: Job) -> Plan:
             source.reads_per_epoch,
             -(-source.num_bytes >> 20),
         )
+    if account is not None:
+        account.merge(source.account)
     recipe = with_classes(recipe, source)
     plan = resolve(recipe, source.facts, recipe.resources.num_workers)
     if job.fresh or not job.run.exists("plan.json"):

@@ -2,12 +2,41 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 
 import click
 
 from mimray.service.cli.options import image_size, json_option, label_option, print_result
+
+
+def _value_range(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> tuple[float, float] | None:
+    if value is None:
+        return None
+    try:
+        low, high = map(float, value.split(":"))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not LOW:HIGH, e.g. 0:4095") from None
+    if not -math.inf < low < high < math.inf:
+        raise click.BadParameter(f"{value!r}: LOW must be less than HIGH")
+    return low, high
+
+
+def _bands(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    bands = value.split(",")
+    if len(bands) not in (1, 3) or not all(band.strip().isdecimal() for band in bands):
+        raise click.BadParameter(f"{value!r} is not three numbers, e.g. 4,3,2, or one")
+    numbers = tuple(map(int, bands))
+    if 0 in numbers:
+        raise click.BadParameter(f"{value!r}: bands are numbered from 1")
+    return numbers
 
 
 @click.group()
@@ -22,6 +51,28 @@ def data() -> None:
 @click.option("--shard-mib", default=64, show_default=True, type=click.IntRange(min=1))
 @click.option("--max-rejected", default=0.01, show_default=True, type=click.FloatRange(0, 1))
 @click.option("--overwrite", is_flag=True, help="Replace OUT.")
+@click.option("--split", metavar="NAME", default=None, help="This split alone; all by default.")
+@click.option(
+    "--range",
+    "value_range",
+    metavar="LOW:HIGH",
+    callback=_value_range,
+    help="Values that become black and white in gray of more than 8 bits and in --bands, e.g. "
+    "0:4095 for 12 bits.",
+)
+@click.option(
+    "--bands",
+    metavar="R,G,B",
+    callback=_bands,
+    help="Bands of TIFFs, from 1, as red, green and blue; or one, as gray.",
+)
+@click.option(
+    "--pages",
+    type=click.Choice(("first", "all")),
+    default="first",
+    show_default=True,
+    help="Pages of a TIFF that are taken.",
+)
 @label_option
 @json_option
 def data_ingest(
@@ -31,16 +82,22 @@ def data_ingest(
     shard_mib: int,
     max_rejected: float,
     overwrite: bool,
+    split: str | None,
+    value_range: tuple[float, float] | None,
+    bands: tuple[int, ...] | None,
+    pages: str,
     label: str | None,
     as_json: bool,
 ) -> None:
     """Verify pictures and write them as Parquet.
 
-    SRC is a folder (class folders give labels), Parquet, or a text file of URIs.
+    SRC is a folder (class folders give labels), Parquet, or a text file of URIs. Splits (train,
+    val, test) are written to a folder each.
 
     Example: mimray data ingest pictures dataset --short-side 256
     """
     from mimray.service.commands.data import run_ingest
+    from mimray.trainers.data.decode import Reading
 
     result = run_ingest(
         src,
@@ -49,6 +106,9 @@ def data_ingest(
         shard_mib=shard_mib,
         max_rejected=max_rejected,
         overwrite=overwrite,
+        split=split,
+        reading=Reading(value_range, bands),
+        every_page=pages == "all",
         label=label,
     )
     print_result(result, as_json)

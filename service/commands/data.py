@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,27 +34,34 @@ def run_ingest(src: str, out: str, **options: Any) -> dict[str, Any]:
     with connected(), Progress() as progress:
         shown = show_count(progress, "ingesting", "pictures")
         report = ingest(src, out, progress=shown, **options)
-    manifest = report.manifest
-    say(
-        f"{report.out}: {manifest.num_samples} pictures"
-        + (f" of {len(manifest.class_names)} classes" if manifest.class_names else "")
-        + f" in {len(manifest.shards)} shards, {manifest.image_bytes / 2**20:.1f} MiB, "
-        f"{manifest.num_reencoded} re-encoded, {report.num_rejected} rejected, "
-        f"{duration(time.monotonic() - began)}"
-    )
-    if report.num_rejected:
-        counts = ", ".join(f"{n} {reason}" for reason, n in manifest.rejected.items())
-        say(f"rejected: {counts}; listed in {report.out}/rejected.jsonl")
+    manifests = report.manifests
+    for name, manifest in manifests.items():
+        say(
+            f"{report.out}{'/' if name else ''}{name}: {manifest.num_samples} pictures"
+            + (f" of {len(manifest.class_names)} classes" if manifest.class_names else "")
+            + f" in {len(manifest.shards)} shards, {manifest.image_bytes / 2**20:.1f} MiB, "
+            f"{manifest.num_reencoded} re-encoded, {sum(manifest.rejected.values())} rejected, "
+            f"{duration(time.monotonic() - began)}"
+        )
+        if manifest.rejected:
+            counts = ", ".join(f"{n} {reason}" for reason, n in manifest.rejected.items())
+            listed = "/".join(filter(None, (report.out, name, "rejected.jsonl")))
+            say(f"rejected: {counts}; listed in {listed}")
     for note in report.label_notes:
         say(f"labels: {note}")
+    for line in report.account.lines():
+        say(line)
+    first = next(iter(manifests.values()))
     return {
         "out": report.out,
-        "num_samples": manifest.num_samples,
-        "class_names": list(manifest.class_names),
-        "fingerprint": manifest.fingerprint,
+        "num_samples": sum(manifest.num_samples for manifest in manifests.values()),
+        "splits": {name: m.num_samples for name, m in manifests.items() if name},
+        "class_names": list(first.class_names),
+        "fingerprint": first.fingerprint,
         "num_rejected": report.num_rejected,
-        "rejected": manifest.rejected,
+        "rejected": dict(sum((Counter(m.rejected) for m in manifests.values()), Counter())),
         "label_notes": list(report.label_notes),
+        "account": report.account.to_json(),
     }
 
 
@@ -73,7 +81,11 @@ def run_inspect(uri: str, sheet: Path | None, label: str | None = None) -> dict[
     """
     from mimray.trainers.data.inspect import inspect
 
-    return asdict(inspect(uri, contact_sheet=sheet, label=label))
+    found = inspect(uri, contact_sheet=sheet, label=label)
+    accounts = {"account": found.account, "looked_at": found.looked_at}
+    return asdict(replace(found, **dict.fromkeys(accounts, ()))) | {
+        name: account.to_json() for name, account in accounts.items()
+    }
 
 
 def inspection_text(found: Mapping[str, Any], sheet: Path | None = None) -> str:
@@ -95,7 +107,8 @@ def inspection_text(found: Mapping[str, Any], sheet: Path | None = None) -> str:
                 f"({found['num_measured']} measured)"
             )
     if found["num_broken"]:
-        lines.append(f"broken   {found['num_broken']} of the pictures looked at")
+        counts = ", ".join(f"{n} {reason}" for reason, n in found["broken"].items())
+        lines.append(f"broken   {found['num_broken']} of the pictures looked at: {counts}")
     if len(found["splits"]) > 1:
         lines.append(f"splits   {', '.join(found['splits'])}")
     if found["label_counts"] is None:
@@ -113,4 +126,7 @@ def inspection_text(found: Mapping[str, Any], sheet: Path | None = None) -> str:
         )
     if sheet is not None:
         lines.append(f"sheet    {sheet}")
+    lines += [entry["message"] for entry in found["account"]]
+    looked_at = f"of {found['num_measured']} looked at: "
+    lines += [looked_at + entry["message"] for entry in found["looked_at"]]
     return "\n".join(lines)

@@ -50,15 +50,19 @@ def run_pretrain(
 
     checked = load_recipe(recipe, overrides, steps)
 
+    from mimray.trainers.data.account import Account
     from mimray.trainers.launch import Job, finished, prepare, pretrain
 
     job = Job(checked, data, name, storage, fresh, command)
-    plan = prepare(job)
+    account = Account()
+    plan = prepare(job, account)
     say(
         f"{job.run}: {recipe}, {plan.data.num_samples} pictures, {plan.steps} steps "
         f"({plan.steps / plan.steps_per_epoch:.2f} epochs), peak lr {plan.lr:.3g}"
     )
     say(plan.batch_arithmetic)
+    for line in account.short_lines():
+        say(f"{data}: {line}")
     for warning in advice(plan):
         warn(warning)
     if "/_ray_pkg_" in job.run.uri:  # where `ray job submit --working-dir` unpacks

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from mimray.trainers.data.decode import decode, resized_short_side
+from mimray.trainers.data.decode import AS_STORED, Note, Reading, decode, resized_short_side
 
 # Visually lossless at a third of PNG's size; full-resolution colour, because the picture has
 # just been made small and 4:2:0 would halve its colours again.
@@ -25,15 +25,19 @@ class StoredPicture(NamedTuple):
         width: columns in pixels.
         height: rows in pixels.
         reencoded: True if `data` differs from what came in.
+        notes: conversions that lost something.
     """
 
     data: bytes
     width: int
     height: int
     reencoded: bool
+    notes: tuple[Note, ...] = ()
 
 
-def canonicalise(data: bytes, short_side_px: int | None) -> StoredPicture:
+def canonicalise(
+    data: bytes, short_side_px: int | None, reading: Reading = AS_STORED
+) -> StoredPicture:
     """Verify a picture by decoding all of it, and re-encode it only if it must change.
 
     An upright 8-bit RGB or gray JPEG or PNG whose short side is within the bound keeps its
@@ -45,23 +49,25 @@ def canonicalise(data: bytes, short_side_px: int | None) -> StoredPicture:
     Args:
         data: the encoded picture.
         short_side_px: bound of the short side; None for no bound.
+        reading: what to take of pictures that hold more than 8-bit RGB.
 
     Raises:
         ImageError: when the picture cannot be used.
     """
     # Large JPEGs decode faster at a scale that is enough for the final resampling.
     draft_size = None if short_side_px is None else (short_side_px, short_side_px)
-    image, header = decode(data, draft_size=draft_size)
+    image, header = decode(data, draft_size=draft_size, reading=reading)
     fits = short_side_px is None or min(header.width, header.height) <= short_side_px
     if header.plain and fits:
-        return StoredPicture(data, header.width, header.height, reencoded=False)
+        return StoredPicture(data, header.width, header.height, False, header.notes)
     if not fits:
         assert short_side_px is not None
         image = resized_short_side(image, short_side_px)
-    if header.mode in ("1", "L", "LA") or header.mode.startswith("I"):
+    if header.mode in ("1", "L", "LA", "F") or header.mode.startswith("I"):
         image = image.convert("L")
     lossless = fits and header.format in _LOSSLESS
-    return StoredPicture(_encode(image, lossless), image.width, image.height, reencoded=True)
+    data = _encode(image, lossless)
+    return StoredPicture(data, image.width, image.height, True, header.notes)
 
 
 def _encode(image: Image.Image, lossless: bool) -> bytes:

@@ -6,12 +6,14 @@ Every picture of the project, whether ingested, trained on or served, goes throu
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from mimray.trainers.data import foreign, png, tiff
 from mimray.trainers.errors import ImageError
 
 # Pillow warns above this many pixels; taking the same number means that no accepted picture
@@ -45,7 +47,41 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-_MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*")
+_MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", *tiff.MAGIC)
+
+# Under this share of its range, a picture is nearly of one gray.
+_DARK_SHARE = 1 / 16
+
+# What Pillow says of formats it was not built for.
+_UNSUPPORTED = re.compile(r"unsupported|not available|not supported|unknown compression", re.I)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A choice of what to take from pictures that hold more than 8-bit RGB.
+
+    Attributes:
+        value_range: the values that become black and white in gray of more than 8 bits, and in
+            `bands`; None takes the whole range of 16 bits, or the bits that the file calls
+            significant.
+        bands: numbers, from 1, of the bands of a TIFF that become red, green and blue, or the one
+            that becomes gray; None reads TIFFs as RGB or gray.
+        page: index of the page of a TIFF.
+    """
+
+    value_range: tuple[float, float] | None = None
+    bands: tuple[int, ...] | None = None
+    page: int = 0
+
+
+AS_STORED = Reading()
+
+
+class Note(NamedTuple):
+    """A conversion of pixels that loses something: a reason and kind of `Account`."""
+
+    reason: str
+    kind: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,6 +95,7 @@ class Header:
         height: rows of the upright picture, in pixels.
         orientation: the EXIF orientation, 1 to 8; 1 is upright.
         plain: one upright frame of 8-bit RGB or gray pixels, which decodes to what is stored.
+        notes: conversions that lost something.
     """
 
     format: str
@@ -67,6 +104,7 @@ class Header:
     height: int
     orientation: int
     plain: bool
+    notes: tuple[Note, ...] = ()
 
 
 class Decoded(NamedTuple):
@@ -83,12 +121,13 @@ def decode(
     min_side_px: int = MIN_SIDE_PX,
     max_frames: int | None = None,
     draft_size: tuple[int, int] | None = None,
+    reading: Reading = AS_STORED,
 ) -> Decoded:
     """Decode a whole picture to upright 8-bit RGB.
 
     Palettes, CMYK (by the plain formula, without its colour profile), alpha (on white), one
-    bit and 16 bits a pixel (the full 16-bit range onto 8 bits) are converted; of an animation
-    the first frame is taken.
+    bit and 16 bits a pixel (the full 16-bit range onto 8 bits, unless `reading` or the file says
+    otherwise) are converted; of an animation the first frame is taken.
 
     Args:
         data: the encoded picture.
@@ -98,14 +137,17 @@ def decode(
         draft_size: (width, height) of the upright picture that is enough for the caller; a
             JPEG is then decoded at 1/2, 1/4 or 1/8 where that still covers it twice along each
             side. Others ignore it.
+        reading: what to take of pictures that hold more than that.
 
     Returns:
         The picture, mode RGB, and its header (whose size is the stored one, not the draft's).
 
     Raises:
         ImageError: with reason `empty`, `not_an_image`, `too_large`, `too_small`, `truncated`,
-            `too_many_frames`, `broken` or `unsupported_mode`.
+            `too_many_frames`, `broken`, `unsupported_format` or `unsupported_mode`.
     """
+    if reading.bands is not None and tiff.is_tiff(data):
+        return _decode_bands(data, reading, max_pixels, min_side_px)
     image = _open(data)
     try:
         _check_size(image, max_pixels, min_side_px)
@@ -114,6 +156,10 @@ def decode(
             raise ImageError(
                 "too_many_frames", f"{frames} frames are more than the allowed {max_frames}"
             )
+        if reading.page:
+            image.seek(reading.page)
+            _check_size(image, max_pixels, min_side_px)
+        lost = _lost_bands(image)
         stored_size, mode, layout = image.size, image.mode, raw_mode(image)
         if draft_size is not None and image.format in DRAFTED:
             width, height = draft_size[::-1] if _orientation(image) >= 5 else draft_size
@@ -121,7 +167,10 @@ def decode(
         image.load()
         # Only now: a PNG may carry its EXIF behind the pixels, and TIFFs turn while loading.
         orientation = _orientation(image)
-        pixels = _to_rgb(image)
+        pixels, notes = _to_rgb(image, layout, _value_range(data, image, layout, reading))
+        if reading.value_range is not None and "16" in layout and mode.startswith("RGB"):
+            notes.append(Note("range_unused", str(image.format)))
+        notes += lost
         if orientation != 1:
             pixels = pixels.transpose(_UPRIGHT[orientation])
     except (ImageError, MemoryError):
@@ -137,7 +186,7 @@ def decode(
         and not image.has_transparency_data
         and not getattr(image, "is_animated", False)
     )
-    header = Header(str(image.format), mode, width, height, orientation, plain)
+    header = Header(str(image.format), mode, width, height, orientation, plain, tuple(notes))
     return Decoded(pixels, header)
 
 
@@ -165,6 +214,16 @@ def draft_scale(size: tuple[int, int], draft_size: tuple[int, int]) -> int:
         side // (DRAFT_MARGIN * enough) for side, enough in zip(size, draft_size, strict=True)
     )
     return next((scale for scale in (8, 4, 2) if times >= scale), 1)
+
+
+def count_frames(data: bytes) -> int:
+    """Frames of an animation, or pictures of a camera's JPEG; 1 where the header cannot be read."""
+    try:
+        return int(getattr(_open(data), "n_frames", 1))
+    except MemoryError:
+        raise
+    except Exception:  # What is damaged is told by decoding it.
+        return 1
 
 
 def read_size(data: bytes) -> tuple[int, int]:
@@ -207,10 +266,11 @@ def _open(data: bytes) -> Image.Image:
     if not data:
         raise ImageError("empty", "the file is empty")
     try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
+        return Image.open(io.BytesIO(png.without_metadata(data)), formats=FORMATS)
     except MemoryError:
         raise
     except UnidentifiedImageError as error:
+        _refuse_unsupported(data, error)
         if data.startswith(_MAGIC):
             raise ImageError("broken", "the header of the picture cannot be read") from error
         raise ImageError("not_an_image", "not a picture of a known format") from error
@@ -218,8 +278,74 @@ def _open(data: bytes) -> Image.Image:
         raise _as_image_error(error) from error
 
 
+def _refuse_unsupported(data: bytes, error: Exception) -> None:
+    """Raise where a file is whole and only of a kind that is not read."""
+    if (name := foreign.foreign_format(data)) is not None:
+        raise ImageError(
+            "unsupported_format", f"{name} is not read", hint="convert it to JPEG, PNG or TIFF"
+        ) from error
+    pages = tiff.read_pages(data, limit=1)
+    if pages and pages[0].is_whole(len(data)):
+        raise _other_bands(pages[0]) from error
+    if (mode := foreign.unsupported_jpeg(data)) is not None:
+        raise ImageError("unsupported_mode", mode, hint="convert it to 8 bits first") from error
+
+
+def _lost_bands(image: Image.Image) -> list[Note]:
+    """Note the bands that Pillow leaves out beside RGB; refuse to take one of many for gray."""
+    if image.format != "TIFF":
+        return []
+    tags = tiff.Tags.of(image.tag_v2)  # type: ignore[attr-defined]
+    num_lost = tags.num_bands - len(image.getbands())
+    if num_lost <= 0 or image.mode == "P":
+        return []
+    if image.mode not in ("RGB", "RGBA"):
+        raise _other_bands(tags)
+    return [Note("bands_left_out", f"of {tags.num_bands} bands")]
+
+
+def _other_bands(tags: tiff.Tags) -> ImageError:
+    return ImageError(
+        "unsupported_mode",
+        f"{tags.says()}; three of 8 or 16 bits can be read",
+        hint="`mimray data ingest --bands R,G,B` takes the bands of these numbers",
+    )
+
+
+def _decode_bands(data: bytes, reading: Reading, max_pixels: int, min_side_px: int) -> Decoded:
+    assert reading.bands is not None
+    pages = tiff.read_pages(data, limit=reading.page + 1)
+    if len(pages) <= reading.page or not pages[reading.page].is_whole(len(data)):
+        raise ImageError("broken", "the tags of the TIFF, or what they point to, are cut off")
+    tags = pages[reading.page]
+    _check_sides(tags.size, max_pixels, min_side_px)
+    try:
+        values = tiff.read_bands(data, tags, reading.bands)
+    except (ImageError, MemoryError):
+        raise
+    except Exception as error:
+        raise _as_image_error(error) from error
+    bits, notes = max(tags.bits), list[Note]()
+    if bits > 8:
+        low, high = reading.value_range or (0, 2 ** min(bits, 16) - 1)
+        values, notes = _to_8_bits(values, low, high)
+    gray = values.shape[2] == 1
+    image = Image.fromarray(np.ascontiguousarray(values[..., 0] if gray else values))
+    orientation = tags.orientation if tags.orientation in _UPRIGHT else 1
+    if orientation != 1:
+        image = image.transpose(_UPRIGHT[orientation])
+    header = Header(
+        "TIFF", "L" if gray else "RGB", *image.size, orientation, plain=False, notes=tuple(notes)
+    )
+    return Decoded(image.convert("RGB"), header)
+
+
 def _check_size(image: Image.Image, max_pixels: int, min_side_px: int) -> None:
-    width, height = image.size
+    _check_sides(image.size, max_pixels, min_side_px)
+
+
+def _check_sides(size: tuple[int, int], max_pixels: int, min_side_px: int) -> None:
+    width, height = size
     if width * height > max_pixels:
         raise ImageError(
             "too_large", f"{width} x {height} pixels are more than the allowed {max_pixels}"
@@ -236,6 +362,8 @@ def _as_image_error(error: Exception) -> ImageError:
     message = str(error) or type(error).__name__
     if isinstance(error, EOFError) or "truncated" in message.lower():
         return ImageError("truncated", f"the file ends too early: {message}")
+    if _UNSUPPORTED.search(message):
+        return ImageError("unsupported_mode", f"not of a kind that is read: {message}")
     return ImageError("broken", f"the picture cannot be decoded: {message}")
 
 
@@ -258,29 +386,84 @@ def raw_mode(image: Image.Image) -> str:
     return str(arguments[0] if isinstance(arguments, tuple) else arguments)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        return _from_16_bit(image).convert("RGB")
+def _value_range(
+    data: bytes, image: Image.Image, layout: str, reading: Reading
+) -> tuple[float, float] | None:
+    """The values of gray that become black and white; None for the whole range of 16 bits."""
+    if reading.value_range is not None:
+        return reading.value_range
+    if layout == "I;12":
+        return 0, 0xFFF
+    bits = png.significant_bits(data) if layout.startswith("I;16") else None
+    if bits is None or not 8 <= bits < 16:
+        return None
+    # By the standard, samples are scaled to 16 bits and `sBIT` says what they were before. Many
+    # writers do not scale; then no sample has more bits than that.
+    values = np.asarray(image)
+    scaled = values.max() >= 2**bits or not (values % 2 ** (16 - bits)).any()
+    return None if scaled else (0, 2**bits - 1)
+
+
+def _to_rgb(
+    image: Image.Image, layout: str, value_range: tuple[float, float] | None
+) -> tuple[Image.Image, list[Note]]:
+    if image.mode.startswith("I") or (image.mode == "F" and value_range is not None):
+        return _from_deep_gray(image, value_range, layout)
     if image.mode in ("F", "LAB"):
         raise ImageError(
             "unsupported_mode",
             f"pixels of mode {image.mode} have no agreed way to 8-bit RGB",
-            hint="convert them to 8 or 16 bits a channel first",
+            hint="convert them to 8 or 16 bits a channel first"
+            + (", or give `data ingest --range LOW:HIGH`" if image.mode == "F" else ""),
         )
+    notes = [Note("cmyk")] if image.mode == "CMYK" else []
+    if "16" in layout:
+        notes.append(Note("to_8_bits", "16 bits, colour"))
+        colours = image.convert("RGB").getextrema()
+        if max(high for _, high in colours) < 256 * _DARK_SHARE:  # type: ignore[misc]
+            notes.append(Note("dark", "colour"))
     if image.has_transparency_data:
         opaque = image.convert("RGBA")
+        if opaque.getextrema()[3] != (255, 255):
+            notes.append(Note("on_white"))
         canvas = Image.new("RGBA", opaque.size, (*BACKGROUND, 255))
-        return Image.alpha_composite(canvas, opaque).convert("RGB")
-    return image.convert("RGB")
+        return Image.alpha_composite(canvas, opaque).convert("RGB"), notes
+    return image.convert("RGB"), notes
 
 
-def _from_16_bit(image: Image.Image) -> Image.Image:
-    """Map 0..65535 onto 0..255; `convert` would clip everything above 255 to white."""
+def _from_deep_gray(
+    image: Image.Image, value_range: tuple[float, float] | None, layout: str
+) -> tuple[Image.Image, list[Note]]:
+    """Map gray of more than 8 bits onto 0..255; `convert` would clip values above 255 to white."""
     values = np.asarray(image)
-    if values.min() < 0 or values.max() > 0xFFFF:
+    if value_range is None and (values.min() < 0 or values.max() > 0xFFFF):
         raise ImageError(
             "unsupported_mode",
             "32-bit integer pixels have no agreed way to 8-bit RGB",
-            hint="convert them to 8 or 16 bits a channel first",
+            hint="convert them to 8 or 16 bits a channel first, or give `data ingest --range "
+            "LOW:HIGH`",
         )
-    return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
+    low, high = value_range or (0, 0xFFFF)
+    pixels, notes = _to_8_bits(values, low, high)
+    return Image.fromarray(pixels).convert("RGB"), notes
+
+
+def _to_8_bits(values: np.ndarray, low: float, high: float) -> tuple[np.ndarray, list[Note]]:
+    """Map low..high onto 0..255, rounded; what lies outside becomes black or white."""
+    first, last = float(values.min()), float(values.max())
+    if not (np.isfinite(first) and np.isfinite(last)):
+        raise ImageError("unsupported_mode", "some pixels are not finite numbers")
+    notes = [Note("to_8_bits", f"{low:g} to {high:g}")]
+    if first < low or last > high:
+        notes.append(Note("clipped"))
+    if last - first < (high - low) * _DARK_SHARE:
+        notes.append(Note("dark", _span(first, last)))
+    scaled = (np.clip(values, low, high).astype(np.float64) - low) * (255 / (high - low))
+    return np.floor(scaled + 0.5).astype(np.uint8), notes
+
+
+def _span(first: float, last: float) -> str:
+    """The range of some bits that holds all values, so that pictures alike count as one kind."""
+    if first >= 0:
+        return f"values 0:{2 ** int(last).bit_length() - 1}"
+    return "values below 0"

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import posixpath
-import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
+from mimray.trainers.data.account import Account
+from mimray.trainers.data.configurations import CARD_NAME, count_merged, refuse_several
 from mimray.trainers.data.files import (
-    SPLITS,
     FoundFile,
     is_file,
     is_parquet,
     is_picture,
+    is_unreadable_picture,
     join,
     list_files,
     parent,
+    suffix,
 )
+from mimray.trainers.data.manifest import MANIFEST_NAME, REJECTED_NAME, SPLITS_NAME
+from mimray.trainers.data.splits import split_of_shard, split_role
 from mimray.trainers.errors import DataError, EmptyDatasetError
 
+# Beside pictures: tables that may hold their labels, and those that are read for them.
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
-_SPLIT_IN_NAME = re.compile(r"(.+?)-\d{5}-of-\d{5}.*")
+TABLE_NAMES = ("metadata.csv", "metadata.jsonl")
 
 
 @dataclass(frozen=True)
@@ -34,14 +40,14 @@ class Contents:
         kind: `parquet` or `folder`.
         root: URI that the files' paths are relative to.
         files: the shards or pictures, sorted by path.
-        num_ignored: files passed over: beside Parquet the pictures, beside pictures the rest.
+        account: what was passed over or merged on the way.
         tables: tables beside the pictures, which may hold their labels.
     """
 
     kind: Literal["parquet", "folder"]
     root: str
     files: tuple[FoundFile, ...]
-    num_ignored: int
+    account: Account
     tables: tuple[FoundTable, ...] = ()
 
 
@@ -72,62 +78,167 @@ class FoundTable:
         return rest if top == self.split else None
 
 
-def discover(uri: str, split: str | None = None) -> Contents:
-    """Find the dataset at a URI.
+@dataclass(frozen=True)
+class Survey:
+    """Everything found at a URI, by split.
 
-    Parquet wins where a folder holds both. Splits are told by Hugging Face's file names
-    (`train-00000-of-00004.parquet`) or by folders called `train`, `val`, `test` and the like.
+    Attributes:
+        uri: the place.
+        kind: `parquet` or `folder`.
+        root: URI that the files' paths are relative to.
+        files: the shards or pictures of each split, sorted by path; None is the key of those
+            without one.
+        account: what was passed over or merged, other splits apart.
+        tables: paths of the tables beside the pictures.
+    """
+
+    uri: str
+    kind: Literal["parquet", "folder"]
+    root: str
+    files: Mapping[str | None, tuple[FoundFile, ...]]
+    account: Account
+    tables: tuple[str, ...] = ()
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits as they are found, sorted."""
+        return tuple(sorted(split for split in self.files if split is not None))
+
+    def choose(self, wanted: str | None) -> str | None:
+        """The split that is meant: `wanted`, or the one to train on.
+
+        Raises:
+            DataError: there is no such split, or several.
+        """
+        if wanted is not None:
+            role = split_role(wanted)
+            alike = [s for s in self.splits if role is not None and split_role(s) == role]
+            if wanted in self.splits or len(alike) == 1:
+                return wanted if wanted in self.splits else alike[0]
+            found = ", ".join(self.splits) or "none"
+            raise DataError(f"{self.uri} has no split {wanted!r}", hint=f"splits found: {found}")
+        if len(self.files) == 1:
+            return next(iter(self.files))
+        train = [split for split in self.splits if split_role(split) == "train"]
+        if len(train) == 1:
+            return train[0]
+        problem = (
+            f"several are to train on: {', '.join(train)}" if train else "none is called train"
+        )
+        raise DataError(
+            f"{self.uri} holds several splits and {problem}",
+            hint=f"name one of: {', '.join(self.splits)}",
+        )
+
+    def take(self, split: str | None) -> Contents:
+        """The files of one split, other splits being counted as passed over."""
+        account = Account()
+        account.merge(self.account)
+        for other, files in self.files.items():
+            if other != split:
+                account.add("other_split", other or "without a split", len(files))
+        return self._contents(split, account)
+
+    def take_all(self) -> dict[str, Contents]:
+        """The files of every split by its name, in lower case; those without one have no name.
+
+        The accounts of all together count everything once.
+
+        Raises:
+            DataError: names of splits differ in case alone.
+        """
+        account = Account()
+        account.merge(self.account)
+        if None in self.files and self.splits:
+            account.add("other_split", "without a split", len(self.files[None]))
+        names = sorted(self.splits, key=str.lower) or [None]
+        parts: dict[str, Contents] = {}
+        for name in names:
+            key = (name or "").lower()
+            if key in parts:
+                raise DataError(
+                    f"{self.uri} holds the split {key!r} twice, in capitals and not",
+                    hint="rename or remove one",
+                )
+            parts[key] = self._contents(name, Account() if parts else account)
+        return parts
+
+    def _contents(self, split: str | None, account: Account) -> Contents:
+        files = self.files[split]
+        if self.kind == "parquet":
+            count_merged([file.path for file in files], account)
+        top = files[0].path.partition("/")[0]
+        if split != top or not all(file.path.startswith(f"{top}/") for file in files):
+            return Contents(self.kind, self.root, files, account, self._tables(""))
+        inside = tuple(FoundFile(f.path.partition("/")[2], f.num_bytes) for f in files)
+        return Contents(self.kind, join(self.root, top), inside, account, self._tables(top))
+
+    def _tables(self, split: str) -> tuple[FoundTable, ...]:
+        return tuple(
+            FoundTable(join(self.root, path), posixpath.dirname(path), split)
+            for path in self.tables
+            if not split or "/" not in path or path.startswith(f"{split}/")
+        )
+
+
+def discover(uri: str, split: str | None = None) -> Contents:
+    """Find the dataset at a URI; see `survey`.
 
     Args:
         uri: URI of a Parquet file or a folder.
-        split: the split to take; None takes `train` where there are several.
+        split: the split to take, by its name or another of the same role (`val` for `Valid`);
+            None takes the one to train on where there are several.
 
     Raises:
         EmptyDatasetError: when there is neither Parquet nor a picture.
-        DataError: when nothing is there or there is no such split.
+        DataError: when nothing is there, there is no such split, or the choice is the user's.
     """
-    files, root = _list(uri)
-    parquet = tuple(f for f in files if is_parquet(f.path))
-    if parquet:
-        splits = [_split_of_shard(f.path) for f in parquet]
-        chosen = _choose(splits, split, uri)
-        kept = tuple(f for f, s in zip(parquet, splits, strict=True) if s == chosen)
-        return Contents("parquet", root, kept, sum(is_picture(f.path) for f in files))
-
-    pictures = tuple(f for f in files if is_picture(f.path))
-    if not pictures:
-        raise EmptyDatasetError(
-            f"{uri} holds no picture and no Parquet file",
-            hint="give a folder of pictures (.jpg, .png, ...), a folder of Parquet files, or one",
-        )
-    tables = [f.path for f in files if f.path.lower().endswith(TABLE_SUFFIXES)]
-    num_ignored = len(files) - len(pictures)
-    splits = _split_folders(pictures)
-    chosen = _choose(splits, split, uri)
-    if chosen is not None:
-        pictures = tuple(
-            FoundFile(f.path.partition("/")[2], f.num_bytes)
-            for f, s in zip(pictures, splits, strict=True)
-            if s == chosen
-        )
-        root = join(root, chosen)
-    beside = tuple(
-        FoundTable(join(uri, path), posixpath.dirname(path), chosen or "")
-        for path in tables
-        if chosen is None or "/" not in path or path.startswith(f"{chosen}/")
-    )
-    return Contents("folder", root, pictures, num_ignored, beside)
+    found = survey(uri)
+    return found.take(found.choose(split))
 
 
 def available_splits(uri: str) -> tuple[str, ...]:
     """Name the splits found at a URI, sorted; empty where the data is not split."""
-    files, _ = _list(uri)
-    parquet = [f for f in files if is_parquet(f.path)]
+    return survey(uri).splits
+
+
+def survey(uri: str) -> Survey:
+    """Find all that is at a URI.
+
+    Parquet wins where a folder holds both. Splits are told by Hugging Face's file names
+    (`train-00000-of-00004.parquet`) or by folders called train, val, test and the like, in any
+    case; see `split_role`.
+
+    Raises:
+        EmptyDatasetError: when there is neither Parquet nor a picture.
+        DataError: when nothing is there, or there are several datasets, or folders of which some
+            are called like splits.
+    """
+    account = Account()
+    files, root = _list(uri, account)
+    parquet = [file for file in files if is_parquet(file.path)]
     if parquet:
-        splits = [_split_of_shard(f.path) for f in parquet]
-    else:
-        splits = _split_folders([f for f in files if is_picture(f.path)])
-    return tuple(sorted({s for s in splits if s is not None}))
+        paths = [file.path for file in parquet]
+        refuse_several(root, paths, has_card=any(file.path == CARD_NAME for file in files))
+        _count_beside_parquet(files, account)
+        ours = {file.path.rpartition("/")[0] for file in files if _is_manifest(file.path)}
+        splits = (_top(f) if _top(f) in ours else split_of_shard(f.path) for f in parquet)
+        return Survey(uri, "parquet", root, _by(parquet, splits), account)
+
+    pictures = [file for file in files if is_picture(file.path)]
+    _count_no_pictures(files, account)
+    if not pictures:
+        passed = "".join(f"; {line}" for line in account.lines())
+        raise EmptyDatasetError(
+            f"{uri} holds no picture and no Parquet file{passed}",
+            hint="give a folder of pictures (.jpg, .png, ...), a folder of Parquet files, or one",
+        )
+    tables = [file for file in files if file.path.lower().endswith(TABLE_SUFFIXES)]
+    wrapping = _wrapping(pictures)
+    root = join(root, wrapping) if wrapping else root
+    pictures, tables = _below(wrapping, pictures), _below(wrapping, tables)
+    parts = _split_folders(uri, root, pictures, account)
+    return Survey(uri, "folder", root, parts, account, tuple(table.path for table in tables))
 
 
 def class_folders(files: Sequence[FoundFile]) -> tuple[tuple[str, ...], np.ndarray | None]:
@@ -146,9 +257,9 @@ def class_folders(files: Sequence[FoundFile]) -> tuple[tuple[str, ...], np.ndarr
     return names, np.array([number[folder] for folder in folders], dtype=np.int64)
 
 
-def _list(uri: str) -> tuple[list[FoundFile], str]:
+def _list(uri: str, account: Account) -> tuple[list[FoundFile], str]:
     if not is_file(uri):
-        return list_files(uri), uri
+        return list_files(uri, account), uri
     if not is_parquet(uri):
         raise DataError(
             f"{uri} is a file and not Parquet", hint="give a folder of pictures or Parquet files"
@@ -156,32 +267,111 @@ def _list(uri: str) -> tuple[list[FoundFile], str]:
     return list_files(uri), parent(uri)
 
 
-def _split_of_shard(path: str) -> str | None:
-    *folders, name = path.split("/")
-    match = _SPLIT_IN_NAME.fullmatch(name)
-    if match:
-        return match[1]
-    return next((folder for folder in folders if folder in SPLITS), None)
+def _by(
+    files: Sequence[FoundFile], splits: Iterable[str | None]
+) -> dict[str | None, tuple[FoundFile, ...]]:
+    parts: dict[str | None, list[FoundFile]] = {}
+    for file, split in zip(files, splits, strict=True):
+        parts.setdefault(split, []).append(file)
+    return {split: tuple(part) for split, part in parts.items()}
 
 
-def _split_folders(pictures: Sequence[FoundFile]) -> list[str | None]:
-    tops = [f.path.partition("/")[0] if "/" in f.path else None for f in pictures]
-    # `train/` beside `cats/` is a class that happens to be called so.
-    return tops if SPLITS.issuperset(tops) else [None] * len(tops)
+def _count_beside_parquet(files: Sequence[FoundFile], account: Account) -> None:
+    for file in files:
+        name = posixpath.basename(file.path)
+        if is_picture(file.path) or is_unreadable_picture(file.path):
+            account.add("beside_parquet", suffix(file.path))
+        elif not is_parquet(file.path) and name not in (MANIFEST_NAME, REJECTED_NAME, SPLITS_NAME):
+            account.add("not_a_picture", suffix(file.path))
 
 
-def _choose(splits: list[str | None], wanted: str | None, uri: str) -> str | None:
-    there = {s for s in splits if s is not None}
-    if wanted is not None:
-        if wanted in there:
-            return wanted
-        found = ", ".join(sorted(there)) or "none"
-        raise DataError(f"{uri} has no split {wanted!r}", hint=f"splits found: {found}")
-    if len(set(splits)) == 1:
-        return splits[0]
-    if "train" in there:
-        return "train"
-    raise DataError(
-        f"{uri} holds several splits and none is called train",
-        hint=f"name one of: {', '.join(sorted(there))}",
-    )
+def _count_no_pictures(files: Sequence[FoundFile], account: Account) -> None:
+    for file in files:
+        if is_picture(file.path):
+            continue
+        if is_unreadable_picture(file.path):
+            account.add("unreadable_format", suffix(file.path))
+        elif posixpath.basename(file.path).lower() not in TABLE_NAMES:
+            account.add("not_a_picture", suffix(file.path))
+
+
+def _wrapping(pictures: Sequence[FoundFile]) -> str:
+    """The folder that holds all splits, as archives have it; empty where there is none."""
+    folder, inside = "", pictures
+    while len(tops := {_top(file) for file in inside}) == 1 and None not in tops:
+        name = str(*tops)
+        if split_role(name):
+            return folder
+        folder = f"{folder}/{name}" if folder else name
+        inside = _below(name, inside)
+    return folder if any(top is not None and split_role(top) for top in tops) else ""
+
+
+def _below(folder: str, files: Sequence[FoundFile]) -> list[FoundFile]:
+    if not folder:
+        return list(files)
+    start = f"{folder}/"
+    return [
+        FoundFile(file.path.removeprefix(start), file.num_bytes)
+        for file in files
+        if file.path.startswith(start)
+    ]
+
+
+def _split_folders(
+    uri: str, root: str, pictures: Sequence[FoundFile], account: Account
+) -> dict[str | None, tuple[FoundFile, ...]]:
+    """Part pictures by the folders of splits that they lie in.
+
+    Folders of which some are called like splits are splits where there is one to train on and it
+    is clear that it is no class; the others are counted. `train` alone beside class folders is a
+    class that happens to be called so. Everything else is for the user to decide.
+    """
+    sizes = Counter(_top(file) for file in pictures)
+    splits = [top for top in sizes if top is not None and split_role(top)]
+    others = [top for top in sizes if top not in splits]
+    if not splits:
+        _refuse_datasets(uri, root, pictures)
+        return {None: tuple(pictures)}
+    if others:
+        roles = {split_role(split) for split in splits}
+        nested = all("/" in f.path.partition("/")[2] for f in pictures if _top(f) in splits)
+        if "train" in roles and (len(splits) > 1 or nested or others == [None]):
+            for other in others:
+                account.add("beside_splits", other or "no folder", sizes[other])
+        elif roles == {"train"} and len(others) > 1 and None not in others:
+            account.add("split_as_class", splits[0])
+            return {None: tuple(pictures)}
+        else:
+            beside = ", ".join(sorted(other or "pictures in none" for other in others)[:4])
+            raise DataError(
+                f"{uri} has folders called like splits ({', '.join(sorted(splits))}) beside others"
+                f" ({beside}), and which are classes cannot be told",
+                hint=f"give one of them ({join(root, splits[0])}), put classes below train/ and "
+                "test/, or rename a class that is called like a split",
+            )
+    kept = [file for file in pictures if _top(file) in splits]
+    return _by(kept, map(_top, kept))
+
+
+def _refuse_datasets(uri: str, root: str, pictures: Sequence[FoundFile]) -> None:
+    """Refuse folders that each hold splits, which would be taken for classes."""
+    roles: dict[str, set[str | None]] = {}
+    for file in pictures:
+        top, _, rest = file.path.partition("/")
+        if "/" in rest:
+            roles.setdefault(top, set()).add(split_role(rest.partition("/")[0]))
+    several = sorted(top for top, found in roles.items() if {"train"} < found - {None})
+    if several:
+        raise DataError(
+            f"{uri} holds folders with splits of their own: {', '.join(several[:4])}",
+            hint=f"give one of them ({join(root, several[0])}), or put the splits at the top",
+        )
+
+
+def _is_manifest(path: str) -> bool:
+    return posixpath.basename(path) == MANIFEST_NAME
+
+
+def _top(file: FoundFile) -> str | None:
+    return file.path.partition("/")[0] if "/" in file.path else None

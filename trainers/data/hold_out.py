@@ -9,9 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mimray.trainers.data.discover import available_splits
-
-# In the order they are preferred: a test set is kept back where there is a validation set.
-VALIDATION_SPLITS = ("val", "valid", "validation", "dev", "test")
+from mimray.trainers.data.splits import preferred_validation
 
 
 @dataclass(frozen=True)
@@ -36,9 +34,8 @@ class HoldOut:
 def validation_split(uri: str) -> str | None:
     """The split of a dataset to score on, or None where it has no split but the training's."""
     splits = available_splits(uri)
-    found = next((split for split in VALIDATION_SPLITS if split in splits), None)
     # A lone split is what is learnt from.
-    return found if len(splits) > 1 else None
+    return preferred_validation(splits) if len(splits) > 1 else None
 
 
 def choose(

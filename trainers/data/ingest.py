@@ -5,17 +5,28 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import fs as pafs
 
+from mimray.trainers.data.account import Account
 from mimray.trainers.data.canonical import canonicalise
+from mimray.trainers.data.decode import AS_STORED, Note, Reading
 from mimray.trainers.data.files import absolute, join, locate, parent, split_options
-from mimray.trainers.data.ingest_plan import IngestPlan, plan_ingest, read_unit
-from mimray.trainers.data.manifest import MANIFEST_NAME, REJECTED_NAME, Manifest
+from mimray.trainers.data.ingest_plan import IngestPlan, SourcePicture, plan_ingest, read_unit
+from mimray.trainers.data.manifest import (
+    MANIFEST_NAME,
+    REJECTED_NAME,
+    SPLITS_NAME,
+    Manifest,
+    splits_json,
+)
+from mimray.trainers.data.pages import choose_pages
 from mimray.trainers.data.parquet import Layout
 from mimray.trainers.data.reorder import ExternalSort
 from mimray.trainers.data.shards import Row, ShardWriter
@@ -40,8 +51,25 @@ _OUTPUT = pa.schema(
         ("reencoded", pa.bool_()),
         ("reason", pa.string()),  # null for an accepted picture
         ("message", pa.string()),
+        ("notes", pa.list_(pa.struct([("reason", pa.string()), ("kind", pa.string())]))),
+        ("is_first", pa.bool_()),  # false for the later pages of a file
     ]
 )
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What becomes of every picture.
+
+    Attributes:
+        short_side_px: longer short sides are shrunk to this; None keeps every size.
+        reading: what to take of pictures that hold more than 8-bit RGB.
+        every_page: True takes every page of a TIFF as a picture, False the first.
+    """
+
+    short_side_px: int | None = 256
+    reading: Reading = AS_STORED
+    every_page: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,15 +78,27 @@ class IngestReport:
 
     Attributes:
         out: URI of the dataset.
-        manifest: contents of the dataset, as written to `dataset.json`.
-        num_rejected: pictures left out; `rejected.jsonl` in the dataset lists them.
+        manifests: contents of the dataset by split, as written to `dataset.json` in the folder of
+            each; the key is empty for one without splits, whose files lie in the folder itself.
+        account: what was passed over, merged, shortened or reinterpreted.
         label_notes: what people need to know of the labels; see `Labelling`.
     """
 
     out: str
-    manifest: Manifest
-    num_rejected: int
+    manifests: Mapping[str, Manifest]
+    account: Account
     label_notes: tuple[str, ...] = ()
+
+    @property
+    def manifest(self) -> Manifest:
+        """The contents of a dataset without splits."""
+        (manifest,) = self.manifests.values()
+        return manifest
+
+    @property
+    def num_rejected(self) -> int:
+        """Pictures left out; `rejected.jsonl` beside the shards lists them."""
+        return sum(sum(manifest.rejected.values()) for manifest in self.manifests.values())
 
 
 def ingest(
@@ -68,6 +108,8 @@ def ingest(
     split: str | None = None,
     label: str | None = None,
     short_side_px: int | None = 256,
+    reading: Reading = AS_STORED,
+    every_page: bool = False,
     shard_mib: int = 64,
     max_rejected: float = 0.01,
     overwrite: bool = False,
@@ -80,14 +122,17 @@ def ingest(
     source always makes the same bytes and no class lies in a stretch of its own. Files are read in
     that order; rows of Parquet are sorted into it by way of files beside the shards
     (`ExternalSort`), for which there must be room. Neither side holds more than a few blocks in
-    memory, or 512 MiB for Parquet. Bad pictures are left out and listed with the reason.
+    memory, or 512 MiB for Parquet. Bad pictures are left out and listed with the reason. Splits lie
+    in a folder each, which `open_source` and evaluations tell apart.
 
     Args:
         src: folder of pictures, Parquet, or a text file of paths or URIs; see `plan_ingest`.
         out: URI of the folder to make.
-        split: split of `src` to take where there are several; None takes `train`.
+        split: the only split of `src` to take, into `out` itself; None takes all.
         label: column of the labels, as for `open_source`.
         short_side_px: longer short sides are shrunk to this; None keeps every size.
+        reading: what to take of pictures that hold more than 8-bit RGB; for all of them alike.
+        every_page: True takes every page of a TIFF as a picture, False the first.
         shard_mib: size of a shard.
         max_rejected: largest allowed fraction of rejected pictures, 0 to 1.
         overwrite: replace a complete dataset at `out`.
@@ -103,54 +148,102 @@ def ingest(
     place = split_options(out)[0].rstrip("/")
     if f"{place}/".startswith(f"{split_options(src)[0].rstrip('/')}/"):
         raise DataError(f"{out} lies in {src}, which is read", hint="write somewhere else")
-    plan = plan_ingest(src, split, label)
+    plans = plan_ingest(src, split, label)
+    prepare = Preparation(short_side_px, reading, every_page)
+    num_pictures = sum(plan.num_pictures for plan in plans.values())
     rejects_beside = join(parent(out), f"{place.rpartition('/')[2]}.{REJECTED_NAME}")
     with staged(out, overwrite=overwrite) as staging:
-        writer = ShardWriter(
-            staging.filesystem,
-            staging.folder,
-            class_names=plan.class_names,
-            shard_bytes=shard_mib << 20,
-        )
-        try:
-            rejected, num_reencoded = _write(plan, staging, writer, short_side_px, progress)
-        except BaseException:
-            writer.abort()
-            raise
-        num_rejected = rejected.total()
-        if num_rejected > max_rejected * plan.num_pictures or not writer.num_rows:
-            staging.filesystem.move(
-                join(staging.folder, REJECTED_NAME), f"{staging.out}.{REJECTED_NAME}"
-            )
-            raise _too_many(src, rejected, plan.num_pictures, max_rejected, rejects_beside)
-        manifest = Manifest(
-            num_samples=writer.num_rows,
+        manifests: dict[str, Manifest] = {}
+        account = Account()
+        num_done = num_rejected = 0
+
+        def report(done: int, rejected: int) -> None:
+            if progress is not None:
+                progress(num_done + done, num_pictures, num_rejected + rejected)
+
+        for name, plan in plans.items():
+            written = _write(plan, staging.part(name), prepare, shard_mib << 20, report)
+            rejected = written.rejected.total()
+            if rejected > max_rejected * written.num_taken or rejected == written.num_taken:
+                staging.filesystem.move(
+                    join(staging.part(name).folder, REJECTED_NAME), f"{staging.out}.{REJECTED_NAME}"
+                )
+                raise _too_many(
+                    join(src, name) if name else src, written, max_rejected, rejects_beside
+                )
+            manifests[name] = written.manifest(plan, prepare)
+            account.merge(written.account)
+            num_done, num_rejected = num_done + plan.num_pictures, num_rejected + rejected
+        # Without its manifests the folder is no dataset, so that they are written last.
+        for name, manifest in manifests.items():
+            staging.part(name).write(MANIFEST_NAME, manifest.to_json())
+        if "" not in manifests:
+            staging.write(SPLITS_NAME, splits_json(manifests))
+    _remove_stale_rejects(rejects_beside)
+    notes = tuple(dict.fromkeys(note for plan in plans.values() for note in plan.label_notes))
+    return IngestReport(out, manifests, account, notes)
+
+
+@dataclass
+class _Written:
+    """What was written of one split."""
+
+    writer: ShardWriter
+    account: Account = field(default_factory=Account)
+    rejected: Counter[str] = field(default_factory=Counter)
+    num_reencoded: int = 0
+
+    @property
+    def num_taken(self) -> int:
+        return self.writer.num_rows + self.rejected.total()
+
+    def manifest(self, plan: IngestPlan, prepare: Preparation) -> Manifest:
+        return Manifest(
+            num_samples=self.writer.num_rows,
             labelled=plan.labelled,
             class_names=plan.class_names,
-            fingerprint=writer.fingerprint,
-            image_bytes=writer.image_bytes,
-            short_side_px=short_side_px,
-            num_reencoded=num_reencoded,
-            num_ignored=plan.num_ignored,
-            rejected=dict(sorted(rejected.items())),
-            shards=tuple(writer.shards),
+            fingerprint=self.writer.fingerprint,
+            image_bytes=self.writer.image_bytes,
+            short_side_px=prepare.short_side_px,
+            num_reencoded=self.num_reencoded,
+            account=tuple(self.account.to_json()),
+            rejected=dict(sorted(self.rejected.items())),
+            shards=tuple(self.writer.shards),
             permuted=True,
         )
-        staging.write(MANIFEST_NAME, manifest.to_json())
-    _remove_stale_rejects(rejects_beside)
-    return IngestReport(out, manifest, num_rejected, plan.label_notes)
 
 
 def _write(
     plan: IngestPlan,
     staging: Staging,
-    writer: ShardWriter,
-    short_side_px: int | None,
-    progress: IngestProgress | None,
-) -> tuple[Counter[str], int]:
-    """Write all shards and `rejected.jsonl`; returns rejects by reason and the re-encoded."""
-    rejected: Counter[str] = Counter()
-    num_read = num_reencoded = 0
+    prepare: Preparation,
+    shard_bytes: int,
+    report: Callable[[int, int], None],
+) -> _Written:
+    """Write all shards and `rejected.jsonl` of one split."""
+    writer = ShardWriter(
+        staging.filesystem, staging.folder, class_names=plan.class_names, shard_bytes=shard_bytes
+    )
+    written = _Written(writer)
+    written.account.merge(plan.account)
+    try:
+        _fill(written, plan, staging, prepare, report)
+    except BaseException:
+        writer.abort()
+        raise
+    written.account.drop_few_dark()
+    return written
+
+
+def _fill(
+    written: _Written,
+    plan: IngestPlan,
+    staging: Staging,
+    prepare: Preparation,
+    report: Callable[[int, int], None],
+) -> None:
+    writer, rejected = written.writer, written.rejected
+    num_read = 0
     sort = None
     if plan.places is not None:
         sort = ExternalSort(
@@ -160,35 +253,40 @@ def _write(
             num_bytes=plan.num_bytes,
         )
 
-    def report() -> None:
+    def report_done() -> None:
         # A picture that is sorted is done when it was read and written.
-        num_written = writer.num_rows + rejected.total()
-        num_done = num_read if sort is None else (num_read + num_written) // 2
-        if progress is not None:
-            progress(num_done, plan.num_pictures, rejected.total())
+        num_written = min(written.num_taken, plan.num_pictures)
+        report(num_read if sort is None else (num_read + num_written) // 2, rejected.total())
 
     with staging.filesystem.open_output_stream(join(staging.folder, REJECTED_NAME)) as rejects:
-        for table in _process(plan, short_side_px):
+        for table in _process(plan, prepare):
             accepted = pc.is_null(table["reason"]).to_numpy()
             for row in table.select(["source", "reason", "message"]).filter(~accepted).to_pylist():
                 rejected[row["reason"]] += 1
                 rejects.write(f"{json.dumps(row, ensure_ascii=False)}\n".encode())
-            num_reencoded += pc.sum(table["reencoded"]).as_py() or 0
+            _count(table["notes"], written.account)
+            written.num_reencoded += pc.sum(table["reencoded"]).as_py() or 0
             rows = table.select(Row._fields).filter(accepted)
+            is_first = table["is_first"].to_numpy()
             if sort is None:
                 _add(writer, rows)
             else:
                 assert plan.places is not None
-                sort.add(rows, plan.places[num_read : num_read + len(table)][accepted])
-            num_read += len(table)
-            report()
+                numbers = num_read + np.cumsum(is_first) - 1
+                sort.add(rows, plan.places[numbers][accepted])
+            num_read += int(is_first.sum())
+            report_done()
     assert num_read == plan.num_pictures, "a picture was lost on the way"
     if sort is not None:
         for rows in sort.rows():
             _add(writer, rows)
-            report()
+            report_done()
     writer.close()
-    return rejected, num_reencoded
+
+
+def _count(notes: pa.ChunkedArray, account: Account) -> None:
+    for note in pc.list_flatten(notes).to_pylist():
+        account.add(note["reason"], note["kind"])
 
 
 def _add(writer: ShardWriter, rows: pa.Table) -> None:
@@ -196,7 +294,7 @@ def _add(writer: ShardWriter, rows: pa.Table) -> None:
         writer.add(Row(**row))
 
 
-def _process(plan: IngestPlan, short_side_px: int | None) -> Iterator[pa.Table]:
+def _process(plan: IngestPlan, prepare: Preparation) -> Iterator[pa.Table]:
     """Run the workers; tables of schema `_OUTPUT` arrive in the order of the plan."""
     import ray.data
 
@@ -214,48 +312,64 @@ def _process(plan: IngestPlan, short_side_px: int | None) -> Iterator[pa.Table]:
             _process_units,
             batch_size=None,
             batch_format="pyarrow",
-            fn_kwargs={"layout": plan.layout, "short_side_px": short_side_px},
+            fn_kwargs={"layout": plan.layout, "prepare": prepare},
         )
     # The dataset keeps the context it was made in; the caller gets his own back at once.
     yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
 
 
 def _process_units(
-    units: pa.Table, *, layout: Layout | None, short_side_px: int | None
+    units: pa.Table, *, layout: Layout | None, prepare: Preparation
 ) -> Iterator[pa.Table]:
     """Read and canonicalise the pictures of some units, in a worker."""
     rows: list[dict[str, object]] = []
     num_bytes = 0
     for unit in units.to_pylist():
-        for source, label, data, reason, message in read_unit(unit, layout):
-            row: dict[str, object] = {"source": source, "label": label}
-            if data is None:
-                row |= {"reason": reason, "message": message}
-            else:
-                try:
-                    picture = canonicalise(data, short_side_px)
-                except ImageError as error:
-                    row |= {"reason": error.reason, "message": str(error)}
-                else:
-                    row |= {
-                        "image": picture.data,
-                        "sha256": hashlib.sha256(picture.data).digest(),
-                        "width": picture.width,
-                        "height": picture.height,
-                        "reencoded": picture.reencoded,
-                    }
-                    num_bytes += len(picture.data)
-            rows.append(row)
-            if num_bytes >= _TABLE_BYTES:
-                yield pa.Table.from_pylist(rows, schema=_OUTPUT)
-                rows, num_bytes = [], 0
+        for picture in read_unit(unit, layout):
+            for row in _rows(picture, prepare):
+                rows.append(row)
+                num_bytes += len(row.get("image", b""))
+                if num_bytes >= _TABLE_BYTES:
+                    yield pa.Table.from_pylist(rows, schema=_OUTPUT)
+                    rows, num_bytes = [], 0
     if rows:
         yield pa.Table.from_pylist(rows, schema=_OUTPUT)
 
 
-def _too_many(
-    src: str, rejected: Counter[str], num_pictures: int, max_rejected: float, listed_in: str
-) -> DataError:
+def _rows(found: SourcePicture, prepare: Preparation) -> Iterator[dict[str, Any]]:
+    """The rows of schema `_OUTPUT` of one file: one, or one a page."""
+    row: dict[str, Any] = {"source": found.source, "label": found.label, "is_first": True}
+    if found.data is None:
+        yield row | {"reason": found.reason, "message": found.message, "notes": []}
+        return
+    pages, notes = choose_pages(found.data, every_page=prepare.every_page)
+    for page in pages:
+        if len(pages) > 1:
+            row["source"] = f"{found.source}#page={page + 1}"
+        yield row | _stored(found.data, page, notes, prepare)
+        row["is_first"], notes = False, ()
+
+
+def _stored(
+    data: bytes, page: int, notes: tuple[Note, ...], prepare: Preparation
+) -> dict[str, Any]:
+    try:
+        reading = replace(prepare.reading, page=page)
+        picture = canonicalise(data, prepare.short_side_px, reading)
+    except ImageError as error:
+        return {"reason": error.reason, "message": str(error), "notes": []}
+    return {
+        "image": picture.data,
+        "sha256": hashlib.sha256(picture.data).digest(),
+        "width": picture.width,
+        "height": picture.height,
+        "reencoded": picture.reencoded,
+        "notes": [note._asdict() for note in (*notes, *picture.notes)],
+    }
+
+
+def _too_many(src: str, written: _Written, max_rejected: float, listed_in: str) -> DataError:
+    rejected, num_pictures = written.rejected, written.num_taken
     num_rejected = rejected.total()
     by_reason = ", ".join(f"{count} {reason}" for reason, count in rejected.most_common())
     if num_rejected == num_pictures:

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
-from mimray.trainers.data.discover import discover
+from mimray.trainers.data.account import Account
+from mimray.trainers.data.discover import Contents, survey
 from mimray.trainers.data.files import (
     is_file,
     is_parquet,
@@ -77,7 +78,7 @@ class IngestPlan:
         layout: columns of the Parquet shards; None for files.
         labelled: True if pictures have labels.
         class_names: names of the classes, by label.
-        num_ignored: files passed over; see `Contents`.
+        account: what was passed over or merged on the way.
         label_notes: what people need to know of the labels; see `Labelling`.
     """
 
@@ -88,11 +89,13 @@ class IngestPlan:
     layout: Layout | None
     labelled: bool
     class_names: tuple[str, ...]
-    num_ignored: int
+    account: Account
     label_notes: tuple[str, ...] = ()
 
 
-def plan_ingest(src: str, split: str | None = None, label: str | None = None) -> IngestPlan:
+def plan_ingest(
+    src: str, split: str | None = None, label: str | None = None
+) -> dict[str, IngestPlan]:
     """List what an ingest will read, and draw the order of the dataset to come.
 
     The order is a random permutation of all pictures, from a constant seed, so that neighbours in
@@ -102,8 +105,11 @@ def plan_ingest(src: str, split: str | None = None, label: str | None = None) ->
     Args:
         src: folder of pictures, Parquet (file or folder), or a text file with one URI or path
             a line (relative ones are relative to the text file; `#` starts a comment line).
-        split: the split to take where there are several; None takes `train`.
+        split: the only split to take; None takes all.
         label: column of the labels, as for `open_source`.
+
+    Returns:
+        What to read by split, in order. The key is empty where only one is taken.
 
     Raises:
         EmptyDatasetError: when there is no picture.
@@ -112,8 +118,14 @@ def plan_ingest(src: str, split: str | None = None, label: str | None = None) ->
     if is_file(src) and not is_parquet(src):
         if label is not None:
             raise DataError(f"{src} is a list of pictures, without a column {label!r}")
-        return _from_list(src)
-    contents = discover(src, split)
+        return {"": _from_list(src)}
+    found = survey(src)
+    if split is not None or len(found.files) == 1:
+        return {"": _plan(src, found.take(found.choose(split)), label)}
+    return {name: _plan(src, part, label) for name, part in found.take_all().items()}
+
+
+def _plan(src: str, contents: Contents, label: str | None) -> IngestPlan:
     if contents.kind == "folder":
         labelling = folder_labels(src, contents, label)
         labels = labelling.numbers
@@ -121,7 +133,7 @@ def plan_ingest(src: str, split: str | None = None, label: str | None = None) ->
             (join(contents.root, f.path), f.path, None if labels is None else _stored(labels[i]))
             for i, f in enumerate(contents.files)
         ]
-        plan = _of_files(rows, labelling.class_names, contents.num_ignored)
+        plan = _of_files(rows, labelling.class_names, contents.account)
         return replace(plan, label_notes=labelling.notes)
 
     source = ParquetSource(src, contents, label=label)
@@ -149,7 +161,7 @@ def plan_ingest(src: str, split: str | None = None, label: str | None = None) ->
         layout=layout,
         labelled=labelled,
         class_names=layout.classes.names if labelled else (),
-        num_ignored=contents.num_ignored,
+        account=contents.account,
         label_notes=source.label_notes,
     )
 
@@ -237,11 +249,11 @@ def _from_list(src: str) -> IngestPlan:
         (name if "://" in name or name.startswith("/") else join(base, name), name, None)
         for name in names
     ]
-    return _of_files(rows, (), 0)
+    return _of_files(rows, (), Account())
 
 
 def _of_files(
-    rows: list[tuple[str, str, int | None]], class_names: tuple[str, ...], num_ignored: int
+    rows: list[tuple[str, str, int | None]], class_names: tuple[str, ...], account: Account
 ) -> IngestPlan:
     return IngestPlan(
         units=_table([(*row, None, 0, 1) for row in rows]).take(_random_order(len(rows))),
@@ -251,7 +263,7 @@ def _of_files(
         layout=None,
         labelled=bool(class_names),
         class_names=class_names,
-        num_ignored=num_ignored,
+        account=account,
     )
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from mimray.trainers.data.decode import decode_rgb, read_size
+from mimray.trainers.data.account import Account
+from mimray.trainers.data.decode import Reading, decode, decode_rgb
+from mimray.trainers.data.pages import choose_pages
 from mimray.trainers.data.parquet import ParquetSource
 from mimray.trainers.data.rng import Stream, generator, permutation
 from mimray.trainers.data.sources import Source, available_splits, open_source
@@ -74,6 +77,10 @@ class Inspection:
             without a label, names that are easily mistaken.
         label_mixing: how well classes are mixed in Parquet; None when unlabelled or of a few
             rows, and for a folder, whose files are read in any order.
+        account: what was passed over or merged in finding the files.
+        looked_at: what is lost of the pictures measured, and why others cannot be used: the same
+            words as those of an ingest.
+        broken: pictures of the sample that cannot be used, by reason.
     """
 
     facts: DatasetFacts
@@ -87,6 +94,9 @@ class Inspection:
     label_counts: dict[str, int] | None
     label_notes: tuple[str, ...]
     label_mixing: LabelMixing | None
+    account: Account
+    looked_at: Account
+    broken: dict[str, int]
 
 
 def inspect(
@@ -113,17 +123,19 @@ def inspect(
     source = open_source(uri, split=split, label=label)
     sample = np.linspace(0, len(source) - 1, min(_SAMPLE, len(source))).round().astype(int)
     sizes = source.sizes() if isinstance(source, ParquetSource) else None
-    num_broken = 0
+    broken: Counter[str] = Counter()
+    looked_at = Account()
     if sizes is None:
         measured = []
         for index in sample:
             try:
-                measured.append(read_size(source[int(index)].image))
-            except ImageError:
-                num_broken += 1
+                measured.append(_measured(source[int(index)].image, looked_at))
+            except ImageError as error:
+                broken[error.reason] += 1
         sizes = np.array(measured, dtype=np.int64).reshape(-1, 2)
     if contact_sheet is not None:
         draw_contact_sheet(source, [int(i) for i in sample]).save(contact_sheet)
+    looked_at.drop_few_dark()
     return Inspection(
         facts=source.facts,
         splits=available_splits(uri),
@@ -132,11 +144,23 @@ def inspect(
         width=_range(sizes[:, 0]),
         height=_range(sizes[:, 1]),
         num_measured=len(sizes),
-        num_broken=num_broken,
+        num_broken=broken.total(),
         label_counts=_label_counts(source),
         label_notes=source.label_notes,
         label_mixing=_label_mixing(source),
+        account=source.account,
+        looked_at=looked_at,
+        broken=dict(broken.most_common()),
     )
+
+
+def _measured(data: bytes, account: Account) -> tuple[int, int]:
+    """The size of a picture, which is decoded to count what is lost of it."""
+    pages, notes = choose_pages(data)
+    header = decode(data, draft_size=(1, 1), reading=Reading(page=pages[0])).header
+    for note in (*notes, *header.notes):
+        account.add(*note)
+    return header.width, header.height
 
 
 def draw_contact_sheet(source: Source, indices: list[int]) -> Image.Image:

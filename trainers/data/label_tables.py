@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from mimray.trainers.data.discover import Contents, FoundTable, class_folders
+from mimray.trainers.data.discover import TABLE_NAMES, Contents, FoundTable, class_folders
 from mimray.trainers.data.files import locate, read_bytes, unreachable
 from mimray.trainers.data.labels import (
     Classes,
@@ -24,7 +24,6 @@ from mimray.trainers.data.labels import (
 )
 from mimray.trainers.errors import DataError
 
-TABLE_NAMES = ("metadata.csv", "metadata.jsonl")
 FILE_NAME = "file_name"
 
 _INTEGER = re.compile(r"-?(0|[1-9]\d*)")

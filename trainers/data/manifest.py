@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,7 +15,9 @@ from mimray.trainers.errors import DataError
 
 MANIFEST_NAME = "dataset.json"
 REJECTED_NAME = "rejected.jsonl"
+SPLITS_NAME = "splits.json"
 FORMAT = "mimray-dataset"
+_SPLITS_FORMAT = "mimray-splits"
 VERSION = 1
 
 # In the schema metadata of every shard that ingest writes.
@@ -66,7 +69,7 @@ class Manifest:
         image_bytes: size of the encoded pictures together.
         short_side_px: the bound that pictures were shrunk to; None keeps their size.
         num_reencoded: pictures whose stored bytes differ from the source's.
-        num_ignored: files of the source that were passed over; see `Contents`.
+        account: what was passed over, merged, shortened or reinterpreted, as `Account.to_json`.
         rejected: pictures left out, counted by reason.
         shards: shards, in reading order.
         permuted: True if rows lie in random order, as ingest writes them; datasets of earlier
@@ -80,7 +83,7 @@ class Manifest:
     image_bytes: int
     short_side_px: int | None
     num_reencoded: int
-    num_ignored: int
+    account: tuple[dict[str, Any], ...]
     rejected: dict[str, int]
     shards: tuple[ShardFacts, ...]
     permuted: bool = False
@@ -88,6 +91,21 @@ class Manifest:
     def to_json(self) -> str:
         """The manifest as JSON text; equal manifests give equal text."""
         return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1) + "\n"
+
+
+def splits_json(names: Iterable[str]) -> str:
+    """`splits.json`, which lies above the folders of splits that were written together."""
+    return json.dumps({"format": _SPLITS_FORMAT, "splits": list(names)}, indent=1) + "\n"
+
+
+def read_splits(filesystem: pafs.FileSystem, folder: str) -> tuple[str, ...]:
+    """The splits that a folder's `splits.json` names; none where there is none of ours."""
+    try:
+        content = json.loads(read_bytes(filesystem, join(folder, SPLITS_NAME)))
+    except (FileNotFoundError, ValueError):
+        return ()
+    ours = isinstance(content, dict) and content.get("format") == _SPLITS_FORMAT
+    return tuple(content["splits"]) if ours else ()
 
 
 def read_manifest(filesystem: pafs.FileSystem, folder: str) -> Manifest | None:
@@ -112,6 +130,8 @@ def read_manifest(filesystem: pafs.FileSystem, folder: str) -> Manifest | None:
             f"{path} has version {version}; this mimray reads version {VERSION}",
             hint="upgrade mimray, or ingest the data again",
         )
+    content.pop("num_ignored", None)  # before there was an account
+    content["account"] = tuple(content.get("account", ()))
     content["class_names"] = tuple(content["class_names"])
     content["shards"] = tuple(ShardFacts(**shard) for shard in content["shards"])
     return Manifest(**content)

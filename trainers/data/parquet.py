@@ -140,8 +140,8 @@ class ParquetSource:
         cache_dir: str | None = None,
         cache_mib: int = 4096,
     ) -> None:
-        self.uri = uri
-        self._root = contents.root
+        self.uri, self._root = uri, contents.root
+        self.account = contents.account
         self.shards = read_footers(contents)
         self.layout = common_layout(self.shards, uri, label)
         manifest = _manifest_of(uri, contents, self.shards)

@@ -27,7 +27,7 @@ class ExternalSort:
     Args:
         filesystem: filesystem of the files.
         folder: an existing folder on it.
-        num_places: places are 0 to this less one, each used at most once.
+        num_places: places are 0 to this less one; rows of the same place keep their order.
         num_bytes: estimate of the bytes of all rows together; decides how finely files are cut.
         memory_bytes: bytes of rows to hold before they are written to a file.
     """
@@ -97,7 +97,7 @@ class ExternalSort:
 
 def _sorted(tables: list[pa.Table]) -> pa.Table:
     rows = pa.concat_tables(tables) if tables else pa.table({"place": pa.array([], pa.int64())})
-    return rows.take(np.argsort(rows["place"].to_numpy()))
+    return rows.take(np.argsort(rows["place"].to_numpy(), kind="stable"))
 
 
 def _slices(rows: pa.Table) -> Iterator[pa.Table]:

@@ -33,6 +33,7 @@ class Selection:
         self.reads_per_epoch = source.reads_per_epoch
         self.num_bytes = source.num_bytes
         self.label_notes = source.label_notes
+        self.account = source.account
         self.pictures_fingerprint = _of_some(source.pictures_fingerprint, indices)
         self.facts = replace(
             source.facts,

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mimray.trainers.data.account import Account
 from mimray.trainers.data.discover import Contents, available_splits, discover
 from mimray.trainers.data.files import absolute, join, locate, read_bytes, unreachable
 from mimray.trainers.data.label_tables import folder_labels
@@ -36,6 +37,7 @@ class Source(Protocol):
         pictures_fingerprint: the fingerprint that the dataset has when its labels are not read.
         label_notes: what people need to know of the labels: columns that were not taken, with the
             reason; pictures without a label.
+        account: what was passed over or merged in finding it.
     """
 
     facts: DatasetFacts
@@ -45,6 +47,7 @@ class Source(Protocol):
     num_bytes: int
     pictures_fingerprint: str
     label_notes: tuple[str, ...]
+    account: Account
 
     def __len__(self) -> int:
         """Number of pictures."""
@@ -129,6 +132,7 @@ class FolderSource:
         self, uri: str, contents: Contents, *, label: str | None = None, with_labels: bool = True
     ) -> None:
         self._root = contents.root
+        self.account = contents.account
         self._paths = [file.path for file in contents.files]
         labelling = (
             folder_labels(uri, contents, label)

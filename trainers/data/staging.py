@@ -17,9 +17,11 @@ from mimray.trainers.data.files import is_local, join, locate
 from mimray.trainers.data.manifest import (
     MANIFEST_NAME,
     REJECTED_NAME,
+    SPLITS_NAME,
     is_run_name,
     is_shard_name,
     read_manifest,
+    read_splits,
 )
 from mimray.trainers.errors import DataError, StorageError
 
@@ -37,6 +39,13 @@ class Staging:
     filesystem: pafs.FileSystem
     folder: str
     out: str
+
+    def part(self, name: str) -> Staging:
+        """The place of a part in a folder of its own, which is made; itself without a name."""
+        if not name:
+            return self
+        self.filesystem.create_dir(join(self.folder, name))
+        return Staging(self.filesystem, join(self.folder, name), join(self.out, name))
 
     def write(self, name: str, text: str) -> None:
         """Write a small file."""
@@ -81,22 +90,35 @@ def _refuse_if_taken(filesystem: pafs.FileSystem, path: str, out: str, overwrite
         return
     if info.type == pafs.FileType.File:
         raise DataError(f"{out} is a file", hint="name a folder that does not exist yet")
-    if read_manifest(filesystem, path) is not None:
+    if read_manifest(filesystem, path) is not None or read_splits(filesystem, path):
         if overwrite:
             return
         raise DataError(
             f"{out} holds a dataset already", hint="name another folder, or pass --overwrite"
         )
-    names = [f.base_name for f in filesystem.get_file_info(pafs.FileSelector(path))]
-    if foreign := [name for name in names if not _is_ours(name)]:
+    if foreign := [path for path in _contents(filesystem, path) if not _is_ours(path)]:
         raise DataError(
             f"{out} is not empty: it holds {foreign[0]}",
             hint="name a folder that does not exist yet",
         )
 
 
-def _is_ours(name: str) -> bool:
-    return is_shard_name(name) or is_run_name(name) or name in (MANIFEST_NAME, REJECTED_NAME)
+def _contents(filesystem: pafs.FileSystem, folder: str) -> list[str]:
+    """Paths of the files of a folder and of the folders in it, where splits lie."""
+    found = []
+    for entry in filesystem.get_file_info(pafs.FileSelector(folder)):
+        if entry.type == pafs.FileType.File:
+            found.append(entry.base_name)
+            continue
+        inside = filesystem.get_file_info(pafs.FileSelector(entry.path))
+        found += [join(entry.base_name, each.base_name) for each in inside] or [entry.base_name]
+    return found
+
+
+def _is_ours(path: str) -> bool:
+    name = path.rpartition("/")[2]
+    written = (MANIFEST_NAME, REJECTED_NAME, SPLITS_NAME)
+    return is_shard_name(name) or is_run_name(name) or name in written
 
 
 @contextlib.contextmanager
@@ -150,7 +172,8 @@ def _in_place(filesystem: pafs.FileSystem, out: str) -> Iterator[Staging]:
 
 
 def _clear(filesystem: pafs.FileSystem, out: str) -> None:
-    names = {f.base_name for f in filesystem.get_file_info(pafs.FileSelector(out))}
-    # The manifest first: without it the rest is no dataset any more.
-    for name in sorted(filter(_is_ours, names), key=lambda name: name != MANIFEST_NAME):
-        filesystem.delete_file(join(out, name))
+    ours = filter(_is_ours, _contents(filesystem, out))
+    # The manifests first: without them the rest is no dataset any more.
+    rank = {SPLITS_NAME: 0, MANIFEST_NAME: 1}
+    for path in sorted(ours, key=lambda path: (rank.get(path.rpartition("/")[2], 2), path)):
+        filesystem.delete_file(join(out, path))

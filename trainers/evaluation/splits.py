@@ -8,7 +8,6 @@ import numpy as np
 
 from mimray.trainers.data.discover import available_splits
 from mimray.trainers.data.hold_out import (
-    VALIDATION_SPLITS,
     HoldOut,
     choose,
     hold_out_note,
@@ -17,10 +16,9 @@ from mimray.trainers.data.hold_out import (
 from mimray.trainers.data.labels import listed
 from mimray.trainers.data.selection import Selection, labels_of
 from mimray.trainers.data.sources import Source, open_source
+from mimray.trainers.data.splits import preferred_validation, split_role
 from mimray.trainers.errors import DataError
 from mimray.trainers.evaluation.score import Setting
-
-TEST = "test"
 
 
 @dataclass(frozen=True)
@@ -158,14 +156,20 @@ def _part(val: Source, setting: Setting, *, with_labels: bool = True) -> Source:
     """
     if setting.part is None:
         return val
-    if setting.val is None and has_test_beside(setting.data):
-        if setting.part.name == "choice":
-            return val
-        return open_source(setting.data, split=TEST, label=setting.label, with_labels=with_labels)
-    return Selection(val, setting.part.indices(len(val), val.labels(), val.facts.uri))
+    test = _test_beside(setting.data) if setting.val is None else None
+    if test is None:
+        return Selection(val, setting.part.indices(len(val), val.labels(), val.facts.uri))
+    if setting.part.name == "choice":
+        return val
+    return open_source(setting.data, split=test, label=setting.label, with_labels=with_labels)
 
 
 def has_test_beside(data: str) -> bool:
     """True if a dataset has a test split beside the one that it is scored on."""
-    found = [split for split in VALIDATION_SPLITS if split in available_splits(data)]
-    return TEST in found[1:]
+    return _test_beside(data) is not None
+
+
+def _test_beside(data: str) -> str | None:
+    tests = [name for name in available_splits(data) if split_role(name) == "test"]
+    test = preferred_validation(tests)
+    return test if test != validation_split(data) else None

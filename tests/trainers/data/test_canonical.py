@@ -27,13 +27,13 @@ def smooth(width: int, height: int) -> Image.Image:
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_normalise__leaves_good_bytes_alone(kind: str, mode: str) -> None:
     data = encode(smooth(90, 64).convert(mode), kind)
-    assert canonicalise(data, 64) == (data, 90, 64, False)
-    assert canonicalise(data, None) == (data, 90, 64, False)
+    assert canonicalise(data, 64)[:4] == (data, 90, 64, False)
+    assert canonicalise(data, None)[:4] == (data, 90, 64, False)
 
 
 def test_normalise__shrinks_a_large_picture_to_jpeg() -> None:
     source = smooth(900, 600)
-    data, width, height, reencoded = canonicalise(encode(source, "JPEG", quality=95), 100)
+    data, width, height, reencoded, _ = canonicalise(encode(source, "JPEG", quality=95), 100)
     image, header = decode(data)
     assert (width, height, reencoded) == (150, 100, True)
     assert header.format == "JPEG"

@@ -54,7 +54,11 @@ def test_ingest__folder_tree(tmp_path: Path) -> None:
     )
     manifest = report.manifest
     assert manifest.rejected == {"not_an_image": 1, "truncated": 1}
-    assert (manifest.num_samples, report.num_rejected, manifest.num_ignored) == (91, 2, 2)
+    assert (manifest.num_samples, report.num_rejected) == (91, 2)
+    assert {entry["reason"]: entry["kinds"] for entry in manifest.account} == {
+        "hidden": {"Thumbs.db": 1},
+        "not_a_picture": {".txt": 1},
+    }
     assert manifest.num_reencoded == 1
     assert seen[-1] == (93, 93, 2)
     lines = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]

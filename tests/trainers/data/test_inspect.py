@@ -45,6 +45,18 @@ def test_inspect__broken_pictures_are_counted_and_shown(tmp_path: Path) -> None:
     assert (tmp_path / "sheet.png").stat().st_size > 0
 
 
+def test_inspect__gives_an_account_of_files_and_of_the_pictures_looked_at(tmp_path: Path) -> None:
+    write_pictures(tmp_path)
+    dark = np.random.default_rng(1).integers(0, 4096, (8, 8), dtype=np.uint16)
+    Image.fromarray(dark).save(tmp_path / "red/dark.png")
+    (tmp_path / "red/IMG.HEIC").write_bytes(b"x")
+    (tmp_path / "red/9.png").write_bytes(b"")
+    found = inspect(str(tmp_path))
+    assert [entry["kinds"] for entry in found.account.to_json()] == [{".heic": 1}]
+    assert {entry["reason"] for entry in found.looked_at.to_json()} == {"to_8_bits", "dark"}
+    assert found.broken == {"empty": 1}
+
+
 def test_inspect__sizes_come_from_columns_without_reading_pictures(tmp_path: Path) -> None:
     columns = {"image": [b"no picture"] * 100, "width": list(range(100)), "height": [7] * 100}
     pq.write_table(pa.table(columns), tmp_path / "x.parquet")

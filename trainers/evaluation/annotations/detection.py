@@ -10,7 +10,8 @@ from typing import Literal, Protocol
 import numpy as np
 
 from mimray.trainers.data.files import absolute, join, parent
-from mimray.trainers.data.hold_out import VALIDATION_SPLITS, HoldOut, choose
+from mimray.trainers.data.hold_out import HoldOut, choose
+from mimray.trainers.data.splits import VALIDATION_SPLITS
 from mimray.trainers.errors import DataError
 from mimray.trainers.evaluation.annotations.base import (
     DetectionExample,

@@ -6,13 +6,13 @@ from collections import Counter, defaultdict
 from pathlib import PurePosixPath
 
 from mimray.trainers.data.files import (
-    SPLITS,
     is_file,
     is_picture,
     join,
     list_files,
     parent,
 )
+from mimray.trainers.data.splits import SPLITS
 from mimray.trainers.errors import DataError
 from mimray.trainers.evaluation.annotations.base import InvalidLabels, SegmentationExample
 from mimray.trainers.evaluation.annotations.masks import check_size, read_indices
