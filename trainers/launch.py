@@ -88,6 +88,8 @@ def prepare(job: Job) -> Plan:
         RunConflictError: the directory holds a run of another recipe or other data; or it is to be
             started over, but is no run or holds a bundle that the recipe needs.
     """
+    from mimray.trainers.engine.deepspeed_keys import check_known
+
     check_name("run", job.name)
     if job.fresh and job.run.exists() and not job.run.exists("plan.json"):
         raise RunConflictError(
@@ -109,6 +111,7 @@ def prepare(job: Job) -> Plan:
         )
     recipe = with_classes(recipe, source)
     plan = resolve(recipe, source.facts, recipe.resources.num_workers)
+    check_known(plan)
     if job.fresh or not job.run.exists("plan.json"):
         return plan
     before = Plan.model_validate_json(job.run.read("plan.json"))
