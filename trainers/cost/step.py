@@ -135,8 +135,7 @@ def trace(
         with ledger:
             output = method(**inputs)
             forward = {part: flops / batch for part, flops in ledger.flops.items()}
-            # The tensor's own method would leave the mode, which recomputation needs.
-            torch.autograd.backward(output.loss)
+            _backward(output.loss)
     in_decoder = isinstance(getattr(method, "decoder", None), MAEDecoder)
     return Step(
         forward_flops=forward,
@@ -214,6 +213,18 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _drop(self, size: int) -> None:
         self._live -= size
+
+
+def _backward(loss: Tensor) -> None:
+    """Backward pass within torch function modes, which torch's own functions for it would leave.
+
+    Blocks are computed again there under activation checkpointing.
+    """
+    engine: Any = torch.autograd.Variable._execution_engine
+    engine.run_backward(
+        (loss,), (torch.ones_like(loss),), False, False, (),
+        allow_unreachable=True, accumulate_grad=True,
+    )  # fmt: skip
 
 
 class _Autocast(TorchFunctionMode):

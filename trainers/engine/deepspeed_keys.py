@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic import ValidationError
@@ -36,7 +36,7 @@ def check_known(plan: Plan) -> None:
     try:
         _parse(recorded)
     except ValidationError as error:
-        raise _refused("; ".join(_shown(item) for item in error.errors())) from None
+        raise _refused("; ".join(_shown(item, block) for item in error.errors())) from None
     except Exception as error:  # of any kind, as each of its parsers has its own
         raise _refused(str(error).splitlines()[0] if str(error) else repr(error)) from error
     if unknown := list(recorded.unread()):
@@ -99,15 +99,24 @@ class _Recorded(dict[str, Any]):
         for key, value in super().items():
             if key not in self._read:
                 yield f"{prefix}{key}"
-            elif isinstance(value, _Recorded):
+            # A block without a key asked for went to pydantic as a whole, which refuses unknown ones.
+            elif isinstance(value, _Recorded) and value._read:
                 yield from value.unread(f"{prefix}{key}.")
 
 
-def _shown(item: Any) -> str:
-    key = ".".join(map(str, item["loc"]))
+def _shown(item: Any, block: Mapping[str, Any]) -> str:
+    named = ".".join(map(str, item["loc"]))  # within the part of the block that pydantic got
+    key = next((k for k in _dotted(block) if f".{k}".endswith(f".{named}")), named)
     if item["type"] == "extra_forbidden":
         return f"unknown key '{key}'"
     return f"'{key}' is {item['input']!r}: {item['msg'][:1].lower()}{item['msg'][1:]}"
+
+
+def _dotted(block: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in block.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from _dotted(value, f"{prefix}{key}.")
 
 
 def _refused(what: str) -> ConfigError:
