@@ -105,8 +105,8 @@ def _memory_tables(found: Forecast) -> Iterator[RenderableType]:
         yield table
     yield (
         "peak: the most held at once; activations go while gradients come. buckets: for gradients "
-        "on their way and, with ZeRO 3, gathered parameters. activations: with autocast's copies of "
-        "weights. host: offloaded, per worker, beside the peak. "
+        "on their way and, with ZeRO 3, gathered parameters. activations: with the copies of "
+        "weights that autocast makes. host: offloaded, per worker, beside the peak. "
         + (
             "CUDA and torch's allocator keep about 1 GiB on top. "
             "--set resources.device=cpu counts a CPU worker's.\n"

@@ -85,7 +85,10 @@ def test_raw_block__names_every_refused_key_at_once() -> None:
     [
         ("overlap_comm: true", "unknown key 'overlap_comm'"),
         ("zero_optimization: {overlap_com: true}", "unknown key 'zero_optimization.overlap_com'"),
-        ("zero_optimization: {overlap_comm: banana}", "'zero_optimization.overlap_comm' is 'banana'"),
+        (
+            "zero_optimization: {overlap_comm: banana}",
+            "'zero_optimization.overlap_comm' is 'banana'",
+        ),
         ("flops_profiler: {enable: true}", "unknown key 'flops_profiler.enable'"),
         ("comms_logger: {enable: true}", "unknown key 'comms_logger.enable'"),
         ("wandb: {enable: true}", "unknown key 'wandb.enable'"),

@@ -308,7 +308,9 @@ def _fused_attention(on_gpu: bool) -> Callable[..., Tensor]:
     ) -> Tensor:
         if attn_mask is not None and attn_mask.requires_grad and not on_gpu:
             return plain(q, k, v, attn_mask=attn_mask, **options)
-        bias = None if attn_mask is None else attn_mask.to(q.dtype).expand(*q.shape[:-1], k.shape[-2])
+        bias = (
+            None if attn_mask is None else attn_mask.to(q.dtype).expand(*q.shape[:-1], k.shape[-2])
+        )
         mixed: Tensor = aten._scaled_dot_product_efficient_attention(
             q, k, v, bias, compute_log_sumexp=True, scale=options.get("scale")
         )[0]

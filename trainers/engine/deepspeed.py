@@ -18,6 +18,8 @@ from mimray.trainers.types import MethodOutput
 
 logger = logging.getLogger(__name__)
 
+_LINEAR = nn.functional.linear
+
 
 class Engine(Protocol):
     """DeepSpeed's engine: a method with its optimiser and gradients, over all workers.
@@ -174,6 +176,8 @@ def initialize(method: nn.Module, plan: Plan, precision: str) -> Engine:
 
     config = deepspeed_config(plan, precision)
     optimizer = build_optimizer(method, plan.recipe.optim)
+    # Stage 3 replaces it for the whole process, so that the next run in it would differ in bits.
+    nn.functional.linear = _LINEAR
     if precision in AUTOCAST:
         # Within the module, as DeepSpeed switches off what is entered around its engine. Without
         # the cache of casts, which a first use without gradients would fill with constants.

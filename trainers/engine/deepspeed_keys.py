@@ -99,7 +99,7 @@ class _Recorded(dict[str, Any]):
         for key, value in super().items():
             if key not in self._read:
                 yield f"{prefix}{key}"
-            # A block without a key asked for went to pydantic as a whole, which refuses unknown ones.
+            # A block of which no key was read went to pydantic, which refuses unknown ones.
             elif isinstance(value, _Recorded) and value._read:
                 yield from value.unread(f"{prefix}{key}.")
 

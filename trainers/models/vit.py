@@ -280,7 +280,7 @@ class ViT(Encoder):
         if mask is not None and mask_token is None:
             keep = visible_indices(mask)  # B K
             patches = take_tokens(patches, keep)
-        # Residuals are summed in the weights' precision, which autocast leaves at the first product.
+        # Residuals are summed in the weights' precision, which autocast lowers at a product.
         x = self.patch_embed(patches).to(patches.dtype)
         if mask is not None and mask_token is not None:
             x = torch.where(mask.unsqueeze(-1), mask_token.to(x.dtype), x)

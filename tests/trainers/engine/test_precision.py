@@ -113,6 +113,14 @@ def test_bf16__losses_of_other_methods_are_those_of_fp32(stage: int, name: str) 
     check_bf16(stage, *LARGER, name=name)
 
 
+def test_run__is_the_same_after_one_at_stage_3_in_this_process() -> None:
+    before = train(plan_of(1, *SMALL), "bf16", steps=2)
+    train(plan_of(3, *SMALL), "bf16", steps=1)
+    after = train(plan_of(1, *SMALL), "bf16", steps=2)
+    assert after.losses == before.losses
+    assert torch.nn.functional.linear is torch._C._nn.linear  # which stage 3 replaces
+
+
 @pytest.mark.parametrize("stage", [1, 3])
 def test_bf16_weights__keep_fp32_masters(stage: int) -> None:
     plain = train(plan_of(0, *SMALL), "fp32")
