@@ -93,6 +93,8 @@ def prepare(job: Job, account: Account | None = None) -> Plan:
         RunConflictError: the directory holds a run of another recipe or other data; or it is to be
             started over, but is no run or holds a bundle that the recipe needs.
     """
+    from mimray.trainers.engine.deepspeed_keys import check_known
+
     check_name("run", job.name)
     if job.fresh and job.run.exists() and not job.run.exists("plan.json"):
         raise RunConflictError(
@@ -116,6 +118,7 @@ def prepare(job: Job, account: Account | None = None) -> Plan:
         account.merge(source.account)
     recipe = with_classes(recipe, source)
     plan = resolve(recipe, source.facts, recipe.resources.num_workers)
+    check_known(plan)
     if job.fresh or not job.run.exists("plan.json"):
         return plan
     before = parse_plan(job.run.read("plan.json"), f"{job.run}/plan.json")

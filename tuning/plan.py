@@ -164,6 +164,8 @@ def make_plan(
         DataError: the data cannot be read, or the score's data has no labels or no held-out
             pictures.
     """
+    from mimray.trainers.engine.deepspeed_keys import check_known
+
     check_name("sweep", name)
     config = _placed(config)
     tree = without_held_out(base_tree(config), config.score, absolute(data))
@@ -193,7 +195,7 @@ def make_plan(
     )
     trials = listed(config) or [{}]
     for params in trials:
-        plan.trial(params)
+        check_known(plan.trial(params))
     smallest = plan.rung_samples[0]
     if config.budget.samples is not None and config.budget.samples < smallest:
         raise ConfigError(

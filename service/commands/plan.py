@@ -19,7 +19,7 @@ IMAGENET = DatasetFacts(uri="ImageNet-1k", num_samples=1_281_167, fingerprint="a
 IMAGENET_CLASSES = 1000
 
 # Peak TFLOP/s of an A100 by precision; fp32 without TF32, which is torch's default.
-A100_PEAK = {"bf16": 312.0, "fp16": 312.0, "fp32": 19.5}
+A100_PEAK = {"bf16": 312.0, "bf16_weights": 312.0, "fp16": 312.0, "fp32": 19.5}
 SHARES = (0.1, 0.2, 0.4)
 
 
@@ -48,6 +48,7 @@ def forecast(
         DataError: there is no such dataset.
     """
     from mimray.trainers.data.selection import open_training, stated_classes, with_classes
+    from mimray.trainers.engine.deepspeed_keys import check_known
     from mimray.trainers.methods.needs import foresee
 
     recipe, networks, notes = foresee(load_recipe(name, overrides, steps))
@@ -59,6 +60,7 @@ def forecast(
         method = recipe.method.model_copy(update={"num_classes": IMAGENET_CLASSES})
         recipe = recipe.model_copy(update={"method": method})
     plan = resolve(recipe, facts, recipe.resources.num_workers)
+    check_known(plan)
 
     from mimray.trainers.cost import estimate
 

@@ -93,7 +93,9 @@ def _memory_tables(found: Forecast) -> Iterator[RenderableType]:
     ):
         table = _table(title)
         table.add_column("ZeRO")
-        columns = ("parameters", "optimizer", "gradients", "communication", "activations", "peak")
+        columns = ["parameters", "optimizer", "gradients", "communication", "activations", "peak"]
+        if any(row["host"] for row in found["memory"]):
+            columns.append("host")
         for column in columns:
             table.add_column(COLUMNS.get(column, column), justify="right")
         for row in found["memory"]:
@@ -103,7 +105,8 @@ def _memory_tables(found: Forecast) -> Iterator[RenderableType]:
         yield table
     yield (
         "peak: the most held at once; activations go while gradients come. buckets: for gradients "
-        "on their way and, with ZeRO 3, gathered parameters. "
+        "on their way and, with ZeRO 3, gathered parameters. activations: with the copies of "
+        "weights that autocast makes. host: offloaded, per worker, beside the peak. "
         + (
             "CUDA and torch's allocator keep about 1 GiB on top. "
             "--set resources.device=cpu counts a CPU worker's.\n"

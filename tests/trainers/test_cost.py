@@ -229,6 +229,62 @@ def test_memory__of_zero_3_is_a_share_and_the_bucket() -> None:
     assert memory.peak == weights.trained * 2 + 500_000_000 * 2 + gathered + 10**9
 
 
+def test_memory__of_autocast_is_that_of_fp32_weights_and_their_copies() -> None:
+    plan = plan_of("simmim-vit-b", "optim.batch_size=16")
+    plain, autocast, half = (estimate(plan, p) for p in ("fp32", "bf16", "bf16_weights"))
+    for stage in (0, 1, 2, 3):
+        a, b = plain.memory[stage, False], autocast.memory[stage, False]
+        states = ("parameters", "optimizer", "gradients", "communication")
+        assert [getattr(b, s) for s in states] == [getattr(a, s) for s in states], stage
+    matrices = plain.trained * 0.99  # beside biases and norms
+    # At one picture a copy of the weights outweighs what is saved.
+    one = estimate(plan_of("simmim-vit-b", "optim.batch_size=1"), "bf16").plain.activations
+    assert one > 2 * matrices
+    assert half.plain.activations + 2 * matrices < autocast.plain.activations
+    assert autocast.plain.activations < plain.plain.activations + 2 * matrices
+    # A block's copies live as long as the block, where it is computed again.
+    saved = autocast.plain.activations - autocast.checkpointed.activations
+    assert saved > plain.plain.activations - plain.checkpointed.activations - 10**9
+
+
+def test_memory__of_autocast_leaves_alone_what_a_method_does() -> None:
+    """The tokenizer of BEiT is fp32 at any precision: no copies of its weights."""
+    plan, tokenizer = plan_of("beit-tiny", "optim.batch_size=2"), load_recipe("dvae-tiny")
+
+    method = shape_of(plan.recipe, torch.float32, {"tokenizer": tokenizer})
+    seen: list[torch.dtype] = []
+    for part in method.parts()["tokenizer"]:
+        for module in part.modules():
+            module.register_forward_hook(
+                lambda *a: seen.extend(t.dtype for t in a[2:] if isinstance(t, torch.Tensor))
+            )
+    step = trace(method, 2, checkpointing=False, on_gpu=True, autocast=torch.bfloat16)
+
+    assert set(seen) == {torch.float32}
+    plain = trace(method, 2, checkpointing=False, on_gpu=True)
+    assert step.forward_flops == plain.forward_flops
+
+
+@pytest.mark.parametrize(
+    ("stage", "offload", "host_each"),
+    [(1, "optimizer", 20 / 8), (2, "optimizer", 20 / 8), (3, "optimizer", 20 / 8), (3, "all", 3)],
+)
+def test_memory__offloaded_is_the_hosts(stage: int, offload: str, host_each: float) -> None:
+    weights = Weights(trained=8_000_000, frozen=0, small=0, fixed_bytes=0)
+    step = Step({}, 0.0, 0, 0, activations=10**9, with_gradients=10**9)
+    setting = Setting(stage, num_workers=8, element_bytes=4)
+    here, away = (memory_of(weights, step, replace(setting, offload=o)) for o in ("none", offload))
+
+    assert here.host == 0
+    # Masters, moments, fp32 gradients, updated weights on their way; and the weights' shards.
+    assert away.host == weights.trained * host_each
+    assert away.optimizer == 0
+    assert away.peak < here.peak
+    on_cpu = memory_of(weights, step, replace(setting, offload=offload, on_gpu=False))
+    assert on_cpu.host == 0  # one memory
+    assert on_cpu.optimizer > here.optimizer
+
+
 def test_memory__checkpointing_trades_flops_for_it() -> None:
     cost = estimate(plan_of("simmim-vit-b"), "bf16")
 

@@ -1,15 +1,18 @@
-"""The DeepSpeed configuration of a plan, and what `precision: auto` comes to."""
+"""The DeepSpeed configuration of a plan, its raw block, and what `precision: auto` comes to."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from mimray.trainers.config.deepspeed_block import REFUSED
 from mimray.trainers.config.recipes import load_recipe
 from mimray.trainers.config.run import resolve
 from mimray.trainers.engine.deepspeed import choose_precision, deepspeed_config
+from mimray.trainers.engine.deepspeed_keys import check_known
 from mimray.trainers.errors import ConfigError
 from mimray.trainers.methods.catalogue import build_method
 from mimray.trainers.types import DatasetFacts
@@ -32,12 +35,126 @@ def test_config__batch_arithmetic_and_explicit_defaults() -> None:
     assert config["bf16"]["check_grad_overflow"] is False
 
 
-def test_config__raw_block_overrides_key_by_key() -> None:
+def test_config__raw_block_adds_key_by_key() -> None:
     raw = "engine.deepspeed={zero_optimization: {overlap_comm: true}, steps_per_print: 5}"
     config = config_of(raw, "engine.zero_stage=2", "optim.clip_grad_norm=0.5")
     assert config["zero_optimization"] == {"stage": 2, "overlap_comm": True}
     assert config["steps_per_print"] == 5
     assert config["gradient_clipping"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("block", "cure"),
+    [
+        ("gradient_accumulation_steps: 2", "set optim.batch_size"),
+        ("train_batch_size: 3", "set optim.batch_size"),
+        ("train_micro_batch_size_per_gpu: auto", "engine.micro_batch_size"),
+        ("gradient_clipping: 1.0", "set optim.clip_grad_norm"),
+        ("bf16: {enabled: true}", "set engine.precision"),
+        ("bfloat16: {enabled: true}", "set engine.precision"),
+        ("fp16: {enabled: true, loss_scale: 2}", "set engine.precision"),
+        ("torch_autocast: {enabled: true, dtype: bf16}", "set engine.precision"),
+        ("data_types: {grad_accum_dtype: bf16}", "set engine.precision"),
+        ("zero_optimization: {stage: 2}", "set engine.zero_stage"),
+        ("zero_optimization: {offload_optimizer: {device: cpu}}", "set engine.offload"),
+        ("zero_optimization: {cpu_offload: true}", "set engine.offload"),
+        ("optimizer: {type: Lamb}", "the recipe's optim section"),
+        ("scheduler: {type: WarmupLR}", "the recipe's optim section"),
+        ("compile: {deepcompile: true}", "without effect"),
+        ("activation_checkpointing: {profile: true}", "set engine.activation_checkpointing"),
+        ("checkpoint: {load_universal: true}", "checkpoint section"),
+        ("fp16: {hysteresis: 2}", "without effect with engine.precision fp32"),
+    ],
+)
+def test_raw_block__refuses_what_the_recipe_has_a_key_for(block: str, cure: str) -> None:
+    key = block.split(":")[0]
+    with pytest.raises(ConfigError, match=f"engine.deepspeed.{key}.*{cure}") as refused:
+        load_recipe("mae-tiny", [f"engine.deepspeed={{{block}}}"])
+    assert "\n" not in str(refused.value)
+
+
+def test_raw_block__names_every_refused_key_at_once() -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_recipe("mae-tiny", ["engine.deepspeed={optimizer: {}, zero_optimization: {stage: 0}}"])
+    assert "'engine.deepspeed.optimizer'" in str(refused.value)
+    assert "'engine.deepspeed.zero_optimization.stage'" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("block", "named"),
+    [
+        ("overlap_comm: true", "unknown key 'overlap_comm'"),
+        ("zero_optimization: {overlap_com: true}", "unknown key 'zero_optimization.overlap_com'"),
+        (
+            "zero_optimization: {overlap_comm: banana}",
+            "'zero_optimization.overlap_comm' is 'banana'",
+        ),
+        ("flops_profiler: {enable: true}", "unknown key 'flops_profiler.enable'"),
+        ("comms_logger: {enable: true}", "unknown key 'comms_logger.enable'"),
+        ("wandb: {enable: true}", "unknown key 'wandb.enable'"),
+        ("timers: {throughputs: {}}", "unknown key 'timers.throughputs'"),
+        ("communication_data_type: fp8", "Invalid communication_data_type"),
+        ("nebula: {}", "removed"),
+    ],
+)
+def test_raw_block__refuses_what_deepspeed_does_not_know(block: str, named: str) -> None:
+    recipe = load_recipe("mae-tiny", [f"engine.deepspeed={{{block}}}"])
+    with pytest.raises(ConfigError, match=named) as refused:
+        check_known(resolve(recipe, FACTS, 2))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        "zero_optimization: {reduce_bucket_size: 1000, overlap_comm: true}",
+        "communication_data_type: bf16, steps_per_print: 5, wall_clock_breakdown: true",
+        "flops_profiler: {enabled: true, profile_step: 2}, comms_logger: {enabled: true}",
+        "tensorboard: {enabled: false, output_path: here}",
+    ],
+)
+def test_raw_block__takes_what_deepspeed_knows(block: str) -> None:
+    recipe = load_recipe("mae-tiny", [f"engine.deepspeed={{{block}}}"])
+    check_known(resolve(recipe, FACTS, 2))
+
+
+def test_raw_block__every_refused_key_is_known_to_deepspeed_or_was() -> None:
+    """The refused keys exist, so that a renamed one does not slip through."""
+    import deepspeed
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    zero = {key for key in REFUSED if key.startswith("zero_optimization.")}
+    fields = DeepSpeedZeroConfig.model_fields
+    assert {key.split(".")[1] for key in zero} <= set(fields) | {"load_from_fp32_weights"}
+    source = Path(deepspeed.__file__).parent
+    text = "".join(p.read_text() for p in source.glob("runtime/**/*.py")) + "".join(
+        p.read_text() for p in source.glob("datastates/*.py")
+    )
+    for key in REFUSED.keys() - zero:
+        assert key.split(".")[-1] in text, key
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("engine.zero_stage=0", "engine.offload=optimizer"), "needs engine.zero_stage 1, 2 or 3"),
+        (("engine.zero_stage=0", "engine.offload=all"), "needs engine.zero_stage 1, 2 or 3"),
+        (("engine.zero_stage=2", "engine.offload=all"), "needs engine.zero_stage 3, not 2"),
+        (("engine.offload=disk",), "'engine.offload' is 'disk'"),
+        (("engine.zero_stage=0", "engine.precision=bf16_weights"), "--set engine.zero_stage=1"),
+        (("engine.zero_stage=0", "engine.precision=fp16"), "--set engine.zero_stage=1"),
+    ],
+)
+def test_engine__refuses_a_stage_that_cannot(settings: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_recipe("mae-tiny", settings)
+
+
+def test_offload__is_deepspeeds() -> None:
+    zero = config_of("engine.zero_stage=3", "engine.offload=all")["zero_optimization"]
+    assert zero["offload_optimizer"]["device"] == zero["offload_param"]["device"] == "cpu"
+    zero = config_of("engine.zero_stage=1", "engine.offload=optimizer")["zero_optimization"]
+    assert zero == {"stage": 1, "offload_optimizer": {"device": "cpu"}}
 
 
 @pytest.mark.parametrize(

@@ -191,7 +191,9 @@ def deviation(found: dict[int, float], wanted: dict[int, float]) -> float:
             [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32")], False, marks=pytest.mark.slow
         ),
         pytest.param(
-            [(0, "bf16"), (1, "bf16"), (2, "bf16"), (3, "bf16")], False, marks=pytest.mark.slow
+            [(0, "bf16"), (1, "bf16_weights"), (2, "bf16"), (3, "bf16_weights")],
+            False,
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["fp32-remote", "fp32", "bf16"],

@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationEr
 from mimray.trainers.config.base import Config
 from mimray.trainers.config.composition import check_size
 from mimray.trainers.config.data import DataConfig
+from mimray.trainers.config.deepspeed_block import check_block
 from mimray.trainers.config.explain import explain
 from mimray.trainers.config.method import AnyMethod
 from mimray.trainers.config.model import EncoderConfig
@@ -37,11 +38,18 @@ class About(Config):
 
 
 class EngineConfig(Config):
-    """DeepSpeed: ZeRO stage, precision, micro batches and raw configuration."""
+    """DeepSpeed: ZeRO stage, precision, offload, micro batches and raw configuration."""
 
     zero_stage: Literal[0, 1, 2, 3] = 1
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        default="auto", description="auto: bf16 where the device computes in it, else fp32"
+    precision: Literal["auto", "fp32", "bf16", "bf16_weights", "fp16"] = Field(
+        default="auto",
+        description="auto: bf16 where the device computes in it, else fp32; bf16: fp32 weights "
+        "under autocast; bf16_weights, fp16: 16-bit weights beside fp32 masters",
+    )
+    offload: Literal["none", "optimizer", "all"] = Field(
+        default="none",
+        description="held in the host's memory: optimizer, masters and moments (ZeRO 1 to 3); "
+        "all, the weights too (ZeRO 3)",
     )
     micro_batch_size: PositiveInt | None = Field(
         default=None,
@@ -49,8 +57,28 @@ class EngineConfig(Config):
     )
     activation_checkpointing: bool = False
     deepspeed: dict[str, Any] = Field(
-        default_factory=dict, description="raw DeepSpeed configuration; overrides ours key by key"
+        default_factory=dict, description="raw DeepSpeed configuration that no other key covers"
     )
+
+    @model_validator(mode="after")
+    def _check_stage(self) -> EngineConfig:
+        if self.precision in ("bf16_weights", "fp16") and self.zero_stage == 0:
+            raise ValueError(
+                f"engine.precision {self.precision} needs the fp32 master weights of "
+                "engine.zero_stage 1 to 3; --set engine.zero_stage=1"
+            )
+        if self.offload != "none" and self.zero_stage == 0:
+            raise ValueError(
+                f"engine.offload {self.offload} needs engine.zero_stage 1, 2 or 3; stage 0 has "
+                "no states to move"
+            )
+        if self.offload == "all" and self.zero_stage != 3:
+            raise ValueError(
+                f"engine.offload all needs engine.zero_stage 3, not {self.zero_stage}; "
+                "engine.offload optimizer goes with stages 1 to 3"
+            )
+        check_block(self.deepspeed, self.precision)
+        return self
 
 
 class CheckpointConfig(Config):

@@ -21,7 +21,7 @@ from mimray.trainers.cost.memory import (
     memory_of,
 )
 from mimray.trainers.cost.step import REST, Step, part_names, shape_of, trace
-from mimray.trainers.engine.deepspeed import DTYPES, deepspeed_config
+from mimray.trainers.engine.deepspeed import AUTOCAST, DTYPES, deepspeed_config
 from mimray.trainers.methods.base import Method
 
 ZERO_STAGES = (0, 1, 2, 3)
@@ -61,7 +61,7 @@ def estimate(
 
     Args:
         plan: the plan to estimate.
-        precision: fp32, bf16 or fp16.
+        precision: a result of `choose_precision`.
         on_gpu: True for the memory of a GPU, False for that of a CPU worker.
         networks: recipes of the networks that the method calls but does not own, by the folder of
             their need; one that is missing costs nothing.
@@ -69,7 +69,13 @@ def estimate(
     dtype = DTYPES[precision]
     method = shape_of(plan.recipe, dtype, networks or {})
     steps = {
-        again: trace(method, plan.micro_batch_size, checkpointing=again, on_gpu=on_gpu)
+        again: trace(
+            method,
+            plan.micro_batch_size,
+            checkpointing=again,
+            on_gpu=on_gpu,
+            autocast=AUTOCAST.get(precision),
+        )
         for again in (False, True)
     }
     config: dict[str, Any] = deepspeed_config(plan, precision)["zero_optimization"]
@@ -86,6 +92,7 @@ def estimate(
                 accumulation=plan.accumulation,
                 reduce_bucket=bucket,
                 on_gpu=on_gpu,
+                offload=_offload_at(stage, plan),
             ),
         )
         for again, step in steps.items()
@@ -99,6 +106,14 @@ def estimate(
         reduce_bucket=bucket,
         trained=weights.trained,
     )
+
+
+def _offload_at(stage: int, plan: Plan) -> str:
+    """What the recipe offloads, as far as a ZeRO stage can."""
+    wanted = plan.recipe.engine.offload
+    if stage == 0:
+        return "none"
+    return "optimizer" if wanted == "all" and stage < 3 else wanted
 
 
 def _weights(method: Method) -> Weights:

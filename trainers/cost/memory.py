@@ -43,11 +43,13 @@ class Setting:
     Attributes:
         zero_stage: ZeRO stage, 0 to 3.
         num_workers: number of devices.
-        element_bytes: bytes of an element in the run's precision.
+        element_bytes: bytes of a weight and of its gradient.
         accumulation: micro batches per update.
         reduce_bucket: elements of DeepSpeed's bucket for gradients.
         on_gpu: True if a bucket takes all its memory at once, as on a GPU; on a CPU it takes it as
             it fills.
+        offload: none, optimizer or all, what is held in the host's memory; only at a stage that
+            can. On a CPU it lies beside the rest.
     """
 
     zero_stage: int
@@ -56,6 +58,7 @@ class Setting:
     accumulation: int = 1
     reduce_bucket: int = REDUCE_BUCKET
     on_gpu: bool = True
+    offload: str = "none"
 
 
 @dataclass(frozen=True)
@@ -63,14 +66,16 @@ class Memory:
     """Bytes on one device. Not all of it is held at once; `peak` is the largest sum that is.
 
     Attributes:
-        parameters: parameters in the run's precision, buffers and networks beside the method.
+        parameters: parameters, buffers and networks beside the method.
         optimizer: fp32 masters and both moments.
         gradients: gradients held between two micro batches.
         communication: buckets, and with ZeRO 3 the parameters gathered from other devices.
-        activations: activations of the micro batch, temporaries of operations included.
+        activations: activations of the micro batch, temporaries of operations included, and
+            weights cast by autocast.
         backward: peak until the last gradient is there.
         reduction: peak while gradients are summed over devices.
         update: peak while the optimiser works.
+        host: bytes offloaded to the host, per worker; in no other figure.
     """
 
     parameters: int
@@ -81,6 +86,7 @@ class Memory:
     backward: int
     reduction: int
     update: int
+    host: int = 0
 
     @property
     def peak(self) -> int:
@@ -136,6 +142,7 @@ def _optimizer_split(weights: Weights, step: Step, setting: Setting) -> Memory:
         backward=states + taken + _with_gradients(step, setting, s.gradients),
         reduction=states + s.bucket - s.filled + s.gradients + max(s.filled, s.share),
         update=states + s.update,
+        host=s.host,
     )
 
 
@@ -158,6 +165,7 @@ def _gradients_split(weights: Weights, step: Step, setting: Setting) -> Memory:
         backward=states + kept + backward,
         reduction=states + kept + s.bucket + s.filled + (s.gradients - s.filled) // s.n,
         update=states + s.update,
+        host=s.host,
     )
 
 
@@ -165,7 +173,8 @@ def _all_split(weights: Weights, step: Step, setting: Setting) -> Memory:
     """Stage 3: parameters are split too; gathered, they stay until the step's last use of them."""
     s, size = _Split(weights, setting), setting.element_bytes
     every = weights.trained + weights.frozen
-    alone = s.n == 1
+    weights_away = setting.offload == "all" and setting.on_gpu
+    alone = s.n == 1 and not weights_away
     small = 0 if alone else weights.small * size
     gathered = 0 if alone else min(every - weights.small, MOST_GATHERED) * size
     in_flight = min(gathered, PREFETCH_BUCKET * size)
@@ -173,7 +182,8 @@ def _all_split(weights: Weights, step: Step, setting: Setting) -> Memory:
     # At the very end of a step no parameter is gathered any more; a bucket may be full earlier,
     # and every micro batch but the last ends earlier.
     at_the_end = s.filled == s.gradients and setting.accumulation == 1
-    parameters = every * size // s.n + small + weights.fixed_bytes
+    shards = every * size // s.n
+    parameters = (0 if weights_away else shards) + small + weights.fixed_bytes
     # The bucket and the owned gradients are never freed.
     states = parameters + s.optimizer + s.bucket + s.share
     return Memory(
@@ -185,6 +195,7 @@ def _all_split(weights: Weights, step: Step, setting: Setting) -> Memory:
         backward=states + gathered + max(step.activations, in_flight),
         reduction=states + (0 if at_the_end else gathered) + flattened,
         update=states + s.update - s.share,
+        host=s.host + (shards if weights_away else 0),
     )
 
 
@@ -199,6 +210,7 @@ class _Split:
         bucket: the bucket for gradients.
         filled: the part of the bucket that gradients are written to.
         update: owned gradients, their flat copy and, in lower precisions, their fp32 copy.
+        host: states in the host's memory; none on a CPU, whose memory it is anyway.
     """
 
     def __init__(self, weights: Weights, setting: Setting) -> None:
@@ -210,6 +222,13 @@ class _Split:
         self.bucket = setting.reduce_bucket * size if setting.on_gpu else self.filled
         in_fp32 = 0 if size == FP32_BYTES else trained * FP32_BYTES // self.n
         self.update = 2 * self.share + in_fp32
+        self.host = 0
+        if setting.offload != "none":
+            # With the gradients in fp32, and the updated weights on their way back.
+            self.optimizer += trained * (FP32_BYTES + size) // self.n
+            if setting.on_gpu:
+                self.host, self.optimizer = self.optimizer, 0
+                self.share = self.update = 0
 
 
 def _with_gradients(step: Step, setting: Setting, gradients: int) -> int:

@@ -17,6 +17,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
@@ -32,6 +33,12 @@ aten = torch.ops.aten
 
 REST = "decoder"
 """The part of all modules that are in no other part."""
+
+LOWERED = frozenset(
+    ("linear", "conv1d", "conv2d", "conv3d", "conv_transpose2d", "matmul", "__matmul__", "mm")
+    + ("bmm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention")
+)
+"""Names of the operations that autocast computes in the lower precision."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,14 @@ def part_names(method: Method) -> list[str]:
     return first + [name for name in method.parts() if name not in first]
 
 
-def trace(method: Method, batch: int, *, checkpointing: bool, on_gpu: bool) -> Step:
+def trace(
+    method: Method,
+    batch: int,
+    *,
+    checkpointing: bool,
+    on_gpu: bool,
+    autocast: torch.dtype | None = None,
+) -> Step:
     """Trace one step on shapes.
 
     Args:
@@ -90,6 +104,7 @@ def trace(method: Method, batch: int, *, checkpointing: bool, on_gpu: bool) -> S
         checkpointing: True to compute the encoder's activations again in the backward pass.
         on_gpu: True for attention as GPUs compute it; on CPUs a learnt bias keeps it from being
             fused.
+        autocast: the data type of products and convolutions of fp32 weights; None for theirs.
     """
     method.train()
     method.encoder.activation_checkpointing = checkpointing
@@ -113,10 +128,14 @@ def trace(method: Method, batch: int, *, checkpointing: bool, on_gpu: bool) -> S
         attention = _fused_attention(on_gpu)
         stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", attention))
         stack.enter_context(mock.patch.object(method, "within", ledger.within))
+        if autocast is not None:
+            # It has no effect on the meta device; it tells where a method switches it off.
+            stack.enter_context(torch.autocast("cpu", autocast, cache_enabled=False))
+            stack.enter_context(_Autocast(autocast, on_gpu))
         with ledger:
             output = method(**inputs)
             forward = {part: flops / batch for part, flops in ledger.flops.items()}
-            output.loss.backward()
+            _backward(output.loss)
     in_decoder = isinstance(getattr(method, "decoder", None), MAEDecoder)
     return Step(
         forward_flops=forward,
@@ -196,6 +215,47 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._live -= size
 
 
+def _backward(loss: Tensor) -> None:
+    """Backward pass within torch function modes, which torch's own functions for it would leave.
+
+    Blocks are computed again there under activation checkpointing.
+    """
+    engine: Any = torch.autograd.Variable._execution_engine
+    engine.run_backward(
+        (loss,), (torch.ones_like(loss),), False, False, (),
+        allow_unreachable=True, accumulate_grad=True,
+    )  # fmt: skip
+
+
+class _Autocast(TorchFunctionMode):
+    """Autocast on the meta device, which torch's own passes over.
+
+    Args:
+        dtype: the lower precision.
+        on_gpu: True to normalise in fp32, as autocast does on GPUs and does not on CPUs.
+
+    Source: torch's lists of operations, "CUDA Ops that can autocast to float16" and "to float32".
+    """
+
+    def __init__(self, dtype: torch.dtype, on_gpu: bool) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._dtype = dtype
+        self._raised = ("layer_norm", "group_norm") if on_gpu else ()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if torch.is_autocast_enabled("cpu"):
+            to = self._dtype if name in LOWERED else None
+            to = torch.float32 if name in self._raised else to
+            if to is not None:
+                args, kwargs = tree_map_only(
+                    Tensor, lambda t: t.to(to) if t.is_floating_point() else t, (args, kwargs)
+                )
+        return func(*args, **kwargs)
+
+
 def _watch_parts(method: Method, ledger: _Ledger) -> Iterator[Any]:
     for part, modules in method.parts().items():
         for module in modules:
@@ -248,7 +308,9 @@ def _fused_attention(on_gpu: bool) -> Callable[..., Tensor]:
     ) -> Tensor:
         if attn_mask is not None and attn_mask.requires_grad and not on_gpu:
             return plain(q, k, v, attn_mask=attn_mask, **options)
-        bias = None if attn_mask is None else attn_mask.expand(*q.shape[:-1], k.shape[-2])
+        bias = (
+            None if attn_mask is None else attn_mask.to(q.dtype).expand(*q.shape[:-1], k.shape[-2])
+        )
         mixed: Tensor = aten._scaled_dot_product_efficient_attention(
             q, k, v, bias, compute_log_sumexp=True, scale=options.get("scale")
         )[0]

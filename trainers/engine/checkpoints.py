@@ -31,7 +31,9 @@ from mimray.trainers.storage import RunDir, check_owner, storage_errors
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
+# In format 1 the precision bf16 meant weights in bf16; it now means fp32 weights under autocast.
+_PRECISIONS_OF_FORMAT = {1: {"bf16": "bf16_weights"}, 2: {}}
 _TAG = "state"
 
 
@@ -42,7 +44,7 @@ class Identity:
     Attributes:
         plan_hash: digest of the plan.
         zero_stage: ZeRO stage, 0 to 3; the layout of the files depends on it.
-        precision: the run's precision: fp32, bf16 or fp16.
+        precision: the run's precision, a result of `choose_precision`.
     """
 
     plan_hash: str
@@ -60,7 +62,7 @@ class Checkpoint:
         samples: position in the data, pictures.
         world_size: number of ranks that wrote it.
         zero_stage: ZeRO stage, 0 to 3.
-        precision: fp32, bf16 or fp16.
+        precision: the precision of the run that wrote it.
         plan_hash: digest of its plan.
         files: size in bytes and SHA-256 of each file, by path within the directory.
     """
@@ -322,6 +324,12 @@ def _check_fits(checkpoint: Checkpoint, identity: Identity) -> None:
     different = [
         f"{key} {theirs[key]}, wanted {ours[key]}" for key in ours if theirs[key] != ours[key]
     ]
+    if (theirs["precision"], ours["precision"]) == ("bf16_weights", "bf16"):
+        raise CheckpointError(
+            f"checkpoint {checkpoint.name} holds weights in bf16, as an earlier version made of "
+            "engine.precision bf16 and auto; bf16 now keeps fp32 weights, so the run cannot go on",
+            hint="start over with --fresh or another --name, or finish it with that version",
+        )
     if different:
         raise CheckpointError(
             f"checkpoint {checkpoint.name} does not fit the run: {'; '.join(different)}",
@@ -332,8 +340,10 @@ def _check_fits(checkpoint: Checkpoint, identity: Identity) -> None:
 def _read_manifest(folder: RunDir, name: str) -> Checkpoint:
     try:
         tree = json.loads(folder.read(MANIFEST))
-        if tree.pop("format") != FORMAT:
+        renamed = _PRECISIONS_OF_FORMAT.get(tree.pop("format"))
+        if renamed is None:
             raise CheckpointError(f"{folder} was written by another version")
+        tree["precision"] = renamed.get(tree["precision"], tree["precision"])
         return Checkpoint(name=name, **tree)
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder}/{MANIFEST} cannot be read: {error}") from None

@@ -18,12 +18,14 @@ from mimray.trainers.types import MethodOutput
 
 logger = logging.getLogger(__name__)
 
+_LINEAR = nn.functional.linear
+
 
 class Engine(Protocol):
     """DeepSpeed's engine: a method with its optimiser and gradients, over all workers.
 
     Attributes:
-        module: the method, in the run's precision.
+        module: the method, with weights in the run's `DTYPES`.
         optimizer: torch's optimiser, or ZeRO's around it, with the `param_groups` of `optim`.
     """
 
@@ -64,17 +66,26 @@ class Engine(Protocol):
         """Read this rank's files; collective."""
 
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.float32,
+    "bf16_weights": torch.bfloat16,
+    "fp16": torch.float16,
+}
+"""The weights' data type by precision."""
+
+AUTOCAST = {"bf16": torch.bfloat16}
+"""The data type of products and convolutions by precision, where it is not the weights'."""
 
 
 def choose_precision(wanted: str, device: torch.device) -> str:
-    """Precision of a run on a device: fp32, bf16 or fp16.
+    """Precision of a run on a device, one of `DTYPES`.
 
     `auto` is bf16 on devices that multiply in it: GPUs from Ampere on, CPUs with AVX512-BF16 or
     AMX; fp32 on others, where bf16 is emulated, hundreds of times slower than fp32.
 
     Args:
-        wanted: the recipe's `engine.precision`: auto, fp32, bf16 or fp16.
+        wanted: the recipe's `engine.precision`.
         device: the worker's device.
 
     Raises:
@@ -98,21 +109,32 @@ def deepspeed_config(plan: Plan, precision: str) -> dict[str, Any]:
     """The DeepSpeed configuration of a plan.
 
     Every default that changed between releases is set explicitly: clipping (1.0 since 0.19)
-    and the check of bf16 gradients. The recipe's `engine.deepspeed` overrides ours key by key.
+    and the check of bf16 gradients. The recipe's `engine.deepspeed` adds to ours key by key.
+
+    DeepSpeed knows bf16 as its weights' data type alone. Its `torch_autocast` is not used: it
+    reduces gradients in bf16, and it is a property of the process, which the next trial of a sweep
+    in the same process would inherit. `initialize` enters autocast instead.
 
     Args:
-        plan: the run's plan; its batch sizes, ZeRO stage and clipping count.
-        precision: fp32, bf16 or fp16.
+        plan: the run's plan; its batch sizes, ZeRO stage, offload and clipping count.
+        precision: a result of `choose_precision`.
     """
     engine, optim = plan.recipe.engine, plan.recipe.optim
+    zero: dict[str, Any] = {"stage": engine.zero_stage}
+    if engine.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if engine.offload == "all":
+        zero["offload_param"] = {"device": "cpu"}
     ours: dict[str, Any] = {
         "train_batch_size": plan.global_batch,
         "train_micro_batch_size_per_gpu": plan.micro_batch_size,
         "gradient_accumulation_steps": plan.accumulation,
         "gradient_clipping": optim.clip_grad_norm or 0.0,
-        "zero_optimization": {"stage": engine.zero_stage},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": precision == "bf16", "check_grad_overflow": False},
+        # DeepSpeed's own AdamW for offloaded states needs a compiler; torch's fused one does not.
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": precision == "bf16_weights", "check_grad_overflow": False},
         "fp16": {"enabled": precision == "fp16"},
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
@@ -145,13 +167,37 @@ def initialize(method: nn.Module, plan: Plan, precision: str) -> Engine:
         method: the method, on the host, in fp32, with the same weights on every rank.
         plan: the run's plan.
         precision: a result of `choose_precision`.
+
+    Raises:
+        ConfigError: DeepSpeed does not start with the recipe's raw block.
     """
     import deepspeed
+    from deepspeed.accelerator import get_accelerator
 
     config = deepspeed_config(plan, precision)
     optimizer = build_optimizer(method, plan.recipe.optim)
+    # Stage 3 replaces it for the whole process, so that the next run in it would differ in bits.
+    nn.functional.linear = _LINEAR
+    if precision in AUTOCAST:
+        # Within the module, as DeepSpeed switches off what is entered around its engine. Without
+        # the cache of casts, which a first use without gradients would fill with constants.
+        cast = torch.autocast(
+            get_accelerator().device_name(), AUTOCAST[precision], cache_enabled=False
+        )
+        method.forward = cast(method.forward)
     engine: Engine
-    engine, *_ = deepspeed.initialize(model=method, optimizer=optimizer, config=config)
+    try:
+        engine, *_ = deepspeed.initialize(model=method, optimizer=optimizer, config=config)
+    except Exception as error:  # of any kind, as each part of DeepSpeed has its own
+        if not plan.recipe.engine.deepspeed:
+            raise
+        refused = ConfigError(
+            f"DeepSpeed cannot start with engine.deepspeed {plan.recipe.engine.deepspeed}: "
+            f"{str(error).strip().splitlines()[0] if str(error).strip() else repr(error)}",
+            hint="leave the block out, or the key that it names",
+        )
+        refused.on_every_rank = True
+        raise refused from error
     return engine
 
 
@@ -170,26 +216,13 @@ def master_weights(engine: Engine, names: Collection[str] = ("",)) -> Iterator[t
     """
     from deepspeed.utils import safe_get_full_fp32_param
 
-    unsharded = _unsharded_masters(engine)
     for name, parameter in engine.module.named_parameters():
         if not parameter.requires_grad or not name.startswith(tuple(names)):
             continue
         value = safe_get_full_fp32_param(parameter)
-        if value is None:  # without ZeRO
-            value = unsharded.get(parameter, parameter)
+        if value is None:  # without ZeRO, where weights are always fp32
+            value = parameter
         yield name, value.detach().reshape(_shape(parameter))
-
-
-def _unsharded_masters(engine: Engine) -> dict[Tensor, Tensor]:
-    """fp32 masters by parameter without ZeRO; empty in fp32, where there are no copies."""
-    optimizer = engine.optimizer
-    if engine.zero_optimization() or not hasattr(optimizer, "fp32_groups"):
-        return {}
-    return {
-        parameter: master
-        for parameters, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
-        for parameter, master in zip(parameters, masters, strict=True)
-    }
 
 
 def follow(engine: Engine, momentum: float) -> None:

@@ -12,6 +12,7 @@ from mimray.trainers.bundles import CARD, BundleCard, save_bundle, spread_layers
 from mimray.trainers.config.run import Plan
 from mimray.trainers.engine.assess import assess_method
 from mimray.trainers.engine.checkpoints import Checkpoint
+from mimray.trainers.errors import CheckpointError
 from mimray.trainers.methods.catalogue import build_method, method_class
 from mimray.trainers.methods.needs import kept_needs
 from mimray.trainers.storage import RunDir
@@ -78,10 +79,19 @@ def read_checkpoint(folder: Path, checkpoint: Checkpoint, plan: Plan) -> dict[st
         folder: the checkpoint's directory on this machine.
         checkpoint: the checkpoint's manifest.
         plan: the run's plan.
+
+    Raises:
+        CheckpointError: an earlier version wrote it with weights rounded to 16 bits.
     """
     method = build_method(plan.recipe)
     frozen = {n: p.detach() for n, p in method.named_parameters() if not p.requires_grad}
-    if checkpoint.zero_stage or checkpoint.precision != "fp32":
+    if checkpoint.zero_stage == 0 and checkpoint.precision in ("bf16_weights", "fp16"):
+        raise CheckpointError(
+            f"checkpoint {checkpoint.name} holds weights rounded to {checkpoint.precision[:4]}, "
+            "as earlier versions trained at engine.zero_stage 0",
+            hint="train again; engine.precision=bf16 keeps fp32 weights",
+        )
+    if checkpoint.zero_stage:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
         state = dict(get_fp32_state_dict_from_zero_checkpoint(str(folder), tag="state"))

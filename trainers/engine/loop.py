@@ -317,7 +317,7 @@ def _refuse_update(step: int, suspects: list[int], names: list[str]) -> None:
 
 
 def _plain_grad_norm(engine: Engine) -> Tensor | None:
-    """Global gradient norm where no ZeRO optimiser computes it (stage 0 in fp32)."""
+    """Global gradient norm where no ZeRO optimiser computes it (stage 0)."""
     if engine.zero_optimization() or hasattr(engine.optimizer, "_global_grad_norm"):
         return None
     gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]

@@ -28,6 +28,7 @@ from mimray.trainers.methods.load import load_method
 from mimray.trainers.methods.losses import mean_over_hidden
 from mimray.trainers.methods.needs import Need
 from mimray.trainers.models import build_encoder
+from mimray.trainers.models.full_precision import full_precision
 from mimray.trainers.models.normalise import denormalise, normalise
 from mimray.trainers.models.patches import patchify, unpatchify
 from mimray.trainers.models.vit import init_cut_normal_
@@ -192,7 +193,7 @@ class BEiT(Method):
         """The tokenizer's codes of pictures at its size, row-major over the grid."""
         tokenizer = self.tokenizer.to(tokenizer_images.device)
         data = tokenizer.recipe.data
-        with self.within("tokenizer"):
+        with self.within("tokenizer"), full_precision(tokenizer_images):
             return tokenizer.codes(normalise(tokenizer_images, data.mean, data.std)).flatten(1)
 
     def reconstruct(

@@ -65,8 +65,9 @@ class MAEDecoder(nn.Module):
             Predictions, float [B, N, P], in row-major order.
         """
         x = self.embed(torch.cat([prefix, tokens], dim=1))  # B 1+K W
+        x = x.to(self.mask_token.dtype)  # residuals are summed in the weights' precision
         n = mask.shape[1]
-        full = self.mask_token.to(x.dtype).expand(x.shape[0], n, -1)
+        full = self.mask_token.expand(x.shape[0], n, -1)
         places = visible_indices(mask).unsqueeze(-1).expand(-1, -1, x.shape[-1])  # B K W
         full = full.scatter(1, places, x[:, 1:])
         x = torch.cat([x[:, :1], full], dim=1) + self.pos_embed

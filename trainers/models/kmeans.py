@@ -9,6 +9,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
+from mimray.trainers.models.full_precision import full_precision
+
 # Distances held at once: 64 MiB of fp32, for any number of vectors.
 DISTANCES_AT_ONCE = 1 << 24
 
@@ -37,7 +39,8 @@ def nearest_codes(
     # |z - e|^2 / 2 without |z|^2 / 2, which is the same for all codes.
     halves = 0.5 * table.square().sum(dim=1)  # K
     rows = max(1, DISTANCES_AT_ONCE // len(table))
-    found = [(halves - part @ table.T).argmin(dim=1) for part in torch.split(vectors, rows)]
+    with full_precision(vectors):
+        found = [(halves - part @ table.T).argmin(dim=1) for part in torch.split(vectors, rows)]
     return torch.cat(found)
 
 

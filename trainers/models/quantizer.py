@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from mimray.trainers.config.method import DVAEConfig
 from mimray.trainers.errors import ConfigError
 from mimray.trainers.models.codebook import Codebook, Fp32Buffers
+from mimray.trainers.models.full_precision import full_precision
 from mimray.trainers.models.kmeans import cluster, kmeans, nearest_codes
 from mimray.trainers.models.noise import Noise
 
@@ -344,7 +345,8 @@ class GumbelQuantizer(Quantizer):
             self._count(codes)
             gumbels = -self.noise.exponential(logits.detach()).log()
             soft = ((logits + gumbels) / self.temperature).softmax(dim=-1)  # B h w K
-            latent = (soft @ self.table()).movedim(3, 1)
+            with full_precision(soft):
+                latent = (soft @ self.table()).movedim(3, 1)
         else:
             latent = self.embed(codes)
         kl = kl_from_uniform(logits).mean()

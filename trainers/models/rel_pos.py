@@ -10,6 +10,8 @@ from jaxtyping import Float, Int
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from mimray.trainers.models.full_precision import full_precision
+
 
 class RelPosBias(nn.Module):
     """A learned bias for every offset between two patches, initialised to zero.
@@ -110,7 +112,8 @@ def resize_table(
     down, across = (
         torch.from_numpy(_interpolation(*sizes)).to(offsets) for sizes in zip(old, new, strict=True)
     )
-    resized = torch.einsum("yr,xc,rch->yxh", down, across, offsets)
+    with full_precision(offsets):
+        resized = torch.einsum("yr,xc,rch->yxh", down, across, offsets)
     return torch.cat([resized.flatten(0, 1).to(table.dtype), table[num_offsets:]])
 
 

@@ -149,7 +149,7 @@ class Swin(Encoder):
     ) -> Features:
         """Encode pictures; a hidden output token hides all of its patches."""
         grid = self._grid_of((images.shape[2], images.shape[3]))
-        x = self.patch_embed(self._cast(images))  # B h w D, of the first stage
+        x = self._embed(images)
         if mask is not None:
             assert mask_token is not None, "windows need every token"
             patches = 2 ** (self.depth - 1)  # along the side of an output token
@@ -167,7 +167,7 @@ class Swin(Encoder):
         """Maps after the given stages; stages past the last one asked for are not run."""
         wanted = self._wanted(layers)
         self._grid_of((images.shape[2], images.shape[3]))
-        x = self.patch_embed(self._cast(images))
+        x = self._embed(images)
         maps: dict[int, Tensor] = {}
         for i, stage in enumerate(self.layers[: max(wanted) + 1]):
             x = self._run_stage(stage, x)
@@ -187,8 +187,14 @@ class Swin(Encoder):
         features = Features(tokens, tokens[:, :0], pooled=tokens.mean(dim=1), grid=grid)
         return features, tuple(maps[i] for i in wanted)
 
+    def _embed(self, images: Tensor) -> Tensor:
+        """Patches [B, h, w, D] of the first stage, in the weights' precision, as residuals are."""
+        cast = self._cast(images)
+        embedded: Tensor = self.patch_embed(cast).to(cast.dtype)
+        return embedded
+
     def _run_stage(self, stage: Any, x: Tensor) -> Tensor:
-        x = stage["downsample"](x)
+        x = stage["downsample"](x).to(x.dtype)
         for block in stage["blocks"]:
             x = self._run(block, x)
         return x

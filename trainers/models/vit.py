@@ -283,7 +283,8 @@ class ViT(Encoder):
         if mask is not None and mask_token is None:
             keep = visible_indices(mask)  # B K
             patches = take_tokens(patches, keep)
-        x = self.patch_embed(patches)
+        # Residuals are summed in the weights' precision, which autocast lowers at a product.
+        x = self.patch_embed(patches).to(patches.dtype)
         if mask is not None and mask_token is not None:
             x = torch.where(mask.unsqueeze(-1), mask_token.to(x.dtype), x)
         first: Tensor = self.cls_token
