@@ -178,7 +178,7 @@ class Repeated(Searcher):  # type: ignore[misc]
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
         """The next repeat, or `FINISHED`."""
         finished: Any = Searcher.FINISHED
-        return self._wanted.pop(0) if self._wanted else finished  # type: ignore[no-any-return]
+        return self._wanted.pop(0) if self._wanted else finished
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False

@@ -83,9 +83,7 @@ def run_inspect(uri: str, sheet: Path | None, label: str | None = None) -> dict[
 
     found = inspect(uri, contact_sheet=sheet, label=label)
     accounts = {"account": found.account, "looked_at": found.looked_at}
-    return asdict(replace(found, **dict.fromkeys(accounts, ()))) | {
-        name: account.to_json() for name, account in accounts.items()
-    }
+    return asdict(found) | {name: account.to_json() for name, account in accounts.items()}
 
 
 def inspection_text(found: Mapping[str, Any], sheet: Path | None = None) -> str:

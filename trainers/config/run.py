@@ -331,13 +331,13 @@ def key_owners() -> dict[str, tuple[str, ...]]:
     owners: dict[str, list[str]] = {}
     for key, names in _keys_of(Recipe):
         owners.setdefault(key, []).extend(names)
-    everyone = {key.split(".")[0]: set(names) for key, names in owners.items() if names}
-    for key, names in owners.items():
-        everyone.get(key.split(".")[0], set()).update(names)
+    everyone = {key.split(".")[0]: set(having) for key, having in owners.items() if having}
+    for key, having in owners.items():
+        everyone.get(key.split(".")[0], set()).update(having)
     return {
-        key: tuple(names)
-        for key, names in owners.items()
-        if names and set(names) != everyone[key.split(".")[0]]
+        key: tuple(having)
+        for key, having in owners.items()
+        if having and set(having) != everyone[key.split(".")[0]]
     }
 
 

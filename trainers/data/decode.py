@@ -419,8 +419,8 @@ def _to_rgb(
     notes = [Note("cmyk")] if image.mode == "CMYK" else []
     if "16" in layout:
         notes.append(Note("to_8_bits", "16 bits, colour"))
-        colours = image.convert("RGB").getextrema()
-        if max(high for _, high in colours) < 256 * _DARK_SHARE:  # type: ignore[misc]
+        colours = np.asarray(image.convert("RGB"))
+        if colours.max() < 256 * _DARK_SHARE:
             notes.append(Note("dark", "colour"))
     if image.has_transparency_data:
         opaque = image.convert("RGBA")

@@ -151,7 +151,7 @@ class Survey:
         account.merge(self.account)
         if None in self.files and self.splits:
             account.add("other_split", "without a split", len(self.files[None]))
-        names = sorted(self.splits, key=str.lower) or [None]
+        names: list[str | None] = [*sorted(self.splits, key=str.lower)] or [None]
         parts: dict[str, Contents] = {}
         for name in names:
             key = (name or "").lower()

@@ -67,10 +67,10 @@ def folder_labels(uri: str, contents: Contents, label: str | None) -> Labelling:
         if found is not None:
             parts.append((table, *found))
     if parts:
-        found = _joined(contents, parts)
-        if found.numbers is not None or label is not None:
-            return found
-        notes += found.notes
+        joined = _joined(contents, parts)
+        if joined.numbers is not None or label is not None:
+            return joined
+        notes += joined.notes
     class_names, numbers = class_folders(contents.files)
     if numbers is None:
         others = sorted({_name(t) for t in contents.tables if t not in named})

@@ -49,7 +49,7 @@ class SampleOrder:
         self._rows = group_rows[self._groups].astype(np.int64)
         self._strides = np.array([_stride(rows) for rows in self._rows.tolist()])
         all_open = open_groups is None or open_groups >= len(self._groups)
-        num_strata = 1 if all_open else open_groups
+        num_strata = 1 if open_groups is None or all_open else open_groups
         # A window of more rows than are open would open groups again for its rows.
         open_rows = max(self.num_samples * num_strata // len(self._groups), 1)
         self._num_windows = 1 if all_open else -(-self.num_samples // min(window_rows, open_rows))
@@ -118,7 +118,8 @@ class SampleOrder:
         rows = self._rows[group]
         nth = places - self._turn_ends[turn] + rows
         row = (nth * self._strides[group] + self._offsets[group]) % rows
-        return self._group_starts[self._groups[group]] + row
+        indices: np.ndarray = self._group_starts[self._groups[group]] + row
+        return indices
 
 
 @cache

@@ -32,11 +32,11 @@ def choose_pages(data: bytes, *, every_page: bool = False) -> Pages:
     """
     if not tiff.is_tiff(data):
         num_frames = count_frames(data)
-        notes = (Note("first_frame", f"{num_frames} frames"),) if num_frames > 1 else ()
-        return Pages((0,), notes)
+        frames = (Note("first_frame", f"{num_frames} frames"),) if num_frames > 1 else ()
+        return Pages((0,), frames)
     found = tiff.read_pages(data)
     pages = tuple(index for index, tags in enumerate(found) if tags.is_page) or (0,)
-    notes = (Note("overviews"),) if len(found) > len(pages) else ()
+    notes: tuple[Note, ...] = (Note("overviews"),) if len(found) > len(pages) else ()
     if every_page:
         return Pages(pages, notes)
     if len(pages) > 1:

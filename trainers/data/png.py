@@ -79,7 +79,7 @@ def _is_critical(name: bytes) -> bool:
 
 def _is_intact(view: memoryview, start: int, end: int) -> bool:
     (stated,) = struct.unpack_from(">I", view, end - 4)
-    return zlib.crc32(view[start + 4 : end - 4]) == stated
+    return bool(zlib.crc32(view[start + 4 : end - 4]) == stated)
 
 
 def _text_bytes(name: bytes, content: bytes, room: int) -> int:

@@ -26,9 +26,11 @@ _NO_PAGE_OF_ITS_OWN = 1 | 4
 _JPEG_LIKE = frozenset((6, 7, 33003, 33005, 34712, 50001, 50002))
 # Samples of which bands can be chosen.
 _CHOSEN_BITS = (8, 12, 16, 32)
-_READ = (_SUBFILE, _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER, _STRIPS)
-_READ += (_ORIENTATION, _SAMPLES, _ROWS, _STRIP_BYTES, _PLANAR, _PREDICTOR, _TILE_WIDTH)
-_READ += (_TILE_HEIGHT, _TILES, _TILE_BYTES, _FORMAT)
+_READ = frozenset(
+    (_SUBFILE, _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER, _STRIPS)
+    + (_ORIENTATION, _SAMPLES, _ROWS, _STRIP_BYTES, _PLANAR, _PREDICTOR, _TILE_WIDTH)
+    + (_TILE_HEIGHT, _TILES, _TILE_BYTES, _FORMAT)
+)
 _LONG_TAGS = frozenset(
     (_WIDTH, _HEIGHT, _STRIPS, _ROWS, _STRIP_BYTES)
     + (_TILE_WIDTH, _TILE_HEIGHT, _TILES, _TILE_BYTES)
@@ -194,8 +196,10 @@ def _interleaved(data: bytes, tags: Tags) -> np.ndarray:
 
 
 def _gray(tags: Tags) -> dict[int, Any]:
-    kept = (_WIDTH, _HEIGHT, _COMPRESSION, _FILL_ORDER, _STRIPS, _ROWS, _STRIP_BYTES, _PREDICTOR)
-    kept += (_TILE_WIDTH, _TILE_HEIGHT, _TILES, _TILE_BYTES)
+    kept = (
+        *(_WIDTH, _HEIGHT, _COMPRESSION, _FILL_ORDER, _STRIPS, _ROWS, _STRIP_BYTES, _PREDICTOR),
+        *(_TILE_WIDTH, _TILE_HEIGHT, _TILES, _TILE_BYTES),
+    )
     values = {key: tags.values[key] for key in kept if key in tags.values}
     return values | {
         _BITS: tags.bits[0],

@@ -85,10 +85,10 @@ def confusion_chart(
         A PNG.
     """
     shown = np.arange(len(class_names))
-    columns = [_short(class_names[k]) for k in shown]
+    columns = [_short(class_names[k]) for k in shown.tolist()]
     if len(class_names) > _MOST_CLASSES:
         shown = _most_confused(labels, predicted)
-        columns = [*(_short(class_names[k]) for k in shown), "any other"]
+        columns = [*(_short(class_names[k]) for k in shown.tolist()), "any other"]
         title = f"{title}\n{len(shown)} of {len(class_names):,} classes: those confused most often"
     rows = columns[: len(shown)]
     place = np.full(len(class_names), len(shown))

@@ -49,7 +49,7 @@ class Evidence:
     estimator: Estimator
     pictures: str
     num_pictures: int
-    values: tuple[float, ...] | tuple[bool, ...]
+    values: tuple[float, ...]
 
     @property
     def standard_error(self) -> float | None:
@@ -57,7 +57,7 @@ class Evidence:
         if self.num_pictures < 2:
             return None
         if self.estimator == "binomial":
-            return accuracy_error(sum(self.values), self.num_pictures)
+            return accuracy_error(int(sum(self.values)), self.num_pictures)
         found = float(np.std(self.values))
         return found if math.isfinite(found) else None
 
@@ -65,7 +65,7 @@ class Evidence:
         """The evidence as JSON: a bit a picture in base64, or a number a resample."""
         values: Any = [float(f"{value:.6g}") for value in self.values]
         if self.estimator == "binomial":
-            values = base64.b64encode(np.packbits(self.values).tobytes()).decode()
+            values = base64.b64encode(np.packbits(np.array(self.values, dtype=bool)).tobytes()).decode()
         return {
             "estimator": self.estimator,
             "pictures": self.pictures,

@@ -202,8 +202,8 @@ def score_curves(summary: SweepSummary) -> Plot | None:
         samples, scores = [r.samples for r in rungs], [r.score for r in rungs]
         lines.append((trial, samples, scores, texts, bars([r.standard_error for r in rungs])))
     made = _lines(summary, lines, summary.record.metric, mode="lines+markers")
-    for samples in summary.record.rung_samples:
-        made.add_vline(x=samples, line={"color": GREY, "width": 1, "dash": "dot"})
+    for rung in summary.record.rung_samples:
+        made.add_vline(x=rung, line={"color": GREY, "width": 1, "dash": "dot"})
     return Plot("scores", made, f"{summary.record.metric} against pictures seen, a line a trial.")
 
 

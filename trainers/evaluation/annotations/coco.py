@@ -430,8 +430,9 @@ def _adapted(record: AnnotationRecord, invalid_labels: InvalidLabels) -> Annotat
         changed["area"] = None
     polygons = record.segmentation
     if isinstance(polygons, list):
+        num_polygons = len(polygons)
         polygons = [polygon for polygon in polygons if len(polygon) not in (0, 2, 4)]
-        dropped = len(record.segmentation or ()) - len(polygons)
+        dropped = num_polygons - len(polygons)
         invalid_labels.adapt("polygons of fewer than three points passed over", dropped)
         changed["segmentation"] = polygons or None
         if record.bbox is None and polygons:

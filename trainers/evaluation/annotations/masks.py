@@ -35,13 +35,14 @@ def read_indices(uri: str) -> np.ndarray:
         DataError: it is not there, cannot be decoded, holds colours, or was compressed with loss.
     """
     image, layout = _read(uri)
-    values = np.asarray(image)
+    stored = np.asarray(image)
+    values = None
     if image.mode in ("RGB", "RGBA", "LA"):
-        values = _gray_of(values)
-    elif image.mode == "F" and np.array_equal(values, np.trunc(values)):
-        values = values.astype(np.int64)
-    elif image.mode not in _INDEX_MODES:
-        values = None
+        values = _gray_of(stored)
+    elif image.mode in _INDEX_MODES or (
+        image.mode == "F" and np.array_equal(stored, np.trunc(stored))
+    ):
+        values = stored
     if values is None:
         raise DataError(
             f"{uri} holds colours ({image.mode})",

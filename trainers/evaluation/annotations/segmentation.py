@@ -77,7 +77,6 @@ def open_segmentation(
     class_names: tuple[str, ...] = (),
     binary: bool | None = None,
     limit: int | None = None,
-    part: Part | None = None,
     progress: Progress | None = None,
 ) -> SegmentationSet:
     """Open pictures with a class for each pixel, and check all of them.
@@ -99,7 +98,6 @@ def open_segmentation(
         binary: True if 255 stands for class 1, as in the pictures trained on; None tells it from
             the masks.
         limit: number of pictures to take, evenly spread; None takes all.
-        part: part of the pictures to take before the limit; None takes all.
         progress: called with the number of pictures checked.
 
     Raises:

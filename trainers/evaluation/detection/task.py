@@ -66,9 +66,8 @@ def evaluate(make_encoder: MakeEncoder, setting: Setting, config: DetectionConfi
         NonFiniteLossError: training diverged.
     """
     invalid_labels = InvalidLabels(setting.skip_invalid)
-    train, val, hold_out = open_detection_splits(
-        setting, invalid_labels, need_masks=config.detector == "mask_rcnn"
-    )
+    need_masks = config.detector == "mask_rcnn"
+    train, val, hold_out = open_detection_splits(setting, invalid_labels, need_masks=need_masks)
     train_indices = evenly_spread(len(train), setting.limit)
     val_indices = evenly_spread(len(val), setting.limit)
     labels = _labels_of(train, val)
