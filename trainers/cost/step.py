@@ -156,7 +156,7 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self, parts: Iterable[str], ignored: Iterable[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.flops = dict.fromkeys(parts, 0.0)
         self.most = self.most_beside_gradients = 0
         self._live = self._gradients = 0
@@ -238,7 +238,7 @@ class _Autocast(TorchFunctionMode):
     """
 
     def __init__(self, dtype: torch.dtype, on_gpu: bool) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._dtype = dtype
         self._raised = ("layer_norm", "group_norm") if on_gpu else ()
 
