@@ -69,13 +69,13 @@ def test_config__raw_block_adds_key_by_key() -> None:
 def test_raw_block__refuses_what_the_recipe_has_a_key_for(block: str, cure: str) -> None:
     key = block.split(":")[0]
     with pytest.raises(ConfigError, match=f"engine.deepspeed.{key}.*{cure}") as refused:
-        load_recipe("mae-tiny", [f"engine.deepspeed={{{block}}}"])
+        config_of(f"engine.deepspeed={{{block}}}")
     assert "\n" not in str(refused.value)
 
 
 def test_raw_block__names_every_refused_key_at_once() -> None:
     with pytest.raises(ConfigError) as refused:
-        load_recipe("mae-tiny", ["engine.deepspeed={optimizer: {}, zero_optimization: {stage: 0}}"])
+        config_of("engine.deepspeed={optimizer: {}, zero_optimization: {stage: 0}}")
     assert "'engine.deepspeed.optimizer'" in str(refused.value)
     assert "'engine.deepspeed.zero_optimization.stage'" in str(refused.value)
 
@@ -147,7 +147,13 @@ def test_raw_block__every_refused_key_is_known_to_deepspeed_or_was() -> None:
 )
 def test_engine__refuses_a_stage_that_cannot(settings: tuple[str, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        load_recipe("mae-tiny", settings)
+        config_of(*settings)
+
+
+def test_engine__of_an_earlier_version_can_still_be_read() -> None:
+    """A bundle's recipe must load, whatever a run may no longer begin with."""
+    sets = ["engine.zero_stage=0", "engine.precision=fp16", "engine.deepspeed={optimizer: {}}"]
+    assert load_recipe("mae-tiny", sets).engine.deepspeed == {"optimizer": {}}
 
 
 def test_offload__is_deepspeeds() -> None:

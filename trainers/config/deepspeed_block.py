@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from mimray.trainers.errors import ConfigError
+
 _BATCH = "set optim.batch_size, engine.micro_batch_size and resources.num_workers"
 _PRECISION = "set engine.precision"
 _OFFLOAD = "set engine.offload"
@@ -80,7 +82,7 @@ def check_block(block: Mapping[str, Any], precision: str) -> None:
         precision: the recipe's `engine.precision`.
 
     Raises:
-        ValueError: names every such key and the recipe's key in its place.
+        ConfigError: names every such key and the recipe's key in its place.
     """
     problems = [f"'engine.deepspeed.{key}': {REFUSED[key]}" for key in _refused(block)]
     for part, owner in (("bf16", "bf16_weights"), ("fp16", "fp16")):
@@ -90,7 +92,7 @@ def check_block(block: Mapping[str, Any], precision: str) -> None:
                 f"it is for {owner}"
             )
     if problems:
-        raise ValueError("; ".join(problems))
+        raise ConfigError("; ".join(problems))
 
 
 def _refused(block: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

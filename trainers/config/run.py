@@ -60,26 +60,6 @@ class EngineConfig(Config):
         default_factory=dict, description="raw DeepSpeed configuration that no other key covers"
     )
 
-    @model_validator(mode="after")
-    def _check_stage(self) -> EngineConfig:
-        if self.precision in ("bf16_weights", "fp16") and self.zero_stage == 0:
-            raise ValueError(
-                f"engine.precision {self.precision} needs the fp32 master weights of "
-                "engine.zero_stage 1 to 3; --set engine.zero_stage=1"
-            )
-        if self.offload != "none" and self.zero_stage == 0:
-            raise ValueError(
-                f"engine.offload {self.offload} needs engine.zero_stage 1, 2 or 3; stage 0 has "
-                "no states to move"
-            )
-        if self.offload == "all" and self.zero_stage != 3:
-            raise ValueError(
-                f"engine.offload all needs engine.zero_stage 3, not {self.zero_stage}; "
-                "engine.offload optimizer goes with stages 1 to 3"
-            )
-        check_block(self.deepspeed, self.precision)
-        return self
-
 
 class CheckpointConfig(Config):
     """Updates between two checkpoints, and the number of checkpoints kept."""
@@ -199,13 +179,15 @@ def resolve(recipe: Recipe, facts: DatasetFacts, world_size: int) -> Plan:
         The frozen plan: learning rate = base_lr x global batch / 256, steps and warm-up steps.
 
     Raises:
-        ConfigError: the global batch cannot be split over the workers or into micro batches, is
-            larger than the dataset, the method refuses the data, or the warm-up is not shorter
-            than the run.
+        ConfigError: the ZeRO stage does not go with precision or offload, the raw DeepSpeed block
+            has a key of the recipe's; the global batch cannot be split over the workers or into
+            micro batches, is larger than the dataset, the method refuses the data, or the warm-up
+            is not shorter than the run.
 
     Source: Goyal et al. 2017, sec. 2.1; He et al. 2022, Table 8.
     """
     optim, engine = recipe.optim, recipe.engine
+    _check_engine(engine)
     batch = optim.batch_size
     if batch % world_size:
         raise ConfigError(
@@ -256,6 +238,28 @@ def resolve(recipe: Recipe, facts: DatasetFacts, world_size: int) -> Plan:
         lr=optim.base_lr * batch / 256,
         hash=_digest({**essential(recipe), "data_fingerprint": facts.fingerprint, "steps": steps}),
     )
+
+
+def _check_engine(engine: EngineConfig) -> None:
+    """Refuse what no run can begin with; bundles and plans of earlier versions may hold it."""
+    stage = engine.zero_stage
+    if engine.precision in ("bf16_weights", "fp16") and stage == 0:
+        raise ConfigError(
+            f"engine.precision {engine.precision} needs fp32 master weights, which "
+            "engine.zero_stage 0 does not keep",
+            hint="--set engine.zero_stage=1, or engine.precision=bf16",
+        )
+    if engine.offload != "none" and stage == 0:
+        raise ConfigError(
+            f"engine.offload {engine.offload} needs engine.zero_stage 1, 2 or 3, not 0",
+            hint="--set engine.zero_stage=1",
+        )
+    if engine.offload == "all" and stage != 3:
+        raise ConfigError(
+            f"engine.offload all needs engine.zero_stage 3, not {stage}",
+            hint="--set engine.zero_stage=3, or engine.offload=optimizer for stages 1 to 3",
+        )
+    check_block(engine.deepspeed, engine.precision)
 
 
 def essential(recipe: Recipe) -> dict[str, Any]:
