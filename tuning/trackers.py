@@ -80,15 +80,16 @@ class SweepTrackers:
 
     def score(self, number: int, rung: Rung) -> None:
         """Write the score at a rung."""
-        name = f"score/{self._record.metric}"
-        if number in self._trackers:
-            self._trackers[number].log(
-                rung.step, {name: rung.score, "train_s": rung.train_s, "score_s": rung.score_s}
-            )
-        writer = self._writer(number)
-        writer.add_scalar(name, rung.score, rung.samples)
+        scores: dict[str, float] = {f"score/{self._record.metric}": rung.score}
         if rung.standard_error is not None:
-            writer.add_scalar("score/standard_error", rung.standard_error, rung.samples)
+            scores["score/standard_error"] = rung.standard_error
+        if rung.num_pictures is not None:
+            scores["score/num_pictures"] = float(rung.num_pictures)
+        if number in self._trackers:
+            seconds = {"train_s": rung.train_s, "score_s": rung.score_s}
+            self._trackers[number].log(rung.step, {**scores, **seconds})
+        for name, value in scores.items():
+            self._writer(number).add_scalar(name, value, rung.samples)
 
     def end(self, number: int, trial: TrialRecord) -> None:
         """Close a trial, with its last score as HParams."""
