@@ -65,7 +65,8 @@ class Evidence:
         """The evidence as JSON: a bit a picture in base64, or a number a resample."""
         values: Any = [float(f"{value:.6g}") for value in self.values]
         if self.estimator == "binomial":
-            values = base64.b64encode(np.packbits(np.array(self.values, dtype=bool)).tobytes()).decode()
+            bits = np.packbits(np.array(self.values, dtype=bool))
+            values = base64.b64encode(bits.tobytes()).decode()
         return {
             "estimator": self.estimator,
             "pictures": self.pictures,

@@ -164,7 +164,8 @@ def test_ingest__sorted_parquet_is_permuted_alike_whatever_its_row_groups(
     rows = 240
     table = pa.table({"image": [jpeg(i) for i in range(rows)], "label": np.repeat(range(8), 30)})
     found = []
-    for name, group_rows, memory_bytes in (("a", 7, 1 << 20), ("b", 240, 20_000), ("c", 240, 60_000)):
+    cases = (("a", 7, 1 << 20), ("b", 240, 20_000), ("c", 240, 60_000))
+    for name, group_rows, memory_bytes in cases:
         (tmp_path / name).mkdir()
         pq.write_table(table, tmp_path / f"{name}/x.parquet", row_group_size=group_rows)
         monkeypatch.setitem(ExternalSort.__init__.__kwdefaults__, "memory_bytes", memory_bytes)
