@@ -190,6 +190,11 @@ def _nothing(tree: dict) -> None:
     tree["annotations"] = []
 
 
+def _only_crowds(tree: dict) -> None:
+    for thing in tree["annotations"]:
+        thing["iscrowd"] = 1
+
+
 def _no_pictures(tree: dict) -> None:
     tree["annotations"], tree["images"] = [], []
 
@@ -197,9 +202,15 @@ def _no_pictures(tree: dict) -> None:
 @pytest.mark.parametrize(
     ("split", "change", "kind", "message"),
     [
-        ("val", _nothing, EmptyDatasetError, "none of 3 pictures has an object to score on"),
+        ("val", _nothing, DataError, "has no annotations: is this a test list"),
+        ("val", _only_crowds, EmptyDatasetError, "none of 3 pictures has an object to score on"),
         ("val", _no_pictures, DataError, r"val/instances\.json"),
-        ("train", _nothing, EmptyDatasetError, "none of 4 pictures has an object to learn from"),
+        (
+            "train",
+            _only_crowds,
+            EmptyDatasetError,
+            "none of 4 pictures has an object to learn from",
+        ),
         (
             "val",
             lambda tree: tree["categories"].append({"id": 9, "name": "blob"}),
