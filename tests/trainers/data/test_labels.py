@@ -236,7 +236,7 @@ def test_folder__a_picture_has_one_label(tmp_path: Path) -> None:
 
 
 def planned(place: Path, label: str | None = None) -> tuple[tuple[str, ...], list[int | None]]:
-    plan = plan_ingest(str(place), label=label)
+    (plan,) = plan_ingest(str(place), label=label).values()
     rows = [row for unit in plan.units.to_pylist() for row in read_unit(unit, plan.layout)]
     return plan.class_names, [row.label for row in rows]
 
@@ -258,7 +258,7 @@ def test_identities__are_the_same_before_and_after_ingest(tmp_path: Path) -> Non
     pictures(tmp_path / "folder", "cat/a.png", "dog/b.png")
 
     def sources(place: Path) -> list[str]:
-        plan = plan_ingest(str(place))
+        (plan,) = plan_ingest(str(place)).values()
         rows = [row for unit in plan.units.to_pylist() for row in read_unit(unit, plan.layout)]
         return [row.source for row in rows]
 
