@@ -159,8 +159,11 @@ class Account:
     def short_lines(self) -> list[str]:
         """The account in few lines: counts without reasons in one, each warning in another."""
         calm = [self._head(reason) for reason in self._reasons() if not reason.warns]
-        warnings = [self._line(reason) for reason in self._reasons() if reason.warns]
-        return (["; ".join(calm)] if calm else []) + warnings
+        return (["; ".join(calm)] if calm else []) + self.warnings()
+
+    def warnings(self) -> list[str]:
+        """The lines of what needs somebody's attention."""
+        return [self._line(reason) for reason in self._reasons() if reason.warns]
 
     def to_json(self) -> list[dict[str, Any]]:
         """The account for programs, an object a reason."""

@@ -103,7 +103,9 @@ def _matched(splits: Splits) -> Splits:
             )
     notes = list(splits.notes)
     for source in (train, val) if splits.hold_out is None else (train,):
-        notes += [f"{source.facts.uri}: {note}" for note in source.label_notes]
+        told = (*source.label_notes, *source.account.warnings())
+        notes += [f"{source.facts.uri}: {note}" for note in told]
+    notes = list(dict.fromkeys(notes))  # of two splits in one place
     missing = [name for name in val_names if counts[name] and not learnt.get(name)]
     if missing:
         if len(missing) == sum(count > 0 for count in counts.values()):
