@@ -7,6 +7,7 @@ checkpoints and bundles lie in the trials' directories.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import warnings
 from collections.abc import Callable, Iterable
@@ -164,7 +165,7 @@ class Repeated(Searcher):  # type: ignore[misc]
         done = {trial.number for trial in record.trials if trial.state in ENDED}
         wanted = [
             {"number": number, "params": {**trial.params, "seed": _seed(config, trial) + seed}}
-            for trial in record.found()[: config.repeats.best]
+            for trial in _distinct(record.found())[: config.repeats.best]
             for seed in range(1, config.repeats.seeds + 1)
             if (number := repeat_number(trial.number, seed)) not in done
         ]
@@ -193,6 +194,14 @@ class Repeated(Searcher):  # type: ignore[misc]
 
     def restore(self, checkpoint_path: str) -> None:
         """Restore nothing."""
+
+
+def _distinct(trials: Iterable[TrialRecord]) -> list[TrialRecord]:
+    """Trials without those whose values an earlier one has: a draw may come twice."""
+    first: dict[str, TrialRecord] = {}
+    for trial in trials:
+        first.setdefault(json.dumps(trial.params, sort_keys=True), trial)
+    return list(first.values())
 
 
 def _seed(config: SweepConfig, trial: TrialRecord) -> int:

@@ -154,6 +154,10 @@ def test_repeats__are_listed_once_and_go_on_after_a_cut(small: Small) -> None:
         scored(repeat_number(1, 1), 0.2, state="finished"),
         scored(repeat_number(1, 2), 0.2, state="cut"),
     ]
+    twin = scored(11, 0.4, state="finished")  # drawn twice, it is one
+    assert twin.params == trials[1].params
+    again = Repeated(plan.config, record_of(plan, *trials, twin))
+    assert [w["number"] for w in again._wanted] == [f["number"] for f in found]
     left = Repeated(plan.config, record_of(plan, *trials, *later))
     assert [trial_name(f["number"]) for f in left._wanted] == [
         "0001-seed2", "0002-seed1", "0002-seed2",

@@ -59,7 +59,7 @@ def leaderboard(summary: SweepSummary) -> Table:
         "samples",
         "score",
         *(("on pictures", "less the best") if known else ()),
-        *(("mean of other seeds",) if summary.seeds else ()),
+        *(("other seeds",) if summary.seeds else ()),
         "loss",
         "device-s",
         "state",

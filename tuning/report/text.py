@@ -39,7 +39,7 @@ def _head(summary: SweepSummary) -> str:
         found = f"Best {record.metric} {tables.chosen_text(best)}: trial {best.number}, {tried}."
         if record.final is not None:
             found = (
-                f"{record.metric} {tables.final_text(summary)}: trial {best.number}, {tried}. "
+                f"Trial {best.number}, {tried}: {record.metric} {tables.final_text(summary)}. "
                 f"It was chosen by {tables.chosen_text(best)}."
             )
     lines = [f"{state}: {tables.outcome(summary)}.", found, *tables.notes(summary)]

@@ -67,7 +67,7 @@ def test_leaderboard__says_what_is_not_told_apart(sweep: SweepRecord) -> None:
     assert rows[1]["less the best"] == "+0.0083 ± 0.0363, not told apart"
     assert rows[2]["less the best"].startswith("-0.1750 ± ")
     assert "told apart" not in rows[2]["less the best"]
-    assert [row["mean of other seeds"] for row in rows] == [
+    assert [row["other seeds"] for row in rows] == [
         "0.2083, sd 0.0118 (2)", "0.1667 (1)", "",
     ]  # fmt: skip
     assert rows[0]["crop_scale"] == "(0.6, 1)"
@@ -85,7 +85,8 @@ def test_report__gives_the_winners_own_score_in_page_text_and_data(
     assert "Not told apart from the best: trial 0." in text
     page = " ".join((tmp_path / "report.html").read_text().split())
     assert "0.2000 ± 0.0365<small>" in page
-    assert "on 119 pictures kept from the choice: the test split" in page
+    assert "on 119 pictures kept from the choice</small>" in page
+    assert "<dt>Kept from the choice</dt><dd>the test split</dd>" in page
     data = json.loads((tmp_path / "report.json").read_text())
     assert data["final"]["headline"] == 0.2
     assert data["ranked"][1]["against_best"]["told_apart"] is False
