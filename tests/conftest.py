@@ -14,8 +14,12 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from hypothesis import settings
 from PIL import Image
 
+# A loaded machine is no reason to fail.
+settings.register_profile("mimray", deadline=None)
+settings.load_profile("mimray")
 # Ray reads this when it is imported, which a test may do before any command has set it.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 # How often Ray Train looks whether its workers have ended; 2 s are long beside runs of tests.

@@ -231,7 +231,7 @@ def test_mae__hidden_pixels_do_not_reach_the_encoder():
     quarter=st.integers(1, 8),
     num_prefix=st.integers(0, 2),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_sincos__equals_the_formula_written_out(
     grid: tuple[int, int], quarter: int, num_prefix: int
 ):
@@ -269,7 +269,7 @@ def test_sincos__equals_transformers(grid: tuple[int, int]):
     channels=st.integers(1, 6),
     batch=st.integers(1, 3),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_patches__unpatchify_is_the_inverse_and_order_is_row_major(
     patch: int, grid: tuple[int, int], channels: int, batch: int
 ):

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mimray.trainers.errors import ConfigError, DataError, MimrayError
@@ -57,7 +57,6 @@ def test_drawn__stays_inside_and_depends_on_seed_and_number_alone(configured: Co
     assert 0.3 < below < 0.7
 
 
-@settings(deadline=None)
 @given(steps=st.integers(1, 400), count=st.integers(1, 6), factor=st.integers(2, 4))
 def test_rungs__grow_by_the_factor_and_end_with_the_whole(
     steps: int, count: int, factor: int

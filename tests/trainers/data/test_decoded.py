@@ -107,7 +107,7 @@ def recipe_of(cache_mib: int, *, beit: bool = False, **data: Any) -> Recipe:
     enough=st.tuples(st.integers(1, 400), st.integers(1, 400)),
     orientation=st.integers(1, 8),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_draft_scale__is_what_decoding_divides_by(
     size: tuple[int, int], enough: tuple[int, int], orientation: int
 ):

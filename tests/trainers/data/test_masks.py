@@ -22,7 +22,7 @@ BEIT = {"max_hidden": 75, "min_block_patches": 16, "min_block_aspect": 0.3}
     ratio=st.floats(0.01, 0.99),
     seed=st.integers(0, 2**32),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_random_mask__hides_exactly_as_many_as_asked(
     grid: tuple[int, int], ratio: float, seed: int
 ):
@@ -77,7 +77,7 @@ def test_unit_mask__rounds_as_published_code_does(
     ratio=st.floats(0.01, 0.99),
     seed=st.integers(0, 2**32),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_unit_mask__hides_whole_units(units: tuple[int, int], unit: int, ratio: float, seed: int):
     rows, columns = units
 
@@ -267,7 +267,7 @@ def test_block_mask__blocks_keep_their_bounds(draws: tuple[list[Draw], list[Draw
     data=st.data(),
     grid=st.tuples(st.integers(1, 16), st.integers(1, 16)).filter(lambda grid: grid != (1, 1)),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_block_mask__hides_something_and_never_more_than_allowed(
     data: st.DataObject, grid: tuple[int, int]
 ):

@@ -19,7 +19,7 @@ OPEN = st.one_of(st.none(), st.integers(1, 14))
 
 
 @given(groups=GROUPS, seed=st.integers(0, 2**63 - 1), window=st.integers(1, 40), opened=OPEN)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_order__every_epoch_is_a_permutation(
     groups: np.ndarray, seed: int, window: int, opened: int | None
 ):
@@ -38,7 +38,7 @@ def test_order__every_epoch_is_a_permutation(
     opened=OPEN,
     cuts=st.lists(st.tuples(st.integers(0, 200), st.integers(1, 60)), min_size=1, max_size=6),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_order__take_is_a_seek(
     groups: np.ndarray, window: int, opened: int | None, cuts: list[tuple[int, int]]
 ):

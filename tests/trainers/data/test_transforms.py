@@ -24,7 +24,7 @@ SIDES = st.integers(2, 3000)
     ratio=st.tuples(st.floats(0.1, 10), st.floats(0.1, 10)).map(sorted),
     seed=st.integers(0, 2**32),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_crop_box__lies_in_the_picture(
     size: tuple[int, int], scale: list[float], ratio: list[float], seed: int
 ):

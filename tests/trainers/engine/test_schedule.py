@@ -51,7 +51,7 @@ RUNS = {
 
 
 @given(**RUNS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_cosine__a_line_then_half_a_wave(steps: int, share: float, start: float, end: float):
     warm = int(steps * share)
     plan = plan_of(steps=steps, warmup_steps=warm, warmup_lr=start, min_lr=end)
@@ -70,7 +70,7 @@ def test_cosine__a_line_then_half_a_wave(steps: int, share: float, start: float,
     milestones=st.lists(st.floats(0.91, 0.99), min_size=1, max_size=3).map(sorted),
     gamma=st.floats(0.05, 0.9),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_multistep__a_line_then_stairs(
     steps: int, share: float, start: float, end: float, milestones: list[float], gamma: float
 ):

@@ -261,9 +261,7 @@ spaces = st.sampled_from(
 
 
 @given(st.lists(st.tuples(states, values, values, scores), max_size=7), st.integers(0, 3), spaces)
-@settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_report__is_written_at_any_stage_of_any_sweep(
     record: Make, trial: Make, tmp_path: Path, rows: Any, num_keys: int, config: Any
 ):

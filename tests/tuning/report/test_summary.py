@@ -55,7 +55,7 @@ trials = st.lists(
 
 
 @given(trials)
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_heatmap__holds_the_best_of_those_that_came_farthest(record: Make, trial: Make, rows: Any):
     made = [
         trial(i, {"a.x": x, "a.y": y}, scores, state=state)
