@@ -156,7 +156,7 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self, parts: Iterable[str], ignored: Iterable[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.flops = dict.fromkeys(parts, 0.0)
         self.most = self.most_beside_gradients = 0
         self._live = self._gradients = 0

@@ -424,7 +424,7 @@ def _to_rgb(
             notes.append(Note("dark", "colour"))
     if image.has_transparency_data:
         opaque = image.convert("RGBA")
-        if opaque.getextrema()[3] != (255, 255):
+        if opaque.getchannel("A").getextrema() != (255, 255):
             notes.append(Note("on_white"))
         canvas = Image.new("RGBA", opaque.size, (*BACKGROUND, 255))
         return Image.alpha_composite(canvas, opaque).convert("RGB"), notes
