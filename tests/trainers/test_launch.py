@@ -35,3 +35,11 @@ def test_prepare__a_continued_run_keeps_its_digest(job: Job) -> None:
     )
     with pytest.raises(RunConflictError, match=r"optim\.batch_size: 4 -> 8"):
         prepare(other)
+
+
+def test_prepare__a_run_of_another_order_is_not_continued(job: Job) -> None:
+    earlier = prepare(job).model_copy(update={"format": 1})
+    job.run.create()
+    job.run.write("plan.json", earlier.model_dump_json().encode())
+    with pytest.raises(RunConflictError, match="as of an earlier version of mimray"):
+        prepare(job)

@@ -136,11 +136,13 @@ class Plan(Config):
     """A recipe resolved for its data and number of workers; frozen, written to `plan.json`.
 
     Attributes:
+        format: 2 since pictures are mixed over the whole dataset and drafts of JPEG have a margin:
+            a run that was begun before that would go on with another order and other pixels.
         lr: peak learning rate, base_lr x global batch / 256.
         accumulation: micro batches a worker sums before an update.
     """
 
-    format: Literal[1] = 1
+    format: Literal[1, 2] = 2
     recipe: Recipe
     data: DatasetFacts
     world_size: PositiveInt
@@ -282,6 +284,8 @@ def differences(old: Plan, new: Plan) -> list[str]:
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
     ]
+    if old.format != new.format:
+        lines.append("order and pixels of training pictures: as of an earlier version of mimray")
     if old.data.fingerprint != new.data.fingerprint:
         lines.append(
             f"data: {old.data.uri} ({old.data.fingerprint[:12]}) -> "
