@@ -61,13 +61,26 @@ def plan_of(stage: int, *overrides: str, name: str = "mae-tiny") -> Plan:
     return resolve(recipe, DatasetFacts("here", 1000, "f"), 1)
 
 
-def train(plan: Plan, precision: str, steps: int = STEPS, save_as: RunDir | None = None) -> Result:
+def train(
+    plan: Plan,
+    precision: str,
+    steps: int = STEPS,
+    *,
+    save_as: RunDir | None = None,
+    continues: RunDir | None = None,
+) -> Result:
     torch.manual_seed(0)
     method = build_method(plan.recipe).train()
     fixed = fixed_weights(method)
     engine = initialize(method, plan, precision)
+    identity = Identity(plan.hash, plan.recipe.engine.zero_stage, precision)
+    first = 0
+    if continues is not None:
+        checkpoint = checkpoints.load_newest(continues, engine, identity)
+        assert checkpoint is not None
+        first = checkpoint.step
     losses = []
-    for step in range(steps):
+    for step in range(first, steps):
         set_hyperparameters(engine.optimizer, plan, step)
         rng = torch.Generator().manual_seed(step % 3)
         images = torch.randn(BATCH, 3, *plan.recipe.data.image_size, generator=rng)
@@ -80,7 +93,6 @@ def train(plan: Plan, precision: str, steps: int = STEPS, save_as: RunDir | None
         losses.append(float(output.loss))
     if save_as is not None:
         save_as.create()
-        identity = Identity(plan.hash, plan.recipe.engine.zero_stage, precision)
         checkpoints.save(save_as, engine, identity, step=steps, samples=steps * BATCH, keep=1)
     adam = getattr(engine.optimizer, "optimizer", engine.optimizer)
     updates = {float(state["step"]) for state in adam.state.values()}
@@ -151,6 +163,21 @@ def test_offload__changes_no_loss(stage: int, offload: str, precision: str) -> N
     assert away.updates == here.updates
     for name, value in here.state.items():
         assert torch.equal(away.state[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("stage", "offload"), [(0, "none"), (1, "optimizer"), (2, "optimizer"), (3, "all")]
+)
+def test_checkpoint__goes_on_bit_for_bit(stage: int, offload: str, tmp_path: Path) -> None:
+    plan = plan_of(stage, *SMALL, f"engine.offload={offload}")
+    run = RunDir(str(tmp_path / "run"))
+    whole = train(plan, "bf16", steps=6)
+    train(plan, "bf16", steps=3, save_as=run)
+    rest = train(plan, "bf16", steps=6, continues=run)
+    assert rest.losses == whole.losses[3:]
+    assert rest.updates == whole.updates
+    for name, value in whole.state.items():
+        assert torch.equal(rest.state[name], value), name
 
 
 @pytest.mark.parametrize("stage", [0, 1])
