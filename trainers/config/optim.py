@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mimray.trainers.config.base import Config
 from mimray.trainers.config.schedule import Schedule, Scheduled
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ParameterGroup(Config):
@@ -38,7 +40,7 @@ class OptimConfig(Config):
     batch_size: PositiveInt = Field(
         default=4096, description="global batch: pictures an update, over all workers"
     )
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     weight_decay: Scheduled = Field(
         default=Schedule(start=0.05), description="a number, or a schedule"

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from mimray.trainers.data.files import join
+from mimray.trainers.data.files import join, parent
 from mimray.trainers.evaluation.uncertainty import Difference
 from mimray.tuning.record import SweepRecord, TrialRecord
 from mimray.tuning.report.summary import Cell, Heatmap, SweepSummary, rungs_of
@@ -247,21 +247,22 @@ def commands(record: SweepRecord, best: TrialRecord | None) -> list[tuple[str, s
         best: the best trial; None before the first score.
     """
     name = shlex.quote(record.name)
+    where = f" --storage {shlex.quote(parent(record.uri))}"
     logs = shlex.quote(join(record.uri, "tensorboard"))
     found = [("Make it again", record.command)] if record.command else []
-    found.append(("Go on where it ended", f"mimray tune --resume {name}"))
+    found.append(("Go on where it ended", f"mimray tune --resume {name}{where}"))
     if best is not None:
         promoted = shlex.quote(f"{record.name}:best")
         found += [
             (
                 "Promote the best trial",
-                f"mimray models register {promoted} --name MODEL --alias champion",
+                f"mimray models register {promoted} --name MODEL --alias champion{where}",
             ),
             ("Serve it", "mimray serve MODEL@champion"),
         ]
     return [
         *found,
-        ("Look at the trials", f"mimray ui --sweep {name}"),
+        ("Look at the trials", f"mimray ui --sweep {name}{where}"),
         ("Look at their curves", f"tensorboard --logdir {logs}"),
     ]
 

@@ -199,10 +199,11 @@ def test_report__says_how_to_go_on(grid: SweepRecord, tmp_path: Path):
 
     assert found == [
         grid.command,
-        "mimray tune --resume 'my sweep'",
-        "mimray models register 'my sweep:best' --name MODEL --alias champion",
+        "mimray tune --resume 'my sweep' --storage 's3://bucket?region=eu'",
+        "mimray models register 'my sweep:best' --name MODEL --alias champion "
+        "--storage 's3://bucket?region=eu'",
         "mimray serve MODEL@champion",
-        "mimray ui --sweep 'my sweep'",
+        "mimray ui --sweep 'my sweep' --storage 's3://bucket?region=eu'",
         "tensorboard --logdir 's3://bucket/my sweep/tensorboard?region=eu'",
     ]
 

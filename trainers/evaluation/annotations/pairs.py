@@ -27,13 +27,13 @@ def pair_folders(uri: str) -> dict[str, tuple[str, str]]:
 
     Looked for are `<split>` beside `<split>annot` (as CamVid has them), `<split>/images` beside
     `<split>/masks`, and `images/<split>` beside `masks/<split>`; `annotations` or `labels` may
-    stand for `masks`.
+    stand for `masks`. Case does not matter.
 
     Raises:
         DataError: there is nothing at `uri`, or it cannot be read.
     """
     above = {
-        str(folder)
+        str(folder).lower(): str(folder)
         for file in list_files(uri)
         if is_picture(file.path)
         for folder in PurePosixPath(file.path).parents
@@ -43,13 +43,14 @@ def pair_folders(uri: str) -> dict[str, tuple[str, str]]:
         tried = [(split, f"{split}annot")]
         tried += [(f"{split}/images", f"{split}/{masks}") for masks in MASK_FOLDERS]
         tried += [(f"images/{split}", f"{masks}/{split}") for masks in MASK_FOLDERS]
-        there = [pair for pair in tried if above.issuperset(pair)]
+        there = [pair for pair in tried if above.keys() >= set(pair)]
         if there:
-            found[split] = there[0]
+            images, masks = there[0]
+            found[split] = above[images], above[masks]
     if not found:
-        there = [("images", masks) for masks in MASK_FOLDERS if masks in above]
-        if there and "images" in above:
-            found[""] = there[0]
+        beside = [above[masks] for masks in MASK_FOLDERS if masks in above]
+        if beside and "images" in above:
+            found[""] = above["images"], beside[0]
     return found
 
 

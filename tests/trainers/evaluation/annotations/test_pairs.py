@@ -29,6 +29,8 @@ def _write(folder: Path, names: str, mode: str = "L", value: int = 1) -> None:
         ("images/validation", "annotations/validation", "validation"),
         ("images/training", "labels/training", "training"),
         ("images", "masks", ""),
+        ("Train/Images", "Train/Masks", "train"),
+        ("Images", "Labels", ""),
     ],
 )
 def test_pair_folders__the_usual_layouts(
