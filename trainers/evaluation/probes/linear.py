@@ -27,7 +27,7 @@ from mimray.trainers.evaluation.probes.classification import (
 from mimray.trainers.evaluation.probes.lars import train_lars
 from mimray.trainers.evaluation.probes.linear_classifiers import LinearClassifier, logistic, ridge
 from mimray.trainers.evaluation.score import Score, Setting
-from mimray.trainers.evaluation.uncertainty import of_accuracy
+from mimray.trainers.evaluation.uncertainty import figure_text, of_accuracy
 
 Solver = Callable[[np.ndarray, np.ndarray, Sequence[float], str], list[LinearClassifier]]
 """From x, y, candidates and a phase to one head a candidate."""
@@ -101,6 +101,7 @@ def evaluate(ref: EncoderRef, setting: Setting, config: LinearConfig) -> Score:
             "batch_size": min(config.batch_size, len(train.y)),
             "num_views": config.num_views,
         }
+    evidence = of_accuracy(predicted == val.y, found.splits.val.facts.fingerprint, val.index)
     return Score(
         metric=accuracy_of(config.view),
         headline=accuracy,
@@ -109,7 +110,7 @@ def evaluate(ref: EncoderRef, setting: Setting, config: LinearConfig) -> Score:
         val_fingerprint=found.splits.val.facts.fingerprint,
         num_train=len(train.y),
         num_val=len(val.y),
-        evidence=of_accuracy(predicted == val.y, found.splits.val.facts.fingerprint, val.index),
+        evidence=evidence,
         notes=(
             *missing_classes(per_class),
             *_advice(key, candidates, best, head),
@@ -120,7 +121,8 @@ def evaluate(ref: EncoderRef, setting: Setting, config: LinearConfig) -> Score:
                 val.y,
                 predicted,
                 names,
-                f"linear probe ({config.solver}): accuracy {accuracy:.4f}",
+                f"linear probe ({config.solver}): accuracy "
+                f"{figure_text(accuracy, evidence.standard_error)} on {len(val.y):,} pictures",
             )
         },
         files={"head.safetensors": _saved(head, found.pooling, learnt)},

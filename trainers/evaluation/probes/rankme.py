@@ -14,7 +14,7 @@ from mimray.trainers.evaluation.features.encoders import EncoderRef
 from mimray.trainers.evaluation.features.pooled import pooled_features
 from mimray.trainers.evaluation.score import Score, Setting
 from mimray.trainers.evaluation.splits import pictures_to_score
-from mimray.trainers.evaluation.uncertainty import by_jackknife
+from mimray.trainers.evaluation.uncertainty import by_jackknife, figure_text
 
 EPSILON = 1e-7
 PROXY = (
@@ -53,6 +53,7 @@ def evaluate(ref: EncoderRef, setting: Setting, config: RankMeConfig) -> Score:
         notes.insert(
             1, f"{num_pictures} pictures bound the rank of features of width {width}: give more"
         )
+    evidence = by_jackknife(rank_without(found.x), source.facts.fingerprint, found.index)
     return Score(
         metric="RankMe",
         headline=rank,
@@ -68,10 +69,14 @@ def evaluate(ref: EncoderRef, setting: Setting, config: RankMeConfig) -> Score:
         val_fingerprint=source.facts.fingerprint,
         num_train=0,
         num_val=num_pictures,
-        evidence=by_jackknife(rank_without(found.x), source.facts.fingerprint, found.index),
+        evidence=evidence,
         notes=tuple(notes),
         pictures={
-            "rankme.png": spectrum_chart(values, f"RankMe {rank:.1f} of width {width}"),
+            "rankme.png": spectrum_chart(
+                values,
+                f"RankMe {figure_text(rank, evidence.standard_error)} of width {width} "
+                f"on {num_pictures:,} pictures",
+            ),
         },
     )
 
