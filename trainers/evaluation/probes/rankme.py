@@ -54,6 +54,7 @@ def evaluate(ref: EncoderRef, setting: Setting, config: RankMeConfig) -> Score:
             1, f"{num_pictures} pictures bound the rank of features of width {width}: give more"
         )
     evidence = by_jackknife(rank_without(found.x), source.facts.fingerprint, found.index)
+    error = None if evidence is None else evidence.standard_error
     return Score(
         metric="RankMe",
         headline=rank,
@@ -74,8 +75,7 @@ def evaluate(ref: EncoderRef, setting: Setting, config: RankMeConfig) -> Score:
         pictures={
             "rankme.png": spectrum_chart(
                 values,
-                f"RankMe {figure_text(rank, evidence.standard_error)} of width {width} "
-                f"on {num_pictures:,} pictures",
+                f"RankMe {figure_text(rank, error)} of width {width} on {num_pictures:,} pictures",
             ),
         },
     )
