@@ -68,7 +68,8 @@ class View:
         name: the argument's name in the method's `forward`.
         size: (height, width) in pixels.
         count: views per picture, each with its own crop.
-        like: name of an earlier view whose crops this one shows at its own size; empty for none.
+        like: name of an earlier view, of `count` or more, whose crops this one shows at its own
+            size; empty for none.
         crop_scale: bounds of the crop's area over the picture's.
         crop_ratio: bounds of the crop's width over its height.
         hflip: probability of a horizontal flip.
@@ -160,16 +161,19 @@ def training_view(recipe: Recipe, name: str = "images", *, masks: Masks | None =
 def numbered(inputs: Inputs) -> Iterator[Numbered]:
     """The views among inputs, each with the number of its first stream."""
     firsts: dict[str, int] = {}
+    counts: dict[str, int] = {}
     following = 0
     for view in inputs:
         if not isinstance(view, View):
             continue
         if view.like:
             assert view.like in firsts, f"{view.name} is like {view.like}, which is not declared"
+            assert view.count <= counts[view.like], f"{view.like} has fewer crops than {view.name}"
             firsts[view.name] = firsts[view.like]
         else:
             firsts[view.name] = following
             following += view.count
+        counts[view.name] = view.count
         yield Numbered(view, firsts[view.name])
 
 

@@ -15,6 +15,7 @@ from mimray.trainers.config.run import Recipe, parse_recipe, resolve
 from mimray.trainers.data.loader import Place, Samples, make_loader
 from mimray.trainers.data.sources import Source, open_source
 from mimray.trainers.data.transforms import color_jitter, to_array, view_of
+from mimray.trainers.data.views import View, numbered
 from mimray.trainers.methods.catalogue import inputs_of
 
 JITTERS = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation)
@@ -175,3 +176,11 @@ def test_loader__makes_no_second_view_for_methods_without_a_tokenizer(source: So
         "images",
         "mask",
     }
+
+
+def test_numbered__a_view_shares_streams_with_one_that_has_as_many() -> None:
+    leader, small = View("crops", (32, 32), count=2), View("tokens", (16, 16), like="crops")
+    other = View("local", (16, 16), count=3)
+    assert [first for _, first in numbered([leader, small, other])] == [0, 0, 2]
+    with pytest.raises(AssertionError, match="crops has fewer crops than more"):
+        list(numbered([leader, View("more", (16, 16), count=3, like="crops")]))
