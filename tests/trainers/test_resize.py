@@ -124,7 +124,7 @@ def train(job: Job) -> None:
 
 
 def work(jobs: Path, rank: str, world_size: str) -> None:
-    """What the subprocesses do."""
+    """The program of each subprocess."""
     os.environ["LOCAL_RANK"] = rank
     prepare_process(torch.device("cpu"))
     dist.init_process_group(

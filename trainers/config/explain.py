@@ -75,7 +75,7 @@ def _dotted(loc: Sequence[int | str], data: Any) -> str:
 def _unknown(
     key: str, data: Mapping[str, Any], keys: Sequence[str], owners: Mapping[str, Sequence[str]]
 ) -> str:
-    """What is wrong with a key, and which one may have been meant."""
+    """The error of a key that is unknown, and the key that may have been meant."""
     if key in owners:
         section = key.split(".")[0]
         chosen = _name_of(data, section)

@@ -109,7 +109,7 @@ def estimate(
 
 
 def _offload_at(stage: int, plan: Plan) -> str:
-    """What the recipe offloads, as far as a ZeRO stage can."""
+    """The state that a recipe offloads, as far as a ZeRO stage can."""
     wanted = plan.recipe.engine.offload
     if stage == 0:
         return "none"

@@ -36,7 +36,7 @@ def foreign_format(data: bytes) -> str | None:
 
 
 def unsupported_jpeg(data: bytes) -> str | None:
-    """What makes a JPEG one of a kind that is not read: its bits, or lossless coding."""
+    """The reason why a JPEG is of a kind that is not read, for people; None for the usual kind."""
     if not data.startswith(b"\xff\xd8"):
         return None
     start = 2

@@ -59,7 +59,7 @@ _OUTPUT = pa.schema(
 
 @dataclass(frozen=True)
 class Preparation:
-    """What becomes of every picture.
+    """The treatment of every picture on its way into a dataset.
 
     Attributes:
         short_side_px: longer short sides are shrunk to this; None keeps every size.
@@ -186,7 +186,7 @@ def ingest(
 
 @dataclass
 class _Written:
-    """What was written of one split."""
+    """Counts of one split while it is written."""
 
     writer: ShardWriter
     account: Account = field(default_factory=Account)

@@ -1,4 +1,4 @@
-"""What hinders this process on this machine, and the variables that mend it."""
+"""Hindrances to this process on this machine, and the environment variables that mend them."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ HEADS = ("head", "decoder.pred", "decoder.to_pixels")
 
 
 class Assessment(NamedTuple):
-    """What a trained method's pictures say of it.
+    """Figures of a trained method over pictures, and warnings.
 
     Attributes:
         figures: figures by name.

@@ -43,7 +43,7 @@ pytestmark = pytest.mark.usefixtures("process_group")
 
 @dataclass(frozen=True)
 class Result:
-    """What `train` ends with.
+    """The outcome of `train`.
 
     Attributes:
         losses: the loss of each step.

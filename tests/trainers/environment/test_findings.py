@@ -1,4 +1,4 @@
-"""What hinders a process is found, and the variables that mend it are set."""
+"""Hindrances to a process are found, and the variables that mend them are set."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def learn(case: str, micro: int, place: Path) -> dict[str, Any]:
 
 
 def work(place: Path, rank: int, jobs: list[tuple[str, int]]) -> None:
-    """What the subprocesses do."""
+    """The program of each subprocess."""
     os.environ["LOCAL_RANK"] = str(rank)
     prepare_process(torch.device("cpu"))
     dist.init_process_group("gloo", init_method=f"file://{place}/meeting", rank=rank, world_size=2)

@@ -93,7 +93,7 @@ def train(name: str, stage: int, precision: str) -> dict[str, Any]:
 
 
 def work(out: Path, rank: str, world_size: str, *cases: str) -> None:
-    """What the subprocesses do."""
+    """The program of each subprocess."""
     os.environ["LOCAL_RANK"] = rank
     prepare_process(torch.device("cpu"))
     dist.init_process_group(

@@ -134,7 +134,7 @@ def final_state(kind: str, share: slice) -> dict[str, Any]:
 
 
 def work(out: Path, rank: int) -> None:
-    """What the subprocesses do."""
+    """The program of each subprocess."""
     dist.init_process_group("gloo", init_method=f"file://{out}.meeting", rank=rank, world_size=2)
     share = slice(2 * rank, 2 * rank + 2)
     torch.save({kind: final_state(kind, share) for kind in KINDS}, f"{out}.{rank}")

@@ -127,7 +127,7 @@ class PictureFolder:
 
 
 class PictureHeader(NamedTuple):
-    """What the header of a picture states.
+    """Facts that the header of a picture states.
 
     Attributes:
         size: upright (height, width), pixels.
