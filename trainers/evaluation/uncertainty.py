@@ -53,13 +53,14 @@ class Evidence:
 
     @property
     def standard_error(self) -> float | None:
-        """The standard error; None where there are too few pictures to estimate one."""
+        """The standard error; None where the pictures do not suffice to estimate one."""
         if self.num_pictures < 2:
             return None
         if self.estimator == "binomial":
             return accuracy_error(int(sum(self.values)), self.num_pictures)
         found = float(np.std(self.values))
-        return found if math.isfinite(found) else None
+        # Resamples that all agree, as where nothing is found in any, tell nothing of the error.
+        return found if math.isfinite(found) and found > 0 else None
 
     def as_json(self) -> dict[str, Any]:
         """The evidence as JSON: a bit a picture in base64, or a number a resample."""
@@ -251,6 +252,8 @@ def _paired(value: float, one: Evidence, other: Evidence) -> Difference:
     ours, theirs = np.array(one.values), np.array(other.values)
     if one.estimator != "binomial":
         error = float(np.std(ours - theirs))
+        if one.standard_error is None and other.standard_error is None:
+            return Difference(value, None, paired=True, told_apart=None)
         return Difference(value, error, paired=True, told_apart=abs(value) > _Z * error)
     from scipy.stats import binomtest
 

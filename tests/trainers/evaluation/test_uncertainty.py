@@ -156,3 +156,10 @@ def test_jackknife__of_a_mean_is_its_standard_error_however_few_the_pictures() -
     found = by_jackknife(lambda out: float(values[~out].mean()), "v", np.arange(14))
     assert found is not None
     assert found.standard_error == pytest.approx(values.std(ddof=1) / math.sqrt(14))
+
+
+def test_bootstrap__of_scores_that_are_all_the_same_gives_no_error() -> None:
+    found = [by_bootstrap(lambda counts, v=value: v, "v", 30) for value in (0.0, 0.5)]
+    assert [evidence.standard_error for evidence in found] == [None, None]
+    one, other = (Figure(e.values[0], e.standard_error, e.as_json()) for e in found)
+    assert difference(other, one).told_apart is None
