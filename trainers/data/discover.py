@@ -23,13 +23,20 @@ from mimray.trainers.data.files import (
     parent,
     suffix,
 )
-from mimray.trainers.data.manifest import MANIFEST_NAME, REJECTED_NAME, SPLITS_NAME
+from mimray.trainers.data.manifest import (
+    MANIFEST_NAME,
+    REJECTED_NAME,
+    SPLITS_NAME,
+    UNFINISHED_NAME,
+)
 from mimray.trainers.data.splits import split_of_shard, split_role
 from mimray.trainers.errors import DataError, EmptyDatasetError
 
 # Beside pictures: tables that may hold their labels, and those that are read for them.
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 TABLE_NAMES = ("metadata.csv", "metadata.jsonl")
+# What an ingest writes beside its shards.
+_OURS = frozenset((MANIFEST_NAME, REJECTED_NAME, SPLITS_NAME, UNFINISHED_NAME))
 
 
 @dataclass(frozen=True)
@@ -281,7 +288,7 @@ def _count_beside_parquet(files: Sequence[FoundFile], account: Account) -> None:
         name = posixpath.basename(file.path)
         if is_picture(file.path) or is_unreadable_picture(file.path):
             account.add("beside_parquet", suffix(file.path))
-        elif not is_parquet(file.path) and name not in (MANIFEST_NAME, REJECTED_NAME, SPLITS_NAME):
+        elif not is_parquet(file.path) and name not in _OURS:
             account.add("not_a_picture", suffix(file.path))
 
 

@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from pyarrow import fs as pafs
 from mimray.trainers.data.account import Account
 from mimray.trainers.data.canonical import canonicalise
 from mimray.trainers.data.decode import AS_STORED, Note, Reading
-from mimray.trainers.data.files import absolute, join, locate, parent, split_options
+from mimray.trainers.data.files import absolute, is_local, join, locate, parent, split_options
 from mimray.trainers.data.ingest_plan import IngestPlan, SourcePicture, plan_ingest, read_unit
 from mimray.trainers.data.manifest import (
     MANIFEST_NAME,
@@ -146,13 +147,12 @@ def ingest(
     """
     src, out = absolute(src).rstrip("/"), absolute(out).rstrip("/")
     place = split_options(out)[0].rstrip("/")
-    if f"{place}/".startswith(f"{split_options(src)[0].rstrip('/')}/"):
-        raise DataError(f"{out} lies in {src}, which is read", hint="write somewhere else")
+    _refuse_nested(src, out)
     plans = plan_ingest(src, split, label)
     prepare = Preparation(short_side_px, reading, every_page)
     num_pictures = sum(plan.num_pictures for plan in plans.values())
     rejects_beside = join(parent(out), f"{place.rpartition('/')[2]}.{REJECTED_NAME}")
-    with staged(out, overwrite=overwrite) as staging:
+    with staged(out, overwrite=overwrite, parts=tuple(plans)) as staging:
         manifests: dict[str, Manifest] = {}
         account = Account()
         num_done = num_rejected = 0
@@ -182,6 +182,22 @@ def ingest(
     _remove_stale_rejects(rejects_beside)
     notes = tuple(dict.fromkeys(note for plan in plans.values() for note in plan.label_notes))
     return IngestReport(out, manifests, account, notes)
+
+
+def _refuse_nested(src: str, out: str) -> None:
+    inner, outer = _place(out), _place(src)
+    if inner.is_relative_to(outer):
+        raise DataError(f"{out} lies in {src}, which is read", hint="write somewhere else")
+    if outer.is_relative_to(inner):
+        raise DataError(f"{src}, which is read, lies in {out}", hint="write somewhere else")
+
+
+def _place(uri: str) -> PurePath:
+    """A URI as a path to compare; a local one without links."""
+    filesystem, path = locate(uri)
+    if is_local(filesystem):
+        return Path(path).resolve()
+    return PurePosixPath(split_options(uri)[0])
 
 
 @dataclass

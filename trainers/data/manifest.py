@@ -16,8 +16,9 @@ from mimray.trainers.errors import DataError
 MANIFEST_NAME = "dataset.json"
 REJECTED_NAME = "rejected.jsonl"
 SPLITS_NAME = "splits.json"
+UNFINISHED_NAME = "unfinished.json"
 FORMAT = "mimray-dataset"
-_SPLITS_FORMAT = "mimray-splits"
+_SPLITS_FORMAT, _UNFINISHED_FORMAT = "mimray-splits", "mimray-unfinished"
 VERSION = 1
 
 # In the schema metadata of every shard that ingest writes.
@@ -100,12 +101,32 @@ def splits_json(names: Iterable[str]) -> str:
 
 def read_splits(filesystem: pafs.FileSystem, folder: str) -> tuple[str, ...]:
     """The splits that a folder's `splits.json` names; none where there is none of ours."""
+    return _named_splits(filesystem, join(folder, SPLITS_NAME), _SPLITS_FORMAT) or ()
+
+
+def unfinished_json(names: Iterable[str]) -> str:
+    """`unfinished.json`, which lies in a folder while a dataset is written into it in place."""
+    return json.dumps({"format": _UNFINISHED_FORMAT, "splits": list(names)}, indent=1) + "\n"
+
+
+def read_unfinished(filesystem: pafs.FileSystem, folder: str) -> tuple[str, ...] | None:
+    """The splits that an unfinished dataset has folders of; None where there is no such dataset."""
+    return _named_splits(filesystem, join(folder, UNFINISHED_NAME), _UNFINISHED_FORMAT)
+
+
+def _named_splits(
+    filesystem: pafs.FileSystem, path: str, expected_format: str
+) -> tuple[str, ...] | None:
     try:
-        content = json.loads(read_bytes(filesystem, join(folder, SPLITS_NAME)))
+        content = json.loads(read_bytes(filesystem, path))
     except (FileNotFoundError, ValueError):
-        return ()
-    ours = isinstance(content, dict) and content.get("format") == _SPLITS_FORMAT
-    return tuple(content["splits"]) if ours else ()
+        return None
+    ours = isinstance(content, dict) and content.get("format") == expected_format
+    return tuple(filter(_is_folder_name, content["splits"])) if ours else None
+
+
+def _is_folder_name(name: object) -> bool:
+    return isinstance(name, str) and name not in ("", ".", "..") and "/" not in name
 
 
 def read_manifest(filesystem: pafs.FileSystem, folder: str) -> Manifest | None:

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +18,13 @@ from mimray.trainers.data.manifest import (
     MANIFEST_NAME,
     REJECTED_NAME,
     SPLITS_NAME,
+    UNFINISHED_NAME,
     is_run_name,
     is_shard_name,
     read_manifest,
     read_splits,
+    read_unfinished,
+    unfinished_json,
 )
 from mimray.trainers.errors import DataError, StorageError
 
@@ -54,16 +57,19 @@ class Staging:
 
 
 @contextlib.contextmanager
-def staged(out: str, *, overwrite: bool) -> Iterator[Staging]:
+def staged(out: str, *, overwrite: bool, parts: Sequence[str] = ()) -> Iterator[Staging]:
     """Give a folder to write a dataset into; it becomes `out` only if the block succeeds.
 
     On a local disk the folder lies beside `out` and is renamed. An object store has no rename:
-    there the shards are written in place, and `dataset.json`, which the block must write last,
-    is what makes them a dataset; `overwrite` removes the old one first.
+    there the shards are written in place, beside a file that calls them unfinished and names the
+    folders of parts, and `dataset.json`, which the block must write last, is what makes them a
+    dataset; `overwrite` removes the old one first. Files that an ingest has not written are never
+    removed: where there are any, `out` is refused.
 
     Args:
         out: URI of the dataset to make.
         overwrite: True allows a complete dataset there to be replaced.
+        parts: names of the parts in folders of their own.
 
     Raises:
         DataError: when `out` is taken.
@@ -75,8 +81,10 @@ def staged(out: str, *, overwrite: bool) -> Iterator[Staging]:
         if is_local(filesystem):
             with _beside(filesystem, Path(path)) as staging:
                 yield staging
+                # Hours may have passed.
+                _refuse_if_taken(filesystem, path, out, overwrite)
         else:
-            with _in_place(filesystem, path) as staging:
+            with _in_place(filesystem, path, parts) as staging:
                 yield staging
     except OSError as error:
         raise StorageError(
@@ -90,34 +98,63 @@ def _refuse_if_taken(filesystem: pafs.FileSystem, path: str, out: str, overwrite
         return
     if info.type == pafs.FileType.File:
         raise DataError(f"{out} is a file", hint="name a folder that does not exist yet")
-    if read_manifest(filesystem, path) is not None or read_splits(filesystem, path):
-        if overwrite:
-            return
+    whole = read_manifest(filesystem, path) is not None or bool(read_splits(filesystem, path))
+    if whole and not overwrite:
         raise DataError(
             f"{out} holds a dataset already", hint="name another folder, or pass --overwrite"
         )
-    if foreign := [path for path in _contents(filesystem, path) if not _is_ours(path)]:
+    if foreign := _contents(filesystem, path).foreign:
         raise DataError(
-            f"{out} is not empty: it holds {foreign[0]}",
-            hint="name a folder that does not exist yet",
+            f"{out} is not empty: it holds {foreign[0]}, which no ingest into it has written",
+            hint="move it away, or name another folder"
+            if whole
+            else "name a folder that does not exist yet",
         )
 
 
-def _contents(filesystem: pafs.FileSystem, folder: str) -> list[str]:
-    """Paths of the files of a folder and of the folders in it, where splits lie."""
-    found = []
-    for entry in filesystem.get_file_info(pafs.FileSelector(folder)):
-        if entry.type == pafs.FileType.File:
-            found.append(entry.base_name)
-            continue
-        inside = filesystem.get_file_info(pafs.FileSelector(entry.path))
-        found += [join(entry.base_name, each.base_name) for each in inside] or [entry.base_name]
-    return found
+@dataclass(frozen=True)
+class _Contents:
+    """Files of a dataset, whole or unfinished, and what lies beside them.
+
+    Attributes:
+        parts: names of the folders that the dataset's own files name.
+        ours: paths of the files that an ingest wrote, in those and in the folder itself.
+        foreign: paths of all other files and folders.
+    """
+
+    parts: tuple[str, ...]
+    ours: tuple[str, ...]
+    foreign: tuple[str, ...]
 
 
-def _is_ours(path: str) -> bool:
-    name = path.rpartition("/")[2]
-    written = (MANIFEST_NAME, REJECTED_NAME, SPLITS_NAME)
+def _contents(filesystem: pafs.FileSystem, folder: str) -> _Contents:
+    """Part what an ingest wrote from the rest.
+
+    A name alone makes no file ours: a folder of datasets holds such names, too. So its folder must
+    have a manifest, or be marked as unfinished.
+    """
+    unfinished = read_unfinished(filesystem, folder)
+    parts = tuple(dict.fromkeys((*read_splits(filesystem, folder), *(unfinished or ()))))
+    marked = unfinished is not None or bool(parts)
+    ours, foreign = list[str](), list[str]()
+    for name in ("", *parts):
+        place = join(folder, name) if name else folder
+        is_written = marked or read_manifest(filesystem, place) is not None
+        selector = pafs.FileSelector(place, allow_not_found=True)
+        for entry in filesystem.get_file_info(selector):
+            path = join(name, entry.base_name) if name else entry.base_name
+            if entry.type != pafs.FileType.File:
+                if name or entry.base_name not in parts:
+                    foreign.append(path)
+            elif is_written and _is_named_as_ours(entry.base_name):
+                ours.append(path)
+            else:
+                foreign.append(path)
+    return _Contents(parts, tuple(ours), tuple(sorted(foreign)))
+
+
+def _is_named_as_ours(name: str) -> bool:
+    written = (MANIFEST_NAME, REJECTED_NAME, SPLITS_NAME, UNFINISHED_NAME)
     return is_shard_name(name) or is_run_name(name) or name in written
 
 
@@ -161,19 +198,32 @@ def _is_alive(pid: int) -> bool:
 
 
 @contextlib.contextmanager
-def _in_place(filesystem: pafs.FileSystem, out: str) -> Iterator[Staging]:
+def _in_place(filesystem: pafs.FileSystem, out: str, parts: Sequence[str]) -> Iterator[Staging]:
     filesystem.create_dir(out, recursive=True)
+    staging = Staging(filesystem, out, out)
+    # Of the old dataset as well: its files must be known for ours while they are removed.
+    parts = tuple(dict.fromkeys((*_contents(filesystem, out).parts, *parts)))
+    staging.write(UNFINISHED_NAME, unfinished_json(parts))
     _clear(filesystem, out)
     try:
-        yield Staging(filesystem, out, out)
+        yield staging
     except BaseException:
         _clear(filesystem, out)
+        filesystem.delete_file(join(out, UNFINISHED_NAME))
         raise
+    filesystem.delete_file(join(out, UNFINISHED_NAME))
 
 
 def _clear(filesystem: pafs.FileSystem, out: str) -> None:
-    ours = filter(_is_ours, _contents(filesystem, out))
+    """Remove the files of a dataset but the one that calls it unfinished, and emptied folders."""
+    found = _contents(filesystem, out)
     # The manifests first: without them the rest is no dataset any more.
     rank = {SPLITS_NAME: 0, MANIFEST_NAME: 1}
-    for path in sorted(ours, key=lambda path: (rank.get(path.rpartition("/")[2], 2), path)):
-        filesystem.delete_file(join(out, path))
+    for path in sorted(found.ours, key=lambda path: (rank.get(path.rpartition("/")[2], 2), path)):
+        if path != UNFINISHED_NAME:
+            filesystem.delete_file(join(out, path))
+    for name in found.parts:
+        selector = pafs.FileSelector(join(out, name), allow_not_found=True)
+        exists = filesystem.get_file_info(join(out, name)).type == pafs.FileType.Directory
+        if exists and not filesystem.get_file_info(selector):
+            filesystem.delete_dir(join(out, name))

@@ -71,7 +71,7 @@ def write_scenes(
             f"scenes of {image_size[0]}x{image_size[1]} pixels are too small to tell shapes in",
             hint=f"each side needs {MIN_SIDE_PX} pixels",
         )
-    if out_dir.exists() and not (overwrite and (out_dir / "train" / CLASSES).is_file()):
+    if out_dir.exists() and not (overwrite and _holds_scenes(out_dir)):
         raise DataError(
             f"{out_dir} exists already",
             hint="name another folder; --overwrite replaces an earlier set of scenes",
@@ -90,6 +90,13 @@ def write_scenes(
             f"{out_dir} cannot be written: {error}", hint="check the space left and permissions"
         ) from error
     return out_dir / "train", out_dir / "val"
+
+
+def _holds_scenes(folder: Path) -> bool:
+    """True if a folder holds a set of scenes, and nothing beside it that would be lost."""
+    if not folder.is_dir() or not (folder / "train" / CLASSES).is_file():
+        return False
+    return {entry.name for entry in folder.iterdir()} == {"train", "val", "crops"}
 
 
 def _write_split(

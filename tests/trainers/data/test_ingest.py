@@ -15,6 +15,7 @@ from PIL import Image
 
 from mimray.trainers.data.decode import decode_rgb
 from mimray.trainers.data.ingest import ingest
+from mimray.trainers.data.manifest import unfinished_json
 from mimray.trainers.data.reorder import ExternalSort
 from mimray.trainers.data.sources import open_source
 from mimray.trainers.errors import DataError, EmptyDatasetError, StorageError, TooManyRejectedError
@@ -282,6 +283,7 @@ def test_ingest__object_store_counts_only_with_dataset_json(tmp_path: Path) -> N
     assert source[0].image in {jpeg(seed) for seed in range(6)}
 
     (tmp_path / "out/dataset.json").unlink()  # as if killed before the commit
+    (tmp_path / "out/unfinished.json").write_text(unfinished_json(()))
     with pytest.raises(DataError, match="interrupted ingest"):
         open_source(out)
     with pytest.raises(DataError, match="interrupted ingest"):

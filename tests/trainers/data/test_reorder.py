@@ -56,18 +56,3 @@ def test_sort__files_hold_what_memory_may_not(tmp_path: Path):
     sizes = [path.stat().st_size for path in tmp_path.iterdir()]
     assert len(sizes) >= 10
     assert sum(sizes) > 40_000
-
-
-def test_staged__files_of_a_killed_sort_are_swept(tmp_path: Path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/rows-00000.arrow").write_bytes(b"left")
-    with staged(f"fsspec+file://{tmp_path}/out", overwrite=False) as staging:
-        staging.write("dataset.json", "{}")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["dataset.json"]
-
-    (tmp_path / "out/rows.arrow").write_bytes(b"a user's own")
-    with (
-        pytest.raises(DataError, match="not empty"),
-        staged(f"fsspec+file://{tmp_path}/out", overwrite=False),
-    ):
-        pass

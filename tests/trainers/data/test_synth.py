@@ -110,3 +110,6 @@ def test_synth__refuses_what_it_cannot_do(scenes: Path, tmp_path: Path) -> None:
     write_scenes(tmp_path / "b", num_train=2, num_val=1, image_size=(32, 32), overwrite=True)
     assert len(list((tmp_path / "b/train/images").iterdir())) == 2
     assert {path.name for path in tmp_path.iterdir()} == {"b"}, "nothing is left beside"
+    (tmp_path / "b/notes.txt").write_text("a user's own")
+    with pytest.raises(DataError, match="exists already"):
+        write_scenes(tmp_path / "b", overwrite=True)
