@@ -35,14 +35,17 @@ def split_of_shard(path: str) -> str | None:
     """The split that the path of a Parquet file names, or None.
 
     `train-00000-of-00004.parquet` as Hugging Face writes it; `train.parquet` or
-    `cifar_test_0.parquet`; or a folder called like a split.
+    `cifar_test_0.parquet`; or a folder called like a split. A stem that is called like none
+    (`part-00000-of-00004.parquet`) names one only where no folder does.
     """
     *folders, file = path.split("/")
-    if match := _SHARD.fullmatch(file):
-        return match[1]
+    sharded = _SHARD.fullmatch(file)
+    if sharded and split_role(sharded[1]):
+        return sharded[1]
     if match := _SHARD_STEM.fullmatch(file.rpartition(".")[0].lower()):
         return match[1]
-    return next((folder for folder in folders if split_role(folder)), None)
+    folder = next((folder for folder in folders if split_role(folder)), None)
+    return folder or (sharded[1] if sharded else None)
 
 
 def preferred_validation(found: Sequence[str]) -> str | None:

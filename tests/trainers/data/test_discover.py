@@ -55,6 +55,11 @@ def test_split_role__whatever_case_and_ending(name: str, role: str | None) -> No
     [
         ("data/train-00000-of-00002.parquet", "train"),
         ("train_full-00000-of-00001.parquet", "train_full"),
+        ("train/part-00000-of-00001.parquet", "train"),
+        ("Test/data/shard-00000-of-00001-ab12.parquet", "Test"),
+        ("test/train_full-00000-of-00001.parquet", "test"),
+        ("train/test-00000-of-00001.parquet", "test"),
+        ("data/part-00000-of-00001.parquet", "part"),
         ("train.parquet", "train"),
         ("Train.parquet", "train"),
         ("cifar10-test.parquet", "test"),
