@@ -7,7 +7,14 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from mimray.trainers.data.decode import AS_STORED, Note, Reading, decode, resized_short_side
+from mimray.trainers.data.decode import (
+    AS_STORED,
+    Note,
+    PictureFile,
+    Reading,
+    decode,
+    resized_short_side,
+)
 
 # Visually lossless at a third of PNG's size; full-resolution colour, because the picture has
 # just been made small and 4:2:0 would halve its colours again.
@@ -36,7 +43,7 @@ class StoredPicture(NamedTuple):
 
 
 def canonicalise(
-    data: bytes, short_side_px: int | None, reading: Reading = AS_STORED
+    data: bytes | PictureFile, short_side_px: int | None, reading: Reading = AS_STORED
 ) -> StoredPicture:
     """Verify a picture by decoding all of it, and re-encode it only if it must change.
 
@@ -47,7 +54,7 @@ def canonicalise(
     lossy already.
 
     Args:
-        data: the encoded picture.
+        data: the encoded picture, or a file of which each page is canonicalised once.
         short_side_px: bound of the short side; None for no bound.
         reading: what to take of pictures that hold more than 8-bit RGB.
 
@@ -56,18 +63,19 @@ def canonicalise(
     """
     # Large JPEGs decode faster at a scale that is enough for the final resampling.
     draft_size = None if short_side_px is None else (short_side_px, short_side_px)
-    image, header = decode(data, draft_size=draft_size, reading=reading)
+    file = data if isinstance(data, PictureFile) else PictureFile(data)
+    image, header = decode(file, draft_size=draft_size, reading=reading)
     fits = short_side_px is None or min(header.width, header.height) <= short_side_px
     if header.plain and fits:
-        return StoredPicture(data, header.width, header.height, False, header.notes)
+        return StoredPicture(file.data, header.width, header.height, False, header.notes)
     if not fits:
         assert short_side_px is not None
         image = resized_short_side(image, short_side_px)
     if header.mode in ("1", "L", "LA", "F") or header.mode.startswith("I"):
         image = image.convert("L")
     lossless = fits and header.format in _LOSSLESS
-    data = _encode(image, lossless)
-    return StoredPicture(data, image.width, image.height, True, header.notes)
+    encoded = _encode(image, lossless)
+    return StoredPicture(encoded, image.width, image.height, True, header.notes)
 
 
 def _encode(image: Image.Image, lossless: bool) -> bytes:

@@ -5,6 +5,7 @@ Every picture of the project, whether ingested, trained on or served, goes throu
 
 from __future__ import annotations
 
+import functools
 import io
 import re
 from dataclasses import dataclass
@@ -66,12 +67,12 @@ class Reading:
             significant.
         bands: numbers, from 1, of the bands of a TIFF that become red, green and blue, or the one
             that becomes gray; None reads TIFFs as RGB or gray.
-        page: index of the page of a TIFF.
+        page: index of the page of a TIFF; None takes the first that is no overview or mask.
     """
 
     value_range: tuple[float, float] | None = None
     bands: tuple[int, ...] | None = None
-    page: int = 0
+    page: int | None = None
 
 
 AS_STORED = Reading()
@@ -114,8 +115,46 @@ class Decoded(NamedTuple):
     header: Header
 
 
+class PictureFile:
+    """An encoded file whose pages are decoded one after another: it is looked through once.
+
+    Args:
+        data: the encoded file.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self._opened: Image.Image | None = None
+
+    @functools.cached_property
+    def pages(self) -> list[tiff.Tags]:
+        """The tags of each page of a TIFF; none of other files."""
+        return tiff.read_pages(self.data)
+
+    def open(self, page: int | None) -> Image.Image:
+        """Open a page, without decoding it; the one before is closed.
+
+        Args:
+            page: index of the page, as of `Reading`.
+
+        Raises:
+            ImageError: as for `read_size`, or there is no such page.
+        """
+        if self._opened is None:
+            self._opened = _open(self.data)
+        index = tiff.first_page(self.data) if page is None else page
+        try:
+            if index != self._opened.tell():
+                self._opened.seek(index)
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow's readers raise nearly anything on broken bytes.
+            raise _as_image_error(error) from error
+        return self._opened
+
+
 def decode(
-    data: bytes,
+    data: bytes | PictureFile,
     *,
     max_pixels: int = MAX_PIXELS,
     min_side_px: int = MIN_SIDE_PX,
@@ -130,7 +169,7 @@ def decode(
     otherwise) are converted; of an animation the first frame is taken.
 
     Args:
-        data: the encoded picture.
+        data: the encoded picture, or a file of which each page is decoded once.
         max_pixels: pictures with more pixels are refused from their header, before decoding.
         min_side_px: pictures with a shorter side are refused.
         max_frames: files with more frames or pages are refused.
@@ -146,9 +185,10 @@ def decode(
         ImageError: with reason `empty`, `not_an_image`, `too_large`, `too_small`, `truncated`,
             `too_many_frames`, `broken`, `unsupported_format` or `unsupported_mode`.
     """
-    if reading.bands is not None and tiff.is_tiff(data):
-        return _decode_bands(data, reading, max_pixels, min_side_px)
-    image = _open(data)
+    file = data if isinstance(data, PictureFile) else PictureFile(data)
+    if reading.bands is not None and tiff.is_tiff(file.data):
+        return _decode_bands(file, reading, max_pixels, min_side_px)
+    image = file.open(reading.page)
     try:
         _check_size(image, max_pixels, min_side_px)
         frames = getattr(image, "n_frames", 1) if max_frames is not None else 1
@@ -156,9 +196,6 @@ def decode(
             raise ImageError(
                 "too_many_frames", f"{frames} frames are more than the allowed {max_frames}"
             )
-        if reading.page:
-            image.seek(reading.page)
-            _check_size(image, max_pixels, min_side_px)
         lost = _lost_bands(image)
         stored_size, mode, layout = image.size, image.mode, raw_mode(image)
         if draft_size is not None and image.format in DRAFTED:
@@ -167,7 +204,7 @@ def decode(
         image.load()
         # Only now: a PNG may carry its EXIF behind the pixels, and TIFFs turn while loading.
         orientation = _orientation(image)
-        pixels, notes = _to_rgb(image, layout, _value_range(data, image, layout, reading))
+        pixels, notes = _to_rgb(image, layout, _value_range(file.data, image, layout, reading))
         if reading.value_range is not None and "16" in layout and mode.startswith("RGB"):
             notes.append(Note("range_unused", str(image.format)))
         notes += lost
@@ -232,7 +269,7 @@ def read_size(data: bytes) -> tuple[int, int]:
     Raises:
         ImageError: with reason `empty`, `not_an_image`, `broken` or `too_large`.
     """
-    image = _open(data)
+    image = PictureFile(data).open(None)
     width, height = image.size
     # Pillow gives the size of a TIFF as it will be once turned.
     turned = image.format != "TIFF" and _orientation(image) >= 5
@@ -245,7 +282,7 @@ def read_orientation(data: bytes) -> int:
     Raises:
         ImageError: as for `read_size`.
     """
-    return _orientation(_open(data))
+    return _orientation(PictureFile(data).open(None))
 
 
 def resized_short_side(image: Image.Image, short_side_px: int) -> Image.Image:
@@ -284,9 +321,9 @@ def _refuse_unsupported(data: bytes, error: Exception) -> None:
         raise ImageError(
             "unsupported_format", f"{name} is not read", hint="convert it to JPEG, PNG or TIFF"
         ) from error
-    pages = tiff.read_pages(data, limit=1)
-    if pages and pages[0].is_whole(len(data)):
-        raise _other_bands(pages[0]) from error
+    tags = next(tiff.iter_pages(data), None)
+    if tags is not None and tags.is_whole(len(data)):
+        raise _other_bands(tags) from error
     if (mode := foreign.unsupported_jpeg(data)) is not None:
         raise ImageError("unsupported_mode", mode, hint="convert it to 8 bits first") from error
 
@@ -312,12 +349,17 @@ def _other_bands(tags: tiff.Tags) -> ImageError:
     )
 
 
-def _decode_bands(data: bytes, reading: Reading, max_pixels: int, min_side_px: int) -> Decoded:
+def _decode_bands(
+    file: PictureFile, reading: Reading, max_pixels: int, min_side_px: int
+) -> Decoded:
     assert reading.bands is not None
-    pages = tiff.read_pages(data, limit=reading.page + 1)
-    if len(pages) <= reading.page or not pages[reading.page].is_whole(len(data)):
-        raise ImageError("broken", "the tags of the TIFF, or what they point to, are cut off")
-    tags = pages[reading.page]
+    data, pages = file.data, file.pages
+    page = tiff.first_page(data) if reading.page is None else reading.page
+    if len(pages) <= page or not pages[page].is_whole(len(data)):
+        raise ImageError(
+            "broken", "the tags of the TIFF are damaged, or what they point to is cut off"
+        )
+    tags = pages[page]
     _check_sides(tags.size, max_pixels, min_side_px)
     try:
         values = tiff.read_bands(data, tags, reading.bands)
@@ -329,6 +371,8 @@ def _decode_bands(data: bytes, reading: Reading, max_pixels: int, min_side_px: i
     if bits > 8:
         low, high = reading.value_range or (0, 2 ** min(bits, 16) - 1)
         values, notes = _to_8_bits(values, low, high)
+    if tags.white_is_zero:
+        values = 255 - values
     gray = values.shape[2] == 1
     image = Image.fromarray(np.ascontiguousarray(values[..., 0] if gray else values))
     orientation = tags.orientation if tags.orientation in _UPRIGHT else 1
@@ -445,6 +489,9 @@ def _from_deep_gray(
         )
     low, high = value_range or (0, 0xFFFF)
     pixels, notes = _to_8_bits(values, low, high)
+    # Pillow turns 8 bits by itself.
+    if image.format == "TIFF" and tiff.Tags.of(image.tag_v2).white_is_zero:  # type: ignore[attr-defined]
+        pixels = 255 - pixels
     return Image.fromarray(pixels).convert("RGB"), notes
 
 

@@ -17,7 +17,7 @@ from pyarrow import fs as pafs
 
 from mimray.trainers.data.account import Account
 from mimray.trainers.data.canonical import canonicalise
-from mimray.trainers.data.decode import AS_STORED, Note, Reading
+from mimray.trainers.data.decode import AS_STORED, Note, PictureFile, Reading
 from mimray.trainers.data.files import absolute, is_local, join, locate, parent, split_options
 from mimray.trainers.data.ingest_plan import IngestPlan, SourcePicture, plan_ingest, read_unit
 from mimray.trainers.data.manifest import (
@@ -358,20 +358,21 @@ def _rows(found: SourcePicture, prepare: Preparation) -> Iterator[dict[str, Any]
     if found.data is None:
         yield row | {"reason": found.reason, "message": found.message, "notes": []}
         return
-    pages, notes = choose_pages(found.data, every_page=prepare.every_page)
+    file = PictureFile(found.data)
+    pages, notes = choose_pages(file, every_page=prepare.every_page)
     for page in pages:
         if len(pages) > 1:
             row["source"] = f"{found.source}#page={page + 1}"
-        yield row | _stored(found.data, page, notes, prepare)
+        yield row | _stored(file, page, notes, prepare)
         row["is_first"], notes = False, ()
 
 
 def _stored(
-    data: bytes, page: int, notes: tuple[Note, ...], prepare: Preparation
+    file: PictureFile, page: int, notes: tuple[Note, ...], prepare: Preparation
 ) -> dict[str, Any]:
     try:
         reading = replace(prepare.reading, page=page)
-        picture = canonicalise(data, prepare.short_side_px, reading)
+        picture = canonicalise(file, prepare.short_side_px, reading)
     except ImageError as error:
         return {"reason": error.reason, "message": str(error), "notes": []}
     return {

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from mimray.trainers.data.account import Account
-from mimray.trainers.data.decode import Reading, decode, decode_rgb
+from mimray.trainers.data.decode import decode, decode_rgb
 from mimray.trainers.data.pages import choose_pages
 from mimray.trainers.data.parquet import ParquetSource
 from mimray.trainers.data.rng import Stream, generator, permutation
@@ -156,9 +156,8 @@ def inspect(
 
 def _measured(data: bytes, account: Account) -> tuple[int, int]:
     """The size of a picture, which is decoded to count what is lost of it."""
-    pages, notes = choose_pages(data)
-    header = decode(data, draft_size=(1, 1), reading=Reading(page=pages[0])).header
-    for note in (*notes, *header.notes):
+    header = decode(data, draft_size=(1, 1)).header
+    for note in (*choose_pages(data).notes, *header.notes):
         account.add(*note)
     return header.width, header.height
 

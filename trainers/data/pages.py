@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from mimray.trainers.data import tiff
-from mimray.trainers.data.decode import Note, count_frames
+from mimray.trainers.data.decode import Note, PictureFile, count_frames
 
 
 class Pages(NamedTuple):
@@ -20,7 +20,7 @@ class Pages(NamedTuple):
     notes: tuple[Note, ...]
 
 
-def choose_pages(data: bytes, *, every_page: bool = False) -> Pages:
+def choose_pages(data: bytes | PictureFile, *, every_page: bool = False) -> Pages:
     """Choose the pages of a file.
 
     Pages are those of a TIFF; overviews and masks, which belong to another page, are none. Of an
@@ -30,11 +30,12 @@ def choose_pages(data: bytes, *, every_page: bool = False) -> Pages:
         data: the encoded file.
         every_page: True takes every page, False the first.
     """
-    if not tiff.is_tiff(data):
-        num_frames = count_frames(data)
+    file = data if isinstance(data, PictureFile) else PictureFile(data)
+    if not tiff.is_tiff(file.data):
+        num_frames = count_frames(file.data)
         frames = (Note("first_frame", f"{num_frames} frames"),) if num_frames > 1 else ()
         return Pages((0,), frames)
-    found = tiff.read_pages(data)
+    found = file.pages
     pages = tuple(index for index, tags in enumerate(found) if tags.is_page) or (0,)
     notes: tuple[Note, ...] = (Note("overviews"),) if len(found) > len(pages) else ()
     if every_page:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 import struct
-import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from PIL.TiffImagePlugin import COMPRESSION_INFO, ImageFileDirectory_v2
+from PIL.TiffImagePlugin import COMPRESSION_INFO, ImageFileDirectory_v2, TiffImageFile
 
 from mimray.trainers.errors import ImageError
 
@@ -24,13 +24,21 @@ _FORMAT = 339
 _NO_PAGE_OF_ITS_OWN = 1 | 4
 # Packed by rules of their own, in which bands are not simply neighbours.
 _JPEG_LIKE = frozenset((6, 7, 33003, 33005, 34712, 50001, 50002))
+# LZW, Deflate (twice), LZMA and Zstandard. What is packed otherwise has no predictor, whatever its
+# tag says. Source: libtiff, the codecs that call `TIFFPredictorInit`.
+_PREDICTED = frozenset((5, 8, 32946, 34925, 50000))
 # Samples of which bands can be chosen.
 _CHOSEN_BITS = (8, 12, 16, 32)
+# Bands of a page are unpacked together, then chosen.
+MAX_BAND_BYTES = 1 << 30
 _READ = frozenset(
     (_SUBFILE, _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER, _STRIPS)
     + (_ORIENTATION, _SAMPLES, _ROWS, _STRIP_BYTES, _PLANAR, _PREDICTOR, _TILE_WIDTH)
     + (_TILE_HEIGHT, _TILES, _TILE_BYTES, _FORMAT)
 )
+_SEVERAL = frozenset((_BITS, _STRIPS, _STRIP_BYTES, _TILES, _TILE_BYTES, _FORMAT))
+# Pixels are the same without them.
+_UNNEEDED = frozenset((_SUBFILE, _ORIENTATION))
 _LONG_TAGS = frozenset(
     (_WIDTH, _HEIGHT, _STRIPS, _ROWS, _STRIP_BYTES)
     + (_TILE_WIDTH, _TILE_HEIGHT, _TILES, _TILE_BYTES)
@@ -42,15 +50,19 @@ class Tags:
     """The tags of one page.
 
     Attributes:
-        values: values by tag, as Pillow reads them.
+        values: values by tag: a whole number, or of some tags a tuple of them; none is negative.
+        damaged: True if a tag that pixels need holds anything else.
     """
 
     values: dict[int, Any]
+    damaged: bool = False
 
     @classmethod
     def of(cls, directory: ImageFileDirectory_v2) -> Tags:
         """Those of a directory that Pillow has read."""
-        return cls({tag: directory[tag] for tag in _READ if tag in directory})
+        found = {tag: directory[tag] for tag in _READ if tag in directory}
+        values = {tag: value for tag, value in found.items() if _is_sound(tag, value)}
+        return cls(values, damaged=bool(found.keys() - values.keys() - _UNNEEDED))
 
     @property
     def size(self) -> tuple[int, int]:
@@ -73,6 +85,11 @@ class Tags:
         return int(self.values.get(_ORIENTATION, 1))
 
     @property
+    def white_is_zero(self) -> bool:
+        """True if a page of one band is gray of which 0 is white."""
+        return self.num_bands == 1 and self.values.get(_PHOTOMETRIC) == 0
+
+    @property
     def is_page(self) -> bool:
         """True unless the page is an overview or a mask of another."""
         return not int(self.values.get(_SUBFILE, 0)) & _NO_PAGE_OF_ITS_OWN
@@ -89,17 +106,26 @@ class Tags:
 
     def is_whole(self, num_bytes: int) -> bool:
         """True if the tags state a picture that lies within the file."""
-        keys = (_TILES, _TILE_BYTES) if _TILES in self.values else (_STRIPS, _STRIP_BYTES)
-        if not {_WIDTH, _HEIGHT, *keys} <= set(self.values):
+        keys = self._block_keys
+        if self.damaged or not {_WIDTH, _HEIGHT, *keys} <= set(self.values):
             return False
         offsets, counts = (self._several(key, 0) for key in keys)
         return len(offsets) == len(counts) and all(
             offset + count <= num_bytes for offset, count in zip(offsets, counts, strict=True)
         )
 
+    @property
+    def _block_keys(self) -> tuple[int, int]:
+        return (_TILES, _TILE_BYTES) if _TILES in self.values else (_STRIPS, _STRIP_BYTES)
+
     def _several(self, tag: int, default: int) -> tuple[Any, ...]:
         value = self.values.get(tag, default)
         return value if isinstance(value, tuple) else (value,)
+
+
+def _is_sound(tag: int, value: Any) -> bool:
+    values = value if tag in _SEVERAL and isinstance(value, tuple) else (value,)
+    return bool(values) and all(isinstance(each, int) and each >= 0 for each in values)
 
 
 def is_tiff(data: bytes) -> bool:
@@ -107,29 +133,32 @@ def is_tiff(data: bytes) -> bool:
     return data.startswith(MAGIC)
 
 
-def read_pages(data: bytes, limit: int | None = None) -> list[Tags]:
-    """The tags of every page, up to where they are damaged.
+def read_pages(data: bytes) -> list[Tags]:
+    """The tags of every page, up to where they are damaged; none of what is not a TIFF."""
+    return list(iter_pages(data))
 
-    Args:
-        data: the file; of what is not a TIFF there is no page.
-        limit: so many pages are enough.
-    """
-    pages: list[Tags] = []
+
+def first_page(data: bytes) -> int:
+    """The index of the first page that is no overview or mask of another; 0 where all are."""
+    return next((index for index, tags in enumerate(iter_pages(data)) if tags.is_page), 0)
+
+
+def iter_pages(data: bytes) -> Iterator[Tags]:
+    """The tags of one page after another; see `read_pages`."""
     if not is_tiff(data):
-        return pages
+        return
     try:
         directory = ImageFileDirectory_v2(data[:16] if data[2] == 43 or data[3] == 43 else data[:8])
         file, seen = io.BytesIO(data), {0}
-        while directory.next not in seen and (limit is None or len(pages) < limit):
+        while directory.next not in seen:
             seen.add(directory.next)
             file.seek(directory.next)
             directory.load(file)
-            pages.append(Tags.of(directory))
+            yield Tags.of(directory)
     except MemoryError:
         raise
     except Exception:  # Pillow's readers raise nearly anything on broken bytes.
-        return pages
-    return pages
+        return
 
 
 def read_bands(data: bytes, tags: Tags, bands: tuple[int, ...]) -> np.ndarray:
@@ -159,19 +188,32 @@ def read_bands(data: bytes, tags: Tags, bands: tuple[int, ...]) -> np.ndarray:
         raise ImageError("unsupported_mode", f"{tags.says()}, packed so that no band can be chosen")
     if data[2] == 43 or data[3] == 43:
         raise ImageError("unsupported_mode", f"{tags.says()} in BigTIFF, of which no band is read")
-    if tags.values.get(_PLANAR, 1) == 2 or tags.num_bands == 1:
+    separate = tags.values.get(_PLANAR, 1) == 2 or tags.num_bands == 1
+    _check_bytes(tags, len(bands) if separate else tags.num_bands)
+    if separate:
         return np.stack([_plane(data, tags, band - 1) for band in bands], axis=2)
     return _interleaved(data, tags)[..., [band - 1 for band in bands]]
 
 
+def _check_bytes(tags: Tags, num_bands: int) -> None:
+    (width, height), bits = tags.size, tags.bits[0]
+    num_bytes = width * height * num_bands * -(-bits // 8)
+    if num_bytes > MAX_BAND_BYTES:
+        raise ImageError(
+            "too_large",
+            f"{width} x {height} pixels of {num_bands} bands of {bits} bits take "
+            f"{num_bytes / 2**30:.1f} GiB, more than {MAX_BAND_BYTES / 2**30:g} GiB",
+            hint="cut the picture into smaller ones",
+        )
+
+
 def _plane(data: bytes, tags: Tags, band: int) -> np.ndarray:
     values = _gray(tags)
-    for key in (_STRIPS, _STRIP_BYTES, _TILES, _TILE_BYTES):
-        if key in values:
-            blocks = tags._several(key, 0)
-            per_band = len(blocks) // tags.num_bands
-            values[key] = blocks[band * per_band : (band + 1) * per_band]
-    return _decoded(data, values)
+    for key in tags._block_keys:
+        blocks = tags._several(key, 0)
+        per_band = len(blocks) // tags.num_bands
+        values[key] = blocks[band * per_band : (band + 1) * per_band]
+    return _decoded(data, values, tags._block_keys)
 
 
 def _interleaved(data: bytes, tags: Tags) -> np.ndarray:
@@ -182,9 +224,11 @@ def _interleaved(data: bytes, tags: Tags) -> np.ndarray:
     if _TILE_WIDTH in values:
         block = int(values[_TILE_WIDTH])
         values[_TILE_WIDTH] = block * num_bands
+    for key in tags._block_keys:
+        values[key] = tags._several(key, 0)
     # Differences are between pixels, which a gray picture of all bands does not have.
     predictor = int(values.pop(_PREDICTOR, 1))
-    pixels = _decoded(data, values).reshape(height, width, num_bands)
+    pixels = _decoded(data, values, tags._block_keys).reshape(height, width, num_bands)
     if predictor == 2:
         pixels = pixels.copy()
         for left in range(0, width, block):
@@ -196,10 +240,9 @@ def _interleaved(data: bytes, tags: Tags) -> np.ndarray:
 
 
 def _gray(tags: Tags) -> dict[int, Any]:
-    kept = (
-        *(_WIDTH, _HEIGHT, _COMPRESSION, _FILL_ORDER, _STRIPS, _ROWS, _STRIP_BYTES, _PREDICTOR),
-        *(_TILE_WIDTH, _TILE_HEIGHT, _TILES, _TILE_BYTES),
-    )
+    kept = (_WIDTH, _HEIGHT, _COMPRESSION, _FILL_ORDER, _ROWS, _TILE_WIDTH, _TILE_HEIGHT)
+    if tags.values.get(_COMPRESSION, 1) in _PREDICTED:
+        kept += (_PREDICTOR,)
     values = {key: tags.values[key] for key in kept if key in tags.values}
     return values | {
         _BITS: tags.bits[0],
@@ -209,12 +252,25 @@ def _gray(tags: Tags) -> dict[int, Any]:
     }
 
 
-def _decoded(data: bytes, values: dict[int, Any]) -> np.ndarray:
-    with warnings.catch_warnings():
-        # Of one picture's size; its bands side by side are larger.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        with Image.open(io.BytesIO(_with_tags(data, values)), formats=("TIFF",)) as image:
-            return np.asarray(image)
+class _Bands(TiffImageFile):
+    """A TIFF that `_check_bytes` allows; its bands side by side may be more than Pillow does."""
+
+    def load_prepare(self) -> None:
+        if self._im is None:
+            self.im = Image.core.new(self.mode, self._tile_size)
+        super().load_prepare()
+
+
+def _decoded(data: bytes, values: dict[int, Any], keys: tuple[int, int]) -> np.ndarray:
+    """Decode blocks of a file, of which nothing else is copied, under other tags."""
+    offsets, counts = (values[key] for key in keys)
+    if sum(counts) > len(data):
+        raise ImageError("broken", "blocks of the TIFF lie over one another")
+    blocks = [data[start : start + count] for start, count in zip(offsets, counts, strict=True)]
+    starts = np.cumsum([8, *counts])[:-1].tolist()
+    alone = b"".join((data[:4], bytes(4), *blocks))
+    with _Bands(io.BytesIO(_with_tags(alone, values | {keys[0]: tuple(starts)}))) as image:
+        return np.asarray(image)
 
 
 def _with_tags(data: bytes, values: dict[int, Any]) -> bytes:

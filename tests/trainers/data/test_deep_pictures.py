@@ -12,9 +12,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from mimray.trainers.data import png, tiff
-from mimray.trainers.data.decode import AS_STORED, Note, Reading, decode, decode_rgb, read_size
+from mimray.trainers.data.canonical import canonicalise
+from mimray.trainers.data.decode import (
+    AS_STORED,
+    Note,
+    PictureFile,
+    Reading,
+    decode,
+    decode_rgb,
+    read_orientation,
+    read_size,
+)
+from mimray.trainers.data.ingest import Preparation, _rows
+from mimray.trainers.data.ingest_plan import SourcePicture
+from mimray.trainers.data.pages import choose_pages
 from mimray.trainers.errors import ImageError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
@@ -332,3 +346,237 @@ def test_tiff__12_bits_are_their_own_range(tmp_path: Path) -> None:
     image, header = decode(whole)
     assert image.getextrema()[0] == (0, 255)
     assert header.notes == (Note("to_8_bits", "0 to 4095"),)
+
+
+def test_tiff__16_bits_of_which_0_is_white_are_turned() -> None:
+    values = random_pixels((8, 8), np.uint16, 65536)
+    data = write_tiff(values, photometric="miniswhite", metadata=None)
+    expected = 255 - (values.astype(np.uint32) + 128) // 257
+    for reading in (AS_STORED, Reading(bands=(1,))):
+        image = decode(data, reading=reading).image
+        np.testing.assert_array_equal(np.asarray(image)[..., 0], expected)
+
+
+def test_tiff__8_bits_of_which_0_is_white_are_the_same_by_bands() -> None:
+    values = random_pixels((8, 8))
+    data = write_tiff(values, photometric="miniswhite", metadata=None)
+    for reading in (AS_STORED, Reading(bands=(1,)), Reading(bands=(1, 1, 1))):
+        image = decode(data, reading=reading).image
+        np.testing.assert_array_equal(np.asarray(image)[..., 0], 255 - values)
+
+
+@pytest.mark.parametrize("predictor", [2, 3])
+@pytest.mark.parametrize("planar", [1, 2])
+def test_tiff__what_is_not_compressed_has_no_predictor(predictor: int, planar: int) -> None:
+    values = random_pixels((8, 6, 3))
+    body = (values if planar == 1 else values.transpose(2, 0, 1)).tobytes()
+    num_strips = 1 if planar == 1 else 3
+    data = tiff._with_tags(
+        b"II*\0\0\0\0\0" + body,
+        {
+            256: 6,
+            257: 8,
+            258: (8, 8, 8),
+            259: 1,
+            262: 2,
+            277: 3,
+            278: 8,
+            284: planar,
+            273: tuple(8 + i * 144 // num_strips for i in range(num_strips)),
+            279: (144 // num_strips,) * num_strips,
+            317: predictor,
+        },
+    )
+    for reading in (AS_STORED, Reading(bands=(1, 2, 3))):
+        np.testing.assert_array_equal(np.asarray(decode(data, reading=reading).image), values)
+
+
+def many_bands(width: int, height: int, num_bands: int) -> bytes:
+    """A TIFF of one strip of zeros, Deflate."""
+    packed = zlib.compress(bytes(width * height * num_bands), 1)
+    return tiff._with_tags(
+        b"II*\0\0\0\0\0" + packed,
+        {
+            256: width,
+            257: height,
+            258: 8,
+            259: 8,
+            262: 1,
+            273: 8,
+            277: num_bands,
+            278: height,
+            279: len(packed),
+            284: 1,
+        },
+    )
+
+
+def test_tiff__bands_together_may_be_more_than_pillow_allows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 48)
+    data = many_bands(64, 48, 13)
+    assert decode(data, reading=Reading(bands=(4, 3, 2))).image.size == (64, 48)
+    monkeypatch.setattr(tiff, "MAX_BAND_BYTES", 64 * 48 * 12)
+    with pytest.raises(ImageError, match="64 x 48 pixels of 13 bands of 8 bits take") as caught:
+        decode(data, reading=Reading(bands=(4, 3, 2)))
+    assert caught.value.reason == "too_large"
+    assert "bomb" not in str(caught.value)
+
+
+# A short text, a fraction 0 / 0, bytes, a negative number, no number at all.
+_ODD = {
+    "ascii": (2, b"x\0"),
+    "rational": (5, bytes(8)),
+    "undefined": (7, b"abcd"),
+    "float": (11, struct.pack("<f", float("nan"))),
+    "negative": (9, struct.pack("<i", -5)),
+    "none": (3, b""),
+    "two": (3, struct.pack("<2H", 8, 8)),
+}
+_SIZES = {2: 1, 3: 2, 5: 8, 7: 1, 9: 4, 11: 4}
+
+
+def with_odd_tag(tag: int, kind: str) -> bytes:
+    code, body = _ODD[kind]
+    count = len(body) // _SIZES[code]
+    values = {256: 8, 257: 8, 258: 8, 259: 1, 262: 1, 273: 8, 277: 1, 278: 8, 279: 64}
+    entries = {t: struct.pack("<HHII", t, 4, 1, v) for t, v in values.items()}
+    if len(body) > 4:
+        start = 8 + 64
+        entries[tag] = struct.pack("<HHII", tag, code, count, start)
+    else:
+        entries[tag] = struct.pack("<HHI", tag, code, count) + body.ljust(4, b"\0")
+    directory = struct.pack("<H", len(entries)) + b"".join(entries[t] for t in sorted(entries))
+    return (
+        b"II*\0"
+        + struct.pack("<I", 8 + 64 + 8)
+        + bytes(64)
+        + body.ljust(8, b"\0")
+        + directory
+        + bytes(4)
+    )
+
+
+@pytest.mark.parametrize("kind", _ODD)
+@pytest.mark.parametrize(
+    "tag", [254, 256, 257, 258, 259, 262, 273, 274, 277, 278, 279, 284, 317, 322, 324, 325, 339]
+)
+def test_tiff__odd_tags_never_leak_another_exception(tag: int, kind: str) -> None:
+    data = with_odd_tag(tag, kind)
+    for read in (
+        lambda: decode(data),
+        lambda: decode(data, reading=Reading(bands=(1,))),
+        lambda: decode(data, reading=Reading(page=0)),
+        lambda: choose_pages(data, every_page=True),
+        lambda: read_size(data),
+        lambda: read_orientation(data),
+        lambda: canonicalise(data, 4),
+    ):
+        try:
+            read()
+        except ImageError as error:
+            assert error.reason in ("broken", "unsupported_mode", "truncated", "too_large")  # noqa: PT017
+
+
+def test_tiff__odd_tags_are_damage_unless_pixels_do_not_need_them() -> None:
+    with pytest.raises(ImageError) as caught:
+        decode(with_odd_tag(258, "ascii"))
+    assert caught.value.reason == "broken"
+    for tag in (254, 274):
+        assert decode(with_odd_tag(tag, "ascii"), reading=Reading(bands=(1,))).image.size == (8, 8)
+
+
+def thumbnail_first() -> tuple[bytes, np.ndarray]:
+    pixels = random_pixels((64, 48))
+    buffer = io.BytesIO()
+    with tifffile.TiffWriter(buffer) as writer:
+        writer.write(pixels[::8, ::8], photometric="minisblack", subfiletype=1)
+        writer.write(pixels, photometric="minisblack")
+    return buffer.getvalue(), pixels
+
+
+def test_tiff__a_leading_thumbnail_is_passed_over_by_all_who_read() -> None:
+    data, pixels = thumbnail_first()
+    assert choose_pages(data).indices == (1,)
+    assert read_size(data) == (48, 64)
+    for reading in (AS_STORED, Reading(bands=(1,))):
+        image, header = decode(data, reading=reading)
+        assert (header.width, header.height) == (48, 64)
+        np.testing.assert_array_equal(np.asarray(image)[..., 0], pixels)
+    assert canonicalise(data, None).width == 48
+    assert decode(data, reading=Reading(page=0)).image.size == (6, 8)
+
+
+@pytest.mark.parametrize("bands", [None, (1,)])
+def test_tiff__every_page_is_read_in_one_go(
+    monkeypatch: pytest.MonkeyPatch, bands: tuple[int, ...] | None
+) -> None:
+    stack = random_pixels((60, 8, 6))
+    data = write_tiff(stack, photometric="minisblack", metadata=None)
+    num_loads = 0
+    load = ImageFileDirectory_v2.load
+
+    def counted(self: ImageFileDirectory_v2, file: object) -> None:
+        nonlocal num_loads
+        num_loads += 1
+        load(self, file)
+
+    monkeypatch.setattr(ImageFileDirectory_v2, "load", counted)
+    prepare = Preparation(reading=Reading(bands=bands), every_page=True)
+    rows = list(_rows(SourcePicture("a.tif", None, data), prepare))
+    assert [row["source"] for row in rows] == [f"a.tif#page={n}" for n in range(1, 61)]
+    for page, row in zip(stack, rows, strict=True):
+        np.testing.assert_array_equal(np.asarray(decode_rgb(row["image"]))[..., 0], page)
+    assert num_loads < 5 * len(stack)
+
+
+def test_tiff__pages_of_one_file_turn_each_by_itself() -> None:
+    pages = [Image.fromarray(pixels) for pixels in random_pixels((3, 8, 6))]
+    data = encode(pages[0], "TIFF", save_all=True, append_images=pages[1:], tiffinfo={274: 6})
+    file = PictureFile(data)
+    together = [decode(file, reading=Reading(page=n)) for n in range(3)]
+    alone = [decode(data, reading=Reading(page=n)) for n in range(3)]
+    assert [header for _, header in together] == [header for _, header in alone]
+    for (first, _), (second, _) in zip(together, alone, strict=True):
+        np.testing.assert_array_equal(np.asarray(first), np.asarray(second))
+
+
+@pytest.mark.parametrize(
+    "bulk",
+    [
+        [chunk(b"tEXt", b"workflow\0" + b"x" * (2 << 20))],
+        [chunk(b"tEXt", b"workflow\0" + b"x" * 60_000)] * 20,
+        [chunk(b"zTXt", b"key\0\0 no zlib stream")],
+        [chunk(b"zTXt", b"Raw profile type exif\0\0 no zlib stream")] * 3,
+        [chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + BOMB)] * 3,
+    ],
+)
+def test_png__orientation_behind_large_or_damaged_text_stays(bulk: list[bytes]) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = encode(Image.fromarray(PIXELS), exif=exif)
+    assert decode(with_chunks(turned, *bulk)).header.orientation == 6
+    xmp = b'XML:com.adobe.xmp\0\0\0\0\0<x:xmpmeta tiff:Orientation="6"/>'
+    assert decode(with_chunks(PLAIN, *bulk, chunk(b"iTXt", xmp))).header.orientation == 6
+
+
+def test_png__orientation_in_a_large_exif_stays() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif[0x010E] = "x" * (2 << 20)
+    assert decode(encode(Image.fromarray(PIXELS), exif=exif)).header.orientation == 6
+
+
+def test_png__unpacking_is_bounded_over_all_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    unpacked: list[int] = []
+    count = png._text_bytes
+
+    def counted(name: bytes, content: bytes, limit: int) -> int:
+        unpacked.append(min(count(name, content, limit), limit))
+        return count(name, content, limit)
+
+    monkeypatch.setattr(png, "_text_bytes", counted)
+    bombs = [chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + BOMB)] * 50
+    assert png.without_metadata(with_chunks(PLAIN, *bombs)) == PLAIN
+    assert sum(unpacked) == png.MAX_UNPACKED_BYTES

@@ -8,8 +8,6 @@ import pytest
 from pyarrow import fs as pafs
 
 from mimray.trainers.data.reorder import ExternalSort
-from mimray.trainers.data.staging import staged
-from mimray.trainers.errors import DataError
 
 SCHEMA = pa.schema([("image", pa.binary()), ("label", pa.int64())])
 

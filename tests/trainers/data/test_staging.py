@@ -123,15 +123,17 @@ def test_staged__what_came_meanwhile_is_not_replaced(tmp_path: Path, overwrite: 
     out = tmp_path / "out"
     if overwrite:
         write_dataset(out)
-    with (
-        pytest.raises(DataError, match=r"holds a dataset already|holds my\.txt"),
-        staged(str(out), overwrite=overwrite) as staging,
-    ):
-        staging.write("dataset.json", "{}")
-        if overwrite:
-            (out / "my.txt").write_text("years of work")
-        else:
-            write_dataset(out)
+
+    def ingest_for_hours() -> None:
+        with staged(str(out), overwrite=overwrite) as staging:
+            staging.write("dataset.json", "{}")
+            if overwrite:
+                (out / "my.txt").write_text("years of work")
+            else:
+                write_dataset(out)
+
+    with pytest.raises(DataError, match=r"holds a dataset already|holds my\.txt"):
+        ingest_for_hours()
     assert files(out) >= {"dataset.json", "shard-00000.parquet"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
