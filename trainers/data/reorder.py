@@ -20,6 +20,9 @@ _SLICE_ROWS = 256
 class ExternalSort:
     """Takes rows in any order and gives them back in the order of their places.
 
+    Columns of bytes come back as `large_binary`: what is sorted at once may be more than the 2 GiB
+    that an array of `binary` holds.
+
     Up to `memory_bytes` of rows stay in memory. Beyond that they lie in files, each sorted and cut
     at the same places, so that one cut of every file is one stretch of the result. Memory holds a
     file's worth of rows twice at most, while they are sorted.
@@ -57,6 +60,7 @@ class ExternalSort:
             rows: rows of one schema, the same in each call.
             places: int64 [len(rows)], their places.
         """
+        rows = rows.cast(_large(rows.schema))
         self._held.append(rows.append_column("place", pa.array(places, pa.int64())))
         self._held_bytes += rows.nbytes
         if self._held_bytes >= self._memory_bytes:
@@ -93,6 +97,13 @@ class ExternalSort:
     def _read(self, path: str, cut: int) -> pa.Table:
         with self._filesystem.open_input_file(path) as file:
             return pa.Table.from_batches([pa.ipc.open_file(file).get_batch(cut)])
+
+
+def _large(schema: pa.Schema) -> pa.Schema:
+    for number, field in enumerate(schema):
+        if pa.types.is_binary(field.type):
+            schema = schema.set(number, field.with_type(pa.large_binary()))
+    return schema
 
 
 def _sorted(tables: list[pa.Table]) -> pa.Table:
