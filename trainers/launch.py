@@ -105,7 +105,18 @@ def prepare(job: Job, account: Account | None = None) -> Plan:
     if job.fresh:
         check_outside(recipe, job.run)
     source = open_training(job.data, recipe)
-    if source.reads_per_epoch > 1:
+    if source.enough_cache_mib > recipe.data.cache_mib:
+        logger.warning(
+            "%s may be sorted and is large: to mix it, %d MiB of it are kept on local disk, and "
+            "data.cache_mib is %d, so that nearly every picture reads its row group again; "
+            "--set data.cache_mib=%d is enough, "
+            "`mimray data ingest` makes a dataset that needs no cache",
+            job.data,
+            source.enough_cache_mib,
+            recipe.data.cache_mib,
+            source.enough_cache_mib,
+        )
+    elif source.reads_per_epoch > 1:
         logger.warning(
             "%s may be sorted and is large: to mix it, each row group is read %.0f times an epoch; "
             "`mimray data ingest` makes a dataset that is read once, "

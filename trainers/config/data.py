@@ -12,6 +12,8 @@ from mimray.trainers.config.base import Config
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+CACHE_MIB = 8192
+
 _RAND_AUGMENT = re.compile(r"rand(-(m|n|mmax|inc)\d+|-(p|mstd)\d+(\.\d+)?)*")
 
 
@@ -57,7 +59,7 @@ class DataConfig(Config):
         description="rows shuffled together, where the dataset is too large to shuffle all of it",
     )
     cache_mib: PositiveInt = Field(
-        default=8192,
+        default=CACHE_MIB,
         description="local cache of row groups of remote Parquet, and of large Parquet that may be "
         "sorted",
     )

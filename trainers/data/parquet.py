@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from mimray.trainers.config.data import CACHE_MIB
 from mimray.trainers.data.cache import MEMORY_BYTES, DiskCache, MemoryCache, user_cache
 from mimray.trainers.data.discover import Contents
 from mimray.trainers.data.files import is_local, is_parquet, join, locate, unreachable
@@ -28,7 +29,7 @@ from mimray.trainers.data.labels import (
     read_values,
 )
 from mimray.trainers.data.manifest import FORMAT_KEY, Manifest, is_shard_name, read_manifest
-from mimray.trainers.data.parts import cut_groups
+from mimray.trainers.data.parts import CACHE_BYTES, cut_groups
 from mimray.trainers.errors import DataError, EmptyDatasetError
 from mimray.trainers.types import DatasetFacts, Record
 
@@ -66,12 +67,14 @@ class Shard:
         num_bytes: size of the file.
         footer: metadata of the file, kept so that a read needs no second look at it.
         schema: Arrow schema of the file.
+        modified_ns: time of its last change; 0 for a file in a bucket.
     """
 
     path: str
     num_bytes: int
     footer: pq.FileMetaData
     schema: pa.Schema
+    modified_ns: int = 0
 
     @property
     def group_rows(self) -> list[int]:
@@ -115,7 +118,9 @@ class ParquetSource:
         group_rows: int64 [G], rows of each row group; of its parts, where `shuffled` needs them.
         open_groups: how many of those to keep open at a time, at most.
         reads_per_epoch: mean number of times that a row group is read in an epoch of shuffled
-            reading: its parts.
+            reading: its parts, if `cache_mib` is at least `enough_cache_mib`.
+        enough_cache_mib: the bound of the folder below which parts are dropped while they are in
+            use; 0 where none are kept.
 
     Args:
         uri: place of the data, as the user gave it.
@@ -138,7 +143,7 @@ class ParquetSource:
         with_labels: bool = True,
         shuffled: bool = False,
         cache_dir: str | None = None,
-        cache_mib: int = 4096,
+        cache_mib: int = CACHE_MIB,
     ) -> None:
         self.uri, self._root = uri, contents.root
         self.account = contents.account
@@ -178,6 +183,8 @@ class ParquetSource:
         )
         remote = not is_local(locate(self._root)[0])
         too_large = shuffled and not permuted and self.num_bytes > MEMORY_BYTES
+        needed_bytes = min(self.num_bytes, CACHE_BYTES) if too_large else 0
+        self.enough_cache_mib = -(-needed_bytes >> 20)
         self._disk = (
             DiskCache(cache_dir or str(user_cache("row-groups")), cache_mib)
             if remote or too_large
@@ -192,7 +199,8 @@ class ParquetSource:
         self._open()
         if not self._in_parts:
             part, row = part.whole, row + part.first_row
-        key = f"{self.pictures_fingerprint[:16]}-{part.number}"
+        # A local file may be written again with other pictures of the same sizes.
+        key = f"{self.pictures_fingerprint[:16]}-{part.shard.modified_ns:x}-{part.number}"
         if part.num_rows < part.whole.num_rows:
             key += f"-{part.first_row}-{part.num_rows}"
         load: Callable[[], pa.Table] = partial(self._read_part, part)
@@ -264,10 +272,8 @@ class ParquetSource:
 
     def _read_part(self, part: Part) -> pa.Table:
         table = self._read(part.shard, part.group, [self.layout.image])
-        if part.num_rows < part.whole.num_rows:
-            # Copied, for a slice would keep the whole row group in memory.
-            table = table.take(np.arange(part.first_row, part.first_row + part.num_rows))
-        return pa.table({"image": leaf(table, self.layout.image)})
+        images = pa.table({"image": leaf(table, self.layout.image)})
+        return copied_stretch(images, part.first_row, part.num_rows)
 
     def _read_column(self, column: str) -> list[pa.ChunkedArray]:
         """A column of each shard, read without the others."""
@@ -320,12 +326,14 @@ def read_footers(contents: Contents) -> list[Shard]:
         DataError: when a file is not Parquet or cannot be read.
     """
     filesystem, root = locate(contents.root)
+    local = is_local(filesystem)
 
     def read(path: str, num_bytes: int) -> Shard:
         try:
+            modified_ns = os.stat(join(root, path)).st_mtime_ns if local else 0
             with filesystem.open_input_file(join(root, path)) as file:
                 reader = pq.ParquetFile(file)
-                return Shard(path, num_bytes, reader.metadata, reader.schema_arrow)
+                return Shard(path, num_bytes, reader.metadata, reader.schema_arrow, modified_ns)
         except pa.ArrowInvalid as error:
             raise DataError(
                 f"{join(contents.root, path)} is not a whole Parquet file: {error}",
@@ -336,6 +344,19 @@ def read_footers(contents: Contents) -> list[Shard]:
 
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         return list(pool.map(lambda f: read(f.path, f.num_bytes), contents.files))
+
+
+def copied_stretch(table: pa.Table, first_row: int, num_rows: int) -> pa.Table:
+    """Rows of a table as a copy, for a slice keeps all of it in memory; the table where it is all.
+
+    Chunks stay apart: a row group of more than 2 GiB is no single array of binary.
+    """
+    if num_rows == len(table):
+        return table
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table.slice(first_row, num_rows))
+    return pa.ipc.open_stream(sink.getvalue()).read_all()
 
 
 def cut_shards(shards: list[Shard], *, spread: bool) -> tuple[list[Part], int]:

@@ -12,9 +12,10 @@ import numpy as np
 
 from mimray.trainers.data.cache import MEMORY_BYTES
 
-# Of a dataset that may be sorted, so much is open at a time, on local disk: half the cache that
-# `data.cache_mib` bounds by default, since what follows is read while the rest is in use.
+# Of a dataset that may be sorted, so much is open at a time, on local disk.
 OPEN_BYTES = 4 << 30
+# A cache of this size reads each part once an epoch: what follows is read while the rest is in use.
+CACHE_BYTES = 2 * OPEN_BYTES
 # Twice as many as ImageNet has classes, so that two are within each class of a sorted copy.
 MIN_OPEN_PARTS = 2048
 

@@ -31,6 +31,7 @@ class Selection:
         self.group_rows = rows[rows > 0]
         self.open_groups = source.open_groups
         self.reads_per_epoch = source.reads_per_epoch
+        self.enough_cache_mib = source.enough_cache_mib
         self.num_bytes = source.num_bytes
         self.label_notes = source.label_notes
         self.account = source.account

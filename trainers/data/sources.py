@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mimray.trainers.config.data import CACHE_MIB
 from mimray.trainers.data.account import Account
 from mimray.trainers.data.discover import Contents, available_splits, discover
 from mimray.trainers.data.files import absolute, join, locate, read_bytes, unreachable
@@ -32,7 +33,9 @@ class Source(Protocol):
             reading its row group, unless that is open.
         open_groups: number of row groups to keep open at a time, at most; the same on every
             machine, since the order of training follows from it.
-        reads_per_epoch: mean number of times that a row group is read in an epoch of training.
+        reads_per_epoch: mean number of times that a row group is read in an epoch of training, if
+            the cache is large enough.
+        enough_cache_mib: the smallest `data.cache_mib` for that; 0 where none is needed.
         num_bytes: size of its files together.
         pictures_fingerprint: the fingerprint that the dataset has when its labels are not read.
         label_notes: what people need to know of the labels: columns that were not taken, with the
@@ -44,6 +47,7 @@ class Source(Protocol):
     group_rows: np.ndarray
     open_groups: int
     reads_per_epoch: float
+    enough_cache_mib: int
     num_bytes: int
     pictures_fingerprint: str
     label_notes: tuple[str, ...]
@@ -78,7 +82,7 @@ def open_source(
     with_labels: bool = True,
     shuffled: bool = False,
     cache_dir: str | None = None,
-    cache_mib: int = 4096,
+    cache_mib: int = CACHE_MIB,
 ) -> Source:
     """Open the dataset at a URI.
 
@@ -143,6 +147,7 @@ class FolderSource:
         self.group_rows = np.ones(len(self._paths), dtype=np.int64)
         self.open_groups = len(self._paths)
         self.reads_per_epoch = 1.0
+        self.enough_cache_mib = 0
         self.num_bytes = sum(file.num_bytes for file in contents.files)
         digest = hashlib.sha256()
         for file in contents.files:

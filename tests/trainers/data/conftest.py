@@ -26,6 +26,7 @@ class TapedSource:
         self.facts, self.group_rows = source.facts, source.group_rows
         self.open_groups, self.num_bytes = source.open_groups, source.num_bytes
         self.reads_per_epoch = source.reads_per_epoch
+        self.enough_cache_mib = source.enough_cache_mib
 
     def __len__(self) -> int:
         return len(self.source)

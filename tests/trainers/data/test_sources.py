@@ -19,6 +19,7 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
+from mimray.trainers.config.data import CACHE_MIB
 from mimray.trainers.data import parquet, parts
 from mimray.trainers.data.cache import DiskCache, MemoryCache
 from mimray.trainers.data.order import SampleOrder
@@ -252,6 +253,53 @@ def test_parquet__large_row_groups_are_read_once_a_part_or_once(
         assert len(read) == num_reads, "another process finds it on disk"
     assert [source.name(i) for i in (69, 70, 119)] == [plain.name(i) for i in (69, 70, 119)]
     assert (source.labels() == plain.labels()).all()  # type: ignore[union-attr]
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("scheme", ["", "fsspec+file://"])
+def test_parquet__a_cache_that_holds_less_than_is_in_use_is_said(
+    tmp_path: Path, scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = [picture(i, 66) for i in range(120)]  # 1.5 MiB
+    write_hf(tmp_path / "data/a.parquet", images, [0] * 120, group_rows=20)
+    source = open_source(f"{scheme}{tmp_path}/data", cache_mib=1, shuffled=True)
+    assert source.enough_cache_mib == 2, "all of it"
+    monkeypatch.setattr(parquet, "CACHE_BYTES", 1 << 20)
+    source = open_source(f"{scheme}{tmp_path}/data", cache_mib=1, shuffled=True)
+    assert source.enough_cache_mib == 1, "what is in use at a time"
+    assert open_source(f"{scheme}{tmp_path}/data").enough_cache_mib == 0
+
+
+def test_parquet__the_default_cache_holds_what_is_in_use() -> None:
+    assert CACHE_MIB << 20 == parts.CACHE_BYTES
+
+
+@pytest.mark.usefixtures("small")
+def test_parquet__a_local_file_of_the_same_sizes_is_read_again(tmp_path: Path) -> None:
+    found, prints = [], set()
+    for number in range(2):
+        images = [np.random.default_rng([number, i]).bytes(800) for i in range(30)]
+        write_hf(tmp_path / "data/a.parquet", images, [0] * 30, group_rows=10)
+        os.utime(tmp_path / "data/a.parquet", ns=(0, number))
+        source = open_source(
+            str(tmp_path / "data"), cache_dir=str(tmp_path / "cache"), shuffled=True
+        )
+        found.append([source[i].image for i in range(30)] == images)
+        prints.add(source.facts.fingerprint)
+    assert list((tmp_path / "cache").glob("*.arrow")), "it was kept"
+    assert found == [True, True]
+    assert len(prints) == 1, "the fingerprint is the same wherever the file lies"
+
+
+def test_copied_stretch__of_more_than_2_gib_is_no_single_array() -> None:
+    small = np.frombuffer(b"0123456789", np.uint8)
+    data = pa.py_buffer(np.zeros(1_100_000_000, np.uint8))  # pages that are never touched
+    ends = pa.py_buffer(np.array([0, len(data) - len(small), len(data)], np.int32))
+    large = pa.Array.from_buffers(pa.binary(), 2, [None, ends, data])
+    table = pa.table({"image": pa.chunked_array([large, large, [bytes(small)] * 3])})
+    part = parquet.copied_stretch(table, 3, 2)
+    assert part["image"].to_pylist() == [bytes(10), bytes(small)]
+    assert part.get_total_buffer_size() < 1000, "what is not in it is let go"
 
 
 @pytest.mark.usefixtures("small")
