@@ -51,13 +51,20 @@ def run_ingest(src: str, out: str, **options: Any) -> dict[str, Any]:
         say(f"labels: {note}")
     for line in report.account.lines():
         say(line)
-    first = next(iter(manifests.values()))
+    facts = {
+        name: {
+            "num_samples": manifest.num_samples,
+            "class_names": list(manifest.class_names),
+            "fingerprint": manifest.fingerprint,
+        }
+        for name, manifest in manifests.items()
+    }
     return {
         "out": report.out,
         "num_samples": sum(manifest.num_samples for manifest in manifests.values()),
-        "splits": {name: m.num_samples for name, m in manifests.items() if name},
-        "class_names": list(first.class_names),
-        "fingerprint": first.fingerprint,
+        # Of a dataset without splits its own, of others those of each.
+        **facts.get("", {}),
+        "splits": {name: found for name, found in facts.items() if name},
         "num_rejected": report.num_rejected,
         "rejected": dict(sum((Counter(m.rejected) for m in manifests.values()), Counter())),
         "label_notes": list(report.label_notes),

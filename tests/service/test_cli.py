@@ -213,6 +213,31 @@ def test_ingest__bad_pictures_are_listed_and_too_many_refused(
     }
 
 
+@pytest.mark.usefixtures("ray_session")
+def test_ingest__facts_of_splits_are_told_by_split(tmp_path: Path) -> None:
+    for seed, place in enumerate(("train/cat", "train/dog", "Test/dog", "Test/emu")):
+        (tmp_path / "src" / place).mkdir(parents=True)
+        Image.new("RGB", (8, 8), (seed, 0, 0)).save(tmp_path / "src" / place / "1.png")
+    arguments = ["data", "ingest", str(tmp_path / "src")]
+    result = CliRunner().invoke(cli, [*arguments, str(tmp_path / "out"), "--json"])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["num_samples"] == 4
+    assert not {"class_names", "fingerprint"} & report.keys()
+    assert set(report["splits"]) == {"train", "test"}
+    for split, found in report["splits"].items():
+        written = json.loads((tmp_path / "out" / split / "dataset.json").read_text())
+        assert found == {key: written[key] for key in ("num_samples", "class_names", "fingerprint")}
+        assert found["class_names"] == ["cat", "dog", "emu"]
+
+    result = CliRunner().invoke(
+        cli, [*arguments, str(tmp_path / "one"), "--split", "train", "--json"]
+    )
+    alone = json.loads(result.stdout)
+    assert (alone["class_names"], alone["splits"]) == (["cat", "dog"], {})
+    assert len(alone["fingerprint"]) == 64
+
+
 def test_commands__what_the_machine_refuses_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,7 +25,7 @@ from mimray.trainers.data.files import (
     split_options,
 )
 from mimray.trainers.data.label_tables import folder_labels
-from mimray.trainers.data.labels import Classes, numbered, read_values
+from mimray.trainers.data.labels import Classes, numbered, read_values, renumber
 from mimray.trainers.data.manifest import read_manifest
 from mimray.trainers.data.parquet import Layout, ParquetSource, leaf
 from mimray.trainers.data.rng import Stream, generator, permutation
@@ -98,6 +98,8 @@ def plan_ingest(
 ) -> dict[str, IngestPlan]:
     """List what an ingest will read, and draw the order of the dataset to come.
 
+    A class has one number in all splits that are read together, though some may lack it.
+
     The order is a random permutation of all pictures, from a constant seed, so that neighbours in
     a class folder or a sorted file are strangers. What ingest wrote is in random order already,
     and keeps it.
@@ -118,11 +120,44 @@ def plan_ingest(
     if is_file(src) and not is_parquet(src):
         if label is not None:
             raise DataError(f"{src} is a list of pictures, without a column {label!r}")
+        if split is not None:
+            raise DataError(f"{src} is a list of pictures, without a split {split!r}")
         return {"": _from_list(src)}
     found = survey(src)
     if split is not None or len(found.files) == 1:
-        return {"": _plan(src, found.take(found.choose(split)), label)}
-    return {name: _plan(src, part, label) for name, part in found.take_all().items()}
+        plans = {"": _plan(src, found.take(found.choose(split)), label)}
+    else:
+        plans = {name: _plan(src, part, label) for name, part in found.take_all().items()}
+    names = _all_names([plan.class_names for plan in plans.values() if plan.class_names])
+    for name in names:
+        if "\n" in name:
+            raise DataError(
+                f"{src} has a class {name!r}, whose name has a line break", hint="rename the class"
+            )
+    return {split: _renumbered(plan, names) for split, plan in plans.items()}
+
+
+def _all_names(splits: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+    """Names of the classes of all splits, in the order of one that has them all, or else sorted."""
+    if len(set(splits)) == 1:
+        return splits[0]
+    names = set[str]().union(*splits)
+    whole = next((split for split in splits if len(split) == len(names)), None)
+    return whole or tuple(sorted(names))
+
+
+def _renumbered(plan: IngestPlan, names: tuple[str, ...]) -> IngestPlan:
+    """A plan with the classes of all splits; of numbers without names nothing is known."""
+    if plan.class_names in ((), names):
+        return plan
+    if plan.layout is not None:
+        layout = replace(plan.layout, classes=renumber(plan.layout.classes, names))
+        return replace(plan, layout=layout, class_names=names)
+    numbers = pa.array([names.index(name) for name in plan.class_names], pa.int64())
+    column = plan.units.schema.get_field_index("label")
+    labels = numbers.take(plan.units["label"].combine_chunks())
+    units = plan.units.set_column(column, UNITS.field("label"), labels)
+    return replace(plan, units=units, class_names=names)
 
 
 def _plan(src: str, contents: Contents, label: str | None) -> IngestPlan:
@@ -235,7 +270,7 @@ def _from_list(src: str) -> IngestPlan:
     if is_picture(src):
         raise DataError(f"{src} is one picture", hint="give the folder it lies in")
     try:
-        lines = read_bytes(filesystem, path).decode().splitlines()
+        lines = read_bytes(filesystem, path).decode().split("\n")
     except UnicodeDecodeError as error:
         raise DataError(
             f"{src} is neither Parquet nor a text file of paths",

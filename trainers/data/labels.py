@@ -25,10 +25,13 @@ class Classes(NamedTuple):
         names: names of the classes, by number; empty where they are not known.
         kind: `index` where values are the numbers of classes already; `number` where values are
             whole numbers and the names are these; `text` where values are the names.
+        renumbered: the number of each value's class, where an `index` has other ones than these;
+            empty otherwise.
     """
 
     names: tuple[str, ...]
     kind: Literal["index", "number", "text"]
+    renumbered: tuple[int, ...] = ()
 
 
 class Choice(NamedTuple):
@@ -112,7 +115,7 @@ def choose_column(
     kind: Literal["number", "text"] = "number" if _is_number(schema.field(column).type) else "text"
     classes = Classes((), kind)
     if kind == "number" and metadata.get(CLASS_NAMES_KEY):
-        classes = Classes(tuple(metadata[CLASS_NAMES_KEY].decode().splitlines()), "index")
+        classes = Classes(tuple(metadata[CLASS_NAMES_KEY].decode().split("\n")), "index")
     elif kind == "number" and known.get(column):
         classes = Classes(known[column], "index")
     return Choice(column, classes, column == default, passed_over)
@@ -178,7 +181,21 @@ def numbered(values: pa.Array, classes: Classes) -> np.ndarray:
             values, value_set=pa.array(list(known), values.type), skip_nulls=True
         ).cast(pa.int64())
     filled: np.ndarray = pc.fill_null(values, -1).to_numpy(zero_copy_only=False)
-    return filled
+    if not classes.renumbered:
+        return filled
+    known = np.array((*classes.renumbered, -1), dtype=np.int64)
+    # A number that is no class stays none.
+    beyond = filled + len(classes.names) - len(classes.renumbered)
+    return np.where(
+        filled < len(classes.renumbered), known[filled.clip(max=len(known) - 1)], beyond
+    )
+
+
+def renumber(classes: Classes, names: tuple[str, ...]) -> Classes:
+    """The same classes, numbered by the names of more of them."""
+    if classes.kind != "index":
+        return classes._replace(names=names)
+    return Classes(names, "index", tuple(map(names.index, classes.names)))
 
 
 def labelling_of(values: pa.Array, classes: Classes, notes: tuple[str, ...] = ()) -> Labelling:

@@ -10,10 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from pyarrow import fs as pafs
 
 from mimray.trainers.data.ingest_plan import plan_ingest, read_unit
 from mimray.trainers.data.inspect import inspect
+from mimray.trainers.data.labels import choose_column
 from mimray.trainers.data.selection import labels_of
+from mimray.trainers.data.shards import Row, ShardWriter
 from mimray.trainers.data.sources import Source, open_source
 from mimray.trainers.errors import DataError
 
@@ -253,6 +256,99 @@ def test_ingest__keeps_labels_and_names(tmp_path: Path) -> None:
     pictures(tmp_path / "table", "a.png", "b.png")
     (tmp_path / "table/metadata.csv").write_text("file_name,label\nb.png,dog\n")
     assert planned(tmp_path / "table") == (("dog",), [None, 0])
+
+
+def read_labels(place: Path) -> dict[str, tuple[tuple[str, ...], list[str | int | None]]]:
+    """By split: the names of all classes, and of the pictures', sorted by source."""
+    found = {}
+    for split, plan in plan_ingest(str(place)).items():
+        rows = [row for unit in plan.units.to_pylist() for row in read_unit(unit, plan.layout)]
+        labels = [row.label for row in sorted(rows, key=lambda row: row.source)]
+        names = dict(enumerate(plan.class_names))
+        found[split] = plan.class_names, [names.get(n, n) for n in labels]  # type: ignore[arg-type]
+    return found
+
+
+def test_ingest__a_class_has_one_number_in_all_splits(tmp_path: Path) -> None:
+    all_names = ("cat", "dog", "emu")
+    pictures(
+        tmp_path / "folder",
+        *(f"{n}/1.png" for n in ("train/cat", "train/dog", "Test/dog", "Test/emu")),
+    )
+    expected = {"train": (all_names, ["cat", "dog"]), "test": (all_names, ["dog", "emu"])}
+    assert read_labels(tmp_path / "folder") == expected
+    for name, kind in (
+        ("text", pa.string()),
+        ("dictionary", pa.dictionary(pa.int32(), pa.string())),
+    ):
+        for split, labels in (("train", ["cat", "dog"]), ("test", ["dog", "emu"])):
+            place = tmp_path / name / f"{split}-00000-of-00001.parquet"
+            write(place, label=pa.array(labels).cast(kind))
+        assert read_labels(tmp_path / name) == expected
+
+
+def test_ingest__numbers_of_named_classes_become_those_of_all_splits(tmp_path: Path) -> None:
+    def features(*names: str) -> dict[str, Any]:
+        return {"label": {"_type": "ClassLabel", "names": list(names)}}
+
+    place = tmp_path / "index"
+    write(place / "train-00000-of-00001.parquet", features("dog", "cat"), label=[0, 1, None, 2])
+    write(place / "test-00000-of-00001.parquet", features("emu", "dog"), label=[0, 1, -1])
+    names = ("cat", "dog", "emu")
+    assert read_labels(place) == {
+        "train": (names, ["dog", "cat", None, 3]),  # beyond its names, as before
+        "test": (names, ["emu", "dog", None]),
+    }
+    whole = tmp_path / "whole"
+    write(whole / "train-00000-of-00001.parquet", features("dog", "emu", "cat"), label=[0, 2])
+    write(whole / "test-00000-of-00001.parquet", features("cat", "dog"), label=[0, 1])
+    names = ("dog", "emu", "cat")
+    assert read_labels(whole) == {"train": (names, ["dog", "cat"]), "test": (names, ["cat", "dog"])}
+    twice = write(tmp_path / "twice/a.parquet", features("a", "a"), label=[0, 1])
+    assert planned(twice) == (("a", "a"), [0, 1]), "one split keeps its numbers"
+
+
+def test_ingest__splits_without_labels_or_names_stay_so(tmp_path: Path) -> None:
+    pictures(tmp_path / "some", "train/cat/1.png", "train/dog/1.png", "unlabeled/1.png")
+    assert read_labels(tmp_path / "some") == {
+        "train": (("cat", "dog"), ["cat", "dog"]),
+        "unlabeled": ((), [None]),
+    }
+    for split, labels in (("train", [977, 3]), ("test", [3, 5])):
+        write(tmp_path / f"numbers/{split}-00000-of-00001.parquet", label=labels)
+    assert read_labels(tmp_path / "numbers") == {"train": ((), [977, 3]), "test": ((), [3, 5])}
+
+
+@pytest.mark.parametrize("odd", ["\x0b", "\x85", "\u2028", "\r", "\x1c"])
+def test_shards__names_of_classes_come_back_whatever_breaks_lines(tmp_path: Path, odd: str) -> None:
+    names = (f"a{odd}b", "c")
+    writer = ShardWriter(
+        pafs.LocalFileSystem(), str(tmp_path), class_names=names, shard_bytes=1 << 20
+    )
+    writer.add(Row(image=b"x", sha256=b"y", label=1, width=1, height=1, source="s"))
+    writer.close()
+    schema = pq.read_schema(tmp_path / "shard-00000.parquet")
+    assert choose_column(schema, None, ("image",), "x").classes.names == names
+
+
+def test_ingest__refuses_a_class_whose_name_has_a_line_break(tmp_path: Path) -> None:
+    place = write(tmp_path / "a/a.parquet", label=["a\nb", "c"])
+    with pytest.raises(DataError, match=r"class 'a\\nb', whose name has a line break"):
+        plan_ingest(str(place))
+    pictures(tmp_path / "b", "train/a\nb/1.png", "train/c/1.png")
+    with pytest.raises(DataError, match="line break"):
+        plan_ingest(str(tmp_path / "b"))
+
+
+def test_ingest__a_list_has_neither_column_nor_split(tmp_path: Path) -> None:
+    pictures(tmp_path, "a.png", "b\u2028c.png")
+    place = tmp_path / "list.txt"
+    place.write_text("a.png\r\nb\u2028c.png\n")
+    assert plan_ingest(str(place))[""].num_pictures == 2
+    with pytest.raises(DataError, match="without a column 'x'"):
+        plan_ingest(str(place), label="x")
+    with pytest.raises(DataError, match="without a split 'val'"):
+        plan_ingest(str(place), split="val")
 
 
 def test_identities__are_the_same_before_and_after_ingest(tmp_path: Path) -> None:
