@@ -12,6 +12,7 @@ from mimray.trainers.config.run import (
     Plan,
     differences,
     known_keys,
+    parse_plan,
     parse_recipe,
     resolve,
 )
@@ -292,3 +293,19 @@ def test_plan__survives_json():
 
     assert again == plan
     assert again.data == plan.data
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b'{"format":', "plan.json is damaged: it is no JSON"),
+        (b"", "plan.json is damaged"),
+        (b"\xff\xfe\x00", "plan.json is damaged"),
+        (b"[]", r"the whole is \[\]"),
+        (b"{}", "plan.json: missing key"),
+    ],
+)
+def test_parse_plan__a_damaged_one_is_told_with_the_cure(text: bytes, message: str):
+    with pytest.raises(ConfigError, match=message) as caught:
+        parse_plan(text, "runs/a/plan.json")
+    assert "--fresh" in caught.value.hint

@@ -50,7 +50,8 @@ def explain(
                 f"{context.get('tag', 'missing')!r}, known: {context.get('expected_tags', '?')}"
             )
         else:
-            lines.append(f"'{key}' is {_shown(item['input'])}: {_lower_first(item['msg'])}")
+            named = f"'{key}'" if key else "the whole"
+            lines.append(f"{named} is {_shown(item['input'])}: {_lower_first(item['msg'])}")
     return ConfigError(f"{origin}: " + "; ".join(lines), hint=hint)
 
 

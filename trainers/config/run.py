@@ -320,11 +320,15 @@ def parse_plan(text: str | bytes, origin: str) -> Plan:
     Raises:
         ConfigError: it is not one of this version's plans; names each wrong key.
     """
+    hint = "--fresh starts the run over, another --name keeps it"
+    try:
+        tree = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{origin} is damaged: it is no JSON: {error}", hint=hint) from None
     try:
         return Plan.model_validate_json(text)
     except ValidationError as error:
-        hint = "--fresh starts the run over, another --name keeps it"
-        raise explain(error, json.loads(text), origin, keys=(), hint=hint) from None
+        raise explain(error, tree, origin, keys=(), hint=hint) from None
 
 
 @functools.cache

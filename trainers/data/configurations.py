@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from mimray.trainers.data.splits import split_of_shard, split_role
 from mimray.trainers.errors import DataError
 
 CARD_NAME = "README.md"
+_FRONT = re.compile(r"---[ \t]*\n(.*?)^---[ \t]*$", re.DOTALL | re.MULTILINE)
 
 
 def refuse_several(uri: str, shards: Sequence[str], *, has_card: bool) -> None:
@@ -79,13 +81,14 @@ def _card_configurations(uri: str) -> dict[str, list[str]]:
     import yaml
 
     filesystem, root = locate(uri)
-    text = read_bytes(filesystem, join(root, CARD_NAME)).decode(errors="replace")
-    _, *rest = text.lstrip("\ufeff").split("---\n", 2)
-    if not text.lstrip("\ufeff").startswith("---") or not rest:
+    text = read_bytes(filesystem, join(root, CARD_NAME)).decode("utf-8-sig", errors="replace")
+    match = _FRONT.match(text.replace("\r\n", "\n"))
+    if match is None:
         return {}
     try:
-        front = yaml.safe_load(rest[0])
-    except yaml.YAMLError:
+        # Everything is text: a date that is none must not hide what else is said.
+        front = yaml.load(match[1], Loader=yaml.BaseLoader)
+    except (yaml.YAMLError, RecursionError):
         return {}  # A card is prose; only what it says plainly is taken.
     listed = front.get("configs") if isinstance(front, dict) else None
     return {
@@ -96,15 +99,19 @@ def _card_configurations(uri: str) -> dict[str, list[str]]:
 
 
 def _patterns(entry: dict[str, Any]) -> Iterable[str]:
-    folder = str(entry.get("data_dir") or "").strip("./")
+    folder = "" if _is_null(entry.get("data_dir")) else str(entry["data_dir"]).strip("./")
     files = entry.get("data_files")
-    if files is None:
+    if _is_null(files):
         yield f"{folder}/*" if folder else "*"
         return
     for each in files if isinstance(files, list) else [files]:
         paths = each.get("path", []) if isinstance(each, dict) else each
         for path in paths if isinstance(paths, list) else [paths]:
             yield f"{folder}/{path}" if folder else str(path).removeprefix("./")
+
+
+def _is_null(value: Any) -> bool:
+    return value in (None, "", "~", "null", "Null", "NULL")
 
 
 def _matched(shards: Sequence[str], patterns: Sequence[str]) -> set[str]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -262,6 +263,31 @@ def test_configurations__the_card_names_them(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="configurations of a dataset: red, blue, green") as caught:
         discover(uri)
     assert caught.value.hint == f"give one of them: {uri}/more"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace("\n", "\r\n"),
+        lambda text: "\ufeff" + text,
+        lambda text: text.replace("configs:", "date: 2024-13-45\nconfigs:"),
+        lambda text: text.replace("configs:", "size: !!int many\nconfigs:"),
+        lambda text: text.replace("configs:", "license: ~\nconfigs:"),
+        lambda text: text.replace("---\n", "--- \n"),
+        lambda text: text.replace("data_files: big", "data_dir: null\n  data_files: big"),
+    ],
+)
+def test_configurations__a_card_is_read_as_people_write_it(
+    tmp_path: Path, change: Callable[[str], str]
+) -> None:
+    uri = parquet(tmp_path, "big.parquet", "small.parquet")
+    card = (
+        "---\nconfigs:\n- config_name: big\n  data_files: big.parquet\n"
+        "- config_name: small\n  data_files: small.parquet\n---\n# Title\n---\nText\n"
+    )
+    (tmp_path / "README.md").write_bytes(change(card).encode())
+    with pytest.raises(DataError, match="configurations of a dataset: big, small"):
+        discover(uri)
 
 
 def test_configurations__a_card_of_one_and_a_damaged_one_are_no_reason(tmp_path: Path) -> None:
