@@ -7,13 +7,16 @@ import io
 import json
 import posixpath
 import re
-from typing import Any
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
 from mimray.trainers.data.discover import TABLE_NAMES, Contents, FoundTable, class_folders
 from mimray.trainers.data.files import locate, read_bytes, unreachable
 from mimray.trainers.data.labels import (
+    DEFAULT_COLUMN,
     Classes,
     Labelling,
     choose_column,
@@ -91,13 +94,17 @@ def _read_column(
     Raises:
         DataError: the table is damaged, or cannot hold the labels that are asked for.
     """
-    content = _read_table(table)
+    wanted = label or DEFAULT_COLUMN
+    content, faults = _read_table(table, wanted)
     name = _name(table)
     if FILE_NAME not in content.column_names:
         raise DataError(
             f"{table.uri} has no column {FILE_NAME}, which names the pictures",
             hint=f"columns: {', '.join(content.column_names[:8])}",
         )
+    for column in (FILE_NAME, wanted):
+        if column in faults:
+            raise DataError(f"{table.uri} {faults[column]}")
     choice = choose_column(content.schema, label, (FILE_NAME,), table.uri)
     passed_over = tuple(f"{name}: column {column}" for column in choice.passed_over)
     if choice.column is None:
@@ -149,8 +156,20 @@ def _joined(
     return Labelling(labelling.numbers, labelling.class_names, tuple(notes), parts[-1][1])
 
 
-def _read_table(table: FoundTable) -> pa.Table:
-    """A table of text with the types that its cells have."""
+class _Text(NamedTuple):
+    """A table of text with the types that its cells have.
+
+    Attributes:
+        content: the table.
+        faults: what keeps the pictures' names or their labels from being used, by column, as the
+            rest of a sentence.
+    """
+
+    content: pa.Table
+    faults: dict[str, str]
+
+
+def _read_table(table: FoundTable, label: str) -> _Text:
     filesystem, path = locate(table.uri)
     try:
         text = read_bytes(filesystem, path).decode("utf-8-sig")
@@ -159,50 +178,114 @@ def _read_table(table: FoundTable) -> pa.Table:
     except OSError as error:
         raise unreachable(table.uri, error) from error
     if _name(table).lower().endswith(".jsonl"):
-        return _from_lines(text, table.uri)
+        return _from_lines(text, table.uri, label)
+    return _from_csv(text, table.uri, label)
+
+
+def _from_csv(text: str, uri: str, label: str) -> _Text:
     try:
-        rows = [row for row in csv.reader(io.StringIO(text, newline=""), strict=True) if row]
+        rows = list(csv.reader(io.StringIO(text, newline=""), strict=True))
     except csv.Error as error:
-        raise DataError(f"{table.uri} is damaged: {error}", hint="save it as CSV again") from None
-    if not rows:
-        return pa.table({})
-    heads, *cells = rows
-    for number, row in enumerate(cells, start=2):
+        raise DataError(f"{uri} is damaged: {error}", hint="save it as CSV again") from None
+    numbers = [number for number, row in enumerate(rows, start=1) if row]
+    if not numbers:
+        return _Text(pa.table({}), {})
+    heads, *cells = (rows[number - 1] for number in numbers)
+    for number, row in zip(numbers[1:], cells, strict=True):
         if len(row) != len(heads):
             raise DataError(
-                f"{table.uri} row {number} has {len(row)} cells, its head {len(heads)}",
+                f"{uri} row {number} has {len(row)} cells, its head {len(heads)}",
                 hint="cells with commas are quoted",
             )
-    columns = list(zip(*cells, strict=True)) or [()] * len(heads)
-    return pa.table(
-        {
-            head.strip(): pa.array(column, pa.string()) if head == FILE_NAME else _typed(column)
-            for head, column in zip(heads, columns, strict=True)
-        }
-    )
+    columns, faults = dict[str, pa.Array](), dict[str, str]()
+    for head, column in zip(
+        map(str.strip, heads), list(zip(*cells, strict=True)) or [()] * len(heads), strict=True
+    ):
+        if head in columns:
+            faults[head] = f"has two columns called {head}"
+        columns[head] = pa.array(column, pa.string()) if head == FILE_NAME else _typed(column)
+        beyond = _beyond_64_bits(column) if head == label else None
+        if beyond is not None:
+            place = f"row {numbers[beyond + 1]}"
+            faults.setdefault(head, f"{place}: {_too_large(head, column[beyond].strip())}")
+    return _Text(pa.table(columns), faults)
 
 
-def _from_lines(text: str, uri: str) -> pa.Table:
-    rows = []
+def _from_lines(text: str, uri: str, label: str) -> _Text:
+    rows, numbers, faults = list[dict[str, Any]](), list[int](), dict[str, str]()
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{uri} line {number} is no JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{uri} line {number} holds no object")
+        row, twice = _read_line(line, f"{uri} line {number}")
         rows.append(row)
+        numbers.append(number)
+        for key in twice:
+            faults.setdefault(key, f"line {number} has {key} twice")
+    for key in (FILE_NAME, label):
+        for number, row in zip(numbers, rows, strict=True):
+            if (fault := _value_fault(key, row.get(key))) is not None:
+                faults.setdefault(key, f"line {number}: {fault}")
+                break
     columns = {}
-    for name in dict.fromkeys(key for row in rows for key in row):
-        values = [row.get(name) for row in rows]
+    for key in dict.fromkeys(key for row in rows for key in row):
+        values = [row.get(key) for row in rows]
         try:
-            columns[name] = pa.array(values)
-        except (pa.ArrowInvalid, pa.ArrowTypeError):
+            found = pa.array(values)
+        except (pa.ArrowException, OverflowError, UnicodeError):
             # Values of several types can be no classes, and only the labels need be any.
-            columns[name] = pa.array([json.dumps(value).encode() for value in values])
-    return pa.table(columns)
+            found = pa.array([json.dumps(value).encode() for value in values])
+        columns[key.encode("utf-8", "backslashreplace").decode()] = found
+    return _Text(pa.table(columns), faults)
+
+
+def _read_line(line: str, place: str) -> tuple[dict[str, Any], list[str]]:
+    """The object of one line, and the keys that it has twice."""
+    outermost: list[tuple[str, Any]] = []
+
+    def keep(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        outermost[:] = pairs  # The last object to end is the one that holds the others.
+        return dict(pairs)
+
+    try:
+        row = json.loads(line, object_pairs_hook=keep)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place} is no JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise DataError(f"{place} holds no object")
+    counts = Counter(key for key, _ in outermost)
+    return row, [key for key, count in counts.items() if count > 1]
+
+
+def _value_fault(column: str, value: Any) -> str | None:
+    """The reason why a value of JSON is no path or label, whatever others there are, if any."""
+    if isinstance(value, str):
+        return None if _is_unicode(value) else f"column {column} holds text that is not Unicode"
+    if column == FILE_NAME and value is not None:
+        return f"{FILE_NAME} is {json.dumps(value)[:40]}, which is no path of a picture"
+    if isinstance(value, int) and not _fits_64_bits(value):
+        return _too_large(column, str(value))
+    return None
+
+
+def _too_large(column: str, number: str) -> str:
+    return f"column {column} holds {number[:40]}, a number beyond 64 bits, which is no class"
+
+
+def _is_unicode(text: str) -> bool:
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _fits_64_bits(number: int) -> bool:
+    return -(2**63) <= number < 2**63
+
+
+def _beyond_64_bits(cells: Sequence[str]) -> int | None:
+    """The first cell beyond 64 bits of a column of whole numbers, if there is any."""
+    filled = [(row, cell.strip()) for row, cell in enumerate(cells) if cell.strip()]
+    if not all(_INTEGER.fullmatch(cell) for _, cell in filled):
+        return None
+    # Python reads no number of thousands of digits.
+    return next((r for r, c in filled if len(c) > 20 or not _fits_64_bits(int(c))), None)
 
 
 def _typed(cells: tuple[str, ...]) -> pa.Array:
@@ -212,6 +295,8 @@ def _typed(cells: tuple[str, ...]) -> pa.Array:
     """
     cells = tuple(cell.strip() for cell in cells)
     filled = [cell for cell in cells if cell]
+    if _beyond_64_bits(cells) is not None:
+        return pa.array(cells, pa.string())
     if filled and all(map(_INTEGER.fullmatch, filled)):
         return pa.array([int(cell) if cell else None for cell in cells])
     if filled and all(_INTEGER.fullmatch(c) or _DECIMAL.fullmatch(c) for c in filled):

@@ -228,6 +228,80 @@ def test_folder__a_table_that_is_not_taken_is_named(tmp_path: Path, text: str, r
         labels_of(open_source(str(tmp_path)))
 
 
+HUGE = "12345678901234567890123"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("metadata.csv", f"file_name,id,label\na.png,{HUGE},x\nb.png,3,y\n"),
+        ("metadata.csv", f"file_name,id,label\na.png,{2**63},x\nb.png,3,y\n"),
+        ("metadata.csv", f"file_name,id,label\na.png,{'9' * 5000},x\nb.png,3,y\n"),
+        ("metadata.csv", " file_name ,label,,\na.png,x,,\nb.png,y,,\n"),
+        ("metadata.jsonl", f'{{"file_name":"a.png","id":{HUGE},"label":"x"}}\n'),
+        ("metadata.jsonl", f'{{"file_name":"a.png","id":{2**64 - 1},"label":"x"}}\n'),
+        ("metadata.jsonl", f'{{"file_name":"a.png","id":[{{"n":{HUGE}}}],"label":"x"}}\n'),
+        ("metadata.jsonl", '{"file_name":"a.png","id":"\\ud800","label":"x"}\n'),
+        ("metadata.jsonl", '{"file_name":"a.png","\\ud800":1,"label":"x"}\n'),
+        ("metadata.jsonl", '{"file_name":"a.png","id":1,"id":2,"label":"x"}\n'),
+        ("metadata.jsonl", '{"file_name":"a.png","o":{"label":1,"label":2},"label":"x"}\n'),
+    ],
+)
+def test_folder__other_columns_are_no_reason_to_lose_labels(
+    tmp_path: Path, name: str, text: str
+) -> None:
+    pictures(tmp_path, "a.png", "b.png")
+    if name.endswith("l"):
+        text += '{"file_name":"b.png","label":"y"}\n'
+    (tmp_path / name).write_text(text)
+    assert found(tmp_path) == found(tmp_path, "label") == (("x", "y"), [0, 1])
+
+
+def test_folder__numbers_beside_text_are_text_of_any_length(tmp_path: Path) -> None:
+    pictures(tmp_path, "a.png", "b.png")
+    (tmp_path / "metadata.csv").write_text(f"file_name,label\na.png,{HUGE}\nb.png,cat\n")
+    assert found(tmp_path) == ((HUGE, "cat"), [0, 1])
+
+
+def test_folder__numbers_as_names_of_pictures_are_text(tmp_path: Path) -> None:
+    pictures(tmp_path, "a.png", "b.png")
+    (tmp_path / "metadata.csv").write_text(" file_name,label\n1,x\n2,y\n")
+    assert "2 pictures that are not there" in " ".join(open_source(str(tmp_path)).label_notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("metadata.csv", f"file_name,label\n\nb.png,1\na.png,{HUGE}\n", f"row 4.*label.*{HUGE}"),
+        ("metadata.csv", f"file_name,label\na.png,-{2**63 + 1}\n", "row 2.*label.*beyond 64 bits"),
+        ("metadata.csv", "file_name,label, label\na.png,x,y\n", "two columns called label"),
+        ("metadata.csv", "file_name,file_name,label\na.png,b.png,y\n", "two columns called file_n"),
+        ("metadata.jsonl", f'\n{{"file_name":"a.png","label":{HUGE}}}\n', f"line 2: .*{HUGE}"),
+        ("metadata.jsonl", '{"file_name":1,"label":"x"}\n', "line 1: file_name is 1, which is no"),
+        (
+            "metadata.jsonl",
+            '{"file_name":"a.png","label":"x"}\n{"file_name":["b.png"],"label":"x"}\n',
+            r'line 2: file_name is \["b.png"\]',
+        ),
+        ("metadata.jsonl", '{"file_name":"\\ud800","label":"x"}\n', "line 1: .*not Unicode"),
+        ("metadata.jsonl", '{"file_name":"a.png","label":"\\ud800"}\n', "line 1: .*not Unicode"),
+        ("metadata.jsonl", '{"file_name":"a.png","label":1,"label":2}\n', "line 1 has label twice"),
+        ("metadata.jsonl", "[" * 100_000, "line 1 is no JSON"),
+    ],
+)
+def test_folder__what_is_wrong_in_a_table_is_told_with_its_row(
+    tmp_path: Path, name: str, text: str, reason: str
+) -> None:
+    pictures(tmp_path, "a.png", "b.png")
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=f"{name} .*{reason}") as caught:
+        open_source(str(tmp_path), label="label")
+    assert "\n" not in str(caught.value)
+    source = open_source(str(tmp_path))
+    assert source.labels() is None
+    assert any(name in note for note in source.label_notes)
+
+
 def test_folder__a_picture_has_one_label(tmp_path: Path) -> None:
     pictures(tmp_path, "a.png", "b.png")
     (tmp_path / "metadata.csv").write_text("file_name,label\na.png,x\na.png,y\n")
