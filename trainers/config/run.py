@@ -23,6 +23,7 @@ from mimray.trainers.config.explain import explain
 from mimray.trainers.config.method import AnyMethod
 from mimray.trainers.config.model import EncoderConfig
 from mimray.trainers.config.optim import OptimConfig
+from mimray.trainers.config.retired import without_retired
 from mimray.trainers.errors import ConfigError
 from mimray.trainers.types import DatasetFacts
 
@@ -140,6 +141,7 @@ class Plan(Config):
             a run that was begun before that would go on with another order and other pixels.
         lr: peak learning rate, base_lr x global batch / 256.
         accumulation: micro batches a worker sums before an update.
+        retired: keys of an earlier version that shaped the run, by dotted key; never written.
     """
 
     format: Literal[1, 2] = 2
@@ -154,6 +156,7 @@ class Plan(Config):
     steps_per_epoch: float
     lr: float
     hash: str = Field(description="digest of all that shapes the result")
+    retired: dict[str, Any] = Field(default_factory=dict, exclude=True)
 
     @property
     def num_samples(self) -> int:
@@ -277,7 +280,7 @@ def essential(recipe: Recipe) -> dict[str, Any]:
 
 def differences(old: Plan, new: Plan) -> list[str]:
     """Differences that keep `new` from continuing `old`, one line a key; empty without any."""
-    before = dict(_flatten(essential(old.recipe)))
+    before = dict(_flatten(essential(old.recipe))) | old.retired
     after = dict(_flatten(essential(new.recipe)))
     lines = [
         f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
@@ -310,21 +313,30 @@ def parse_recipe(tree: Mapping[str, Any], origin: str = "recipe") -> Recipe:
         raise explain(error, tree, origin, keys=known_keys(), owners=key_owners()) from None
 
 
-def parse_plan(text: str | bytes, origin: str) -> Plan:
-    """Check a plan as it was written.
+def parse_plan(text: str | bytes, origin: str, hint: str) -> Plan:
+    """Check a plan as it was written, by this version or an earlier one.
 
     Args:
         text: the plan as JSON.
         origin: the plan's file, which errors name.
+        hint: the cure where this version cannot read it.
 
     Raises:
-        ConfigError: it is not one of this version's plans; names each wrong key.
+        ConfigError: it is no plan that this version knows; names each wrong key.
     """
     try:
-        return Plan.model_validate_json(text)
+        tree = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{origin} is not JSON: {error}", hint=hint) from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{origin} is not a plan, which is a JSON object", hint=hint)
+    if "recipe" in tree:
+        recipe, retired = without_retired(tree["recipe"])
+        tree = {**tree, "recipe": recipe, "retired": retired}
+    try:
+        return Plan.model_validate(tree)
     except ValidationError as error:
-        hint = "--fresh starts the run over, another --name keeps it"
-        raise explain(error, json.loads(text), origin, keys=(), hint=hint) from None
+        raise explain(error, tree, origin, keys=(), hint=hint) from None
 
 
 @functools.cache
