@@ -103,7 +103,8 @@ def check_block(block: Mapping[str, Any], precision: str) -> None:
     """
     problems = [f"'engine.deepspeed.{key}': {REFUSED[key]}" for key in _refused(block)]
     problems += [
-        f"'engine.deepspeed.{key}' is {json.dumps(block[key], default=str)}: it is a section, of keys and values"
+        f"'engine.deepspeed.{key}' is {json.dumps(block[key], default=str)}: it is a section, "
+        "of keys and values"
         for key in SECTIONS
         if key in block and not isinstance(block[key], Mapping)
     ]
