@@ -133,6 +133,13 @@ OPERATIONAL_KEYS = (
 )
 
 
+PLAN_FORMAT: Literal[2] = 2
+"""The format of plans that this version makes; see `Plan`."""
+
+OTHER_FORMAT = "order and pixels of training pictures: as of an earlier version of mimray"
+"""The reason why plans of another format are not continued."""
+
+
 class Plan(Config):
     """A recipe resolved for its data and number of workers; frozen, written to `plan.json`.
 
@@ -144,7 +151,7 @@ class Plan(Config):
         retired: keys of an earlier version that shaped the run, by dotted key; never written.
     """
 
-    format: Literal[1, 2] = 2
+    format: Literal[1, 2] = PLAN_FORMAT
     recipe: Recipe
     data: DatasetFacts
     world_size: PositiveInt
@@ -288,7 +295,7 @@ def differences(old: Plan, new: Plan) -> list[str]:
         if before.get(key) != after.get(key)
     ]
     if old.format != new.format:
-        lines.append("order and pixels of training pictures: as of an earlier version of mimray")
+        lines.append(OTHER_FORMAT)
     if old.data.fingerprint != new.data.fingerprint:
         lines.append(
             f"data: {old.data.uri} ({old.data.fingerprint[:12]}) -> "
