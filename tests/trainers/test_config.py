@@ -341,18 +341,21 @@ def test_plan__a_retired_key_is_a_difference_where_it_had_an_effect(name: str):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "message", "cure"),
     [
-        ("{", "plan.json is not JSON: .*line 1"),
-        (b"\xff", "plan.json is not JSON: "),
-        ("[]", "plan.json is not a plan"),
-        ('{"recipe": []}', "'recipe' is"),
-        ('{"recipe": {"method": 3}}', "missing key 'recipe.encoder'"),
+        ("{", "plan.json is not JSON: .*line 1", "from a backup"),
+        (b"\xff", "plan.json is not JSON: ", "from a backup"),
+        ("[" * 200_000, "plan.json is not JSON: ", "from a backup"),
+        ("[]", "plan.json is not a plan", "from a backup"),
+        ('{"recipe": []}', "'recipe' is", "the cure"),
+        ('{"recipe": {"method": 3}}', "missing key 'recipe.encoder'", "the cure"),
     ],
 )
-def test_plan__that_cannot_be_read_is_refused_with_the_cure(text: str | bytes, message: str):
+def test_plan__that_cannot_be_read_is_refused_with_the_cure(
+    text: str | bytes, message: str, cure: str
+):
     with pytest.raises(ConfigError, match=message) as caught:
         parse_plan(text, "plan.json", "the cure")
 
-    assert caught.value.hint == "the cure"
+    assert cure in caught.value.hint
     assert "\n" not in str(caught.value)

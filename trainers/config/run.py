@@ -326,17 +326,18 @@ def parse_plan(text: str | bytes, origin: str, hint: str) -> Plan:
     Args:
         text: the plan as JSON.
         origin: the plan's file, which errors name.
-        hint: the cure where this version cannot read it.
+        hint: the cure where it is a plan that this version does not know.
 
     Raises:
-        ConfigError: it is no plan that this version knows; names each wrong key.
+        ConfigError: it is no plan, or none that this version knows; names each wrong key.
     """
+    damaged = "restore it from a backup, or start over with --fresh"
     try:
         tree = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"{origin} is not JSON: {error}", hint=hint) from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{origin} is not JSON: {error}", hint=damaged) from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{origin} is not a plan, which is a JSON object", hint=hint)
+        raise ConfigError(f"{origin} is not a plan, which is a JSON object", hint=damaged)
     if "recipe" in tree:
         recipe, retired = without_retired(tree["recipe"])
         tree = {**tree, "recipe": recipe, "retired": retired}
