@@ -25,6 +25,7 @@ from torch import Tensor
 
 from mimray.trainers.config.base import Config
 from mimray.trainers.config.model import EncoderConfig
+from mimray.trainers.config.retired import without_retired
 from mimray.trainers.errors import BundleError
 from mimray.trainers.models import build_encoder
 from mimray.trainers.models.encoder import Encoder
@@ -34,9 +35,6 @@ from mimray.trainers.types import Features
 CARD = "bundle.json"
 ENCODER = "encoder.safetensors"
 METHOD = "method.safetensors"
-
-RETIRED_METHOD_KEYS = {"revive_below"}
-"""Keys that a bundle's recipe may still hold, and this version's recipes do not."""
 
 
 class BundleCard(Config):
@@ -83,12 +81,8 @@ class BundleCard(Config):
     @field_validator("recipe")
     @classmethod
     def _without_retired_keys(cls, recipe: dict[str, Any]) -> dict[str, Any]:
-        """Leave out keys of earlier versions that shaped the training alone, not the weights."""
-        method = recipe.get("method")
-        if not isinstance(method, dict) or not RETIRED_METHOD_KEYS & method.keys():
-            return recipe
-        kept = {key: value for key, value in method.items() if key not in RETIRED_METHOD_KEYS}
-        return {**recipe, "method": kept}
+        kept: dict[str, Any] = without_retired(recipe)[0]
+        return kept
 
 
 class FrozenEncoder(torch.nn.Module):

@@ -132,7 +132,8 @@ def prepare(job: Job, account: Account | None = None) -> Plan:
     check_known(plan)
     if job.fresh or not job.run.exists("plan.json"):
         return plan
-    before = parse_plan(job.run.read("plan.json"), f"{job.run}/plan.json")
+    hint = "--fresh starts the run over, another --name keeps it"
+    before = parse_plan(job.run.read("plan.json"), f"{job.run}/plan.json", hint)
     changed = differences(before, plan)
     if changed:
         raise RunConflictError(

@@ -21,6 +21,10 @@ class Record(NamedTuple):
     label: int | None
 
 
+PARTNERS = "partners"
+"""The input that holds, where pictures are combined in pairs, the row of each one's partner."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """A micro batch of the loader, on the host.
@@ -47,7 +51,7 @@ class Batch:
     @property
     def num_samples(self) -> int:
         """Number of samples B, without those that are there as partners alone."""
-        partners = self.inputs.get("partners")
+        partners = self.inputs.get(PARTNERS)
         return len(self.indices) if partners is None else len(partners)
 
     def pin_memory(self) -> Batch:

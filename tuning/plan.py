@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from mimray.trainers.config.explain import explain
 from mimray.trainers.config.names import check_name
 from mimray.trainers.config.recipes import override, read_tree
-from mimray.trainers.config.run import Plan, Recipe, resolve
+from mimray.trainers.config.run import OTHER_FORMAT, PLAN_FORMAT, Plan, Recipe, resolve
 from mimray.trainers.data.files import absolute
 from mimray.trainers.data.selection import open_training, with_classes
 from mimray.trainers.errors import ConfigError, RunConflictError
@@ -223,6 +223,7 @@ def new_record(plan: SweepPlan, study: tuple[str, str]) -> SweepRecord:
         score_data=score.data or plan.facts.uri,
         seed=plan.config.seed,
         command=plan.command,
+        plan_format=PLAN_FORMAT,
         study=study,
     )
 
@@ -231,7 +232,8 @@ def check_continues(plan: SweepPlan, before: SweepRecord) -> None:
     """Refuse to mix two sweeps in one directory.
 
     Raises:
-        RunConflictError: the directory holds another sweep; the message names the difference.
+        RunConflictError: the directory holds another sweep, or one of an earlier version that is
+            to train on; the message names the difference.
     """
     # Parsed again, so that a key that an earlier version did not know has its default.
     old = remembered(RunDir(before.uri), before).model_dump(mode="json")
@@ -244,6 +246,9 @@ def check_continues(plan: SweepPlan, before: SweepRecord) -> None:
     ]
     if before.data_fingerprint != plan.facts.fingerprint:
         changed.append(f"data: {before.data} -> {plan.facts.uri}")
+    trains_on = not before.ended or old != new
+    if before.plan_format != PLAN_FORMAT and trains_on:
+        changed.append(OTHER_FORMAT)
     if changed:
         raise RunConflictError(
             f"{plan.uri} holds another sweep: {'; '.join(changed)}",

@@ -154,6 +154,7 @@ class SweepRecord(Config):
         score_data: the URI of the pictures scored on.
         seed: the seed of the search and of every trial.
         command: the command line.
+        plan_format: the format of its trials' plans (`trainers.config.run.Plan`).
         study: the name and the storage of Optuna's study.
         planned: trials in the whole sweep, where that is known beforehand.
         elapsed_s: wall time of all launches together.
@@ -174,6 +175,7 @@ class SweepRecord(Config):
     score_data: str
     seed: int
     command: str
+    plan_format: int = 1
     study: tuple[str, str] = ("", "")
     planned: int | None = None
     elapsed_s: float = 0.0

@@ -61,7 +61,8 @@ def _bundle_from_checkpoint(run: RunDir) -> None:
         raise BundleError(
             f"{run} has no checkpoint yet", hint="let it reach checkpoint.every_steps"
         )
-    plan = parse_plan(run.read("plan.json"), f"{run}/plan.json")
+    hint = "the version of mimray that began the run can export it"
+    plan = parse_plan(run.read("plan.json"), f"{run}/plan.json", hint)
     with TemporaryDirectory(prefix="mimray-") as scratch:
         (run / f"checkpoints/{checkpoint.name}").download(Path(scratch))
         state = read_checkpoint(Path(scratch), checkpoint, plan)

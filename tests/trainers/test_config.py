@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -295,17 +296,66 @@ def test_plan__survives_json():
     assert again.data == plan.data
 
 
+# Keys that plans of format 1 did not have yet.
+_LATER_KEYS = (
+    *("data.label", "data.val_seed", "data.val_share", "engine.offload"),
+    *("method.revive_below_share", "method.revive_until_share"),
+    *("method.warn_usage_below", "method.warn_perplexity_below"),
+)
+
+
+def plan_of_format_1(name: str, **method: Any) -> tuple[Plan, str]:
+    """A shipped recipe's plan, and as an earlier version wrote it."""
+    classes = ["method.num_classes=10"] if name.startswith("finetune") else []
+    plan = resolve(load_recipe(name, classes), DatasetFacts("x", 100_000, "f"), 1)
+    tree = json.loads(plan.model_dump_json())
+    for dotted in _LATER_KEYS:
+        section, key = dotted.split(".")
+        tree["recipe"][section].pop(key, None)
+    if plan.recipe.method.name == "dvae":
+        tree["recipe"]["method"] |= {"revive_below": 0.0, **method}
+    return plan, json.dumps({**tree, "format": 1})
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_plan__of_an_earlier_version_is_read_and_not_continued(name: str):
+    now, text = plan_of_format_1(name)
+
+    old = parse_plan(text, "plan.json", "a hint")
+
+    assert (old.steps, old.lr, old.data) == (now.steps, now.lr, now.data)
+    assert old.recipe.encoder == now.recipe.encoder
+    lines = [line for line in differences(old, now) if "revive_below_share" not in line]
+    assert lines == ["order and pixels of training pictures: as of an earlier version of mimray"]
+
+
+@pytest.mark.parametrize("name", ["dvae-tiny", "dvae-vq-8192", "dvae-gumbel-8192"])
+def test_plan__a_retired_key_is_a_difference_where_it_had_an_effect(name: str):
+    now, text = plan_of_format_1(name, revive_below=2.0)
+    now = now.model_copy(update={"format": 1})
+
+    old = parse_plan(text, "plan.json", "a hint")
+
+    assert "method.revive_below: 2.0 -> None" in differences(old, now)
+    assert "retired" not in json.loads(old.model_dump_json())
+
+
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "message", "cure"),
     [
-        (b'{"format":', "plan.json is damaged: it is no JSON"),
-        (b"", "plan.json is damaged"),
-        (b"\xff\xfe\x00", "plan.json is damaged"),
-        (b"[]", r"the whole is \[\]"),
-        (b"{}", "plan.json: missing key"),
+        ("{", "plan.json is not JSON: .*line 1", "from a backup"),
+        (b"\xff", "plan.json is not JSON: ", "from a backup"),
+        ("[" * 200_000, "plan.json is not JSON: ", "from a backup"),
+        ("[]", "plan.json is not a plan", "from a backup"),
+        ('{"recipe": []}', "'recipe' is", "the cure"),
+        ('{"recipe": {"method": 3}}', "missing key 'recipe.encoder'", "the cure"),
     ],
 )
-def test_parse_plan__a_damaged_one_is_told_with_the_cure(text: bytes, message: str):
+def test_plan__that_cannot_be_read_is_refused_with_the_cure(
+    text: str | bytes, message: str, cure: str
+):
     with pytest.raises(ConfigError, match=message) as caught:
-        parse_plan(text, "runs/a/plan.json")
-    assert "--fresh" in caught.value.hint
+        parse_plan(text, "plan.json", "the cure")
+
+    assert cure in caught.value.hint
+    assert "\n" not in str(caught.value)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+import pkgutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from mimray.trainers.config.deepspeed_block import REFUSED
+from mimray.trainers.config.deepspeed_block import REFUSED, SECTIONS
 from mimray.trainers.config.recipes import load_recipe
 from mimray.trainers.config.run import resolve
-from mimray.trainers.engine.deepspeed import choose_precision, deepspeed_config
+from mimray.trainers.engine.deepspeed import choose_precision, deepspeed_config, initialize
 from mimray.trainers.engine.deepspeed_keys import check_known
 from mimray.trainers.errors import ConfigError
 from mimray.trainers.methods.catalogue import build_method
@@ -64,6 +66,17 @@ def test_config__raw_block_adds_key_by_key() -> None:
         ("activation_checkpointing: {profile: true}", "set engine.activation_checkpointing"),
         ("checkpoint: {load_universal: true}", "checkpoint section"),
         ("fp16: {hysteresis: 2}", "without effect with engine.precision fp32"),
+        ("zero_optimization: true", "is true: it is a section"),
+        ("zero_optimization: null", "is null: it is a section"),
+        ("zero_optimization: []", r"is \[\]: it is a section"),
+        ("bf16: true", "is true: it is a section"),
+        ("fp16: true", "is true: it is a section"),
+        ("flops_profiler: true", "is true: it is a section"),
+        ("comms_logger: null", "is null: it is a section"),
+        ("timers: 1", "is 1: it is a section"),
+        ("wandb: 2020-01-01", 'is "2020-01-01": it is a section'),
+        ("steps_per_print: null", "is null: leave it out"),
+        ("zero_optimization: {overlap_comm: null}", "is null: leave it out"),
     ],
 )
 def test_raw_block__refuses_what_the_recipe_has_a_key_for(block: str, cure: str) -> None:
@@ -111,11 +124,56 @@ def test_raw_block__refuses_what_deepspeed_does_not_know(block: str, named: str)
         "communication_data_type: bf16, steps_per_print: 5, wall_clock_breakdown: true",
         "flops_profiler: {enabled: true, profile_step: 2}, comms_logger: {enabled: true}",
         "tensorboard: {enabled: false, output_path: here}",
+        *(f"{section}: {{}}" for section in SECTIONS if section not in ("bf16", "fp16")),
     ],
 )
 def test_raw_block__takes_what_deepspeed_knows(block: str) -> None:
     recipe = load_recipe("mae-tiny", [f"engine.deepspeed={{{block}}}"])
     check_known(resolve(recipe, FACTS, 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "is_of_configuration"),
+    [
+        ("builtins.ValueError", True),
+        ("builtins.TypeError", True),
+        ("builtins.AssertionError", True),
+        ("deepspeed.runtime.config.DeepSpeedConfigError", True),
+        ("torch.OutOfMemoryError", False),
+        ("torch.distributed.DistBackendError", False),
+        ("builtins.OSError", False),
+    ],
+)
+def test_raw_block__is_blamed_for_errors_of_configuration_alone(
+    name: str, is_of_configuration: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = pkgutil.resolve_name(name)("it failed\nhere")
+
+    def fail(**_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("deepspeed.initialize", fail)
+    recipe = load_recipe("mae-tiny", ["engine.deepspeed={steps_per_print: 5}"])
+
+    with pytest.raises(Exception, match="it failed") as caught:
+        initialize(build_method(recipe), resolve(recipe, FACTS, 1), "fp32")
+
+    if is_of_configuration:
+        assert isinstance(caught.value, ConfigError)
+        assert caught.value.on_every_rank
+        assert "\n" not in str(caught.value)
+    else:
+        assert caught.value is error
+
+
+def test_raw_block__its_check_leaves_the_level_of_logs_as_it_was() -> None:
+    recipe = load_recipe("mae-tiny", ["engine.deepspeed={steps_per_print: 5}"])
+    logging.disable(logging.ERROR)
+    try:
+        check_known(resolve(recipe, FACTS, 2))
+        assert logging.root.manager.disable == logging.ERROR
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def test_raw_block__every_refused_key_is_known_to_deepspeed_or_was() -> None:

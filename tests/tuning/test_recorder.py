@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from mimray.trainers.errors import StorageError
+from mimray.trainers.config.run import PLAN_FORMAT
+from mimray.trainers.errors import RunConflictError, StorageError
 from mimray.trainers.storage import RunDir
 from mimray.tuning.plan import SweepPlan, check_continues, new_record, remembered
-from mimray.tuning.record import Rung, find_sweep, find_trial, read_record
+from mimray.tuning.record import Rung, SweepRecord, find_sweep, find_trial, read_record
 from mimray.tuning.recorder import SweepRecorder
 
 Small = Callable[..., SweepPlan]
@@ -70,6 +72,21 @@ def test_close__cuts_what_runs_and_a_later_one_goes_on(
     assert (known.state, known.score) == ("running", 0.4)
     check_continues(plan, record)
     assert remembered(plan.directory, record) == plan.config
+
+
+def test_sweep__of_another_plan_format_is_read_and_not_trained_on(
+    plan: SweepPlan, small: Small
+) -> None:
+    tree = json.loads(new_record(plan, ("", "")).model_dump_json())
+    assert tree.pop("plan_format") == PLAN_FORMAT
+    under_way = SweepRecord.model_validate(tree)
+    ended = SweepRecord.model_validate({**tree, "ended": True})
+
+    with pytest.raises(RunConflictError, match="order and pixels of training pictures"):
+        check_continues(plan, under_way)
+    check_continues(plan, ended)  # to report it again
+    with pytest.raises(RunConflictError, match="as of an earlier version of mimray"):
+        check_continues(small("repeats=2"), ended)
 
 
 def test_notes__are_handed_out_once(recorder: SweepRecorder) -> None:

@@ -5,6 +5,7 @@ Keys that DeepSpeed itself does not know are refused by `engine/deepspeed_keys.p
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -73,9 +74,25 @@ REFUSED: dict[str, str] = {
 }
 """The cure by dotted key. Blocks named as a whole are refused with whatever is in them."""
 
+SECTIONS = (
+    "zero_optimization",
+    "bf16",
+    "fp16",
+    "comms_logger",
+    "flops_profiler",
+    "timers",
+    "comet",
+    "csv_monitor",
+    "tensorboard",
+    "wandb",
+)
+"""Keys that hold keys. A value in the place of a section would replace the whole of ours."""
+
 
 def check_block(block: Mapping[str, Any], precision: str) -> None:
     """Refuse keys that contradict the recipe's own, or that no training would notice.
+
+    A section that is none, and values that are null, are refused too.
 
     Args:
         block: the recipe's `engine.deepspeed`.
@@ -85,6 +102,17 @@ def check_block(block: Mapping[str, Any], precision: str) -> None:
         ConfigError: names every such key and the recipe's key in its place.
     """
     problems = [f"'engine.deepspeed.{key}': {REFUSED[key]}" for key in _refused(block)]
+    problems += [
+        f"'engine.deepspeed.{key}' is {json.dumps(block[key], default=str)}: it is a section, "
+        "of keys and values"
+        for key in SECTIONS
+        if key in block and not isinstance(block[key], Mapping)
+    ]
+    problems += [
+        f"'engine.deepspeed.{key}' is null: leave it out for DeepSpeed's default"
+        for key in _nulls(block)
+        if key not in (*REFUSED, *SECTIONS)
+    ]
     for part, owner in (("bf16", "bf16_weights"), ("fp16", "fp16")):
         if part in block and not problems and precision != owner:
             problems.append(
@@ -102,3 +130,11 @@ def _refused(block: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield dotted
         elif isinstance(value, Mapping):
             yield from _refused(value, f"{dotted}.")
+
+
+def _nulls(block: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in block.items():
+        if value is None:
+            yield f"{prefix}{key}"
+        elif isinstance(value, Mapping):
+            yield from _nulls(value, f"{prefix}{key}.")

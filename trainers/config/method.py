@@ -403,7 +403,8 @@ class DVAEConfig(_Autoencoder):
         default=0.1,
         ge=0,
         le=1,
-        description="perplexity of the codes over codebook_size below which the run warns",
+        description="perplexity of the codes over codebook_size, or over the number of encodings "
+        "where these are fewer, below which the run warns",
     )
     usage_window_steps: PositiveInt = Field(
         default=100, description="steps over which usage is counted"

@@ -23,6 +23,7 @@ from mimray.trainers.config.explain import explain
 from mimray.trainers.config.method import AnyMethod
 from mimray.trainers.config.model import EncoderConfig
 from mimray.trainers.config.optim import OptimConfig
+from mimray.trainers.config.retired import without_retired
 from mimray.trainers.errors import ConfigError
 from mimray.trainers.types import DatasetFacts
 
@@ -132,6 +133,13 @@ OPERATIONAL_KEYS = (
 )
 
 
+PLAN_FORMAT: Literal[2] = 2
+"""The format of plans that this version makes; see `Plan`."""
+
+OTHER_FORMAT = "order and pixels of training pictures: as of an earlier version of mimray"
+"""The reason why plans of another format are not continued."""
+
+
 class Plan(Config):
     """A recipe resolved for its data and number of workers; frozen, written to `plan.json`.
 
@@ -140,9 +148,10 @@ class Plan(Config):
             a run that was begun before that would go on with another order and other pixels.
         lr: peak learning rate, base_lr x global batch / 256.
         accumulation: micro batches a worker sums before an update.
+        retired: keys of an earlier version that shaped the run, by dotted key; never written.
     """
 
-    format: Literal[1, 2] = 2
+    format: Literal[1, 2] = PLAN_FORMAT
     recipe: Recipe
     data: DatasetFacts
     world_size: PositiveInt
@@ -154,6 +163,7 @@ class Plan(Config):
     steps_per_epoch: float
     lr: float
     hash: str = Field(description="digest of all that shapes the result")
+    retired: dict[str, Any] = Field(default_factory=dict, exclude=True)
 
     @property
     def num_samples(self) -> int:
@@ -277,7 +287,7 @@ def essential(recipe: Recipe) -> dict[str, Any]:
 
 def differences(old: Plan, new: Plan) -> list[str]:
     """Differences that keep `new` from continuing `old`, one line a key; empty without any."""
-    before = dict(_flatten(essential(old.recipe)))
+    before = dict(_flatten(essential(old.recipe))) | old.retired
     after = dict(_flatten(essential(new.recipe)))
     lines = [
         f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
@@ -285,7 +295,7 @@ def differences(old: Plan, new: Plan) -> list[str]:
         if before.get(key) != after.get(key)
     ]
     if old.format != new.format:
-        lines.append("order and pixels of training pictures: as of an earlier version of mimray")
+        lines.append(OTHER_FORMAT)
     if old.data.fingerprint != new.data.fingerprint:
         lines.append(
             f"data: {old.data.uri} ({old.data.fingerprint[:12]}) -> "
@@ -310,23 +320,29 @@ def parse_recipe(tree: Mapping[str, Any], origin: str = "recipe") -> Recipe:
         raise explain(error, tree, origin, keys=known_keys(), owners=key_owners()) from None
 
 
-def parse_plan(text: str | bytes, origin: str) -> Plan:
-    """Check a plan as it was written.
+def parse_plan(text: str | bytes, origin: str, hint: str) -> Plan:
+    """Check a plan as it was written, by this version or an earlier one.
 
     Args:
         text: the plan as JSON.
         origin: the plan's file, which errors name.
+        hint: the cure where it is a plan that this version does not know.
 
     Raises:
-        ConfigError: it is not one of this version's plans; names each wrong key.
+        ConfigError: it is no plan, or none that this version knows; names each wrong key.
     """
-    hint = "--fresh starts the run over, another --name keeps it"
+    damaged = "restore it from a backup, or start over with --fresh"
     try:
         tree = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"{origin} is damaged: it is no JSON: {error}", hint=hint) from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{origin} is not JSON: {error}", hint=damaged) from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{origin} is not a plan, which is a JSON object", hint=damaged)
+    if "recipe" in tree:
+        recipe, retired = without_retired(tree["recipe"])
+        tree = {**tree, "recipe": recipe, "retired": retired}
     try:
-        return Plan.model_validate_json(text)
+        return Plan.model_validate(tree)
     except ValidationError as error:
         raise explain(error, tree, origin, keys=(), hint=hint) from None
 

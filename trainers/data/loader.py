@@ -22,14 +22,12 @@ from mimray.trainers.data.views import Inputs, Labels, counted, draw_masks, make
 from mimray.trainers.data.workers import decode_workers
 from mimray.trainers.environment.limits import free_shared_memory
 from mimray.trainers.errors import DataError, ImageError
-from mimray.trainers.types import Batch
+from mimray.trainers.types import PARTNERS, Batch
 
 # Number of following samples to try in place of one that cannot be decoded.
 MAX_SUBSTITUTES = 8
 # Batches for which shared memory must have room: other processes fill it at the same time.
 ROOM_FOR_BATCHES = 16
-# Name of the input that holds, where pictures are combined in pairs, the row of each one's partner.
-PARTNERS = "partners"
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def assess_method(
 
     Returns:
         The method's figures, with the number and the place of the pictures; empty if it examines
-        nothing. And warnings.
+        nothing or no picture can be read. And warnings.
     """
     method = build_method(plan.recipe)
     if not method.pictures_to_assess:
@@ -46,6 +46,9 @@ def assess_method(
         batches = list(_batches(source, plan.recipe, chosen.tolist()))
     except MimrayError as error:
         return {}, (f"not examined by held-out pictures: {error}",)
+    if not batches:
+        where = f"the {len(chosen)} pictures of split {split} of {plan.data.uri}"
+        return {}, (f"not examined by held-out pictures: none of {where} can be decoded",)
     figures, warnings = method.eval().assess(batches)
     count = sum(len(batch) for batch in batches)
     said = tuple(f"{count} pictures of split {split}: {warning}" for warning in warnings)

@@ -324,12 +324,6 @@ def _check_fits(checkpoint: Checkpoint, identity: Identity) -> None:
     different = [
         f"{key} {theirs[key]}, wanted {ours[key]}" for key in ours if theirs[key] != ours[key]
     ]
-    if (theirs["precision"], ours["precision"]) == ("bf16_weights", "bf16"):
-        raise CheckpointError(
-            f"checkpoint {checkpoint.name} holds weights in bf16, as an earlier version made of "
-            "engine.precision bf16 and auto; bf16 now keeps fp32 weights, so the run cannot go on",
-            hint="start over with --fresh or another --name, or finish it with that version",
-        )
     if different:
         raise CheckpointError(
             f"checkpoint {checkpoint.name} does not fit the run: {'; '.join(different)}",

@@ -173,6 +173,7 @@ def initialize(method: nn.Module, plan: Plan, precision: str) -> Engine:
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.config import DeepSpeedConfigError
 
     config = deepspeed_config(plan, precision)
     optimizer = build_optimizer(method, plan.recipe.optim)
@@ -188,7 +189,8 @@ def initialize(method: nn.Module, plan: Plan, precision: str) -> Engine:
     engine: Engine
     try:
         engine, *_ = deepspeed.initialize(model=method, optimizer=optimizer, config=config)
-    except Exception as error:  # of any kind, as each part of DeepSpeed has its own
+    # Others, of memory or of the network, may pass when workers start again.
+    except (ValueError, TypeError, AssertionError, DeepSpeedConfigError) as error:
         if not plan.recipe.engine.deepspeed:
             raise
         refused = ConfigError(

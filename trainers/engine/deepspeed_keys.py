@@ -44,13 +44,15 @@ def check_known(plan: Plan) -> None:
 
 
 def _parse(config: _Recorded) -> None:
-    logging.disable(logging.WARNING)  # it reports which accelerator this process lacks
+    before = logging.root.manager.disable
+    # It reports which accelerator this process lacks.
+    logging.disable(max(before, logging.WARNING))
     try:
         from deepspeed.runtime.config import DeepSpeedConfig
 
         DeepSpeedConfig(config)
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
 
 
 class _Recorded(dict[str, Any]):

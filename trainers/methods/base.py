@@ -185,7 +185,7 @@ class Method(nn.Module, ABC):
         """Examine a trained method, in evaluation mode, by pictures that it was not trained on.
 
         Args:
-            batches: normalised whole pictures.
+            batches: normalised whole pictures, one batch at least.
         """
         return Assessment({}, ())
 

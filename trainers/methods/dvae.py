@@ -88,12 +88,11 @@ class DVAE(Autoencoding):
         """
         figures = self.quantizer.after_step(step)
         usage, window = figures["codebook_usage"], self.config.usage_window_steps
-        perplexity = figures["codebook_perplexity"]
-        if step % window == 0 and not self._warned and self._is_low(perplexity):
+        encodings = self.recipe.optim.batch_size * self._places
+        low = self._low_perplexity(figures["codebook_perplexity"], encodings)
+        if step % window == 0 and not self._warned and low:
             self._warned = True
-            logger.warning(
-                "step %d: %s; %s", step, self._perplexity_said(perplexity), self._cures()
-            )
+            logger.warning("step %d: %s; %s", step, low, self._cures())
         if step >= window and usage < self.config.min_usage:
             error = CodebookCollapseError(
                 f"step {step}: {round(usage * self.vocab_size)} of {self.vocab_size} codes "
@@ -108,8 +107,7 @@ class DVAE(Autoencoding):
     @property
     def pictures_to_assess(self) -> int:
         """As many as have enough places for every code to be used."""
-        places = self.recipe.grid[0] * self.recipe.grid[1]
-        return math.ceil(ENCODINGS_A_CODE * self.vocab_size / places)
+        return math.ceil(ENCODINGS_A_CODE * self.vocab_size / self._places)
 
     @torch.no_grad()
     def assess(self, batches: Iterable[Float[Tensor, "B C H W"]]) -> Assessment:
@@ -119,27 +117,37 @@ class DVAE(Autoencoding):
             counts += torch.bincount(self.codes(images).flatten(), minlength=self.vocab_size)
         usage, perplexity = float((counts > 0).float().mean()), perplexity_of(counts)
         warnings = []
-        # Fewer encodings than codes cannot use them all.
-        reachable = min(1.0, float(counts.sum()) / self.vocab_size)
+        encodings = int(counts.sum())
+        reachable = self._reachable(encodings) / self.vocab_size
         if usage < self.config.warn_usage_below * reachable:
             warnings.append(
                 f"{round(usage * self.vocab_size)} of {self.vocab_size} codes ({usage:.1%}) are "
                 f"used, less than method.warn_usage_below "
                 f"{self.config.warn_usage_below:.1%}; {self._cures()}"
             )
-        if self._is_low(perplexity):
-            warnings.append(f"{self._perplexity_said(perplexity)}; {self._cures()}")
+        if low := self._low_perplexity(perplexity, encodings):
+            warnings.append(f"{low}; {self._cures()}")
         figures = {"codebook_usage": usage, "codebook_perplexity": perplexity}
         return Assessment(figures, tuple(warnings))
 
-    def _is_low(self, perplexity: float) -> bool:
-        return perplexity < self.config.warn_perplexity_below * self.vocab_size
+    @property
+    def _places(self) -> int:
+        """Encodings of one picture."""
+        return self.recipe.grid[0] * self.recipe.grid[1]
 
-    def _perplexity_said(self, perplexity: float) -> str:
+    def _reachable(self, encodings: int) -> int:
+        """Codes that so many encodings can use; their perplexity cannot be larger either."""
+        return min(self.vocab_size, encodings)
+
+    def _low_perplexity(self, perplexity: float, encodings: int) -> str:
+        """A sentence on a perplexity that is too low for so many encodings; empty if it is not."""
+        reachable, least = self._reachable(encodings), self.config.warn_perplexity_below
+        if perplexity >= least * reachable:
+            return ""
         return (
-            f"the codes' perplexity is {perplexity:.4g} of {self.vocab_size} "
-            f"({perplexity / self.vocab_size:.1%}), less than method.warn_perplexity_below "
-            f"{self.config.warn_perplexity_below:.1%}, so that a few codes stand for most places"
+            f"the codes' perplexity is {perplexity:.4g} of {reachable} "
+            f"({perplexity / reachable:.1%}), less than method.warn_perplexity_below {least:.1%}, "
+            "so that a few codes stand for most places"
         )
 
     @torch.no_grad()

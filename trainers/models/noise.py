@@ -43,7 +43,7 @@ class DropPath(SampleNoise):
         self.place = place
 
     def forward(self, branch: Tensor) -> Tensor:
-        """Scale the rows of a branch, [R, …]; R is a multiple of the samples for several views."""
+        """Scale the rows of a branch, [R, …]: [B x views, …], sample-major, for several views."""
         if not self.training:
             return branch
         rows = len(branch)
@@ -98,7 +98,14 @@ def replace_drop_path(blocks: Sequence[nn.Module], first_place: int = 0) -> None
 
 
 def _of_rows(seeds: np.ndarray, rows: int) -> np.ndarray:
-    """Seeds of rows, of which each sample has an equal number in a row, for its views."""
+    """Seeds of rows, which are sample-major: [B x views, …], a sample's views one after another.
+
+    Views in any other order would share noise between samples.
+
+    Args:
+        seeds: uint64 [B], a seed for each sample.
+        rows: number of rows, a multiple of B.
+    """
     views, left = divmod(rows, len(seeds))
     assert not left, f"{rows} rows of {len(seeds)} samples"
     return np.repeat(seeds, views) + np.tile(np.arange(views, dtype=np.uint64), len(seeds))

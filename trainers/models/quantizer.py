@@ -129,7 +129,8 @@ class VectorQuantizer(Quantizer):
     Attributes:
         moving: True if codes follow moving averages in place of gradients.
         revives: True while codes are replaced that have gone out of use.
-        uses: float [K], moving average of the uses of each code per step.
+        uses: float [K], moving average of the uses of each code per step. Where codes are revived
+            it begins at the mean, so that none counts as idle before its average has faded.
         sums: float [K, D], sums of each code's encodings since the last `after_step` on this rank.
         moving_sums: float [K, D], moving average of the sums over all ranks.
         ready: 0 until k-means has made the codebook, else 1. It is made of the encodings of a whole
@@ -220,7 +221,8 @@ class VectorQuantizer(Quantizer):
         Returns:
             Uses of each code by these encodings.
         """
-        everyone = _gather(torch.cat(self._seen))
+        mine = torch.cat(self._seen)
+        everyone = _gather(mine)
         size = len(self.uses)
         if len(everyone) < size:
             error = ConfigError(
@@ -237,13 +239,11 @@ class VectorQuantizer(Quantizer):
             means = kmeans(everyone, means, spherical=self.config.l2_normalize)
         if dist.is_initialized():
             dist.broadcast(means, 0)
-        self.codebook.replace(torch.ones_like(self.uses, dtype=torch.bool), means)
-        found = cluster(everyone, nearest_codes(everyone, self.table()), size)
-        self.uses.copy_(found.counts)
-        if self.moving:
-            self.moving_sums.copy_(found.sums)
+        # All codes weigh the same: uses by a single step are mostly chance.
+        self._replace(self._all_codes(), means, len(everyone) / size)
         self.ready.fill_(1)
-        return found.counts
+        codes = nearest_codes(mine, self.table())
+        return _over_ranks(torch.bincount(codes, minlength=size).float())
 
     @torch.no_grad()
     def _remember(self, vectors: Float[Tensor, "B h w D"], codes: Int64[Tensor, "B h w"]) -> None:
@@ -255,11 +255,16 @@ class VectorQuantizer(Quantizer):
             self._seen.append(flat)
 
     def _settle(self, step: int, counts: Float[Tensor, " K"]) -> dict[str, float]:
-        if self.ready:
-            self._follow(counts)
-        else:
+        revived = 0
+        if not self.ready:
             counts.copy_(self._start())
-        revived = self._revive(step, counts) if self.revives else 0
+        else:
+            mean = float(counts.sum()) / len(counts)
+            if step == 1 and self.revives:
+                self._weigh(self._all_codes(), self.table(), mean)
+            self._follow(counts)
+            if self.revives:
+                revived = self._revive(step, mean)
         self._seen.clear()
         if self.moving:
             self.sums.zero_()
@@ -277,13 +282,16 @@ class VectorQuantizer(Quantizer):
             used = counts > 0
             self.codebook.replace(used, (self.moving_sums / smoothed.unsqueeze(1))[used])
 
-    def _revive(self, step: int, counts: Float[Tensor, " K"]) -> int:
+    def _revive(self, step: int, mean: float) -> int:
         """Replace codes that are hardly used by encodings of the step; collective.
+
+        Args:
+            step: updates made, this one included.
+            mean: uses a code in this step, the mean over all codes.
 
         Returns:
             The number of codes replaced.
         """
-        mean = float(counts.sum()) / len(counts)
         rare = self.uses < self.config.revive_below_share * mean
         if count := int(rare.sum()):
             self._replace(rare, self._draw(count, self.rng(step)), mean)
@@ -303,6 +311,13 @@ class VectorQuantizer(Quantizer):
     def _replace(self, chosen: Bool[Tensor, " K"], vectors: Tensor, uses: float) -> None:
         """Replace codes, and set their moving averages as after `uses` uses per step."""
         self.codebook.replace(chosen, vectors)
+        self._weigh(chosen, vectors, uses)
+
+    def _all_codes(self) -> Bool[Tensor, " K"]:
+        return torch.ones_like(self.uses, dtype=torch.bool)
+
+    def _weigh(self, chosen: Bool[Tensor, " K"], vectors: Tensor, uses: float) -> None:
+        """Set the moving averages of codes as after `uses` uses per step."""
         self.uses[chosen] = uses
         if self.moving:
             self.moving_sums[chosen] = uses * vectors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,23 @@ def test_tokenizer__without_held_out_pictures_says_which_it_saw(tmp_path: Path):
 
     assert figures["split"] == "train"
     assert (figures["pictures"], figures["undecodable"]) == (9, 1)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_tokenizer__without_a_readable_picture_is_not_examined(
+    labelled: Path, split: str, tmp_path: Path
+):
+    data = Path(shutil.copytree(labelled, tmp_path / "data"))
+    if split == "train":
+        shutil.rmtree(data / "val")
+    plan = plan_of(data, DVAE)
+    for file in (data / split).rglob("*.png"):
+        file.write_bytes(b"no picture")
+
+    figures, (warning,) = assess_method(plan, state_of(plan))
+
+    assert figures == {}
+    assert f"none of the 10 pictures of split {split} of {data} can be decoded" in warning
 
 
 def test_other_methods__are_not_examined(labelled: Path):

@@ -206,7 +206,7 @@ def test_checkpoint__of_an_earlier_version_in_bf16_does_not_go_on_in_silence(
     (checkpoint,) = checkpoints.find(run)
     assert checkpoint.precision == "bf16_weights"
     engine = initialize(build_method(plan.recipe), plan, "bf16")
-    with pytest.raises(CheckpointError, match="bf16 now keeps fp32 weights.*--fresh"):
+    with pytest.raises(CheckpointError, match="precision bf16_weights, wanted bf16 .*--fresh"):
         checkpoints.load_newest(run, engine, Identity(plan.hash, stage, "bf16"))
     if stage == 0:
         with pytest.raises(CheckpointError, match="weights rounded to bf16"):

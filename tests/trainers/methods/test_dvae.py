@@ -295,6 +295,26 @@ def test_perplexity__that_is_low_is_warned_of_once(caplog: pytest.LogCaptureFixt
     assert "step 2: the codes' perplexity is 1 of 16 (6.2%)" in record.getMessage()
 
 
+def test_perplexity__of_few_encodings_is_low_only_for_so_many(caplog: pytest.LogCaptureFixture):
+    method = dvae_of(
+        recipe_of({"codebook_size": 2048, "min_usage": 0.0, "usage_window_steps": 1})
+    ).train()
+    encodings = method.recipe.optim.batch_size * 16
+    assert encodings < 0.1 * 2048
+
+    method.quantizer.counts[:encodings] = 1  # a code for each is the most that can be
+    method.after_step(1)
+
+    assert not caplog.records
+    method.quantizer.counts[0] = encodings
+    method.after_step(2)
+    assert f"perplexity is 1 of {encodings}" in caplog.text
+
+
+def test_assess__holds_the_perplexity_against_the_encodings(monkeypatch: pytest.MonkeyPatch):
+    assert said_of([0], monkeypatch, warn_perplexity_below=0.5).warnings == ()
+
+
 # Recipes
 
 

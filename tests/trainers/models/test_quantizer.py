@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mimray.trainers.config.method import DVAEConfig
 from mimray.trainers.data.rng import Stream, generator
@@ -237,8 +238,12 @@ def test_kmeans_start__is_over_the_first_step_which_has_no_codes(
     expected = inertia(vectors, table) / vectors.numel()
     assert second.terms["commitment"].item() == pytest.approx(expected, abs=1e-5)
     assert torch.equal(quantizer.table(), table)
+    mean = len(vectors) / K
+    assert (quantizer.uses == mean).all()
+    if ema_decay:
+        sums = quantizer.moving_sums
+        torch.testing.assert_close(F.normalize(sums) if sphere else sums / mean, table)
     counts = np.bincount(brute_force(vectors.numpy(), table.numpy()), minlength=K)
-    np.testing.assert_array_equal(quantizer.uses.numpy(), counts)
     assert figures["codebook_usage"] == pytest.approx((counts > 0).mean())
     p = counts[counts > 0] / counts.sum()
     assert figures["codebook_perplexity"] == pytest.approx(np.exp(-(p * np.log(p)).sum()))
@@ -296,7 +301,7 @@ def test_revival__puts_rare_codes_onto_encodings_of_the_step(options: dict[str, 
     for q in (quantizer, plain):
         for micro in x.chunk(2):
             q(micro)
-    figures, plain_figures = quantizer.after_step(1), plain.after_step(1)
+    figures, plain_figures = quantizer.after_step(7), plain.after_step(7)
 
     z = unit(rows(x)) if options.get("l2_normalize") else rows(x)
     rare = plain.uses < share * len(z) / K
@@ -318,7 +323,7 @@ def test_revival__moves_a_learnt_code_without_touching_its_parameter():
     before, x = quantizer.table().detach().clone(), features()
 
     quantizer(x)
-    quantizer.after_step(1)
+    quantizer.after_step(7)
 
     assert torch.equal(quantizer.codebook.learnt, learnt)
     moved = (quantizer.table() != before).any(1)
@@ -353,10 +358,38 @@ def test_revival__leaves_codes_that_are_used_alike_whatever_the_batch(encodings_
     assert found == [0] * 60
 
 
+@pytest.mark.parametrize("options", [{"ema_decay": 0.9}, {}, {"kmeans_init": True}])
+@pytest.mark.parametrize("count", [2, 4, 64])
+def test_revival__leaves_a_new_codebook_alone(options: dict[str, Any], count: int):
+    """A start at 1 use is idle at once in a large batch; so are small clusters of k-means."""
+    quantizer = vq(revive_below_share=0.4, **options).train()
+
+    found = []
+    for step in range(4):
+        quantizer(features(step, count))
+        found.append(quantizer.after_step(step + 1)["codes_revived"])
+
+    assert found == [0] * 4
+
+
+def test_revival__of_a_new_codebook_leaves_the_averages_of_codes_consistent():
+    quantizer, x = vq(revive_below_share=0.4, ema_decay=0.5).train(), features()
+    before = quantizer.table().clone()
+    counts = np.bincount(brute_force(rows(x), before.numpy()), minlength=K)
+
+    quantizer(x)
+    quantizer.after_step(1)
+
+    mean = 36 / K
+    np.testing.assert_allclose(quantizer.uses, 0.5 * mean + 0.5 * counts, rtol=1e-6)
+    idle = torch.from_numpy(counts == 0)
+    weighed = quantizer.moving_sums[idle] / quantizer.uses[idle].unsqueeze(1)
+    torch.testing.assert_close(weighed, before[idle], rtol=1e-6, atol=1e-6)
+
+
 def test_revival__of_a_dead_code_comes_once_its_average_has_faded():
     # From the mean, 0.9 to the power of n is below 0.1 from n = 22 on.
     quantizer = vq(revive_below_share=0.1, ema_decay=0.9).train()
-    quantizer.uses.fill_(36 / K)
     x = features(count=4)
     found = []
     for step in range(25):
