@@ -181,6 +181,10 @@ def test_without_held_out__trains_on_no_picture_that_is_scored(tmp_path: Path) -
     assert without_held_out(tree, score, split) == tree
     assert without_held_out(tree, ScoreConfig(task="rankme"), plain) == tree
     assert without_held_out(tree, ScoreConfig(val="elsewhere"), plain) == tree
+    assert without_held_out(tree, ScoreConfig(data=split), plain) == tree
+    for same in (plain, plain + "/", str(tmp_path / "split/../plain")):
+        named = score.model_copy(update={"data": same})
+        assert without_held_out(tree, named, plain) == {"data": held_out}
 
 
 PAIRS = [[0.2, 1.0], [0.6, 1.0]]
