@@ -21,10 +21,11 @@ from mimray.trainers.config.base import Config
 
 
 def _number(value: Any) -> Any:
-    """Read `1e-4` as a number, which YAML 1.1 takes for text."""
-    if isinstance(value, str):
+    """Read `1e-4` as a number, which YAML 1.1 takes for text; `nan` and `1_0` are texts."""
+    if isinstance(value, str) and "_" not in value:
         with contextlib.suppress(ValueError):
-            return float(value)
+            if math.isfinite(number := float(value)):
+                return number
     return value
 
 
@@ -45,7 +46,7 @@ def _value(value: Any) -> Any:
 
 
 Value = Annotated[Any, BeforeValidator(_value)]
-Number = Annotated[float, BeforeValidator(_number)]
+Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 
 
 class About(Config):
