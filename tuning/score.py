@@ -86,9 +86,9 @@ def check_score(config: ScoreConfig, data: str, seed: int) -> None:
     learnt, reported = _check(config, options, _setting(config, data, seed, "cpu", "report"))
     if config.report is not None:
         trained = frozenset(open_source(data, with_labels=False).places())
-        _refuse_shared(config.report, reported, chosen_by, "which trials are chosen by")
-        _refuse_shared(config.report, reported, learnt, "which the score learns from")
-        _refuse_shared(config.report, reported, trained, "which trials train on")
+        _refuse_shared(config.report, reported, chosen_by, "trials are chosen by them")
+        _refuse_shared(config.report, reported, learnt, "the score learns from them")
+        _refuse_shared(config.report, reported, trained, "trials train on them")
 
 
 def _refuse_shared(
@@ -98,8 +98,8 @@ def _refuse_shared(
     shared = reported & seen
     if shared:
         raise DataError(
-            f"{len(shared)} of {len(reported)} pictures of score.report={report} are pictures "
-            f"{purpose}, such as {min(shared)}",
+            f"{len(shared)} of {len(reported)} pictures of score.report={report}, such as "
+            f"{min(shared)}, are not unseen: {purpose}",
             hint="name other pictures, or leave score.report out: score.report_share keeps some of "
             "those to score on from the choice",
         )
@@ -202,8 +202,8 @@ def score_bundle(
         device: the device's name in torch.
         command: the command line, for the record.
         part: the pictures that trials are chosen by, or those that the winner is reported on.
-        chosen_by: the headline, error and number of pictures that the winner was chosen by, which
-            go onto the card beside the score.
+        chosen_by: the figure that the winner was chosen by, which goes onto the card beside the
+            score.
 
     Raises:
         DataError: labels or pictures cannot be used.
