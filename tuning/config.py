@@ -235,13 +235,14 @@ class ScoreConfig(Config):
         gt=0,
         lt=1,
         description="share of each class held out to score on, where the data has no split; no "
-        "trial trains on it",
+        "trial scored by knn or linear trains on it",
     )
     val_seed: NonNegativeInt = Field(default=0, description="the seed that chooses these")
     report: str | None = Field(
         default=None,
-        description="labelled pictures that score the winner once; by default DATA's test split "
-        "where it has a validation split too, else a share of the pictures scored on",
+        description="unseen labelled pictures that score the winner once; by default DATA's test "
+        "split where it has a validation split too (but for segmentation), else a share of the "
+        "pictures scored on",
     )
     report_share: float = Field(
         default=0.5,
