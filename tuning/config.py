@@ -21,10 +21,11 @@ from mimray.trainers.config.base import Config
 
 
 def _number(value: Any) -> Any:
-    """Read `1e-4` as a number, which YAML 1.1 takes for text."""
-    if isinstance(value, str):
+    """Read `1e-4` as a number, which YAML 1.1 takes for text; `nan` and `1_0` are texts."""
+    if isinstance(value, str) and "_" not in value:
         with contextlib.suppress(ValueError):
-            return float(value)
+            if math.isfinite(number := float(value)):
+                return number
     return value
 
 
@@ -45,7 +46,7 @@ def _value(value: Any) -> Any:
 
 
 Value = Annotated[Any, BeforeValidator(_value)]
-Number = Annotated[float, BeforeValidator(_number)]
+Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 
 
 class About(Config):
@@ -234,13 +235,14 @@ class ScoreConfig(Config):
         gt=0,
         lt=1,
         description="share of each class held out to score on, where the data has no split; no "
-        "trial trains on it",
+        "trial scored by knn or linear trains on it",
     )
     val_seed: NonNegativeInt = Field(default=0, description="the seed that chooses these")
     report: str | None = Field(
         default=None,
-        description="labelled pictures that score the winner once; by default DATA's test split "
-        "where it has a validation split too, else a share of the pictures scored on",
+        description="unseen labelled pictures that score the winner once; by default DATA's test "
+        "split where it has a validation split too (but for segmentation), else a share of the "
+        "pictures scored on",
     )
     report_share: float = Field(
         default=0.5,

@@ -7,6 +7,7 @@ run like any other, with `trial.json` beside its plan.
 from __future__ import annotations
 
 import json
+import math
 from statistics import mean
 from typing import Any, Literal
 
@@ -160,7 +161,8 @@ class SweepRecord(Config):
         elapsed_s: wall time of all launches together.
         ended: True if nothing is left to do.
         trials: the trials, by number; repeats with other seeds come last.
-        final: the winner's score on pictures kept from the choice; None before the end.
+        final: the score of the winner at the end of a launch on pictures kept from the choice; it
+            is the present winner's where it is `reported`.
     """
 
     name: str
@@ -188,7 +190,15 @@ class SweepRecord(Config):
 
         Scores after different lengths of training are not compared.
         """
-        scored = [t for t in self.trials if t.rungs and t.state != "failed" and t.repeats is None]
+        scored = [
+            t
+            for t in self.trials
+            if t.rungs
+            and t.state != "failed"
+            and t.repeats is None
+            # Scores that are not finite have no order.
+            and math.isfinite(t.rungs[-1].score)
+        ]
         return sorted(scored, key=lambda t: (-len(t.rungs), -t.rungs[-1].score, t.number))
 
     def ranked(self) -> list[TrialRecord]:
@@ -201,6 +211,18 @@ class SweepRecord(Config):
             self.found(), key=lambda t: (t.number not in means, -means.get(t.number, 0.0))
         )
 
+    def chosen_by(self, trial: TrialRecord) -> dict[str, Any]:
+        """The figure that `ranked` orders a trial by, as `described` takes one.
+
+        It is the mean of its other seeds, where it was repeated, else its last score.
+        """
+        last, again = trial.rungs[-1], self.repeated(trial.number)
+        if again:
+            figure = {"headline": mean(again), "standard_error": None, "num_seeds": len(again)}
+        else:
+            figure = {"headline": last.score, "standard_error": last.standard_error}
+        return {**figure, "num_val": last.num_pictures}
+
     def repeated(self, number: int) -> list[float]:
         """The scores of a trial at its end with other seeds, by seed."""
         again = [t for t in self.trials if t.repeats == number and t.state == "finished"]
@@ -210,6 +232,17 @@ class SweepRecord(Config):
     def best(self) -> TrialRecord | None:
         """The trial ranked first."""
         return next(iter(self.ranked()), None)
+
+    @property
+    def reported(self) -> FinalScore | None:
+        """The score of the present winner; None where another trial, or less of it, was scored.
+
+        A larger budget or repeats may find another winner than the one that was scored.
+        """
+        best, final = self.best, self.final
+        if best is None or final is None:
+            return None
+        return final if (final.trial, final.rungs) == (best.number, len(best.rungs)) else None
 
 
 def trial_dir(sweep: RunDir, number: int) -> RunDir:
@@ -289,7 +322,9 @@ def find_trial(reference: str, storage: str) -> tuple[SweepRecord, TrialRecord] 
     for trial in record.trials:
         if trial.number == int(which):
             return record, trial
-    raise StorageError(f"{record.name} has no trial {which}", hint=f"0 to {len(record.trials) - 1}")
+    searched = [trial.number for trial in record.trials if trial.repeats is None]
+    there = f"0 to {max(searched)}" if searched else "it has none yet"
+    raise StorageError(f"{record.name} has no trial {which}", hint=there)
 
 
 def curves(sweep: RunDir, number: int) -> list[dict[str, Any]]:

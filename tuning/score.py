@@ -9,12 +9,13 @@ import shutil
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 from mimray.trainers.config.base import Config
 from mimray.trainers.data.cache import user_cache
+from mimray.trainers.data.files import absolute
 from mimray.trainers.data.hold_out import HoldOut, validation_split
 from mimray.trainers.data.selection import labels_of
 from mimray.trainers.data.sources import open_source
@@ -30,7 +31,6 @@ from mimray.trainers.storage import RunDir
 from mimray.tuning.config import ScoreConfig
 
 PartName = Literal["choice", "report"]
-_PARTS: tuple[PartName, ...] = ("choice", "report")
 _METRICS = {"segmentation": "mIoU", "rankme": "RankMe"}
 _PROXY = (
     "RankMe, the effective rank of the features, is a stand-in that needs no labels: it follows "
@@ -76,15 +76,43 @@ def check_score(config: ScoreConfig, data: str, seed: int) -> None:
 
     Raises:
         ConfigError: the task has no such option.
-        DataError: there are no labels, or no held-out pictures.
+        DataError: there are no labels, no held-out pictures, or pictures of `score.report` that
+            train an encoder or a probe, or choose the winner.
     """
     options = checked_options(TASKS[config.task], config.options)
-    for part in _PARTS if has_report(config) else _PARTS[:1]:
-        _check(config, options, _setting(config, data, seed, "cpu", part))
+    _, chosen_by = _check(config, options, _setting(config, data, seed, "cpu", "choice"))
+    if not has_report(config):
+        return
+    learnt, reported = _check(config, options, _setting(config, data, seed, "cpu", "report"))
+    if config.report is not None:
+        trained = frozenset(open_source(data, with_labels=False).places())
+        _refuse_shared(config.report, reported, chosen_by, "trials are chosen by them")
+        _refuse_shared(config.report, reported, learnt, "the score learns from them")
+        _refuse_shared(config.report, reported, trained, "trials train on them")
 
 
-def _check(config: ScoreConfig, options: Config, setting: Setting) -> None:
-    """Refuse one part of the pictures that could not be scored on."""
+def _refuse_shared(
+    report: str, reported: frozenset[str], seen: frozenset[str], purpose: str
+) -> None:
+    """Refuse pictures to report on that are not unseen, by their places."""
+    shared = reported & seen
+    if shared:
+        raise DataError(
+            f"{len(shared)} of {len(reported)} pictures of score.report={report}, such as "
+            f"{min(shared)}, are not unseen: {purpose}",
+            hint="name other pictures, or leave score.report out: score.report_share keeps some of "
+            "those to score on from the choice",
+        )
+
+
+def _check(
+    config: ScoreConfig, options: Config, setting: Setting
+) -> tuple[frozenset[str], frozenset[str]]:
+    """Refuse one part of the pictures that could not be scored on.
+
+    Returns:
+        The places of the pictures to learn from and of those to score on.
+    """
     if config.task in ("knn", "linear"):
         try:
             labels_of(open_source(setting.data, label=setting.label))
@@ -93,29 +121,32 @@ def _check(config: ScoreConfig, options: Config, setting: Setting) -> None:
                 f"score.task {config.task} needs labels: {error.args[0]}",
                 hint="score.data with labels, or score.task=rankme, a stand-in that needs none",
             ) from None
-        open_splits(setting)
-    elif config.task == "segmentation":
+        splits = open_splits(setting)
+        return frozenset(splits.train.places()), frozenset(splits.val.places())
+    if config.task == "segmentation":
         from mimray.trainers.config.evaluation.segmentation import SegmentationConfig
-        from mimray.trainers.evaluation.annotations.base import InvalidLabels
         from mimray.trainers.evaluation.annotations.segmentation import (
-            open_segmentation_splits,
+            check_segmentation_splits,
         )
 
         assert isinstance(options, SegmentationConfig)
-        open_segmentation_splits(replace(setting, limit=1), options, InvalidLabels(False))
-    else:
-        pictures_to_score(setting)
+        return check_segmentation_splits(setting, options)
+    return frozenset(), frozenset(pictures_to_score(setting).places())
 
 
 def without_held_out(tree: dict[str, Any], config: ScoreConfig, data: str) -> dict[str, Any]:
     """A recipe's tree that trains on none of the pictures that its score holds out of its data.
+
+    Segmentation holds pictures out of folders of labels, which need not be those trained on: its
+    encoders are trained on all pictures, without their labels.
 
     Args:
         tree: the recipe, as YAML holds one.
         config: the score's configuration.
         data: the URI of the pictures to train on.
     """
-    elsewhere = config.data is not None or config.val is not None
+    here = config.data is None or _same_place(config.data, data)
+    elsewhere = config.val is not None or not here
     if config.task not in ("knn", "linear") or elsewhere or validation_split(data) is not None:
         return tree
     held_out = {
@@ -124,6 +155,10 @@ def without_held_out(tree: dict[str, Any], config: ScoreConfig, data: str) -> di
         "label": config.label,
     }
     return {**tree, "data": {**tree["data"], **held_out}}
+
+
+def _same_place(one: str, other: str) -> bool:
+    return absolute(one).rstrip("/") == absolute(other).rstrip("/")
 
 
 def has_report(config: ScoreConfig) -> bool:
@@ -167,8 +202,8 @@ def score_bundle(
         device: the device's name in torch.
         command: the command line, for the record.
         part: the pictures that trials are chosen by, or those that the winner is reported on.
-        chosen_by: the headline, error and number of pictures that the winner was chosen by, which
-            go onto the card beside the score.
+        chosen_by: the figure that the winner was chosen by, which goes onto the card beside the
+            score.
 
     Raises:
         DataError: labels or pictures cannot be used.

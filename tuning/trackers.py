@@ -116,10 +116,11 @@ class SweepTrackers:
         best = record.best
         if best is not None and best.score is not None:
             figures = {f"best/{record.metric}": best.score, "best/trial": float(best.number)}
-            if record.final is not None:
-                figures[f"report/{record.metric}"] = record.final.headline
-            if record.final is not None and record.final.standard_error is not None:
-                figures["report/standard_error"] = record.final.standard_error
+            reported = record.reported
+            if reported is not None:
+                figures[f"report/{record.metric}"] = reported.headline
+            if reported is not None and reported.standard_error is not None:
+                figures["report/standard_error"] = reported.standard_error
             self._parent.score(best.rungs[-1].step, figures)
         self._parent.finish(status)
         for writer in self._writers.values():

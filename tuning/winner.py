@@ -29,24 +29,18 @@ def report_winner(context: LaunchContext, record: SweepRecord) -> None:
     best, config = record.best, context.plan.config.score
     if best is None or not has_report(config):
         return
-    if record.final is not None and _of(record.final) == (best.number, len(best.rungs)):
+    if record.reported is not None:
         return
     bundle = trial_dir(context.plan.directory, best.number) / "bundle"
     if not bundle.exists(CARD):
         context.recorder.note.remote(f"the winner has no score of its own: no bundle at {bundle}")
         return
-    chosen = best.rungs[-1]
-    chosen_by = {
-        "headline": chosen.score,
-        "standard_error": chosen.standard_error,
-        "num_val": chosen.num_pictures,
-    }
     capacity = context.capacity
     work = ray.remote(_scored).options(
         num_cpus=capacity.cpus, num_gpus=min(1.0, capacity.gpus), max_retries=2
     )
     try:
-        found: Scored = ray.get(work.remote(context, bundle.uri, chosen_by))
+        found: Scored = ray.get(work.remote(context, bundle.uri, record.chosen_by(best)))
     except ray.exceptions.RayTaskError as error:
         if not isinstance(error.cause, MimrayError):
             raise
@@ -61,10 +55,6 @@ def report_winner(context: LaunchContext, record: SweepRecord) -> None:
         place=report_place(config, context.plan.facts.uri),
     )
     ray.get(context.recorder.final.remote(final))
-
-
-def _of(final: FinalScore) -> tuple[int, int]:
-    return final.trial, final.rungs
 
 
 def _scored(context: LaunchContext, bundle: str, chosen_by: dict[str, Any]) -> Scored:

@@ -25,7 +25,7 @@ def write_comparison(results: Sequence[Mapping[str, Any]], out: str) -> dict[str
     """Write `compare-<task>.{json,md,png}`.
 
     Args:
-        results: one result an encoder, of one task and the same data.
+        results: one result an encoder, of one task and the same data, from `with_differences`.
         out: the directory, made where it is missing.
 
     Returns:
@@ -36,7 +36,6 @@ def write_comparison(results: Sequence[Mapping[str, Any]], out: str) -> dict[str
     folder, task = RunDir(out), results[0]["task"]
     folder.create()
     title = f"{task} on {results[0]['data']}{held_out_text(results[0])}: {results[0]['metric']}"
-    results = with_differences(results)
     counts = sorted({r["num_val"] for r in results if "num_val" in r})
     if counts:
         title += f" on {' and '.join(f'{count:,}' for count in counts)} pictures"
@@ -86,10 +85,7 @@ def with_differences(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
     untrained = {r["encoder"]: r for r in results if r["encoder"].startswith(UNTRAINED)}
     found = []
     for result in results:
-        base = None
-        if untrained and result["encoder"] not in untrained:
-            own = UNTRAINED + result["encoder"]
-            base = untrained.get(own, next(iter(untrained.values())))
+        base = untrained.get(UNTRAINED + result["encoder"])
         others = {"against_best": best if result is not best else None, "against_untrained": base}
         made = {
             name: asdict(difference(Figure.of(result), Figure.of(other))) if other else None

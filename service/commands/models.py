@@ -49,20 +49,14 @@ def register_model(bundle: str, name: str, alias: str | None, storage: str) -> d
 
 
 def _sweep_scores(sweep: SweepRecord, trial: TrialRecord) -> dict[str, str]:
-    """The score on pictures kept from the choice, where the trial won, and the one it won by."""
-    if not trial.rungs:
+    """Of the winner the score on pictures kept from the choice, and the one it was chosen by."""
+    if sweep.best is None or sweep.best.number != trial.number:
         return {}
-    last = trial.rungs[-1]
-    chosen = {
-        "headline": last.score,
-        "standard_error": last.standard_error,
-        "num_val": last.num_pictures,
-    }
-    found = {"sweep_chosen_by": f"{sweep.metric} {described(chosen)}"}
-    if sweep.final is not None and sweep.final.trial == trial.number:
-        kept = described(sweep.final.model_dump())
-        return {"sweep_score": f"{sweep.metric} {kept} kept from the choice", **found}
-    return found
+    found = {"sweep_chosen_by": f"{sweep.metric} {described(sweep.chosen_by(trial))}"}
+    if sweep.reported is None:
+        return found
+    kept = described(sweep.reported.model_dump())
+    return {"sweep_score": f"{sweep.metric} {kept} kept from the choice", **found}
 
 
 def list_models(name: str | None, storage: str) -> list[dict[str, Any]]:

@@ -119,7 +119,7 @@ def run_tune(request: TuneRequest) -> dict[str, Any]:
         "metric": final.metric,
         "proxy": final.proxy,
         "best": None if best is None else _row(final, best),
-        "final": None if final.final is None else final.final.model_dump(),
+        "final": None if final.reported is None else final.reported.model_dump(),
         "trials": [_row(final, trial) for trial in final.trials],
         "study": list(final.study),
         "report": files,
@@ -267,10 +267,10 @@ def _print_end(record: SweepRecord, took: str, files: Sequence[str], storage: st
     if best is not None:
         shown = ", ".join(f"{key}={value}" for key, value in best.params.items())
         summary = summarise(record)
-        say(f"best: trial {best.name}, {shown}: {record.metric} {chosen_text(best)}")
+        say(f"best: trial {best.name}, {shown}: {record.metric} {chosen_text(summary)}")
         if summary.seeds:
             say(f"other seeds: {seeds_text(summary, best.number)}")
-        if record.final is not None:
+        if summary.record.final is not None:
             say(f"report: {record.metric} {final_text(summary)}")
         if summary.tied:
             names = ", ".join(trial.name for trial in summary.tied)

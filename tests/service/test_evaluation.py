@@ -11,7 +11,12 @@ from click.testing import CliRunner
 from PIL import Image
 
 from mimray.service.cli.main import cli
-from mimray.service.commands.compare import comparison_text, table, write_comparison
+from mimray.service.commands.compare import (
+    comparison_text,
+    table,
+    with_differences,
+    write_comparison,
+)
 from mimray.service.commands.evaluate import result_text
 from mimray.service.commands.tasks import TASKS
 from mimray.trainers.errors import ConfigError
@@ -107,7 +112,7 @@ def test_comparison__25_right_of_120_against_29_untrained_is_not_told_apart(
                 "evidence": evidence.as_json(), "num_val": 120, "metrics": {}, "seconds": 3.0,
             }
         )  # fmt: skip
-    files = write_comparison(results, str(tmp_path))
+    files = write_comparison(with_differences(results), str(tmp_path))
     lines = Path(files["md"]).read_text().splitlines()
     said = "-0.0333 ± 0.0485, not told apart"
     assert (
@@ -121,6 +126,8 @@ def test_comparison__25_right_of_120_against_29_untrained_is_not_told_apart(
     assert found[0]["against_untrained"]["told_apart"] is False
     assert found[0]["against_untrained"]["paired"] is True
     assert found[1]["against_untrained"] is None
+    other = {**results[0], "encoder": "b"}
+    assert with_differences([*results, other])[2]["against_untrained"] is None  # not its own twin
     with_bars = Path(files["png"]).read_bytes()
     bare = [{**r, "standard_error": None} for r in results]
     assert Path(write_comparison(bare, str(tmp_path))["png"]).read_bytes() != with_bars

@@ -67,5 +67,10 @@ def test_lineage__has_the_winners_own_score_beside_the_one_it_won_by() -> None:
         "sweep_score": "accuracy 0.2000 ± 0.0365 on 119 pictures kept from the choice",
         "sweep_chosen_by": "accuracy 0.2500 ± 0.0395 on 120 pictures",
     }
-    other = trial.model_copy(update={"number": 4})
-    assert "sweep_score" not in _sweep_scores(sweep, other)
+    better = rung.model_copy(update={"score": 0.5})
+    other = trial.model_copy(update={"number": 4, "rungs": (better,)})
+    assert _sweep_scores(sweep, other.model_copy(update={"rungs": ()})) == {}
+    both = sweep.model_copy(update={"trials": (trial, other)})
+    assert _sweep_scores(both, trial) == {}  # it was chosen by nothing
+    chosen_by = "accuracy 0.5000 ± 0.0395 on 120 pictures"
+    assert _sweep_scores(both, other) == {"sweep_chosen_by": chosen_by}

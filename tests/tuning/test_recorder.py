@@ -12,7 +12,14 @@ from mimray.trainers.config.run import PLAN_FORMAT
 from mimray.trainers.errors import RunConflictError, StorageError
 from mimray.trainers.storage import RunDir
 from mimray.tuning.plan import SweepPlan, check_continues, new_record, remembered
-from mimray.tuning.record import Rung, SweepRecord, find_sweep, find_trial, read_record
+from mimray.tuning.record import (
+    Rung,
+    SweepRecord,
+    find_sweep,
+    find_trial,
+    read_record,
+    repeat_number,
+)
 from mimray.tuning.recorder import SweepRecorder
 
 Small = Callable[..., SweepPlan]
@@ -122,7 +129,8 @@ def test_find__by_name_by_directory_and_by_trial(recorder: SweepRecorder, plan: 
         found = find_trial(reference, storage)
         assert found is not None
         assert found[1].number == 0
-    with pytest.raises(StorageError, match="no trial 7"):
+    recorder.begin(repeat_number(0, 1), {}, 1.0, "")
+    with pytest.raises(StorageError, match=r"no trial 7 \(0 to 0\)"):
         find_trial("sweep:7", storage)
     assert find_trial("runs/mae-tiny", storage) is None
     assert find_trial("s3://bucket/run", storage) is None

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mimray.trainers.errors import ConfigError, DataError, MimrayError
-from mimray.tuning.config import Asha, ScoreConfig, SweepConfig
+from mimray.tuning.config import Asha, Choice, ScoreConfig, SweepConfig, Uniform
 from mimray.tuning.plan import (
     SweepPlan,
     load_sweep,
@@ -181,6 +181,10 @@ def test_without_held_out__trains_on_no_picture_that_is_scored(tmp_path: Path) -
     assert without_held_out(tree, score, split) == tree
     assert without_held_out(tree, ScoreConfig(task="rankme"), plain) == tree
     assert without_held_out(tree, ScoreConfig(val="elsewhere"), plain) == tree
+    assert without_held_out(tree, ScoreConfig(data=split), plain) == tree
+    for same in (plain, plain + "/", str(tmp_path / "split/../plain")):
+        named = score.model_copy(update={"data": same})
+        assert without_held_out(tree, named, plain) == {"data": held_out}
 
 
 PAIRS = [[0.2, 1.0], [0.6, 1.0]]
@@ -235,3 +239,10 @@ def test_values__that_a_key_does_not_take_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=said):
         small(override)
+
+
+def test_choice__keeps_texts_that_python_would_take_for_numbers() -> None:
+    values = ("nan", "inf", "-Infinity", "1_0", "1e-4", "7")
+    assert Choice(choice=values).choice == (*values[:4], 1e-4, 7.0)
+    with pytest.raises(ValueError, match="finite number"):
+        Uniform(uniform=("0", "inf"))

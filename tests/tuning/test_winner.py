@@ -18,7 +18,7 @@ from mimray.trainers.evaluation.score import Part, Setting
 from mimray.trainers.evaluation.splits import open_splits
 from mimray.tuning import winner
 from mimray.tuning.capacity import Capacity
-from mimray.tuning.config import Repeats
+from mimray.tuning.config import Repeats, ScoreConfig
 from mimray.tuning.plan import SweepPlan, check_continues, new_record, parse_sweep, remembered
 from mimray.tuning.record import (
     SWEEP,
@@ -33,7 +33,8 @@ from mimray.tuning.record import (
     trial_name,
 )
 from mimray.tuning.recorder import SweepRecorder
-from mimray.tuning.score import Scored, report_place, score_bundle
+from mimray.tuning.report.summary import summarise
+from mimray.tuning.score import Scored, check_score, report_place, score_bundle
 from mimray.tuning.search import Repeated
 from mimray.tuning.trial import LaunchContext
 
@@ -111,6 +112,45 @@ def test_too_few_pictures__are_refused_before_the_start(small: Small) -> None:
     small("score.report_share=0")
 
 
+def test_report__of_pictures_that_are_not_unseen_is_refused(small: Small, tmp_path: Path) -> None:
+    two = classes(tmp_path / "two", "train", "val")
+    other = classes(tmp_path / "other", "test")
+    for report, what in (
+        (two / "val", "trials are chosen by them"),
+        (two / "train", "the score learns from them"),
+    ):
+        config = ScoreConfig(report=str(report))
+        said = rf"8 of 8 .* such as .*png, are not unseen: {what}.*score\.report_share"
+        with pytest.raises(DataError, match=said):
+            check_score(config, str(two), 0)
+    check_score(ScoreConfig(report=str(other / "test")), str(two), 0)
+    elsewhere = ScoreConfig(data=str(other), val=str(other / "test"), report=str(two / "train"))
+    with pytest.raises(DataError, match="trials train on them"):
+        check_score(elsewhere, str(two), 0)
+    ranked = ScoreConfig(task="rankme", report=str(two / "val"))
+    with pytest.raises(DataError, match="trials are chosen by them"):
+        check_score(ranked, str(two), 0)
+
+
+def test_report__of_masks_is_checked_and_classes_may_differ_between_pictures(
+    tmp_path: Path,
+) -> None:
+    for split, values in (("train", (1, 2, 3)), ("val", (3, 1)), ("test", (2, 1))):
+        for number, value in enumerate(values):
+            mask = np.zeros((4, 4), np.uint8)
+            mask[0] = value
+            for kind, pixels in (("images", np.zeros((4, 4, 3), np.uint8)), ("masks", mask)):
+                (tmp_path / split / kind).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(tmp_path / split / kind / f"{number}.png")
+    trained = str(tmp_path / "train/images")
+    config = ScoreConfig(task="segmentation", data=str(tmp_path))
+    check_score(config, trained, 0)
+    check_score(config.model_copy(update={"report": str(tmp_path / "test")}), trained, 0)
+    for split, purpose in (("val", "trials are chosen by"), ("train", "the score learns from")):
+        with pytest.raises(DataError, match=f"{purpose} them"):
+            check_score(config.model_copy(update={"report": str(tmp_path / split)}), trained, 0)
+
+
 def test_record__repeats_order_the_best_and_enter_no_search() -> None:
     trials = (
         scored(0, 0.6, state="finished"),
@@ -132,6 +172,18 @@ def test_record__repeats_order_the_best_and_enter_no_search() -> None:
     assert [t.number for t in record.ranked()] == [1, 0, 2]  # 0.45 over 0.33, then by the search
     assert record.best is not None
     assert record.best.number == 1
+    assert record.chosen_by(record.best) == {
+        "headline": 0.45, "standard_error": None, "num_seeds": 1, "num_val": 8,
+    }  # fmt: skip
+    assert record.chosen_by(trials[2])["headline"] == 0.4  # not repeated: by its last score
+    final = FinalScore(trial=1, rungs=1, headline=0.3, standard_error=None, num_val=8, place="p")
+    for trial, rungs, reported in ((1, 1, True), (0, 1, False), (1, 2, False)):
+        kept = final.model_copy(update={"trial": trial, "rungs": rungs})
+        found = record.model_copy(update={"final": kept})
+        assert found.reported == (kept if reported else None)
+        summary = summarise(found)
+        assert summary.record.final == found.reported
+        assert summary.chosen_by == record.chosen_by(record.best)
     assert trial_name(7) == "0007"
     assert trial_name(repeat_number(7, 2)) == "0007-seed2"
     assert trials[4].repeats == 0

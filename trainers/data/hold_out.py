@@ -20,15 +20,12 @@ class HoldOut:
     commands, score the same pictures.
 
     Attributes:
-        share: share of each class, in (0, 1).
+        share: share of each class, in (0, 1); of all pictures where these have several classes.
         seed: seed of the choice.
     """
 
     share: float = 0.2
     seed: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.share:.0%} of each class, seed {self.seed}"
 
 
 def validation_split(uri: str) -> str | None:
@@ -69,9 +66,18 @@ def choose(
     return np.flatnonzero(~held), np.flatnonzero(held)
 
 
-def hold_out_note(num_held: int, num_pictures: int, rule: HoldOut) -> str:
-    """A sentence that says which pictures are scored, for people."""
+def hold_out_note(num_held: int, num_pictures: int, rule: HoldOut, *, by_class: bool) -> str:
+    """A sentence that says which pictures are held out, for people.
+
+    Args:
+        num_held: pictures held out.
+        num_pictures: pictures of the dataset.
+        rule: share and seed.
+        by_class: True if the share is one of each class.
+    """
+    share = f"{rule.share:.0%} of each class" if by_class else f"{rule.share:.0%}"
     return (
         f"the data has no split to score on: {num_held} of its {num_pictures} pictures are held "
-        f"out ({rule}), the same in every command; --val-share chooses another share"
+        f"out ({share}, seed {rule.seed}), the same in every command; --val-share chooses another "
+        "share"
     )

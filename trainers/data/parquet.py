@@ -224,16 +224,21 @@ class ParquetSource:
 
         The place that it came from, where a column tells; else shard and row.
         """
-        rows = [range(sum(shard.group_rows)) for shard in self.shards]
         places = [
-            f"{shard.path}#{row}"
-            for shard, numbers in zip(self.shards, rows, strict=True)
-            for row in numbers
+            f"{shard.path}#{row}" for shard in self.shards for row in range(sum(shard.group_rows))
         ]
         if self.layout.source is None:
             return places
         told = [row for part in self._read_column(self.layout.source) for row in part.to_pylist()]
         return [source or place for source, place in zip(told, places, strict=True)]
+
+    def places(self) -> list[str]:
+        """URI of the shard, and row, of each picture."""
+        return [
+            f"{join(self._root, shard.path)}#{row}"
+            for shard in self.shards
+            for row in range(sum(shard.group_rows))
+        ]
 
     def sizes(self) -> np.ndarray | None:
         """Read the columns `width` and `height`: int64 [N, 2] in pixels, or None without them."""

@@ -58,6 +58,11 @@ class Selection:
         whole = self._source.identities()
         return [whole[index] for index in self._indices]
 
+    def places(self) -> list[str]:
+        """URIs of the chosen pictures."""
+        whole = self._source.places()
+        return [whole[index] for index in self._indices]
+
     def name(self, index: int) -> str:
         """Place of a chosen picture."""
         return self._source.name(int(self._indices[index]))

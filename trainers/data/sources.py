@@ -69,6 +69,10 @@ class Source(Protocol):
         """A text a picture that stays the same where the data is moved or ingested."""
         ...
 
+    def places(self) -> list[str]:
+        """The URI of each picture, which tells it from those of any other dataset."""
+        ...
+
     def name(self, index: int) -> str:
         """Place of a picture, for messages."""
         ...
@@ -187,6 +191,10 @@ class FolderSource:
     def identities(self) -> list[str]:
         """Paths below the folder."""
         return self._paths
+
+    def places(self) -> list[str]:
+        """URIs of the files."""
+        return [join(self._root, path) for path in self._paths]
 
     def name(self, index: int) -> str:
         """Path of a picture."""

@@ -82,7 +82,7 @@ def open_splits(setting: Setting) -> Splits:
             np.zeros(0, dtype=np.int64),
             hold_out=setting.hold_out,
             whole_fingerprint=whole.pictures_fingerprint,
-            notes=(hold_out_note(len(held), len(whole), setting.hold_out),),
+            notes=(hold_out_note(len(held), len(whole), setting.hold_out, by_class=True),),
         )
     )
 

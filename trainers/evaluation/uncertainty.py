@@ -102,7 +102,7 @@ def of_accuracy(right: np.ndarray, val_fingerprint: str, index: np.ndarray) -> E
 
 def by_bootstrap(
     score_of: Callable[[np.ndarray], float | None], val_fingerprint: str, num_pictures: int
-) -> Evidence:
+) -> Evidence | None:
     """Evidence of a score over a set of pictures, by the bootstrap.
 
     Args:
@@ -111,10 +111,15 @@ def by_bootstrap(
         val_fingerprint: fingerprint of the pictures scored on.
         num_pictures: number of pictures, N.
 
+    Returns:
+        The evidence; None where no resample can be measured.
+
     Source: Efron 1979, "Bootstrap Methods: Another Look at the Jackknife".
     """
     found = [score_of(counts) for counts in resamples(num_pictures)]
     values = np.array([math.nan if value is None else value for value in found])
+    if np.isnan(values).all():
+        return None
     # A resample without any labelled object tells nothing; its place is the mean of the others.
     values = np.where(np.isnan(values), np.nanmean(values), values)
     pictures = digest_of(val_fingerprint, np.arange(num_pictures))
@@ -276,8 +281,10 @@ def described(result: Mapping[str, Any]) -> str:
     """A result's headline with its standard error and number of pictures, which may be missing.
 
     Args:
-        result: a result, or a score of a card, of this version or an earlier one.
+        result: a result, or a score of a card, of this version or an earlier one; `num_seeds` says
+            of how many other seeds the headline is the mean.
     """
-    count = result.get("num_val")
+    count, num_seeds = result.get("num_val"), result.get("num_seeds")
     pictures = "" if count is None else f" on {count:,} pictures"
-    return figure_text(result["headline"], result.get("standard_error")) + pictures
+    seeds = "" if num_seeds is None else f", the mean of other seeds ({num_seeds})"
+    return figure_text(result["headline"], result.get("standard_error")) + pictures + seeds

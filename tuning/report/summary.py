@@ -108,8 +108,10 @@ class SweepSummary(Config):
     """The content of a sweep's report.
 
     Attributes:
-        record: the sweep's record, without passwords and without repeats.
+        record: the sweep's record, without passwords and without repeats, and without the score of
+            an earlier winner.
         ranked: trials with a finite score, the best first.
+        chosen_by: the figure that the best was chosen by, as `described` takes one.
         rungs: rungs of a whole trial.
         states: the number of trials in each state.
         points: one point for each rung of each ranked trial.
@@ -124,6 +126,7 @@ class SweepSummary(Config):
 
     record: SweepRecord
     ranked: tuple[TrialRecord, ...]
+    chosen_by: dict[str, Any] | None
     rungs: int
     states: dict[str, int]
     points: tuple[Point, ...]
@@ -166,14 +169,10 @@ def summarise(record: SweepRecord, speed: Mapping[float, float] | None = None) -
         speed: the measured speed over the full sequence by mask ratio.
     """
     whole = SweepRecord.model_validate(without_passwords(record.model_dump()))
-    ranked = rank(whole)
+    ranked = whole.ranked()
     seeds = {t.number: _seeds(found) for t in ranked if (found := whole.repeated(t.number))}
-    # After a larger budget the winner may be another than the one that was reported.
-    final = (
-        whole.final if whole.final and ranked and whole.final.trial == ranked[0].number else None
-    )
     searched = tuple(t for t in whole.trials if t.repeats is None)
-    record = whole.model_copy(update={"trials": searched, "final": final})
+    record = whole.model_copy(update={"trials": searched, "final": whole.reported})
     points = points_of(ranked)
     reached = max((rungs_of(trial) for trial in record.trials), default=0)
     rungs = len(record.rung_samples) or reached
@@ -181,6 +180,7 @@ def summarise(record: SweepRecord, speed: Mapping[float, float] | None = None) -
     return SweepSummary(
         record=record,
         ranked=tuple(ranked),
+        chosen_by=whole.chosen_by(ranked[0]) if ranked else None,
         rungs=rungs,
         states={s: n for s in STATES if (n := sum(t.state == s for t in record.trials))},
         points=tuple(points),
@@ -192,12 +192,6 @@ def summarise(record: SweepRecord, speed: Mapping[float, float] | None = None) -
         seeds=seeds,
         survived=sum(t.failures for t in whole.trials if t.state != "failed"),
     )
-
-
-def rank(record: SweepRecord) -> list[TrialRecord]:
-    """Rank as the record does, without scores that are not finite, which have no order."""
-    usable = [t for t in record.trials if t.rungs and math.isfinite(t.rungs[-1].score)]
-    return record.model_copy(update={"trials": tuple(usable)}).ranked()
 
 
 def against_first(ranked: Sequence[TrialRecord]) -> dict[int, Against]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from mimray.trainers.data.files import join, parent
-from mimray.trainers.evaluation.uncertainty import Difference
+from mimray.trainers.evaluation.uncertainty import Difference, described
 from mimray.tuning.record import SweepRecord, TrialRecord
 from mimray.tuning.report.summary import Cell, Heatmap, SweepSummary, rungs_of
 from mimray.tuning.report.values import duration, params_text, score_text, short_names, shown
@@ -127,11 +127,9 @@ def final_text(summary: SweepSummary) -> str:
     return score_text(final.headline, final.standard_error) + count
 
 
-def chosen_text(trial: TrialRecord) -> str:
-    """The score that a trial was chosen by, with its error and number of pictures."""
-    last = trial.rungs[-1]
-    count = "" if last.num_pictures is None else f" on {last.num_pictures:,} pictures"
-    return score_text(last.score, last.standard_error) + count
+def chosen_text(summary: SweepSummary) -> str:
+    """The figure that the best trial was chosen by; empty before there is one."""
+    return "" if summary.chosen_by is None else described(summary.chosen_by)
 
 
 def heatmap_table(heatmap: Heatmap) -> Table:

@@ -36,11 +36,11 @@ def _head(summary: SweepSummary) -> str:
     found = "No trial has a score yet."
     if best is not None:
         tried = params_text(best.params, short_names(record.keys))
-        found = f"Best {record.metric} {tables.chosen_text(best)}: trial {best.number}, {tried}."
+        found = f"Best {record.metric} {tables.chosen_text(summary)}: trial {best.number}, {tried}."
         if record.final is not None:
             found = (
                 f"Trial {best.number}, {tried}: {record.metric} {tables.final_text(summary)}. "
-                f"It was chosen by {tables.chosen_text(best)}."
+                f"It was chosen by {tables.chosen_text(summary)}."
             )
     lines = [f"{state}: {tables.outcome(summary)}.", found, *tables.notes(summary)]
     title = f"# {_safe(record.name)}"

@@ -163,3 +163,10 @@ def test_bootstrap__of_scores_that_are_all_the_same_gives_no_error() -> None:
     assert [evidence.standard_error for evidence in found] == [None, None]
     one, other = (Figure(e.values[0], e.standard_error, e.as_json()) for e in found)
     assert difference(other, one).told_apart is None
+
+
+def test_bootstrap__of_scores_that_cannot_be_measured_is_no_evidence() -> None:
+    assert by_bootstrap(lambda counts: None, "v", 5) is None
+    some = by_bootstrap(lambda counts: None if counts[0] == 0 else 0.5 + counts[0], "v", 5)
+    assert some is not None
+    assert np.isfinite(some.as_json()["values"]).all()

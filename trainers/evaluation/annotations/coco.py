@@ -19,6 +19,7 @@ from mimray.trainers.evaluation.annotations.base import DetectionExample, Fault,
 from mimray.trainers.evaluation.annotations.pictures import (
     EDGE_PX,
     PictureFolder,
+    are_shares,
     box_fault,
     read_text,
 )
@@ -28,6 +29,7 @@ from mimray.trainers.evaluation.score import Progress
 _PROBED = 8
 # A box and the polygons that it is drawn around differ by no more, per side.
 _AGREE_PX = 2.0
+_EMPTY = "masks without a pixel"
 _LAYOUT = "COCO detection has images, annotations and categories"
 
 
@@ -184,7 +186,8 @@ class CocoDetection:
             for number, thing in enumerate(objects):
                 assert thing.segmentation is not None
                 masks[number] = decode_mask(thing.segmentation, picture.size)
-            measured = masks.sum(axis=(1, 2)).astype(np.float64)
+            pixels = masks.sum(axis=(1, 2)).astype(np.float64)
+            measured = np.where(pixels > 0, pixels, measured)
         for number, thing in enumerate(objects):
             measured[number] = thing.area or measured[number]
         return DetectionExample(
@@ -261,10 +264,10 @@ class CocoDetection:
             ]
         )
         need_masks = need_masks and any(record.segmentation for record in records)
-        seen: dict[int | str, AnnotationRecord] = {}
+        seen: dict[int | str, list[AnnotationRecord]] = {}
         for number, record in enumerate(records):
             if record.id is not None and record.id in seen:
-                if record == seen[record.id]:
+                if record in seen[record.id]:
                     invalid_labels.adapt("annotations that stand in the file twice, taken once")
                     continue
                 invalid_labels.adapt("annotations whose id another one has, taken all the same")
@@ -278,9 +281,15 @@ class CocoDetection:
             elif record.image_id not in taken:
                 continue
             else:
-                fault = _object_fault(record, taken[record.image_id].size, need_masks)
+                size = taken[record.image_id].size
+                fault = _object_fault(record, size, need_masks)
+                if not fault and record.segmentation and not _num_pixels(record.segmentation, size):
+                    if need_masks:
+                        fault = Fault(_EMPTY, "its mask covers no pixel of the picture")
+                    else:
+                        invalid_labels.adapt(f"{_EMPTY}, of which the box is taken")
             if record.id is not None:
-                seen[record.id] = record
+                seen.setdefault(record.id, []).append(record)
             if fault:
                 name = f"number {number + 1}" if record.id is None else record.id
                 invalid_labels.add(f"{self.uri}: annotation {name}", fault)
@@ -290,16 +299,26 @@ class CocoDetection:
     def _refuse_other_boxes(self, objects: Sequence[tuple[AnnotationRecord, Size]]) -> None:
         """Refuse a file whose boxes are not (left, top, width, height) in pixels.
 
-        Leaving out those that cannot be so would keep the others, which are as wrong.
+        Leaving out those that cannot be so would keep the others, which are as wrong. A single box
+        that lies outside its picture may be a slip, and is judged by itself.
         """
         boxes = [(thing, size) for thing, size in objects if thing.bbox is not None]
-        if boxes and all(max(thing.bbox or ()) <= 1 for thing, _ in boxes):
+        if are_shares([thing.bbox for thing, _ in boxes if thing.bbox]):
             raise DataError(
                 f"{self.uri}: every box lies within 0 and 1, as shares of the picture do",
                 hint="bbox is (left, top, width, height) in pixels",
             )
-        told = [(thing, size) for thing, size in boxes if _must_be_corners(thing, size)]
-        if told and all(_are_corners(thing.bbox or (), size) for thing, size in boxes):
+        if are_shares([polygon for thing, _ in objects for polygon in _polygons(thing)]):
+            raise DataError(
+                f"{self.uri}: every polygon lies within 0 and 1, as shares of the picture do",
+                hint="segmentation is (x, y, x, y, …) in pixels",
+            )
+        readings = [_read_as(thing) for thing, _ in boxes]
+        agreeing = [item for item, read in zip(boxes, readings, strict=True) if read == "corners"]
+        outside = [(thing, size) for thing, size in boxes if _overflows(thing.box, size)]
+        told = agreeing or (outside if len(outside) > 1 else [])
+        fits = all(_are_corners(thing.bbox or (), size) for thing, size in boxes)
+        if told and fits and "sizes" not in readings:
             thing, (height, width) = told[0]
             raise DataError(
                 f"{self.uri}: boxes are (left, top, right, bottom): {list(thing.bbox or ())} as "
@@ -439,6 +458,11 @@ def _adapted(record: AnnotationRecord, invalid_labels: InvalidLabels) -> Annotat
             left, top, right, bottom = _extent(polygons)
             changed["bbox"] = left, top, right - left, bottom - top
             invalid_labels.adapt("objects without a box, which is taken from their polygons")
+    if record.bbox is None and isinstance(polygons, RunLengths):
+        box = _box_of_runs(polygons)
+        if box is not None:
+            changed["bbox"] = box
+            invalid_labels.adapt("objects without a box, which is taken from their mask")
     return record.model_copy(update=changed)
 
 
@@ -474,6 +498,32 @@ def _mask_fault(segmentation: RunLengths | list[list[float]] | None, size: Size)
     return None
 
 
+def _num_pixels(segmentation: RunLengths | list[list[float]], size: Size) -> int:
+    """Pixels of a picture of (height, width) that a mask covers."""
+    from faster_coco_eval.core import mask as mask_api
+
+    if isinstance(segmentation, RunLengths) and isinstance(segmentation.counts, list):
+        return sum(segmentation.counts[1::2])
+    plain = segmentation.model_dump() if isinstance(segmentation, RunLengths) else segmentation
+    return int(mask_api.area(mask_api.segmToRle(plain, size[1], size[0])))
+
+
+def _box_of_runs(mask: RunLengths) -> tuple[float, float, float, float] | None:
+    """The box (left, top, width, height) around a mask; None where it is broken or empty."""
+    whole = isinstance(mask.counts, str) or sum(mask.counts) == mask.size[0] * mask.size[1]
+    if not whole or not _can_be_decoded(mask):
+        return None
+    rows, columns = np.nonzero(decode_mask(mask, mask.size))
+    if not len(rows):
+        return None
+    left, top = int(columns.min()), int(rows.min())
+    return left, top, int(columns.max()) + 1 - left, int(rows.max()) + 1 - top
+
+
+def _polygons(thing: AnnotationRecord) -> list[list[float]]:
+    return thing.segmentation if isinstance(thing.segmentation, list) else []
+
+
 def _can_be_decoded(mask: RunLengths) -> bool:
     if isinstance(mask.counts, list):
         return min(mask.counts) >= 0
@@ -494,15 +544,15 @@ def _overflows(box: Sequence[float], size: Size) -> bool:
     return box[2] > size[1] + EDGE_PX or box[3] > size[0] + EDGE_PX
 
 
-def _must_be_corners(thing: AnnotationRecord, size: Size) -> bool:
-    """True if a box does not fit its picture or its polygons but as corners."""
-    if _overflows(thing.box, size):
-        return True
+def _read_as(thing: AnnotationRecord) -> str:
+    """`corners` or `sizes`, where a box agrees with its polygons in that reading alone."""
     if not isinstance(thing.segmentation, list):
-        return False
+        return ""
     extent = np.array(_extent(thing.segmentation))
     as_corners, as_sizes = (np.abs(extent - box).max() for box in (thing.bbox, thing.box))
-    return bool(as_corners <= _AGREE_PX < as_sizes)
+    if as_corners <= _AGREE_PX < as_sizes:
+        return "corners"
+    return "sizes" if as_sizes <= _AGREE_PX < as_corners else ""
 
 
 def _are_corners(bbox: Sequence[float], size: Size) -> bool:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
 from mimray.trainers.data.files import absolute, join, parent
-from mimray.trainers.data.hold_out import HoldOut, choose
+from mimray.trainers.data.hold_out import HoldOut, choose, hold_out_note
 from mimray.trainers.data.splits import VALIDATION_SPLITS
 from mimray.trainers.errors import DataError
 from mimray.trainers.evaluation.annotations.base import (
@@ -26,6 +26,23 @@ from mimray.trainers.storage import RunDir
 Split = Literal["train", "val"]
 Open = Callable[[InvalidLabels, Progress | None], DetectionSet]
 """Opens a set, given what collects wrong labels and what is told of the progress."""
+
+
+class DetectionSplits(NamedTuple):
+    """Pictures to learn from and to score on.
+
+    Attributes:
+        train: pictures to learn from.
+        val: pictures to score on.
+        hold_out: the rule by which these were held out of the former; None where they have a place
+            of their own.
+        notes: what people need to know of it.
+    """
+
+    train: DetectionSet
+    val: DetectionSet
+    hold_out: HoldOut | None
+    notes: tuple[str, ...]
 
 
 class Named(Protocol):
@@ -78,8 +95,8 @@ def open_detection(
 
     Args:
         uri: URI of the file or folder.
-        split: part to open; for `val` the first of val, valid, validation, dev and test. A place
-            that is not split is taken whole.
+        split: part to open; for `val` the first of `VALIDATION_SPLITS`. A place that is not split
+            is taken whole.
         invalid_labels: collects labels that are wrong, or refuses them.
         progress: called with the number of pictures checked.
         shared: True if `uri` holds the training pictures too, so that a place without a
@@ -137,11 +154,8 @@ def find_detection(
 
 def open_detection_splits(
     setting: Setting, invalid_labels: InvalidLabels, *, need_masks: bool = False
-) -> tuple[DetectionSet, DetectionSet, HoldOut | None]:
+) -> DetectionSplits:
     """Open the pictures to learn from and those to score on.
-
-    Returns:
-        Both, and the rule by which the latter were held out of the former, or None.
 
     Raises:
         DataError: as of `open_detection`.
@@ -154,8 +168,23 @@ def open_detection_splits(
         opened = find_detection(place, "val", shared=setting.val is None, need_masks=need_masks)
     except NoValidationError:
         learnt, held = choose_held_out(train, place, setting.hold_out)
-        return PartOfDetection(train, learnt), PartOfDetection(train, held), setting.hold_out
-    return train, opened(invalid_labels, setting.progress), None
+        note = hold_out_note(len(held), len(train), setting.hold_out, by_class=False)
+        parts = PartOfDetection(train, learnt), PartOfDetection(train, held)
+        return DetectionSplits(*parts, setting.hold_out, (note, *_unlearnt(*parts)))
+    val = opened(invalid_labels, setting.progress)
+    return DetectionSplits(train, val, None, _unlearnt(train, val))
+
+
+def _unlearnt(train: DetectionSet, val: DetectionSet) -> tuple[str, ...]:
+    """A note that names the classes of which there is no object to learn from."""
+    learnt, scored = (
+        {data.class_names[label] for index in range(len(data)) for label in data.labels(index)}
+        for data in (train, val)
+    )
+    names = [name for name in val.class_names if name in scored - learnt]
+    if not names:
+        return ()
+    return (f"no object of {', '.join(names)} to learn from: none of these can be found",)
 
 
 def choose_held_out(pictures: Named, uri: str, rule: HoldOut) -> tuple[np.ndarray, np.ndarray]:

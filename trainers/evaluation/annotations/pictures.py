@@ -215,3 +215,12 @@ def box_fault(box: Sequence[float], size: Size) -> Fault | None:
             f"the box ({shown}) lies outside the picture of {width}x{height} pixels",
         )
     return None
+
+
+def are_shares(values: Sequence[Sequence[float]]) -> bool:
+    """True if coordinates are shares of a picture: all within 0 and 1, and some between them.
+
+    Whole numbers are pixels: an object of one pixel at the corner lies within 0 and 1 as well.
+    """
+    within = bool(values) and all(max(item) <= 1 for item in values)
+    return within and any(0 < value < 1 for item in values for value in item)

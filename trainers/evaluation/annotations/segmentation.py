@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from mimray.trainers.config.evaluation.segmentation import SegmentationConfig
 from mimray.trainers.data.files import absolute, is_file, join, list_files
-from mimray.trainers.data.hold_out import HoldOut
+from mimray.trainers.data.hold_out import HoldOut, hold_out_note
 from mimray.trainers.data.selection import evenly_spread
 from mimray.trainers.errors import DataError, EmptyDatasetError
 from mimray.trainers.evaluation.annotations.base import (
@@ -88,8 +88,8 @@ def open_segmentation(
 
     Args:
         uri: URI of a folder or a JSON file.
-        split: part to open; for `val` the configured one, or the first of val, valid, validation,
-            dev and test. A place that is not split is taken whole.
+        split: part to open; for `val` the configured one, or the first of `VALIDATION_SPLITS`. A
+            place that is not split is taken whole.
         config: the task's options, which may name classes and the value of void.
         invalid_labels: collects labels that are wrong, or refuses them.
         shared: True if `uri` holds the training pictures too, so that a place without a
@@ -109,44 +109,123 @@ def open_segmentation(
     return _checked(reader, indices, config, invalid_labels, class_names, binary, progress)
 
 
+class SegmentationSplits(NamedTuple):
+    """Pictures to learn from and to score on, with a class for each pixel.
+
+    Attributes:
+        train: pictures to learn from.
+        val: pictures to score on; their classes are those of `train`.
+        hold_out: the rule by which these were held out of the former; None where they have a place
+            of their own.
+        notes: what people need to know of it.
+    """
+
+    train: SegmentationSet
+    val: SegmentationSet
+    hold_out: HoldOut | None
+    notes: tuple[str, ...]
+
+
 def open_segmentation_splits(
     setting: Setting, config: SegmentationConfig, invalid_labels: InvalidLabels
-) -> tuple[SegmentationSet, SegmentationSet, HoldOut | None]:
+) -> SegmentationSplits:
     """Open the pictures to learn from and those to score on, and check all of them.
-
-    Returns:
-        Both, and the rule by which the latter were held out of the former, or None.
 
     Raises:
         DataError: as of `open_segmentation`.
         EmptyDatasetError: no picture is left.
     """
+    found = _open_readers(setting, config, invalid_labels)
+    learnt, scored = (p[evenly_spread(len(p), setting.limit)] for p in (found.learnt, found.scored))
+    progress = setting.progress
+    train: _Checked | _PartOfChecked
+    val: _Checked | _PartOfChecked
+    if found.hold_out is not None:
+        # Masks without names number their classes together, whichever of them are held out.
+        both = np.union1d(learnt, scored)
+        whole = _checked(found.train, both, config, invalid_labels, (), None, progress)
+        train, val = _PartOfChecked(whole, learnt), _PartOfChecked(whole, scored)
+    else:
+        train = _checked(found.train, learnt, config, invalid_labels, (), None, progress)
+        names, binary = train.class_names, train.binary
+        val = _checked(found.val, scored, config, invalid_labels, names, binary, progress)
+    unlearnt = [train.class_names[label] for label in sorted(val.present - train.present)]
+    notes = found.notes
+    if unlearnt:
+        notes += (
+            f"classes without a pixel to learn from, which no head finds: {', '.join(unlearnt)}",
+        )
+    return SegmentationSplits(train, val, found.hold_out, notes)
+
+
+def check_segmentation_splits(
+    setting: Setting, config: SegmentationConfig
+) -> tuple[frozenset[str], frozenset[str]]:
+    """Open the pictures to learn from and those to score on, and check the first of each only.
+
+    Returns:
+        The places of the pictures to learn from and of those to score on, without the limit.
+
+    Raises:
+        DataError: as of `open_segmentation`.
+    """
+    found = _open_readers(setting, config, InvalidLabels(skip=False))
+    names = _class_names(found.train, config, ())
+    places = []
+    for reader, part in ((found.train, found.learnt), (found.val, found.scored)):
+        first = int(part[0])
+        _check_range(reader[first].mask, len(names), reader.ignore_index, reader.label_name(first))
+        places.append(frozenset(reader.name(index) for index in part.tolist()))
+    return places[0], places[1]
+
+
+class _Readers(NamedTuple):
+    """Both readers, which are one where pictures are held out, and the pictures of each."""
+
+    train: _Reader
+    val: _Reader
+    learnt: np.ndarray
+    scored: np.ndarray
+    hold_out: HoldOut | None
+    notes: tuple[str, ...]
+
+
+def _open_readers(
+    setting: Setting, config: SegmentationConfig, invalid_labels: InvalidLabels
+) -> _Readers:
+    """Open the places without reading a mask."""
     place, hold_out = absolute(setting.data), None
     opened = _find(place, "train", config, False)
     try:
         val_opened = _find(absolute(setting.val or place), "val", config, setting.val is None)
     except NoValidationError:
         hold_out = setting.hold_out
-    train_reader = val_reader = opened(invalid_labels)
+    train = val = opened(invalid_labels)
+    notes: tuple[str, ...] = ()
     if hold_out is None:
-        val_reader = val_opened(invalid_labels)
-        parts = [np.arange(len(train_reader)), np.arange(len(val_reader))]
+        val = _matched(val_opened(invalid_labels), train)
+        learnt, scored = np.arange(len(train)), np.arange(len(val))
     else:
-        parts = [*choose_held_out(train_reader, place, hold_out)]
+        learnt, scored = choose_held_out(train, place, hold_out)
+        notes = (hold_out_note(len(scored), len(train), hold_out, by_class=False),)
     if setting.part is not None:
-        parts[1] = parts[1][setting.part.indices(len(parts[1]), None, val_reader.uri)]
-    train_part, val_part = (part[evenly_spread(len(part), setting.limit)] for part in parts)
-    train = _checked(train_reader, train_part, config, invalid_labels, (), None, setting.progress)
-    val = _checked(
-        val_reader,
-        val_part,
-        config,
-        invalid_labels,
-        train.class_names,
-        train.binary,
-        setting.progress,
-    )
-    return train, val, hold_out
+        scored = scored[setting.part.indices(len(scored), None, val.uri)]
+    return _Readers(train, val, learnt, scored, hold_out, notes)
+
+
+def _matched(val: _Reader, train: _Reader) -> _Reader:
+    """Pictures to score on with the numbers that the pictures to learn from give their classes."""
+    ours, theirs = train.class_names, val.class_names
+    if not ours or not theirs or theirs == ours:
+        return val
+    unknown = [name for name in theirs if name not in ours]
+    if unknown:
+        raise DataError(
+            f"{val.uri} has class {unknown[0]!r} among {_listed(theirs)}; the pictures trained on "
+            f"have {_listed(ours)}",
+            hint="pictures to score on need the classes of those to learn from",
+        )
+    return _Renumbered(val, ours)
 
 
 def _checked(
@@ -158,6 +237,18 @@ def _checked(
     binary: bool | None,
     progress: Progress | None,
 ) -> _Checked:
+    names = _class_names(reader, config, class_names)
+    if binary is None:
+        binary = _may_be_binary(reader, config, names) and _holds_255_alone(reader, indices)
+    if binary:
+        reader, names = _Binary(reader), names or BINARY_NAMES
+    return _Checked(reader, names, binary, indices, invalid_labels, progress)
+
+
+def _class_names(
+    reader: _Reader, config: SegmentationConfig, class_names: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Names of the classes by number: those trained on, asked for, or the reader's own; or none."""
     names = class_names or config.class_names or reader.class_names
     if not names and config.num_classes:
         names = tuple(map(str, range(config.num_classes)))
@@ -167,6 +258,12 @@ def _checked(
             f"{_listed(class_names)}",
             hint="pictures to learn from and to score on need the same classes",
         )
+    if config.class_names and reader.class_names and len(names) != len(reader.class_names):
+        raise DataError(
+            f"{reader.uri} has {len(reader.class_names)} classes, {_listed(reader.class_names)}; "
+            f"class_names names {len(names)}",
+            hint="class_names gives each of them another name, in this order",
+        )
     if config.num_classes not in (None, len(names)):
         raise DataError(
             f"{reader.uri} has {len(names)} classes, num_classes is {config.num_classes}"
@@ -174,11 +271,7 @@ def _checked(
     twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
     if twice:
         raise DataError(f"{reader.uri}: two classes are called {twice[0]!r}")
-    if binary is None:
-        binary = _may_be_binary(reader, config, names) and _holds_255_alone(reader, indices)
-    if binary:
-        reader, names = _Binary(reader), names or BINARY_NAMES
-    return _Checked(reader, names, binary, indices, invalid_labels, progress)
+    return names
 
 
 def _find(
@@ -291,6 +384,29 @@ class _Binary:
         return SegmentationExample(image, mask // BINARY)
 
 
+class _Renumbered:
+    """Masks with the class numbers of other pictures, by name; these may have further classes."""
+
+    def __init__(self, reader: _Reader, class_names: tuple[str, ...]) -> None:
+        self._reader = reader
+        self._numbers = np.array([class_names.index(name) for name in reader.class_names])
+        self.uri, self.class_names = reader.uri, class_names
+        self.ignore_index = reader.ignore_index
+        self.name, self.label_name = reader.name, reader.label_name
+        self.is_turned = reader.is_turned
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def __getitem__(self, index: int) -> SegmentationExample:
+        image, mask = self._reader[index]
+        _check_range(mask, len(self._numbers), self.ignore_index, self.label_name(index))
+        known = mask != self.ignore_index
+        renumbered = mask.copy()
+        renumbered[known] = self._numbers[mask[known]]
+        return SegmentationExample(image, renumbered)
+
+
 def _is_binary(mask: np.ndarray) -> bool:
     return bool(((mask == 0) | (mask == BINARY)).all())
 
@@ -332,9 +448,9 @@ class _Checked:
         self.uri, self.ignore_index = reader.uri, reader.ignore_index
         self.binary = binary
         self._reader = reader
-        self._kept: list[int] = []
+        # The pictures that can be used, each with the classes in its mask.
+        self.kept: dict[int, frozenset[int]] = {}
         digest, largest = hashlib.sha256(), -1
-        present: set[int] = set()
         for number, index in enumerate(indices.tolist()):
             try:
                 image, mask = reader[index]
@@ -342,26 +458,20 @@ class _Checked:
             except DataError as error:
                 invalid_labels.add(reader.name(index), Fault(UNUSABLE, str(error)))
             else:
-                self._kept.append(index)
                 known = mask != self.ignore_index
-                largest = int(mask.max(initial=largest, where=known))
-                present.update(np.unique(mask[known]).tolist())
+                self.kept[index] = frozenset(np.unique(mask[known]).tolist())
+                largest = max(largest, *self.kept[index], -1)
                 invalid_labels.adapt(TURNED, int(reader.is_turned(index)))
                 invalid_labels.adapt(READ_AS_BINARY, int(binary))
                 digest.update(np.ascontiguousarray(image).tobytes())
                 digest.update(mask.tobytes())
             if progress is not None:
                 progress("checking masks", number + 1, len(indices))
-        if not self._kept:
-            raise EmptyDatasetError(
-                f"{self.uri} holds no picture with a mask that can be used",
-                hint="; ".join(invalid_labels.found[:1]),
-            )
+        if not self.kept:
+            raise _none_usable(self.uri, "; ".join(invalid_labels.found[:1]))
         if largest < 0:
-            raise DataError(
-                f"every pixel of {self.uri} is void ({self.ignore_index})",
-                hint="--set ignore_index=… says what is void in index masks",
-            )
+            raise _all_void(self.uri, self.ignore_index)
+        present = self.present
         if not class_names and largest >= MOST_UNNAMED:
             raise DataError(
                 f"the masks of {self.uri} hold {len(present)} values up to {largest}, which would "
@@ -370,7 +480,7 @@ class _Checked:
             )
         if not class_names:
             invalid_labels.adapt(
-                f"class numbers below {largest + 1} that occur in no mask to learn from",
+                f"class numbers below {largest + 1} that occur in no mask",
                 largest + 1 - len(present),
             )
         self.class_names = class_names or tuple(map(str, range(largest + 1)))
@@ -382,26 +492,79 @@ class _Checked:
         digest.update(repr(self.class_names).encode())
         self.fingerprint = digest.hexdigest()
 
+        self._order = list(self.kept)
+
+    @property
+    def present(self) -> frozenset[int]:
+        """Classes of which there is a pixel."""
+        return frozenset().union(*self.kept.values())
+
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._order)
 
     def __getitem__(self, index: int) -> SegmentationExample:
-        return self._reader[self._kept[index]]
+        return self.read(self._order[index])
+
+    def read(self, number: int) -> SegmentationExample:
+        """Read a picture by its number in the place, where some may have been left out."""
+        return self._reader[number]
 
     def name(self, index: int) -> str:
-        return self._reader.name(self._kept[index])
+        return self.name_of(self._order[index])
+
+    def name_of(self, number: int) -> str:
+        """Place of a picture by its number, likewise."""
+        return self._reader.name(number)
+
+
+class _PartOfChecked:
+    """Some pictures of a set; their classes are those of the whole."""
+
+    def __init__(self, whole: _Checked, numbers: np.ndarray) -> None:
+        self._whole = whole
+        self._order = [number for number in numbers.tolist() if number in whole.kept]
+        self.uri, self.class_names = whole.uri, whole.class_names
+        self.ignore_index, self.binary = whole.ignore_index, whole.binary
+        if not self._order:
+            raise _none_usable(self.uri, "name pictures to score on with --val")
+        self.present = frozenset[int]().union(*(whole.kept[number] for number in self._order))
+        if not self.present:
+            raise _all_void(self.uri, self.ignore_index)
+        content = whole.fingerprint.encode() + np.array(self._order, np.int64).tobytes()
+        self.fingerprint = hashlib.sha256(content).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, index: int) -> SegmentationExample:
+        return self._whole.read(self._order[index])
+
+    def name(self, index: int) -> str:
+        return self._whole.name_of(self._order[index])
+
+
+def _none_usable(uri: str, hint: str) -> EmptyDatasetError:
+    return EmptyDatasetError(f"{uri} holds no picture with a mask that can be used", hint=hint)
+
+
+def _all_void(uri: str, ignore_index: int) -> DataError:
+    return DataError(
+        f"every pixel of {uri} is void ({ignore_index})",
+        hint="--set ignore_index=… says what is void in index masks",
+    )
 
 
 def _check_range(mask: np.ndarray, num_classes: int, ignore_index: int, where: str) -> None:
-    """Refuse a value that is neither a class nor void; `num_classes` 0 knows no bound."""
-    if not num_classes:
-        return
-    outside = (mask != ignore_index) & ((mask < 0) | (mask >= num_classes))
+    """Refuse a value that is neither a class nor void; `num_classes` 0 knows no upper bound."""
+    outside = (mask != ignore_index) & (mask < 0)
+    if num_classes:
+        outside |= (mask != ignore_index) & (mask >= num_classes)
     if outside.any():
         row, column = np.argwhere(outside)[0].tolist()
+        classes = f"0 to {num_classes - 1}" if num_classes else "0, 1, …"
         raise DataError(
             f"{where} has {mask[row, column]} at row {row}, column {column}; "
-            f"classes are 0 to {num_classes - 1}, void is {ignore_index}",
+            f"classes are {classes}, void is {ignore_index}",
         )
 
 

@@ -17,6 +17,7 @@ from mimray.trainers.errors import DataError, EmptyDatasetError
 from mimray.trainers.evaluation.annotations.base import DetectionExample, Fault, InvalidLabels
 from mimray.trainers.evaluation.annotations.pictures import (
     PictureFolder,
+    are_shares,
     box_fault,
     read_text,
 )
@@ -29,6 +30,7 @@ SPLITS = "ImageSets/Main"
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 # Behind a name in a list: the class is absent, hard to see, present.
 _FLAGS = ("-1", "0", "1")
+_DIFFICULT = {"0": False, "1": True, "false": False, "true": True}
 _NO_XML = "annotation files that cannot be read"
 
 
@@ -232,7 +234,7 @@ class VocDetection:
     def _refuse_shares(self) -> None:
         """Refuse boxes that are shares of their picture; corners count pixels, from 0 or 1."""
         corners = [thing.corners for picture in self._pictures for thing in picture.objects]
-        if corners and all(max(corner) <= 1 for corner in corners):
+        if are_shares(corners):
             raise DataError(
                 f"{self.uri}: every box lies within 0 and 1, as shares of the picture do",
                 hint="xmin, ymin, xmax and ymax are pixels",
@@ -276,8 +278,16 @@ def _object(record: ElementTree.Element) -> _Object:
     name = (record.findtext("name") or "").strip()
     if not name:
         raise _XmlError("objects without a name", "has no name")
-    difficult = (record.findtext("difficult") or "0").strip() == "1"
-    return _Object(name, difficult, (left, top, right, bottom))
+    return _Object(name, _is_difficult(record), (left, top, right, bottom))
+
+
+def _is_difficult(record: ElementTree.Element) -> bool:
+    text = (record.findtext("difficult") or "0").strip().lower()
+    if text not in _DIFFICULT:
+        raise _XmlError(
+            "marks that are neither 0 nor 1", f"<difficult> is {text!r}, neither 0 nor 1"
+        )
+    return _DIFFICULT[text]
 
 
 def _corner_fault(thing: _Object) -> Fault | None:

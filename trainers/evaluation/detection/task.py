@@ -10,7 +10,6 @@ import numpy as np
 from mimray.trainers.bundles import FrozenEncoder
 from mimray.trainers.config.evaluation.detection import DetectionConfig
 from mimray.trainers.data.geometry import whole_view
-from mimray.trainers.data.hold_out import hold_out_note
 from mimray.trainers.data.selection import evenly_spread
 from mimray.trainers.errors import ConfigError, DataError, EmptyDatasetError
 from mimray.trainers.evaluation.annotations.base import DetectionSet, InvalidLabels
@@ -67,7 +66,9 @@ def evaluate(make_encoder: MakeEncoder, setting: Setting, config: DetectionConfi
     """
     invalid_labels = InvalidLabels(setting.skip_invalid)
     need_masks = config.detector == "mask_rcnn"
-    train, val, hold_out = open_detection_splits(setting, invalid_labels, need_masks=need_masks)
+    train, val, hold_out, notes = open_detection_splits(
+        setting, invalid_labels, need_masks=need_masks
+    )
     train_indices = evenly_spread(len(train), setting.limit)
     val_indices = evenly_spread(len(val), setting.limit)
     labels = _labels_of(train, val)
@@ -126,7 +127,7 @@ def evaluate(make_encoder: MakeEncoder, setting: Setting, config: DetectionConfi
         notes=(
             *_missing(by_box, val),
             *_unscored_masks(config, val),
-            *([hold_out_note(len(val), len(train) + len(val), hold_out)] if hold_out else ()),
+            *notes,
             *invalid_labels.notes(),
         ),
         pictures={

@@ -11,12 +11,20 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from pydantic import ValidationError
 
+from mimray.trainers.bundles import BundleCard
 from mimray.trainers.config.evaluation.extract import ExtractSpec, View
+from mimray.trainers.config.run import Recipe
 from mimray.trainers.data.cache import user_cache
-from mimray.trainers.data.selection import evenly_spread, labelled, num_classes_of
+from mimray.trainers.data.selection import (
+    evenly_spread,
+    labelled,
+    num_classes_of,
+    open_training,
+)
 from mimray.trainers.data.sources import Source
-from mimray.trainers.errors import ConfigError, EmptyDatasetError
+from mimray.trainers.errors import ConfigError, EmptyDatasetError, MimrayError
 from mimray.trainers.evaluation.features.encoders import EncoderRef
 from mimray.trainers.evaluation.features.extraction import MANIFEST, extract, read_columns
 from mimray.trainers.evaluation.features.parts import describe, has_class_token
@@ -224,16 +232,45 @@ def _labels_at(source: Source, index: np.ndarray) -> np.ndarray:
 
 
 def seen_before(ref: EncoderRef, splits: Splits) -> tuple[str, ...]:
-    """A note where the encoder was trained on the pictures that are held out."""
-    trained_on = "" if ref.untrained else ref.card().data_fingerprint
-    if splits.hold_out is None or trained_on != splits.whole_fingerprint:
+    """A note where the encoder was trained on pictures that are held out.
+
+    The card tells which pictures of this dataset its training took. Nothing is told where it was
+    trained on another dataset, such as an ingested copy, or is of weights from elsewhere.
+    """
+    if splits.hold_out is None or ref.untrained:
         return ()
+    held = splits.val.identities()
+    num_seen = len(trained_on(ref.card(), splits).intersection(held))
+    if not num_seen:
+        return ()
+    share = "the pictures" if num_seen == len(held) else f"{num_seen} of {len(held)} pictures"
     rule = splits.hold_out
     seed = f" --set data.val_seed={rule.seed}" if rule.seed else ""
     return (
-        "the encoder was trained on the pictures held out, too; "
+        f"the encoder was trained on {share} held out, too; "
         f"`pretrain --set data.val_share={rule.share:g}{seed}` keeps them out",
     )
+
+
+def trained_on(card: BundleCard, splits: Splits) -> frozenset[str]:
+    """Identities of those pictures of a dataset that an encoder's last training took.
+
+    Args:
+        card: the encoder's card, whose recipe says what was left out.
+        splits: pictures held out of a dataset, and the others.
+    """
+    whole = (*splits.train.identities(), *splits.val.identities())
+    if card.data_fingerprint == splits.whole_fingerprint:
+        return frozenset(whole)
+    if not card.data_fingerprint or not card.recipe:
+        return frozenset()
+    try:
+        trained = open_training(splits.train.facts.uri, Recipe.model_validate(card.recipe))
+    except (ValidationError, MimrayError):
+        # A recipe of another version, or one that this dataset does not suit: not its own.
+        return frozenset()
+    same = trained.facts.fingerprint == card.data_fingerprint
+    return frozenset(trained.identities()) if same else frozenset()
 
 
 def check_pooling(ref: EncoderRef, pooling: Pooling) -> None:

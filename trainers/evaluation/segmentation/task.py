@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from mimray.trainers.bundles import FrozenEncoder
 from mimray.trainers.config.evaluation.segmentation import SegmentationConfig
 from mimray.trainers.data.geometry import Size
-from mimray.trainers.data.hold_out import hold_out_note
 from mimray.trainers.evaluation.annotations.base import InvalidLabels, SegmentationSet
 from mimray.trainers.evaluation.annotations.segmentation import open_segmentation_splits
 from mimray.trainers.evaluation.features.encoders import MakeEncoder, check_input
@@ -50,7 +49,7 @@ def evaluate(make_encoder: MakeEncoder, setting: Setting, config: SegmentationCo
         NonFiniteLossError: training diverged.
     """
     invalid_labels = InvalidLabels(setting.skip_invalid)
-    train, val, hold_out = open_segmentation_splits(setting, config, invalid_labels)
+    train, val, hold_out, notes = open_segmentation_splits(setting, config, invalid_labels)
     encoder = make_encoder()
     input_size = config.image_size or default_size(train, encoder.stride)
     check_input(encoder, input_size, "image_size")
@@ -80,7 +79,7 @@ def evaluate(make_encoder: MakeEncoder, setting: Setting, config: SegmentationCo
         evidence=by_bootstrap(by_picture.miou, val.fingerprint, len(val)),
         notes=(
             *_missing(confusion, train, val),
-            *([hold_out_note(len(val), len(train) + len(val), hold_out)] if hold_out else ()),
+            *notes,
             *invalid_labels.notes(),
         ),
         pictures={
@@ -203,9 +202,11 @@ def _missing(
     """Notes that name the classes without a labelled pixel to score on."""
     labelled, predicted = confusion.sum(axis=1) > 0, confusion.sum(axis=0) > 0
     void = train.ignore_index, val.ignore_index
-    unlabelled = [k for k in np.flatnonzero(~labelled).tolist() if k not in void]
+    unlabelled = np.flatnonzero(~labelled).tolist()
     names = {
-        "left out of the means": [train.class_names[k] for k in unlabelled if not predicted[k]],
+        "left out of the means": [
+            train.class_names[k] for k in unlabelled if not predicted[k] and k not in void
+        ],
         "predicted all the same, which counts as 0 in mIoU and not in mIoU_labelled": [
             train.class_names[k] for k in unlabelled if predicted[k]
         ],

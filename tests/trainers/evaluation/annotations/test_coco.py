@@ -489,3 +489,62 @@ def test_picture__that_exif_turns_is_told(write: Callable[..., str], tmp_path: P
     data, invalid_labels = _open(uri)
     assert len(data) == 2
     assert dict(invalid_labels.adapted) == {TURNED: 1}
+
+
+def _only(tree: dict[str, Any], *things: dict[str, Any]) -> None:
+    tree["annotations"] = [
+        _thing(number, segmentation=None) | thing for number, thing in enumerate(things, start=1)
+    ]
+
+
+def test_boxes__of_a_small_file_are_judged_one_by_one(write: Callable[..., str]) -> None:
+    pixel = write(lambda tree: _only(tree, {"bbox": [0, 0, 1, 1]}))
+    assert _open(pixel)[0][0].boxes.tolist() == [[0, 0, 1, 1]]
+    slip = write(lambda tree: _only(tree, {"bbox": [4, 4, 8, 8]}, {"bbox": [5, 5, 57, 37]}))
+    with pytest.raises(DataError, match=r"annotation 2: the box .* lies outside"):
+        _open(slip)
+    data, invalid_labels = _open(slip, skip=True)
+    assert data[0].boxes.tolist() == [[4, 4, 12, 12]]
+    assert invalid_labels.left_out.total() == 1
+    square = [[4, 4, 12, 4, 12, 12, 4, 12]]  # agrees with its box as it stands
+    mixed = ({"bbox": [4, 4, 8, 8], "segmentation": square}, *({"bbox": [5, 5, 57, 37]},) * 2)
+    assert len(_open(write(lambda tree: _only(tree, *mixed)), skip=True)[0][0].boxes) == 1
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [[[200, 200, 260, 200, 260, 260]], _uncompressed(BLOB * 0), _compressed(BLOB * 0)],
+    ids=["outside", "runs", "compressed"],
+)
+def test_masks__without_a_pixel_are_wrong_where_masks_are_needed(
+    write: Callable[..., str], mask: Any
+) -> None:
+    uri = write(lambda tree: tree["annotations"][0].update(segmentation=mask, area=None))
+    left = InvalidLabels(True)
+    assert CocoDetection(uri, None, left, need_masks=True).has_masks
+    assert dict(left.left_out) == {"masks without a pixel": 1}
+    data, invalid_labels = _open(uri)
+    assert invalid_labels.adapted.total() == 1
+    assert data[0].areas[0] == 23 * 15  # of the box
+
+
+def test_polygons__as_shares_are_refused(write: Callable[..., str]) -> None:
+    shares = [[0.1, 0.1, 0.3, 0.1, 0.3, 0.3]]
+    with pytest.raises(DataError, match=r"every polygon lies within 0 and 1.* in pixels"):
+        _open(write(lambda tree: _each(tree, "annotations", segmentation=shares)), skip=True)
+
+
+def test_mask__gives_the_box_that_is_missing(write: Callable[..., str]) -> None:
+    for mask in (_uncompressed(BLOB), _compressed(BLOB)):
+        uri = write(lambda tree, mask=mask: _only(tree, {"bbox": None, "segmentation": mask}))
+        data, invalid_labels = _open(uri)
+        assert data[0].boxes.tolist() == [[10, 5, 33, 20]]
+        assert invalid_labels.adapted.total() == 1
+
+
+def test_annotation__that_stands_twice_is_taken_once_whatever_lies_between(
+    write: Callable[..., str],
+) -> None:
+    one, other = {"id": 5, "bbox": [2, 2, 4, 4]}, {"id": 5, "bbox": [2, 2, 5, 4]}
+    data, _ = _open(write(lambda tree: _only(tree, one, other, one)))
+    assert data[0].boxes.tolist() == [[2, 2, 6, 6], [2, 2, 7, 6]]

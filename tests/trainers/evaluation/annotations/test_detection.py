@@ -110,7 +110,10 @@ def test_splits__pictures_are_held_out_where_there_is_no_split(scenes: Path, nam
         progress=lambda phase, done, total: None,
     )
     whole = _open(scenes / "train", "train")
-    train, val, rule = open_detection_splits(setting, InvalidLabels(False))
+    train, val, rule, notes = open_detection_splits(setting, InvalidLabels(False))
+    assert "1 of its 3 pictures are held out (20%, seed 0)" in notes[0]
+    learnt, scored = (set().union(*(p.labels(i) for i in range(len(p)))) for p in (train, val))
+    assert (len(notes) == 2) == bool(scored - learnt)
     assert (len(train), len(val), rule) == (2, 1, HoldOut())
     names = {whole.name(i): whole.labels(i).tolist() for i in range(3)}
     told = {
@@ -118,7 +121,7 @@ def test_splits__pictures_are_held_out_where_there_is_no_split(scenes: Path, nam
     }
     assert told == names
     assert len({train.fingerprint, val.fingerprint, whole.fingerprint}) == 3
-    train, val, rule = open_detection_splits(
+    train, val, rule, _ = open_detection_splits(
         replace(setting, data=str(scenes)), InvalidLabels(False)
     )
     assert (len(train), len(val), rule) == (3, 2, None)

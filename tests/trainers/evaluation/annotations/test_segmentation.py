@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from mimray.trainers.config.evaluation.segmentation import SegmentationConfig
 from mimray.trainers.data.hold_out import HoldOut
 from mimray.trainers.data.synth import write_scenes
 from mimray.trainers.errors import DataError, EmptyDatasetError
-from mimray.trainers.evaluation.annotations.base import InvalidLabels, SegmentationSet
+from mimray.trainers.evaluation.annotations.base import InvalidLabels
 from mimray.trainers.evaluation.annotations.segmentation import (
+    SegmentationSplits,
+    check_segmentation_splits,
     open_segmentation,
     open_segmentation_splits,
 )
-from mimray.trainers.evaluation.score import Setting
+from mimray.trainers.evaluation.score import Part, Setting
 
 CONFIG = SegmentationConfig()
 
@@ -218,9 +221,7 @@ def test_classes__unnamed_numbers_that_occur_nowhere_are_counted(scenes: Path) -
     invalid_labels = InvalidLabels(False)
     found = open_segmentation(str(scenes), "train", CONFIG, invalid_labels)
     assert len(found.class_names) == 41
-    assert invalid_labels.notes() == (
-        "class numbers below 41 that occur in no mask to learn from: 36",
-    )
+    assert invalid_labels.notes() == ("class numbers below 41 that occur in no mask: 36",)
     mask[3, 4] = 26_001  # an instance's number
     Image.fromarray(mask).save(scenes / "train/masks/000001.png")
     with pytest.raises(DataError, match=r"hold 5 values up to 26001, which would be 26002 classes"):
@@ -274,8 +275,11 @@ def test_instances__later_ones_lie_on_top_and_crowds_are_void(tmp_path: Path) ->
         _open(tmp_path / "instances.json")
 
 
-def _splits(place: Path, share: float = 0.4) -> tuple[SegmentationSet, SegmentationSet, object]:
-    setting = Setting(
+PART = Part("choice", 0.5, 0)
+
+
+def _setting(place: Path, share: float = 0.4) -> Setting:
+    return Setting(
         data=str(place),
         val=None,
         limit=None,
@@ -286,21 +290,122 @@ def _splits(place: Path, share: float = 0.4) -> tuple[SegmentationSet, Segmentat
         progress=lambda phase, done, total: None,
         hold_out=HoldOut(share),
     )
-    return open_segmentation_splits(setting, CONFIG, InvalidLabels(skip=False))
+
+
+def _splits(place: Path) -> SegmentationSplits:
+    return open_segmentation_splits(_setting(place), CONFIG, InvalidLabels(skip=False))
 
 
 def test_splits__pictures_are_held_out_where_there_is_no_split(scenes: Path) -> None:
-    train, val, rule = _splits(scenes)
+    train, val, rule, _ = _splits(scenes)
     assert (len(train), len(val), rule) == (5, 3, None)
     for place in (
         scenes / "train",
         scenes / "train/panoptic.json",
         scenes / "train/instances.json",
     ):
-        train, val, rule = _splits(place)
+        train, val, rule, _ = _splits(place)
         assert rule == HoldOut(0.4)
         names = [part.name(i) for part in (train, val) for i in range(len(part))]
         assert (len(train), len(val), len(set(names))) == (3, 2, 5)
     shutil.rmtree(scenes / "val")
-    train, val, rule = _splits(scenes)
+    train, val, rule, _ = _splits(scenes)
     assert (len(train), len(val), rule) == (3, 2, HoldOut(0.4))
+
+
+def _index_masks(place: Path, values: list[int], kind: str = "uint8") -> Path:
+    """Pictures of 4 x 4 pixels, each with a row of one class in its mask."""
+    for folder in ("images", "masks"):
+        (place / folder).mkdir(parents=True)
+    for number, value in enumerate(values):
+        mask = np.zeros((4, 4), kind)
+        mask[0] = value
+        Image.new("RGB", (4, 4), (number, 0, 0)).save(place / "images" / f"{number}.png")
+        Image.fromarray(mask).save(place / "masks" / f"{number}.tif")
+    return place
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_splits__classes_of_one_place_are_numbered_whichever_pictures_are_held_out(
+    tmp_path: Path, seed: int
+) -> None:
+    place = _index_masks(tmp_path, [1] * 9 + [2])
+    setting = replace(_setting(place), hold_out=HoldOut(0.2, seed))
+    train, val, _, notes = open_segmentation_splits(setting, CONFIG, InvalidLabels(False))
+    assert train.class_names == val.class_names == ("0", "1", "2")
+    assert train.fingerprint != val.fingerprint
+    held = any((val[i].mask == 2).any() for i in range(len(val)))
+    assert held == (seed in (0, 1))
+    unlearnt = "classes without a pixel to learn from, which no head finds: 2"
+    assert (unlearnt in notes) == held
+
+
+def test_splits__the_note_counts_all_pictures_whatever_the_limit_and_the_part(
+    scenes: Path,
+) -> None:
+    setting = _setting(scenes / "train")
+    for changed in (setting, replace(setting, limit=1), replace(setting, part=PART)):
+        note = open_segmentation_splits(changed, CONFIG, InvalidLabels(False)).notes[0]
+        assert "2 of its 5 pictures are held out (40%, seed 0)" in note
+
+
+def test_splits__masks_are_not_compared_by_the_first_of_each(tmp_path: Path) -> None:
+    _index_masks(tmp_path / "train", [1, 2, 3])
+    _index_masks(tmp_path / "val", [3, 1])
+    setting = _setting(tmp_path)
+    learnt, scored = check_segmentation_splits(setting, CONFIG)
+    assert (len(learnt), len(scored)) == (3, 2)
+    (tmp_path / "val/masks/0.tif").unlink()
+    with pytest.raises(DataError, match="no mask of its name"):
+        check_segmentation_splits(setting, CONFIG)
+
+
+def test_open__a_negative_value_is_no_class(tmp_path: Path) -> None:
+    _index_masks(tmp_path, [1, -1], "int32")
+    with pytest.raises(DataError, match=r"1\.tif has -1 at row 0, column 0; classes are 0, 1, …"):
+        _open(tmp_path)
+
+
+def _coco(place: Path, used: dict[str, list[int]], names: tuple[str, ...]) -> Path:
+    """COCO files of an object a picture; the first category is above the others."""
+    (place / "annotations").mkdir()
+    categories = [
+        {"id": number, "name": name, "supercategory": "none" if number == 1 else names[0]}
+        for number, name in enumerate(names, start=1)
+    ]
+    for split, ids in used.items():
+        (place / split).mkdir()
+        tree: dict[str, Any] = {"images": [], "annotations": [], "categories": categories}
+        for number, category in enumerate(ids):
+            Image.new("RGB", (20, 20), (number, 0, 0)).save(place / split / f"{number}.png")
+            tree["images"].append({"id": number, "file_name": f"{number}.png"})
+            tree["annotations"].append(
+                {"id": number, "image_id": number, "category_id": category,
+                 "bbox": [2, 2, 10, 10], "segmentation": [[2, 2, 12, 2, 12, 12, 2, 12]]}
+            )  # fmt: skip
+        (place / f"annotations/instances_{split}.json").write_text(json.dumps(tree))
+    return place
+
+
+def test_splits__classes_are_matched_by_name(tmp_path: Path) -> None:
+    names = ("animal", "cat", "dog")
+    place = _coco(tmp_path, {"train": [1, 2, 3], "val": [2, 3]}, names)
+    for own in ((), ("ground", "beast", "kitten", "puppy")):
+        config = SegmentationConfig(class_names=own or None)
+        train, val, _, _ = open_segmentation_splits(
+            _setting(place), config, InvalidLabels(skip=False)
+        )
+        assert train.class_names == val.class_names == (own or ("background", *names))
+        assert [set(np.unique(val[i].mask)) for i in (0, 1)] == [{0, 2}, {0, 3}]
+
+
+def test_splits__classes_that_cannot_be_matched_are_refused(tmp_path: Path) -> None:
+    names = ("animal", "cat", "dog")
+    place = _coco(tmp_path, {"train": [2, 3], "val": [1, 3]}, names)
+    own = SegmentationConfig(class_names=("ground", "kitten", "puppy"))
+    for config in (CONFIG, own):
+        with pytest.raises(DataError, match=r"instances_val.* has class 'animal'"):
+            open_segmentation_splits(_setting(place), config, InvalidLabels(False))
+    shifted = SegmentationConfig(class_names=("ground", "beast", "kitten", "puppy"))
+    with pytest.raises(DataError, match=r"has 3 classes, background, cat, dog; .* names 4"):
+        _open(place, config=shifted)

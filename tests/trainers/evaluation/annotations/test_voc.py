@@ -245,3 +245,21 @@ def test_picture__that_exif_turns_is_told(write: Callable[..., str], tmp_path: P
     Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "JPEGImages" / "one.jpg", exif=exif)
     with pytest.raises(DataError, match=r"one\.xml: .*40x60 pixels once EXIF has turned it"):
         VocDetection(uri, "train", InvalidLabels(False))
+
+
+@pytest.mark.parametrize(("text", "difficult"), [("true", True), ("False", False), (" 1 ", True)])
+def test_difficult__may_be_a_word(write: Callable[..., str], text: str, difficult: bool) -> None:
+    uri = write(_xml(_object("cat", (1, 1, 5, 5)).replace(">0<", f">{text}<")))
+    assert VocDetection(uri, "train", InvalidLabels(False))[0].crowd.tolist() == [difficult]
+
+
+def test_difficult__of_another_word_is_refused(write: Callable[..., str]) -> None:
+    uri = write(_xml(_object("cat", (1, 1, 5, 5)).replace(">0<", ">yes<")))
+    with pytest.raises(DataError, match="object 1: <difficult> is 'yes', neither 0 nor 1"):
+        VocDetection(uri, "train", InvalidLabels(False))
+
+
+def test_box__of_the_first_pixel_is_no_share(write: Callable[..., str], tmp_path: Path) -> None:
+    uri = write(_xml(_object("cat", (0, 0, 1, 1))))
+    (tmp_path / "ImageSets" / "Main" / "train.txt").write_text("one\n")
+    assert VocDetection(uri, "train", InvalidLabels(False))[0].boxes.tolist() == [[0, 0, 1, 1]]
