@@ -183,11 +183,11 @@ def numbered(values: pa.Array, classes: Classes) -> np.ndarray:
     filled: np.ndarray = pc.fill_null(values, -1).to_numpy(zero_copy_only=False)
     if not classes.renumbered:
         return filled
-    known = np.array((*classes.renumbered, -1), dtype=np.int64)
+    numbers = np.array((*classes.renumbered, -1), dtype=np.int64)
     # A number that is no class stays none.
     beyond = filled + len(classes.names) - len(classes.renumbered)
     return np.where(
-        filled < len(classes.renumbered), known[filled.clip(max=len(known) - 1)], beyond
+        filled < len(classes.renumbered), numbers[filled.clip(max=len(numbers) - 1)], beyond
     )
 
 

@@ -240,9 +240,9 @@ def _interleaved(data: bytes, tags: Tags) -> np.ndarray:
 
 
 def _gray(tags: Tags) -> dict[int, Any]:
-    kept = (_WIDTH, _HEIGHT, _COMPRESSION, _FILL_ORDER, _ROWS, _TILE_WIDTH, _TILE_HEIGHT)
+    kept = [_WIDTH, _HEIGHT, _COMPRESSION, _FILL_ORDER, _ROWS, _TILE_WIDTH, _TILE_HEIGHT]
     if tags.values.get(_COMPRESSION, 1) in _PREDICTED:
-        kept += (_PREDICTOR,)
+        kept.append(_PREDICTOR)
     values = {key: tags.values[key] for key in kept if key in tags.values}
     return values | {
         _BITS: tags.bits[0],
@@ -257,7 +257,8 @@ class _Bands(TiffImageFile):
 
     def load_prepare(self) -> None:
         if self._im is None:
-            self.im = Image.core.new(self.mode, self._tile_size)
+            # What Pillow does itself, less its limit on pixels, of which bands are no more.
+            self.im = Image.core.new(self.mode, self._tile_size)  # type: ignore[attr-defined]
         super().load_prepare()
 
 
