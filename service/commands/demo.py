@@ -94,7 +94,9 @@ def run_demo(out: Path, *, steps: int, fresh: bool, command: str) -> dict[str, A
 
 def _start_over(out: Path) -> None:
     """Remove what an earlier demo made, and refuse to remove anything else."""
-    if not (out / "plan.json").is_file() and {p.name for p in out.iterdir()} - {"data"}:
+    beside = {path.name for path in out.iterdir()} - {"data"}
+    pictures = {path.name for path in (out / "data").glob("*")} - {"photos", "train", "val"}
+    if pictures or (beside and not (out / "plan.json").is_file()):
         raise RunConflictError(
             f"{out} exists and is not a demo's, so --fresh will not delete it",
             hint="choose another --out",

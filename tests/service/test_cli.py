@@ -144,6 +144,10 @@ def test_fresh__deletes_runs_only(pictures: Path, tmp_path: Path) -> None:
     )
     assert "is not a run" in message
     assert "is not a demo's" in refused("demo", "--out", str(pictures), "--fresh")
+    (pictures.parent / "project/data").mkdir(parents=True)
+    (pictures.parent / "project/data/mine.png").write_bytes(b"a user's own")
+    message = refused("demo", "--out", str(pictures.parent / "project"), "--fresh")
+    assert "is not a demo's" in message
     assert len(list(pictures.iterdir())) == 70
 
 
