@@ -16,7 +16,7 @@ from mimray.trainers.data.splits import SPLITS
 from mimray.trainers.errors import DataError
 from mimray.trainers.evaluation.annotations.base import InvalidLabels, SegmentationExample
 from mimray.trainers.evaluation.annotations.masks import check_size, read_indices
-from mimray.trainers.evaluation.annotations.pictures import PictureFolder, read_text
+from mimray.trainers.evaluation.annotations.pictures import PictureFolder, read_lines
 
 MASK_FOLDERS = ("masks", "annotations", "labels")
 CLASSES = "classes.txt"
@@ -129,7 +129,7 @@ class PairFolder:
 
 def _class_names(uri: str) -> tuple[str, ...]:
     """Names of the classes, one a line; blank lines at the end are none."""
-    lines = [line.strip() for line in read_text(uri).rstrip().splitlines()]
+    lines = read_lines(uri)
     if "" in lines:
         raise DataError(
             f"{uri}: line {lines.index('') + 1} is blank", hint="a class a line, by its index"

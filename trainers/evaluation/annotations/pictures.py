@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import posixpath
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -224,3 +225,15 @@ def are_shares(values: Sequence[Sequence[float]]) -> bool:
     """
     within = bool(values) and all(max(item) <= 1 for item in values)
     return within and any(0 < value < 1 for item in values for value in item)
+
+
+def read_lines(uri: str) -> list[str]:
+    """Lines of a list, stripped; blank ones stay, but for those at the end.
+
+    Only carriage returns and line feeds end a line: names may hold Unicode's other separators.
+
+    Raises:
+        DataError: it is in another encoding.
+        FileNotFoundError: there is no such file.
+    """
+    return [line.strip() for line in re.split(r"\r\n?|\n", read_text(uri).rstrip())]

@@ -19,7 +19,7 @@ from mimray.trainers.evaluation.annotations.pictures import (
     PictureFolder,
     are_shares,
     box_fault,
-    read_text,
+    read_lines,
 )
 from mimray.trainers.evaluation.score import Progress
 
@@ -146,10 +146,10 @@ class VocDetection:
             return stems
         place = join(self.uri, f"{SPLITS}/{split}.txt")
         try:
-            lines = read_text(place).splitlines()
+            lines = read_lines(place)
         except FileNotFoundError:
             raise DataError(f"there is no {place}", hint=f"{SPLITS} holds the lists") from None
-        listed = [self._stem(line.strip()) for line in lines if line.strip()]
+        listed = [self._stem(line) for line in lines if line]
         stems = list(dict.fromkeys(listed))
         invalid_labels.adapt("lines that name a picture again", len(listed) - len(stems))
         return stems

@@ -234,3 +234,13 @@ def test_masks__gray_of_few_bits_is_not_spread(tmp_path: Path, depth: int) -> No
     content = b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
     (tmp_path / "a.png").write_bytes(content)
     np.testing.assert_array_equal(read_indices(str(tmp_path / "a.png")), VALUES)
+
+
+def test_class_names__may_hold_separators_that_are_no_line_ends(tmp_path: Path) -> None:
+    _write(tmp_path / "images", "a.png", "RGB", 0)
+    _write(tmp_path / "masks", "a.png")
+    (tmp_path / "classes.txt").write_bytes("sky\u2028high\r\nroad\n\n".encode())
+    pairs = PairFolder(
+        str(tmp_path), "images", "masks", ignore_index=255, invalid_labels=InvalidLabels(False)
+    )
+    assert pairs.class_names == ("sky\u2028high", "road")
