@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image
 
+from mimray.trainers.data.hold_out import HoldOut
 from mimray.trainers.errors import DataError
 
 
@@ -182,3 +183,23 @@ class InvalidLabels:
         what = "label" if len(self.found) == 1 else "labels"
         first = f"{len(self.found)} invalid {what} left out ({reasons}):"
         return (*adapted, first, *self.found[:shown], *tail)
+
+
+Pictures = TypeVar("Pictures")
+
+
+class LabelledSplits(NamedTuple, Generic[Pictures]):
+    """Pictures to learn from and to score on.
+
+    Attributes:
+        train: pictures to learn from.
+        val: pictures to score on; their classes are those of `train`.
+        hold_out: the rule by which these were held out of the former; None where they have a place
+            of their own.
+        notes: what people need to know of it.
+    """
+
+    train: Pictures
+    val: Pictures
+    hold_out: HoldOut | None
+    notes: tuple[str, ...]

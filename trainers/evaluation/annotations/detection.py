@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from mimray.trainers.evaluation.annotations.base import (
     DetectionExample,
     DetectionSet,
     InvalidLabels,
+    LabelledSplits,
 )
 from mimray.trainers.evaluation.annotations.coco import CocoDetection
 from mimray.trainers.evaluation.annotations.voc import ANNOTATIONS, PICTURES, SPLITS, VocDetection
@@ -26,23 +27,6 @@ from mimray.trainers.storage import RunDir
 Split = Literal["train", "val"]
 Open = Callable[[InvalidLabels, Progress | None], DetectionSet]
 """Opens a set, given what collects wrong labels and what is told of the progress."""
-
-
-class DetectionSplits(NamedTuple):
-    """Pictures to learn from and to score on.
-
-    Attributes:
-        train: pictures to learn from.
-        val: pictures to score on.
-        hold_out: the rule by which these were held out of the former; None where they have a place
-            of their own.
-        notes: what people need to know of it.
-    """
-
-    train: DetectionSet
-    val: DetectionSet
-    hold_out: HoldOut | None
-    notes: tuple[str, ...]
 
 
 class Named(Protocol):
@@ -154,7 +138,7 @@ def find_detection(
 
 def open_detection_splits(
     setting: Setting, invalid_labels: InvalidLabels, *, need_masks: bool = False
-) -> DetectionSplits:
+) -> LabelledSplits[DetectionSet]:
     """Open the pictures to learn from and those to score on.
 
     Raises:
@@ -170,9 +154,9 @@ def open_detection_splits(
         learnt, held = choose_held_out(train, place, setting.hold_out)
         note = hold_out_note(len(held), len(train), setting.hold_out, by_class=False)
         parts = PartOfDetection(train, learnt), PartOfDetection(train, held)
-        return DetectionSplits(*parts, setting.hold_out, (note, *_unlearnt(*parts)))
+        return LabelledSplits(*parts, setting.hold_out, (note, *_unlearnt(*parts)))
     val = opened(invalid_labels, setting.progress)
-    return DetectionSplits(train, val, None, _unlearnt(train, val))
+    return LabelledSplits(train, val, None, _unlearnt(train, val))
 
 
 def _unlearnt(train: DetectionSet, val: DetectionSet) -> tuple[str, ...]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,14 +12,13 @@ from mimray.trainers.config.evaluation.segmentation import SegmentationConfig
 from mimray.trainers.data.files import absolute, is_file, join, list_files
 from mimray.trainers.data.hold_out import HoldOut, hold_out_note
 from mimray.trainers.data.selection import evenly_spread
-from mimray.trainers.errors import DataError, EmptyDatasetError
+from mimray.trainers.errors import DataError
 from mimray.trainers.evaluation.annotations.base import (
-    DetectionSet,
-    Fault,
     InvalidLabels,
-    SegmentationExample,
+    LabelledSplits,
     SegmentationSet,
 )
+from mimray.trainers.evaluation.annotations.checked_masks import CheckedMasks, PartOfCheckedMasks
 from mimray.trainers.evaluation.annotations.detection import (
     SPLIT_NAMES,
     NoValidationError,
@@ -29,42 +27,26 @@ from mimray.trainers.evaluation.annotations.detection import (
     find_detection,
     no_validation,
 )
+from mimray.trainers.evaluation.annotations.mask_readers import (
+    BINARY,
+    BINARY_NAMES,
+    BinaryMasks,
+    MaskReader,
+    PaintedInstances,
+    RenumberedMasks,
+    check_range,
+    holds_255_alone,
+)
 from mimray.trainers.evaluation.annotations.pairs import MASK_FOLDERS, PairFolder, pair_folders
-from mimray.trainers.evaluation.annotations.panoptic import VOID, CocoPanoptic, is_panoptic
-from mimray.trainers.evaluation.annotations.pictures import TURNED
+from mimray.trainers.evaluation.annotations.panoptic import CocoPanoptic, is_panoptic
 from mimray.trainers.evaluation.score import Progress, Setting
 
-# The usual value of void; in masks that hold nothing else but 0 it stands for class 1.
-BINARY = 255
-BINARY_NAMES = ("0", "255")
-READ_AS_BINARY = "masks of 0 and 255 alone read as two classes, 255 as the second"
-UNUSABLE = "masks or pictures that cannot be used"
-# Masks with larger values, and no names of classes, number something else.
-MOST_UNNAMED = 4096
 _SPLIT_FILES = (
     "annotations/panoptic_{0}.json",
     "annotations/panoptic_{0}2017.json",
     "panoptic_{0}.json",
     "{0}/panoptic.json",
 )
-
-
-class _Reader(Protocol):
-    """Pictures and masks in one format; reading one raises a `DataError` where it is wrong."""
-
-    uri: str
-    class_names: tuple[str, ...]
-    ignore_index: int
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> SegmentationExample: ...
-
-    def name(self, index: int) -> str: ...
-
-    def label_name(self, index: int) -> str: ...
-
-    def is_turned(self, index: int) -> bool: ...
 
 
 def open_segmentation(
@@ -109,26 +91,9 @@ def open_segmentation(
     return _checked(reader, indices, config, invalid_labels, class_names, binary, progress)
 
 
-class SegmentationSplits(NamedTuple):
-    """Pictures to learn from and to score on, with a class for each pixel.
-
-    Attributes:
-        train: pictures to learn from.
-        val: pictures to score on; their classes are those of `train`.
-        hold_out: the rule by which these were held out of the former; None where they have a place
-            of their own.
-        notes: what people need to know of it.
-    """
-
-    train: SegmentationSet
-    val: SegmentationSet
-    hold_out: HoldOut | None
-    notes: tuple[str, ...]
-
-
 def open_segmentation_splits(
     setting: Setting, config: SegmentationConfig, invalid_labels: InvalidLabels
-) -> SegmentationSplits:
+) -> LabelledSplits[SegmentationSet]:
     """Open the pictures to learn from and those to score on, and check all of them.
 
     Raises:
@@ -138,13 +103,13 @@ def open_segmentation_splits(
     found = _open_readers(setting, config, invalid_labels)
     learnt, scored = (p[evenly_spread(len(p), setting.limit)] for p in (found.learnt, found.scored))
     progress = setting.progress
-    train: _Checked | _PartOfChecked
-    val: _Checked | _PartOfChecked
+    train: CheckedMasks | PartOfCheckedMasks
+    val: CheckedMasks | PartOfCheckedMasks
     if found.hold_out is not None:
         # Masks without names number their classes together, whichever of them are held out.
         both = np.union1d(learnt, scored)
         whole = _checked(found.train, both, config, invalid_labels, (), None, progress)
-        train, val = _PartOfChecked(whole, learnt), _PartOfChecked(whole, scored)
+        train, val = PartOfCheckedMasks(whole, learnt), PartOfCheckedMasks(whole, scored)
     else:
         train = _checked(found.train, learnt, config, invalid_labels, (), None, progress)
         names, binary = train.class_names, train.binary
@@ -155,7 +120,7 @@ def open_segmentation_splits(
         notes += (
             f"classes without a pixel to learn from, which no head finds: {', '.join(unlearnt)}",
         )
-    return SegmentationSplits(train, val, found.hold_out, notes)
+    return LabelledSplits(train, val, found.hold_out, notes)
 
 
 def check_segmentation_splits(
@@ -174,7 +139,7 @@ def check_segmentation_splits(
     places = []
     for reader, part in ((found.train, found.learnt), (found.val, found.scored)):
         first = int(part[0])
-        _check_range(reader[first].mask, len(names), reader.ignore_index, reader.label_name(first))
+        check_range(reader[first].mask, len(names), reader.ignore_index, reader.label_name(first))
         places.append(frozenset(reader.name(index) for index in part.tolist()))
     return places[0], places[1]
 
@@ -182,8 +147,8 @@ def check_segmentation_splits(
 class _Readers(NamedTuple):
     """Both readers, which are one where pictures are held out, and the pictures of each."""
 
-    train: _Reader
-    val: _Reader
+    train: MaskReader
+    val: MaskReader
     learnt: np.ndarray
     scored: np.ndarray
     hold_out: HoldOut | None
@@ -213,7 +178,7 @@ def _open_readers(
     return _Readers(train, val, learnt, scored, hold_out, notes)
 
 
-def _matched(val: _Reader, train: _Reader) -> _Reader:
+def _matched(val: MaskReader, train: MaskReader) -> MaskReader:
     """Pictures to score on with the numbers that the pictures to learn from give their classes."""
     ours, theirs = train.class_names, val.class_names
     if not ours or not theirs or theirs == ours:
@@ -225,28 +190,36 @@ def _matched(val: _Reader, train: _Reader) -> _Reader:
             f"have {_listed(ours)}",
             hint="pictures to score on need the classes of those to learn from",
         )
-    return _Renumbered(val, ours)
+    return RenumberedMasks(val, ours)
 
 
 def _checked(
-    reader: _Reader,
+    reader: MaskReader,
     indices: np.ndarray,
     config: SegmentationConfig,
     invalid_labels: InvalidLabels,
     class_names: tuple[str, ...],
     binary: bool | None,
     progress: Progress | None,
-) -> _Checked:
+) -> CheckedMasks:
     names = _class_names(reader, config, class_names)
     if binary is None:
-        binary = _may_be_binary(reader, config, names) and _holds_255_alone(reader, indices)
+        binary = _may_be_binary(reader, config, names) and holds_255_alone(reader, indices)
     if binary:
-        reader, names = _Binary(reader), names or BINARY_NAMES
-    return _Checked(reader, names, binary, indices, invalid_labels, progress)
+        reader, names = BinaryMasks(reader), names or BINARY_NAMES
+    return CheckedMasks(reader, names, binary, indices, invalid_labels, progress)
+
+
+def _may_be_binary(
+    reader: MaskReader, config: SegmentationConfig, class_names: tuple[str, ...]
+) -> bool:
+    """True if nobody said that 255 is void, nor that there are more than two classes."""
+    of_folders = reader.ignore_index == BINARY
+    return of_folders and config.ignore_index is None and len(class_names) in (0, 2)
 
 
 def _class_names(
-    reader: _Reader, config: SegmentationConfig, class_names: tuple[str, ...]
+    reader: MaskReader, config: SegmentationConfig, class_names: tuple[str, ...]
 ) -> tuple[str, ...]:
     """Names of the classes by number: those trained on, asked for, or the reader's own; or none."""
     names = class_names or config.class_names or reader.class_names
@@ -276,12 +249,12 @@ def _class_names(
 
 def _find(
     uri: str, split: Split, config: SegmentationConfig, shared: bool
-) -> Callable[[InvalidLabels], _Reader]:
+) -> Callable[[InvalidLabels], MaskReader]:
     """Find labelled pixels, and the function that opens them."""
 
-    def instances() -> Callable[[InvalidLabels], _Reader]:
+    def instances() -> Callable[[InvalidLabels], MaskReader]:
         found = find_detection(uri, split, shared=shared, need_masks=True)
-        return lambda invalid_labels: _Instances(found(invalid_labels, None))
+        return lambda invalid_labels: PaintedInstances(found(invalid_labels, None))
 
     if uri.endswith(".json"):
         if shared and split == "val":
@@ -290,7 +263,7 @@ def _find(
     pairs = pair_folders(uri)
     ignore_index = BINARY if config.ignore_index is None else config.ignore_index
 
-    def open_pairs(images: str, masks: str) -> Callable[[InvalidLabels], _Reader]:
+    def open_pairs(images: str, masks: str) -> Callable[[InvalidLabels], MaskReader]:
         return lambda invalid_labels: PairFolder(
             uri, images, masks, ignore_index=ignore_index, invalid_labels=invalid_labels
         )
@@ -323,249 +296,6 @@ def _find(
             f"or COCO's annotations/panoptic_{split}.json or instances_{split}.json",
         )
     return instances()
-
-
-class _Instances:
-    """Objects painted over each other on a background, class 0; crowds are void."""
-
-    ignore_index = VOID
-
-    def __init__(self, objects: DetectionSet) -> None:
-        self._objects = objects
-        self.uri = self._objects.uri
-        if not self._objects.has_masks:
-            raise DataError(f"the objects of {self.uri} have boxes only, no masks")
-        self.class_names = ("background", *self._objects.class_names)
-
-    def __len__(self) -> int:
-        return len(self._objects)
-
-    def __getitem__(self, index: int) -> SegmentationExample:
-        found = self._objects[index]
-        assert found.masks is not None
-        mask = np.zeros((found.image.height, found.image.width), np.int64)
-        for label, crowd, where in zip(found.labels, found.crowd, found.masks, strict=True):
-            mask[where] = VOID if crowd else label + 1
-        return SegmentationExample(found.image, mask)
-
-    def name(self, index: int) -> str:
-        """Path of a picture."""
-        return self._objects.name(index)
-
-    def label_name(self, index: int) -> str:
-        """The file of all labels."""
-        return self.uri
-
-    def is_turned(self, index: int) -> bool:
-        """False: pictures that EXIF turns were counted as the file was opened."""
-        return False
-
-
-class _Binary:
-    """Masks of 0 and 255, as programs for painting save them: 255 is class 1, and none is void."""
-
-    def __init__(self, reader: _Reader) -> None:
-        self._reader = reader
-        self.uri, self.class_names = reader.uri, reader.class_names
-        self.ignore_index = reader.ignore_index
-        self.name, self.label_name = reader.name, reader.label_name
-        self.is_turned = reader.is_turned
-
-    def __len__(self) -> int:
-        return len(self._reader)
-
-    def __getitem__(self, index: int) -> SegmentationExample:
-        image, mask = self._reader[index]
-        if not _is_binary(mask):
-            raise DataError(
-                f"{self.label_name(index)} holds other values than 0 and 255, which the masks to "
-                "learn from hold alone"
-            )
-        return SegmentationExample(image, mask // BINARY)
-
-
-class _Renumbered:
-    """Masks with the class numbers of other pictures, by name; these may have further classes."""
-
-    def __init__(self, reader: _Reader, class_names: tuple[str, ...]) -> None:
-        self._reader = reader
-        self._numbers = np.array([class_names.index(name) for name in reader.class_names])
-        self.uri, self.class_names = reader.uri, class_names
-        self.ignore_index = reader.ignore_index
-        self.name, self.label_name = reader.name, reader.label_name
-        self.is_turned = reader.is_turned
-
-    def __len__(self) -> int:
-        return len(self._reader)
-
-    def __getitem__(self, index: int) -> SegmentationExample:
-        image, mask = self._reader[index]
-        _check_range(mask, len(self._numbers), self.ignore_index, self.label_name(index))
-        known = mask != self.ignore_index
-        renumbered = mask.copy()
-        renumbered[known] = self._numbers[mask[known]]
-        return SegmentationExample(image, renumbered)
-
-
-def _is_binary(mask: np.ndarray) -> bool:
-    return bool(((mask == 0) | (mask == BINARY)).all())
-
-
-def _may_be_binary(
-    reader: _Reader, config: SegmentationConfig, class_names: tuple[str, ...]
-) -> bool:
-    """True if nobody said that 255 is void, nor that there are more than two classes."""
-    of_folders = reader.ignore_index == BINARY
-    return of_folders and config.ignore_index is None and len(class_names) in (0, 2)
-
-
-def _holds_255_alone(reader: _Reader, indices: np.ndarray) -> bool:
-    """True if all masks hold 0 and 255 alone, and both; stops at the first other one."""
-    seen: set[int] = set()
-    for index in indices.tolist():
-        try:
-            mask = reader[index].mask
-        except DataError:  # told when labels are checked
-            continue
-        if not _is_binary(mask):
-            return False
-        seen.update((int(mask.min(initial=BINARY)), int(mask.max(initial=0))))
-    return seen == {0, BINARY}
-
-
-class _Checked:
-    """The pictures of a set that can be read and keep to the classes; each was read once."""
-
-    def __init__(
-        self,
-        reader: _Reader,
-        class_names: tuple[str, ...],
-        binary: bool,
-        indices: np.ndarray,
-        invalid_labels: InvalidLabels,
-        progress: Progress | None,
-    ) -> None:
-        self.uri, self.ignore_index = reader.uri, reader.ignore_index
-        self.binary = binary
-        self._reader = reader
-        # The pictures that can be used, each with the classes in its mask.
-        self.kept: dict[int, frozenset[int]] = {}
-        digest, largest = hashlib.sha256(), -1
-        for number, index in enumerate(indices.tolist()):
-            try:
-                image, mask = reader[index]
-                _check_range(mask, len(class_names), self.ignore_index, reader.label_name(index))
-            except DataError as error:
-                invalid_labels.add(reader.name(index), Fault(UNUSABLE, str(error)))
-            else:
-                known = mask != self.ignore_index
-                self.kept[index] = frozenset(np.unique(mask[known]).tolist())
-                largest = max(largest, *self.kept[index], -1)
-                invalid_labels.adapt(TURNED, int(reader.is_turned(index)))
-                invalid_labels.adapt(READ_AS_BINARY, int(binary))
-                digest.update(np.ascontiguousarray(image).tobytes())
-                digest.update(mask.tobytes())
-            if progress is not None:
-                progress("checking masks", number + 1, len(indices))
-        if not self.kept:
-            raise _none_usable(self.uri, "; ".join(invalid_labels.found[:1]))
-        if largest < 0:
-            raise _all_void(self.uri, self.ignore_index)
-        present = self.present
-        if not class_names and largest >= MOST_UNNAMED:
-            raise DataError(
-                f"the masks of {self.uri} hold {len(present)} values up to {largest}, which would "
-                f"be {largest + 1} classes",
-                hint="number the classes 0, 1, …; classes.txt or --set num_classes=… says how many",
-            )
-        if not class_names:
-            invalid_labels.adapt(
-                f"class numbers below {largest + 1} that occur in no mask",
-                largest + 1 - len(present),
-            )
-        self.class_names = class_names or tuple(map(str, range(largest + 1)))
-        if len(self.class_names) < 2:
-            raise DataError(
-                f"the masks of {self.uri} hold no class but 0 and void ({self.ignore_index})",
-                hint="classes are 0, 1, …; --set ignore_index=… says what is void",
-            )
-        digest.update(repr(self.class_names).encode())
-        self.fingerprint = digest.hexdigest()
-
-        self._order = list(self.kept)
-
-    @property
-    def present(self) -> frozenset[int]:
-        """Classes of which there is a pixel."""
-        return frozenset().union(*self.kept.values())
-
-    def __len__(self) -> int:
-        return len(self._order)
-
-    def __getitem__(self, index: int) -> SegmentationExample:
-        return self.read(self._order[index])
-
-    def read(self, number: int) -> SegmentationExample:
-        """Read a picture by its number in the place, where some may have been left out."""
-        return self._reader[number]
-
-    def name(self, index: int) -> str:
-        return self.name_of(self._order[index])
-
-    def name_of(self, number: int) -> str:
-        """Place of a picture by its number, likewise."""
-        return self._reader.name(number)
-
-
-class _PartOfChecked:
-    """Some pictures of a set; their classes are those of the whole."""
-
-    def __init__(self, whole: _Checked, numbers: np.ndarray) -> None:
-        self._whole = whole
-        self._order = [number for number in numbers.tolist() if number in whole.kept]
-        self.uri, self.class_names = whole.uri, whole.class_names
-        self.ignore_index, self.binary = whole.ignore_index, whole.binary
-        if not self._order:
-            raise _none_usable(self.uri, "name pictures to score on with --val")
-        self.present = frozenset[int]().union(*(whole.kept[number] for number in self._order))
-        if not self.present:
-            raise _all_void(self.uri, self.ignore_index)
-        content = whole.fingerprint.encode() + np.array(self._order, np.int64).tobytes()
-        self.fingerprint = hashlib.sha256(content).hexdigest()
-
-    def __len__(self) -> int:
-        return len(self._order)
-
-    def __getitem__(self, index: int) -> SegmentationExample:
-        return self._whole.read(self._order[index])
-
-    def name(self, index: int) -> str:
-        return self._whole.name_of(self._order[index])
-
-
-def _none_usable(uri: str, hint: str) -> EmptyDatasetError:
-    return EmptyDatasetError(f"{uri} holds no picture with a mask that can be used", hint=hint)
-
-
-def _all_void(uri: str, ignore_index: int) -> DataError:
-    return DataError(
-        f"every pixel of {uri} is void ({ignore_index})",
-        hint="--set ignore_index=… says what is void in index masks",
-    )
-
-
-def _check_range(mask: np.ndarray, num_classes: int, ignore_index: int, where: str) -> None:
-    """Refuse a value that is neither a class nor void; `num_classes` 0 knows no upper bound."""
-    outside = (mask != ignore_index) & (mask < 0)
-    if num_classes:
-        outside |= (mask != ignore_index) & (mask >= num_classes)
-    if outside.any():
-        row, column = np.argwhere(outside)[0].tolist()
-        classes = f"0 to {num_classes - 1}" if num_classes else "0, 1, …"
-        raise DataError(
-            f"{where} has {mask[row, column]} at row {row}, column {column}; "
-            f"classes are {classes}, void is {ignore_index}",
-        )
 
 
 def _listed(names: tuple[str, ...]) -> str:

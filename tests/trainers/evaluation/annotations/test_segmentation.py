@@ -14,9 +14,12 @@ from mimray.trainers.config.evaluation.segmentation import SegmentationConfig
 from mimray.trainers.data.hold_out import HoldOut
 from mimray.trainers.data.synth import write_scenes
 from mimray.trainers.errors import DataError, EmptyDatasetError
-from mimray.trainers.evaluation.annotations.base import InvalidLabels
+from mimray.trainers.evaluation.annotations.base import (
+    InvalidLabels,
+    LabelledSplits,
+    SegmentationSet,
+)
 from mimray.trainers.evaluation.annotations.segmentation import (
-    SegmentationSplits,
     check_segmentation_splits,
     open_segmentation,
     open_segmentation_splits,
@@ -292,7 +295,7 @@ def _setting(place: Path, share: float = 0.4) -> Setting:
     )
 
 
-def _splits(place: Path) -> SegmentationSplits:
+def _splits(place: Path) -> LabelledSplits[SegmentationSet]:
     return open_segmentation_splits(_setting(place), CONFIG, InvalidLabels(skip=False))
 
 
