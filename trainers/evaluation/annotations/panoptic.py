@@ -8,7 +8,7 @@ from pydantic import BaseModel
 from mimray.trainers.data.files import join
 from mimray.trainers.errors import DataError
 from mimray.trainers.evaluation.annotations.base import InvalidLabels, SegmentationExample
-from mimray.trainers.evaluation.annotations.coco import (
+from mimray.trainers.evaluation.annotations.coco_file import (
     CategoryRecord,
     ImageRecord,
     images_of,
