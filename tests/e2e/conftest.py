@@ -79,7 +79,8 @@ class Workbench:
     def _start_node(self, *options: str, wrapper: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
         node = self.start(
             *wrapper, "ray", "start", "--block", "--node-ip-address=127.0.0.1",
-            "--object-store-memory=100000000", *options,
+            # The usual port of what starts jobs is that of the session's own Ray.
+            "--dashboard-agent-listen-port=0", "--object-store-memory=100000000", *options,
         )  # fmt: skip
 
         def ready() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -76,9 +77,11 @@ def test_job__trains_from_the_package_alone(cluster: Any, photos: Path, tree: Pa
         "ray", "job", "submit", "--working-dir", ".", "--address", cluster.dashboard,
         "--", "python", "-m", "service", *arguments,
     )  # fmt: skip
+    deadline = time.monotonic() + 240
     job = cluster.start(*submit, cwd=tree)
     # A node takes jobs some seconds after it has started.
-    while job.wait(200) and "No available agent" in cluster.output(job):
+    while job.wait(800) and "No available agent" in cluster.output(job):
+        assert time.monotonic() < deadline, cluster.output(job)
         job = cluster.start(*submit, cwd=tree)
     printed = cluster.finish(job)
     assert "succeeded" in printed
