@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from mimray import __version__
 from mimray.service.cli.data import data
 from mimray.service.cli.demo import demo
 from mimray.service.cli.doctor import doctor
@@ -83,7 +84,7 @@ def _refusal(error: MimrayError | OSError) -> MimrayError | None:
 
 @click.group(cls=_Group, context_settings=CONTEXT)
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
-@click.version_option(package_name="mimray", prog_name="mimray")
+@click.version_option(__version__, prog_name="mimray")
 @click.pass_context
 def cli(ctx: click.Context, debug: bool) -> None:
     """Pre-train a masked image model on your own pictures, and serve its encoder.

@@ -6,12 +6,12 @@ are written by hand.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from typing import Any, Literal, get_args
 
 from pydantic.json_schema import models_json_schema
 
+from mimray import __version__
 from mimray.serving.inference.options import PYRAMID_STRIDES
 from mimray.serving.operations.embeddings import EMBEDDINGS
 from mimray.serving.operations.features import FEATURES
@@ -75,7 +75,7 @@ def document() -> Tree:
         "openapi": "3.1.0",
         "info": {
             "title": "mimray",
-            "version": importlib.metadata.version("mimray"),
+            "version": __version__,
             "summary": "Features of pictures from frozen encoders",
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.metadata
 import json
 import logging
 import os
@@ -18,6 +17,7 @@ from ray import serve
 from ray.exceptions import RayActorError
 from starlette.types import ASGIApp
 
+from mimray import __version__
 from mimray.serving.api.access_log import open_access_log
 from mimray.serving.api.gateway import GatewayParts
 from mimray.serving.api.keys import KeyRing, hash_key
@@ -121,7 +121,7 @@ class RootReplica:
             self._ready,
             self._ask,
             self._gateway,
-            version=importlib.metadata.version("mimray"),
+            version=__version__,
             metrics=exposition,
         )
 

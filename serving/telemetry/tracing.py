@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from opentelemetry.sdk.resources import Resource
@@ -22,6 +21,7 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ParentBased
 from opentelemetry.trace import Span, SpanKind, StatusCode, get_current_span, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from mimray import __version__
 from mimray.trainers.errors import ServingError
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def _provider(exporter: SpanExporter | None) -> TracerProvider:
     if exporter is None:
         # Clients hear that nothing is recorded here, unless they record themselves.
         return TracerProvider(sampler=ParentBased(ALWAYS_OFF), resource=Resource.get_empty())
-    resource = Resource.create({"service.version": metadata.version("mimray")})
+    resource = Resource.create({"service.version": __version__})
     if str(resource.attributes["service.name"]).startswith("unknown_service"):
         resource = resource.merge(Resource({"service.name": "mimray"}))
     provider = TracerProvider(resource=resource)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,15 @@ from mimray.trainers.engine.loop import train
 from mimray.trainers.storage import RunDir
 
 pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One group for all tests: DeepSpeed keeps the groups that it makes within the first."""
+    meeting = tmp_path_factory.mktemp("group") / "meeting"
+    dist.init_process_group("nccl", init_method=f"file://{meeting}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 class Watch:
@@ -71,10 +81,6 @@ def train_on_gpu(tmp_path: Path, name: str, *settings: str) -> None:
     plan = resolve(load_recipe(name, overrides, steps=6), source.facts, 1)
     run, watch = RunDir(str(tmp_path / "run")), Watch()
     run.create()
-    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    try:
-        trained = train(plan, run, source, device=torch.device("cuda", 0), observer=watch)
-    finally:
-        dist.destroy_process_group()
+    trained = train(plan, run, source, device=torch.device("cuda", 0), observer=watch)
     assert all(math.isfinite(row["loss"]) for row in watch.rows)
     assert all(value.dtype == torch.float32 for value in trained.state.values())
