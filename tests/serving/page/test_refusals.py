@@ -119,10 +119,10 @@ def test_answers__that_come_late_are_not_shown(site: str, visit: Opened) -> None
     seen.page.route("**/v1/features?*layers=2*", lambda route: held.append(route))
     seen.page.locator(".gallery [data-sample=fields]").click()
     seen.page.wait_for_function(
-        "() => document.querySelector('.model').dataset.state === 'waiting'"
+        "() => document.querySelector('.model')?.dataset.state === 'waiting'"
     )
     seen.page.get_by_role("button", name="Layer 0").click()
-    seen.page.wait_for_function("() => document.querySelector('.tag').textContent === 'layer 0'")
+    seen.page.wait_for_function("() => document.querySelector('.tag')?.textContent === 'layer 0'")
     seen.ready()
     assert len(held) == 1  # given up by the page
     assert seen.page.locator(".model .tag").inner_text() == "layer 0"
