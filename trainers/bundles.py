@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from mimray.trainers.config.base import Config
-from mimray.trainers.config.model import EncoderConfig
+from mimray.trainers.config.model import EncoderConfig, ViTConfig
 from mimray.trainers.config.retired import without_retired
 from mimray.trainers.errors import BundleError
 from mimray.trainers.models import build_encoder
@@ -77,6 +77,11 @@ class BundleCard(Config):
     scores: dict[str, Any] = Field(default_factory=dict)
     held_out: dict[str, Any] = Field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+
+    @property
+    def has_class_token(self) -> bool:
+        """True if the encoder has a token that stands for the whole picture."""
+        return isinstance(self.encoder, ViTConfig) and self.encoder.class_token
 
     @field_validator("recipe")
     @classmethod

@@ -79,6 +79,8 @@ def pack_linears(encoder: FrozenEncoder) -> None:
     from timm.layers import Mlp
     from torch import nn
 
+    from mimray.trainers.models.mlp import ProjectionWithoutKeyBias
+
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return
     modules = list(encoder.encoder.modules())
@@ -92,7 +94,7 @@ def pack_linears(encoder: FrozenEncoder) -> None:
     for module in modules:
         if isinstance(module, Mlp) and module.fc1 in fused:
             module.act = nn.Identity()
-        elif type(module) is nn.Linear:
+        elif type(module) in (nn.Linear, ProjectionWithoutKeyBias):  # its keys' bias is zero
             _pack(module, "gelu" if module in fused else "none")
 
 

@@ -131,7 +131,7 @@ class Predictor:
             widths=tuple(encoder.widths),
             trained=self.card.image_size,
             pooling=self.card.pooling,
-            has_class_token=getattr(encoder, "num_prefix_tokens", 0) > 0,
+            has_class_token=self.card.has_class_token,
             max_input_pixels=limits.input_pixels,
         )
         self._faster = what_pays(config.compile, self._device)

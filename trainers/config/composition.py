@@ -30,11 +30,12 @@ def check_drops_hidden(method: str, encoder: EncoderConfig) -> None:
             f"which the windows of {encoder.name} cannot do without; take a vit, or method "
             "simmim, or maskfeat with decoder_depth 0"
         )
-    if encoder.rel_pos_bias != "none" or encoder.positions == "none":
+    placeless = encoder.positions == "none" and encoder.rope == "none"
+    if encoder.rel_pos_bias != "none" or placeless:
         raise ValueError(
             f"method {method} with a decoder leaves hidden patches out of the encoder, "
-            "which then needs absolute positions: encoder.positions sincos or learned and "
-            "encoder.rel_pos_bias none"
+            "which then needs positions of its own: encoder.positions sincos or learned, or "
+            "encoder.rope, and encoder.rel_pos_bias none"
         )
 
 

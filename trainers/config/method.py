@@ -530,7 +530,7 @@ class FinetuneConfig(MethodConfig):
         """Require an encoder with the pooling that the head uses."""
         if isinstance(encoder, DalleConfig):
             raise ValueError("encoder dalle makes codes of pictures; it is not for fine-tuning")
-        if self.pooling == "cls" and not isinstance(encoder, ViTConfig):
+        if self.pooling == "cls" and not (isinstance(encoder, ViTConfig) and encoder.class_token):
             raise ValueError(
                 f"encoder {encoder.name} has no class token; method.pooling mean goes with it"
             )

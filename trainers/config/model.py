@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mimray.trainers.config.base import Config
 
@@ -27,7 +27,7 @@ VIT_SHAPES: dict[str, _Shape] = {
 
 
 class ViTConfig(Config):
-    """A plain vision transformer with a class token.
+    """A plain vision transformer, with a class token and registers or without.
 
     `name` selects a published shape, of which any part may be overridden; `vit` leaves width, depth
     and num_heads to the recipe.
@@ -53,7 +53,28 @@ class ViTConfig(Config):
         default="mae",
         description="mae: xavier-uniform; beit: normal .02 cut at one std, rescaled by depth",
     )
-    norm_eps: PositiveFloat = Field(default=1e-6, description="epsilon of every LayerNorm")
+    norm_eps: PositiveFloat = Field(default=1e-6, description="epsilon of every norm")
+    class_token: bool = Field(default=True, description="a token for the whole picture, put first")
+    num_registers: NonNegativeInt = Field(
+        default=0, description="further tokens without a place, after the class token (DINOv2)"
+    )
+    rope: Literal["none", "dinov3", "eva02"] = Field(
+        default="none", description="rotary positions in attention: places in -1..1, or in patches"
+    )
+    rope_temperature: PositiveFloat | None = Field(
+        default=None, description="base of RoPE's frequencies; null is 100 (dinov3), 10000 (eva02)"
+    )
+    rope_grid: tuple[PositiveInt, PositiveInt] | None = Field(
+        default=None, description="rows and columns that eva02's places are stretched to, or null"
+    )
+    mlp: Literal["gelu", "gelu_tanh", "swiglu"] = Field(
+        default="gelu", description="the activation of the MLP; swiglu is a gated one"
+    )
+    norm: Literal["layer", "rms"] = Field(default="layer", description="LayerNorm or RMSNorm")
+    qk_norm: bool = Field(default=False, description="norms of each head's queries and keys")
+    attn_norm: bool = Field(default=False, description="a norm before attention's last projection")
+    mlp_norm: bool = Field(default=False, description="a norm before the MLP's last projection")
+    key_bias: bool = Field(default=True, description="false holds the bias of the keys at zero")
 
     @model_validator(mode="before")
     @classmethod
@@ -75,7 +96,29 @@ class ViTConfig(Config):
                 f"encoder.width {self.width} is not a multiple of 4, "
                 "which 2-D sin-cos positions need"
             )
+        if self.rope != "none" and self.width // self.num_heads % 4:
+            raise ValueError(
+                f"encoder.rope {self.rope} needs heads whose width is a multiple of 4, not "
+                f"{self.width // self.num_heads}: encoder.width {self.width} over "
+                f"num_heads {self.num_heads}"
+            )
+        if self.rope_grid is not None and self.rope != "eva02":
+            raise ValueError(f"encoder.rope_grid goes with rope eva02, not with {self.rope}")
+        if self.rope_temperature is not None and self.rope == "none":
+            raise ValueError("encoder.rope_temperature goes with rope dinov3 or eva02")
+        if self.rel_pos_bias != "none" and (
+            not self.class_token or self.num_registers or self.rope != "none"
+        ):
+            raise ValueError(
+                f"encoder.rel_pos_bias {self.rel_pos_bias} needs the class token alone before the "
+                "patches: class_token true, num_registers 0, rope none"
+            )
         return self
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before those of the patches: the class token and the registers."""
+        return int(self.class_token) + self.num_registers
 
     @property
     def stride(self) -> int:

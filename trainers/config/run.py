@@ -133,6 +133,24 @@ OPERATIONAL_KEYS = (
 )
 
 
+NEUTRAL: dict[str, Any] = {
+    "encoder.class_token": True,
+    "encoder.num_registers": 0,
+    "encoder.rope": "none",
+    "encoder.rope_temperature": None,
+    "encoder.rope_grid": None,
+    "encoder.mlp": "gelu",
+    "encoder.norm": "layer",
+    "encoder.qk_norm": False,
+    "encoder.attn_norm": False,
+    "encoder.mlp_norm": False,
+    "encoder.key_bias": True,
+}
+"""Keys that recipes of earlier versions lack, with the value at which each has no effect.
+
+At that value a key is in no digest and no comparison, so that runs begun before it go on.
+"""
+
 PLAN_FORMAT: Literal[2] = 2
 """The format of plans that this version makes; see `Plan`."""
 
@@ -282,6 +300,13 @@ def essential(recipe: Recipe) -> dict[str, Any]:
         tree[section].pop(key, None)
     for key in recipe.method.places:  # a place may change, its digest may not
         tree["method"].pop(key, None)
+    for dotted, neutral in NEUTRAL.items():
+        *sections, key = dotted.split(".")
+        node: Any = tree
+        for section in sections:
+            node = node.get(section, {}) if isinstance(node, dict) else {}
+        if isinstance(node, dict) and key in node and node[key] == neutral:
+            del node[key]
     return tree
 
 

@@ -47,6 +47,7 @@ def method_shapes(recipe: Recipe) -> Shapes:
                 num_heads=method.decoder_num_heads,
                 grid=recipe.grid,
                 out_dim=encoder.stride**2 * channels,
+                num_prefix=encoder.num_prefix_tokens,
             )
         return _shapes(nn.ModuleDict({"decoder": decoder}))
     if isinstance(method, BEiTConfig):

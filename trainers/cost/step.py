@@ -136,12 +136,16 @@ def trace(
             output = method(**inputs)
             forward = {part: flops / batch for part, flops in ledger.flops.items()}
             _backward(output.loss)
-    in_decoder = isinstance(getattr(method, "decoder", None), MAEDecoder)
+    decoder = getattr(method, "decoder", None)
     return Step(
         forward_flops=forward,
         training_flops=sum(ledger.flops.values()) / batch,
         encoder_tokens=sum(tokens) // batch,
-        decoder_tokens=math.prod(method.recipe.grid) + 1 if in_decoder else 0,
+        decoder_tokens=(
+            math.prod(method.recipe.grid) + decoder.num_prefix
+            if isinstance(decoder, MAEDecoder)
+            else 0
+        ),
         activations=ledger.most_beside_gradients,
         with_gradients=ledger.most,
     )

@@ -6,6 +6,7 @@ Source: He et al. 2022 (MAE), A.1 and Table 9; github.com/facebookresearch/mae `
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -103,7 +104,7 @@ class Finetune(Method):
         self.encoder.load_state_dict(dict(encoder))
         if self.pools_first:
             norm = self.encoder.get_submodule("norm")
-            assert isinstance(norm, nn.LayerNorm)
+            assert isinstance(norm, nn.LayerNorm | nn.RMSNorm)
             norm.reset_parameters()
 
     def forward(
@@ -196,6 +197,11 @@ def trainable_encoder(card: BundleCard, image_size: tuple[int, int]) -> EncoderC
     return encoder
 
 
+def _word(value: object) -> str:
+    """A value as `--set` takes it."""
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+
+
 def _held(recipe: Recipe, card: BundleCard) -> dict[str, Any]:
     """Check a recipe's encoder against that of the bundle it begins with.
 
@@ -215,7 +221,7 @@ def _held(recipe: Recipe, card: BundleCard) -> dict[str, Any]:
     wrong = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
     if wrong:
         listed = ", ".join(f"encoder.{key} {ours.get(key)!r}" for key in wrong)
-        wanted = " ".join(f"--set encoder.{key}={theirs.get(key)}" for key in wrong)
+        wanted = " ".join(f"--set encoder.{key}={_word(theirs.get(key))}" for key in wrong)
         raise ConfigError(
             f"method.bundle {method.bundle} has another encoder than the recipe, which has "
             f"{listed}",

@@ -41,6 +41,7 @@ class MAE(Method):
             grid=recipe.grid,
             out_dim=self.encoder.stride**2 * data.channels,
             norm_eps=recipe.encoder.norm_eps,
+            num_prefix=recipe.encoder.num_prefix_tokens,
         )
         self.norm_pix_loss = config.norm_pix_loss
 

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from mimray.trainers.config.method import MaskFeatConfig
+from mimray.trainers.config.model import ViTConfig
 from mimray.trainers.config.run import Recipe
 from mimray.trainers.data.masks import block_mask, random_mask
 from mimray.trainers.data.views import Inputs, Masks, training_view
@@ -41,6 +42,7 @@ class MaskFeat(Method):
         self.hog = HOG(data.channels, config.hog_bins, config.hog_cell_px, self.encoder.stride)
         self.decoder: MAEDecoder | None = None
         if config.decoder_depth:
+            assert isinstance(recipe.encoder, ViTConfig)
             self.decoder = MAEDecoder(
                 encoder_width=self.encoder.width,
                 width=config.decoder_width,
@@ -48,6 +50,7 @@ class MaskFeat(Method):
                 num_heads=config.decoder_num_heads,
                 grid=recipe.grid,
                 out_dim=self.hog.out_dim,
+                num_prefix=recipe.encoder.num_prefix_tokens,
             )
         else:
             self.mask_token = nn.Parameter(torch.empty(1, 1, self.encoder.embed_width))

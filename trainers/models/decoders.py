@@ -22,6 +22,8 @@ class MAEDecoder(nn.Module):
         grid: (rows, columns) of patches.
         out_dim: values predicted for each patch.
         norm_eps: epsilon of every LayerNorm.
+        num_prefix: the encoder's tokens before the patches, class token and registers, which all go
+            through the decoder.
 
     Source: He et al. 2022, sec. 3 "MAE decoder".
     """
@@ -35,12 +37,14 @@ class MAEDecoder(nn.Module):
         grid: tuple[int, int],
         out_dim: int,
         norm_eps: float = LAYER_NORM_EPS,
+        num_prefix: int = 1,
     ) -> None:
         super().__init__()
+        self.num_prefix = num_prefix
         self.embed = nn.Linear(encoder_width, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         self.pos_embed = nn.Parameter(
-            sincos_2d(width, grid, num_prefix=1).unsqueeze(0), requires_grad=False
+            sincos_2d(width, grid, num_prefix=num_prefix).unsqueeze(0), requires_grad=False
         )
         self.blocks = transformer_blocks(width, depth, num_heads, norm_eps=norm_eps)
         self.norm = nn.LayerNorm(width, eps=norm_eps)
@@ -51,27 +55,27 @@ class MAEDecoder(nn.Module):
     def forward(
         self,
         tokens: Float[Tensor, "B K D"],
-        prefix: Float[Tensor, "B 1 D"],
+        prefix: Float[Tensor, "B Q D"],
         mask: Bool[Tensor, "B N"],
     ) -> Float[Tensor, "B N P"]:
         """Predict every patch.
 
         Args:
             tokens: tokens of the visible patches, in row-major order.
-            prefix: the class token.
+            prefix: class token and registers, as many as the decoder was made for.
             mask: mask of the patches, True = hidden.
 
         Returns:
             Predictions, float [B, N, P], in row-major order.
         """
-        x = self.embed(torch.cat([prefix, tokens], dim=1))  # B 1+K W
+        x = self.embed(torch.cat([prefix, tokens], dim=1))  # B Q+K W
         x = x.to(self.mask_token.dtype)  # residuals are summed in the weights' precision
         n = mask.shape[1]
         full = self.mask_token.expand(x.shape[0], n, -1)
         places = visible_indices(mask).unsqueeze(-1).expand(-1, -1, x.shape[-1])  # B K W
-        full = full.scatter(1, places, x[:, 1:])
-        x = torch.cat([x[:, :1], full], dim=1) + self.pos_embed
+        full = full.scatter(1, places, x[:, self.num_prefix :])
+        x = torch.cat([x[:, : self.num_prefix], full], dim=1) + self.pos_embed
         for block in self.blocks:
             x = block(x)
-        prediction: Tensor = self.pred(self.norm(x))[:, 1:]
+        prediction: Tensor = self.pred(self.norm(x))[:, self.num_prefix :]
         return prediction

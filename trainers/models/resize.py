@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from timm.layers import resample_abs_pos_embed
@@ -75,7 +76,10 @@ def _resized(
         if grids[0] == grids[1]:
             return value
         resampled: Tensor = resample_abs_pos_embed(
-            value, new_size=list(grids[1]), old_size=list(grids[0]), num_prefix_tokens=1
+            value,
+            new_size=list(grids[1]),
+            old_size=list(grids[0]),
+            num_prefix_tokens=value.shape[1] - math.prod(grids[0]),
         )
         return resampled
     if key.endswith("relative_position_bias_table"):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -16,10 +16,12 @@ from torch.nn import functional as F
 
 from mimray.trainers.config.model import ViTConfig
 from mimray.trainers.models.encoder import Encoder
+from mimray.trainers.models.mlp import ProjectionWithoutKeyBias, mlp_options, norm_maker
 from mimray.trainers.models.noise import replace_drop_path
 from mimray.trainers.models.patches import patchify, take_tokens, visible_indices
 from mimray.trainers.models.positions import sincos_2d
 from mimray.trainers.models.rel_pos import RelPosBias, RelPosBlock
+from mimray.trainers.models.rope import RopeBlock, rope_at, rope_table
 from mimray.trainers.types import Features
 
 LAYER_NORM_EPS = 1e-6
@@ -34,7 +36,9 @@ def transformer_blocks(
     *,
     layer_scale: float | None = None,
     norm_eps: float = LAYER_NORM_EPS,
-    rel_pos_grid: tuple[int, int] | None = None,
+    block: Callable[..., Block] = Block,
+    key_bias: bool = True,
+    **options: Any,
 ) -> nn.ModuleList:
     """Pre-norm transformer blocks with biased qkv.
 
@@ -48,11 +52,12 @@ def transformer_blocks(
         mlp_ratio: hidden width of the MLP over width.
         drop_path: rate of the last block; earlier ones rise to it linearly from 0.
         layer_scale: initial scale of each residual branch; None leaves them unscaled.
-        norm_eps: epsilon of every LayerNorm.
-        rel_pos_grid: (rows, columns) of patches, for relative positions in each block; None for
-            none.
+        norm_eps: epsilon of every norm.
+        block: what makes a block.
+        key_bias: False to hold the bias of the keys at zero.
+        options: further arguments of timm's block.
     """
-    block = Block if rel_pos_grid is None else partial(RelPosBlock, grid=rel_pos_grid)
+    options = {"norm_layer": norm_maker("layer", norm_eps), **options}
     blocks = nn.ModuleList(
         block(
             width,
@@ -60,11 +65,14 @@ def transformer_blocks(
             mlp_ratio,
             qkv_bias=True,
             init_values=layer_scale,
-            norm_layer=partial(nn.LayerNorm, eps=norm_eps),
             drop_path=drop_path * i / max(1, depth - 1),
+            **options,
         )
         for i in range(depth)
     )
+    if not key_bias:
+        for made in blocks:
+            made.get_submodule("attn").qkv = ProjectionWithoutKeyBias(width, 3 * width)
     replace_drop_path(list(blocks))
     return blocks
 
@@ -120,7 +128,7 @@ class PatchEmbed(nn.Module):
 
 
 class ViT(Encoder):
-    """A plain vision transformer with a class token.
+    """A plain vision transformer: prefix tokens (class token, registers), then the patches.
 
     Parameters are named as in timm's vit. Relative positions that all blocks share are
     `rel_pos_bias.relative_position_bias_table`, as in the official BEiT code; those of one block
@@ -150,12 +158,21 @@ class ViT(Encoder):
 
         self.grid = self._grid_of(image_size)
         self.patch_embed = PatchEmbed(config.patch_size, in_chans, config.width)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, config.width))
+        self.num_prefix_tokens = config.num_prefix_tokens
+        self.cls_token = _tokens(int(config.class_token), config.width)
+        self.reg_token = _tokens(config.num_registers, config.width)
         self.pos_embed = _position_table(config, self.grid)
         self.rel_pos_bias = (
             RelPosBias(self.grid, config.num_heads) if config.rel_pos_bias == "shared" else None
         )
         self.per_block = config.rel_pos_bias == "per_block"
+        self.rope = config if config.rope != "none" else None
+        block: Callable[..., Block] = Block
+        if self.per_block:
+            block = partial(RelPosBlock, grid=self.grid)
+        elif self.rope is not None:
+            block = partial(RopeBlock, interleaved=config.rope == "eva02")
+        norm = norm_maker(config.norm, config.norm_eps)
         self.blocks = transformer_blocks(
             config.width,
             config.depth,
@@ -163,10 +180,15 @@ class ViT(Encoder):
             config.mlp_ratio,
             config.drop_path,
             layer_scale=config.layer_scale,
-            norm_eps=config.norm_eps,
-            rel_pos_grid=self.grid if self.per_block else None,
+            block=block,
+            key_bias=config.key_bias,
+            norm_layer=norm,
+            qk_norm=config.qk_norm,
+            scale_attn_norm=config.attn_norm,
+            scale_mlp_norm=config.mlp_norm,
+            **mlp_options(config.mlp),
         )
-        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.norm = norm(config.width)
         if config.init == "mae":
             self._init_as_mae()
         else:
@@ -191,7 +213,7 @@ class ViT(Encoder):
                 block.get_parameter("mlp.fc2.weight").div_(math.sqrt(2 * i))
 
     def _trained_tokens(self) -> list[nn.Parameter]:
-        tokens = [self.cls_token]
+        tokens = [token for token in (self.cls_token, self.reg_token) if token is not None]
         if self.pos_embed is not None and self.pos_embed.requires_grad:
             tokens.append(self.pos_embed)
         return tokens
@@ -212,7 +234,7 @@ class ViT(Encoder):
         Source: official BEiT code, `optim_factory.py`, which MAE's follows.
         """
         part, _, rest = name.partition(".")
-        if part in ("cls_token", "pos_embed", "patch_embed"):
+        if part in ("cls_token", "reg_token", "pos_embed", "patch_embed"):
             return 0
         return int(rest.partition(".")[0]) + 1 if part == "blocks" else self.last_decay_layer
 
@@ -225,14 +247,13 @@ class ViT(Encoder):
     ) -> Features:
         """Encode pictures; without a mask token, hidden patches are not even projected."""
         grid = self._grid_of((images.shape[2], images.shape[3]))
-        x = self._embed(images, grid, mask, mask_token)
-        relative = self._relative(grid, x.dtype)
+        x, keep = self._embed(images, grid, mask, mask_token)
+        places = self._places(grid, x, keep)
         for block in self.blocks:
-            x = self._run(block, x, relative)
+            x = self._run(block, x, places)
         if norm:
-            x = self.norm(x)  # B 1+N D
-        prefix, tokens = x[:, :1], x[:, 1:]
-        return Features(tokens, prefix, pooled=tokens.mean(dim=1), grid=grid)
+            x = self.norm(x)  # B P+N D
+        return self._features(x, grid)
 
     def features(
         self, images: Float[Tensor, "B C H W"], layers: Sequence[int], norm: bool = True
@@ -240,11 +261,11 @@ class ViT(Encoder):
         """Maps after the given blocks; blocks past the last one asked for are not run."""
         wanted = self._wanted(layers)
         grid = self._grid_of((images.shape[2], images.shape[3]))
-        x = self._embed(images, grid)
-        relative = self._relative(grid, x.dtype)
+        x, keep = self._embed(images, grid)
+        places = self._places(grid, x, keep)
         maps: dict[int, Tensor] = {}
         for i, block in enumerate(self.blocks[: max(wanted) + 1]):
-            x = self._run(block, x, relative)
+            x = self._run(block, x, places)
             if i in wanted:
                 maps[i] = self._map(x, grid, norm)
         return tuple(maps[i] for i in wanted)
@@ -255,20 +276,22 @@ class ViT(Encoder):
         """Features and maps in one pass."""
         wanted = self._wanted(layers) if layers else []
         grid = self._grid_of((images.shape[2], images.shape[3]))
-        x = self._embed(images, grid)
-        relative = self._relative(grid, x.dtype)
+        x, keep = self._embed(images, grid)
+        places = self._places(grid, x, keep)
         maps: dict[int, Tensor] = {}
         for i, block in enumerate(self.blocks):
-            x = self._run(block, x, relative)
+            x = self._run(block, x, places)
             if i in wanted:
                 maps[i] = self._map(x, grid, norm)
-        x = self.norm(x)  # B 1+N D
-        prefix, tokens = x[:, :1], x[:, 1:]
-        features = Features(tokens, prefix, pooled=tokens.mean(dim=1), grid=grid)
-        return features, tuple(maps[i] for i in wanted)
+        x = self.norm(x)  # B P+N D
+        return self._features(x, grid), tuple(maps[i] for i in wanted)
+
+    def _features(self, x: Tensor, grid: tuple[int, int]) -> Features:
+        prefix, tokens = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
+        return Features(tokens, prefix, pooled=tokens.mean(dim=1), grid=grid)
 
     def _map(self, x: Tensor, grid: tuple[int, int], norm: bool) -> Tensor:
-        tokens = (self.norm(x) if norm else x)[:, 1:]  # B N D
+        tokens = (self.norm(x) if norm else x)[:, self.num_prefix_tokens :]  # B N D
         return cast(Tensor, tokens.transpose(1, 2).unflatten(2, grid))  # B D h w
 
     def _embed(
@@ -277,7 +300,8 @@ class ViT(Encoder):
         grid: tuple[int, int],
         mask: Tensor | None = None,
         mask_token: Tensor | None = None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
+        """Tokens before the first block, and the places of the patches if some are left out."""
         patches = patchify(self._cast(images), self.stride)  # B N P
         keep = None
         if mask is not None and mask_token is None:
@@ -287,38 +311,55 @@ class ViT(Encoder):
         x = self.patch_embed(patches).to(patches.dtype)
         if mask is not None and mask_token is not None:
             x = torch.where(mask.unsqueeze(-1), mask_token.to(x.dtype), x)
-        first: Tensor = self.cls_token
+        first: Tensor | None = self.cls_token
         if self.pos_embed is not None:
             positions = self._positions(self.pos_embed, grid).to(x.dtype)
-            first = first + positions[:, :1]
-            places = positions[:, 1:].expand(x.shape[0], -1, -1)  # B N D
+            if first is not None:
+                first = first + positions[:, :1]
+                positions = positions[:, 1:]
+            places = positions.expand(x.shape[0], -1, -1)  # B N D
             x = x + (places if keep is None else take_tokens(places, keep))
-        return torch.cat([first.expand(x.shape[0], -1, -1), x], dim=1)  # B 1+N D
+        prefix = [token for token in (first, self.reg_token) if token is not None]
+        return torch.cat([*(t.expand(x.shape[0], -1, -1) for t in prefix), x], dim=1), keep
 
     def _positions(self, table: Tensor, grid: tuple[int, int]) -> Tensor:
         if grid == self.grid:
             return table
-        resampled = resample_abs_pos_embed(table, list(grid), list(self.grid), num_prefix_tokens=1)
+        resampled = resample_abs_pos_embed(
+            table, list(grid), list(self.grid), num_prefix_tokens=int(self.cls_token is not None)
+        )
         return cast(Tensor, resampled)
 
-    def _relative(
-        self, grid: tuple[int, int], dtype: torch.dtype
+    def _places(
+        self, grid: tuple[int, int], x: Tensor, keep: Tensor | None
     ) -> Tensor | tuple[int, int] | None:
-        """The blocks' argument for relative positions.
+        """The blocks' argument for positions.
 
-        It is the bias they share, or the grid from which each makes its own bias, or None.
+        It is the relative bias they share, or the grid from which each makes its own bias, or
+        RoPE's table, or None.
         """
         if self.rel_pos_bias is not None:
-            shared: Tensor = self.rel_pos_bias(grid).to(dtype)
+            shared: Tensor = self.rel_pos_bias(grid).to(x.dtype)
             return shared
+        if self.rope is not None:
+            table = rope_table(self.rope, grid, x.device)
+            return table if keep is None else rope_at(table, keep)
         return grid if self.per_block else None
 
 
+def _tokens(count: int, width: int) -> nn.Parameter | None:
+    return nn.Parameter(torch.empty(1, count, width)) if count else None
+
+
 def _position_table(config: ViTConfig, grid: tuple[int, int]) -> nn.Parameter | None:
-    """Absolute positions [1, 1 + N, D], class token first; sin-cos ones are not trained."""
+    """Absolute positions [1, N, D], the class token's first if there is one.
+
+    Registers have none; sin-cos positions are not trained.
+    """
     if config.positions == "none":
         return None
+    first = int(config.class_token)
     if config.positions == "sincos":
-        table = sincos_2d(config.width, grid, num_prefix=1).unsqueeze(0)
+        table = sincos_2d(config.width, grid, num_prefix=first).unsqueeze(0)
         return nn.Parameter(table, requires_grad=False)
-    return nn.Parameter(torch.empty(1, 1 + grid[0] * grid[1], config.width))
+    return nn.Parameter(torch.empty(1, first + grid[0] * grid[1], config.width))

@@ -17,10 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from mimray.trainers.bundles import BundleCard, FrozenEncoder
+from mimray.trainers.bundles import FrozenEncoder
 from mimray.trainers.config.base import Config
 from mimray.trainers.config.evaluation.extract import ExtractSpec
-from mimray.trainers.config.model import ViTConfig
 from mimray.trainers.data.decode import decode
 from mimray.trainers.data.rng import Stream, generator
 from mimray.trainers.data.selection import evenly_spread
@@ -159,7 +158,7 @@ def describe(ref: EncoderRef, source: Source, spec: ExtractSpec) -> Extraction:
         encoder = FrozenEncoder(build_encoder(card.encoder, card.image_size, card.channels), card)
     height, width = spec.image_size or card.image_size
     check_input(encoder, (height, width), "image_size")
-    if "cls" in spec.pooled and not has_class_token(card):
+    if "cls" in spec.pooled and not card.has_class_token:
         raise ConfigError(f"{ref.text} has no class token", hint="pool by mean")
     depth = encoder.depth
     wrong = [layer for layer in spec.layers if not -depth <= layer < depth]
@@ -194,11 +193,6 @@ def describe(ref: EncoderRef, source: Source, spec: ExtractSpec) -> Extraction:
             for layer in layers
         ),
     )
-
-
-def has_class_token(card: BundleCard) -> bool:
-    """True if an encoder has a token that stands for the whole picture."""
-    return isinstance(card.encoder, ViTConfig)
 
 
 class Skipped(Config):

@@ -27,7 +27,7 @@ from mimray.trainers.data.sources import Source
 from mimray.trainers.errors import ConfigError, EmptyDatasetError, MimrayError
 from mimray.trainers.evaluation.features.encoders import EncoderRef
 from mimray.trainers.evaluation.features.extraction import MANIFEST, extract, read_columns
-from mimray.trainers.evaluation.features.parts import describe, has_class_token
+from mimray.trainers.evaluation.features.parts import describe
 from mimray.trainers.evaluation.score import Setting
 from mimray.trainers.evaluation.splits import Splits, open_splits
 from mimray.trainers.storage import RunDir
@@ -189,7 +189,7 @@ def pooled_features(
     """
     check_pooling(ref, pooling)
     spec = ExtractSpec(
-        pooled=("mean", "cls") if has_class_token(ref.card()) else ("mean",),
+        pooled=("mean", "cls") if ref.card().has_class_token else ("mean",),
         limit=setting.limit,
         view=view,
         num_views=num_views,
@@ -279,7 +279,7 @@ def check_pooling(ref: EncoderRef, pooling: Pooling) -> None:
     Raises:
         ConfigError: that is so.
     """
-    if pooling != "mean" and not has_class_token(ref.card()):
+    if pooling != "mean" and not ref.card().has_class_token:
         raise ConfigError(f"{ref.text} has no class token", hint="pooling=mean")
 
 
