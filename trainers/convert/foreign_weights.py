@@ -14,6 +14,18 @@ from mimray.trainers.errors import BundleError
 
 # Pixels to [-1, 1], as many libraries do and BEiT by default.
 HALF: dict[str, Any] = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+# CLIP's, which EVA-02 kept.
+CLIP: dict[str, Any] = {
+    "mean": (0.48145466, 0.4578275, 0.40821073),
+    "std": (0.26862954, 0.26130258, 0.27577711),
+}
+NO_ATTENTION_POOLING = (
+    "the source pools by attention, which is left out; here the mean of the patches stands for a "
+    "picture"
+)
+DINOV3_LICENCE = (
+    "DINOv3 License (https://ai.meta.com/resources/models-and-libraries/dinov3-license)"
+)
 
 
 @dataclass
@@ -27,6 +39,7 @@ class ForeignWeights:
             Weights of an encoder alone have no `method`.
         pooling: vector that stands for a whole picture.
         notes: sentences for people.
+        licence: name of a licence with terms of its own, as far as it is known.
     """
 
     encoder: dict[str, Tensor]
@@ -34,6 +47,7 @@ class ForeignWeights:
     tree: dict[str, dict[str, Any]] = field(default_factory=dict)
     pooling: Literal["mean", "cls"] = "mean"
     notes: list[str] = field(default_factory=list)
+    licence: str = ""
 
     @property
     def channels(self) -> int:

@@ -39,9 +39,28 @@ TIMM = "timm:"
 # What BEiT shows its tokenizer beside pictures of 224 pixels.
 DALLE_SIZE = (112, 112)
 # Networks compute them themselves.
-_BUFFERS = ("relative_position_index", "attn_mask", "relative_coords_table")
+_BUFFERS = (
+    "relative_position_index",
+    "attn_mask",
+    "relative_coords_table",
+    ".periods",
+    "freqs_cos",
+    "freqs_sin",
+    ".bias_mask",
+)
 # What is put on an encoder, and is no part of one.
-_HEADS = ("head.", "head_dist.", "fc_norm.", "classifier.", "pooler.", "embeddings.mask_token")
+_HEADS = (
+    "head.",
+    "head_dist.",
+    "fc_norm.",
+    "classifier.",
+    "pooler.",
+    "embeddings.mask_token",
+    "mask_token",
+    "lm_head.",
+    "attn_pool.",
+    "local_cls_norm.",
+)
 _NUM_LISTED = 20
 
 _Kind = TypeVar("_Kind", bound=Config)
@@ -90,9 +109,10 @@ def import_weights(
 ) -> Imported:
     """Turn a checkpoint of another library into a bundle.
 
-    Known are the official checkpoints of MAE, BEiT, SimMIM and MaskFeat; timm's vit, beit and
-    swin; transformers' vit_mae, beit, swin and vit; the encoder of DALL-E's tokenizer. Where the
-    weights hold the method's head, so does the bundle.
+    Known are the official checkpoints of MAE, BEiT, SimMIM, MaskFeat, DINOv2, DINOv3 and EVA-02;
+    timm's vit, beit, eva and swin; transformers' vit_mae, beit, swin, vit, dinov2 (with registers
+    or without), dinov3_vit and siglip; the encoder of DALL-E's tokenizer. Where the weights hold
+    the method's head, so does the bundle.
 
     Args:
         source: a file, a folder, or `timm:NAME` for what timm fetches itself.
@@ -116,6 +136,9 @@ def import_weights(
         if is_dalle(checkpoint.state):
             return _tokenizer(checkpoint, out, image_size, name or _name_of(source), command)
     found, origin = _read(source, architecture)
+    if found.licence:
+        origin += f", under the {found.licence}"
+        found.notes.append(f"the weights are under the {found.licence}")
     tree = _recipe_sections(found, overrides)
     model = _model(found, tree, source)
     encoder, method = _assign(found, model, tree.get("method", {}))

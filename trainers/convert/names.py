@@ -25,6 +25,25 @@ BEIT = {
     ),
 }
 
+# Theirs to ours, as official code of DINOv2, DINOv3 and EVA-02 has them, and timm's Eva. The first
+# layer of a gated MLP, where it comes in two parts, is `gate` and `value` until `join_gates`.
+ALIASES = {"register_tokens": "reg_token", "storage_tokens": "reg_token"} | {
+    f"blocks.{{}}.{theirs}": f"blocks.{{}}.{ours}"
+    for theirs, ours in {
+        "attn.q_proj": "attn.q",
+        "attn.k_proj": "attn.k",
+        "attn.v_proj": "attn.v",
+        "attn.inner_attn_ln": "attn.norm",
+        "mlp.ffn_ln": "mlp.norm",
+        "mlp.w12": "mlp.fc1",
+        "mlp.w1": "mlp.gate",
+        "mlp.w2": "mlp.value",
+        "mlp.w3": "mlp.fc2",
+        "mlp.fc1_g": "mlp.gate",
+        "mlp.fc1_x": "mlp.value",
+    }.items()
+}
+
 # Published transformers checkpoints, which every version of it reads: ViT, ViTMAE and Beit.
 _HF_BLOCK = {
     "norm1": "layernorm_before",
@@ -46,6 +65,72 @@ HF_VIT = {
     "rel_pos_bias": "encoder.relative_position_bias",
     "norm": "layernorm",
 } | {f"blocks.{{}}.{ours}": f"encoder.layer.{{}}.{theirs}" for ours, theirs in _HF_BLOCK.items()}
+HF_DINOV2 = {
+    "cls_token": "embeddings.cls_token",
+    "reg_token": "embeddings.register_tokens",
+    "pos_embed": "embeddings.position_embeddings",
+    "patch_embed.proj": "embeddings.patch_embeddings.projection",
+    "norm": "layernorm",
+} | {
+    f"blocks.{{}}.{ours}": f"encoder.layer.{{}}.{theirs}"
+    for ours, theirs in {
+        "norm1": "norm1",
+        "attn.q": "attention.attention.query",
+        "attn.k": "attention.attention.key",
+        "attn.v": "attention.attention.value",
+        "attn.proj": "attention.output.dense",
+        "ls1.gamma": "layer_scale1.lambda1",
+        "norm2": "norm2",
+        "mlp.fc1": "mlp.fc1",
+        "mlp.fc2": "mlp.fc2",
+        "ls2.gamma": "layer_scale2.lambda1",
+    }.items()
+}
+HF_DINOV2_GATED = HF_DINOV2 | {
+    "blocks.{}.mlp.fc1": "encoder.layer.{}.mlp.weights_in",
+    "blocks.{}.mlp.fc2": "encoder.layer.{}.mlp.weights_out",
+}
+HF_DINOV3 = {
+    "cls_token": "embeddings.cls_token",
+    "reg_token": "embeddings.register_tokens",
+    "patch_embed.proj": "embeddings.patch_embeddings",
+    "norm": "norm",
+} | {
+    f"blocks.{{}}.{ours}": f"layer.{{}}.{theirs}"
+    for ours, theirs in {
+        "norm1": "norm1",
+        "attn.q": "attention.q_proj",
+        "attn.k": "attention.k_proj",
+        "attn.v": "attention.v_proj",
+        "attn.proj": "attention.o_proj",
+        "ls1.gamma": "layer_scale1.lambda1",
+        "norm2": "norm2",
+        "mlp.fc1": "mlp.up_proj",
+        "mlp.fc2": "mlp.down_proj",
+        "ls2.gamma": "layer_scale2.lambda1",
+    }.items()
+}
+HF_DINOV3_GATED = {k: v for k, v in HF_DINOV3.items() if k != "blocks.{}.mlp.fc1"} | {
+    "blocks.{}.mlp.gate": "layer.{}.mlp.gate_proj",
+    "blocks.{}.mlp.value": "layer.{}.mlp.up_proj",
+}
+HF_SIGLIP = {
+    "pos_embed": "embeddings.position_embedding.weight",
+    "patch_embed.proj": "embeddings.patch_embedding",
+    "norm": "post_layernorm",
+} | {
+    f"blocks.{{}}.{ours}": f"encoder.layers.{{}}.{theirs}"
+    for ours, theirs in {
+        "norm1": "layer_norm1",
+        "attn.q": "self_attn.q_proj",
+        "attn.k": "self_attn.k_proj",
+        "attn.v": "self_attn.v_proj",
+        "attn.proj": "self_attn.out_proj",
+        "norm2": "layer_norm2",
+        "mlp.fc1": "mlp.fc1",
+        "mlp.fc2": "mlp.fc2",
+    }.items()
+}
 HF_DECODER = {
     "decoder.embed": "decoder.decoder_embed",
     "decoder.mask_token": "decoder.mask_token",
@@ -157,6 +242,32 @@ def join_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if all(f"{part}.bias" in joined for part in parts):
             joined[f"{attn}qkv.bias"] = torch.cat([joined.pop(f"{p}.bias") for p in parts])
     return joined
+
+
+def join_gates(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The two parts of a gated MLP's first layer, `mlp.gate` and `mlp.value`, as one `mlp.fc1`.
+
+    Where a block has one part alone, it stays as it is.
+    """
+    joined = dict(state)
+    for key in state:
+        value = key.replace(".mlp.gate.", ".mlp.value.")
+        if value != key and value in joined:
+            parts = joined.pop(key), joined.pop(value)
+            joined[key.replace(".mlp.gate.", ".mlp.fc1.")] = torch.cat(parts)
+    return joined
+
+
+def split_gates(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `join_gates`, for a state whose MLPs are all gated."""
+    split = {}
+    for key, value in state.items():
+        if ".mlp.fc1." in key:
+            for name, half in zip(("gate", "value"), value.chunk(2), strict=True):
+                split[key.replace(".mlp.fc1.", f".mlp.{name}.")] = half
+        else:
+            split[key] = value
+    return split
 
 
 def without_key_bias(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

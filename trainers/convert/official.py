@@ -1,7 +1,8 @@
-"""Checkpoints of the papers' own code: MAE, BEiT, SimMIM, MaskFeat, and encoders in their style.
+"""Checkpoints of the papers' own code, and encoders in their style.
 
 Sources of the names: facebookresearch/mae `models_mae.py`, microsoft/unilm `beit/`,
-microsoft/SimMIM `models/`, facebookresearch/SlowFast `slowfast/models/masked.py`.
+microsoft/SimMIM `models/`, facebookresearch/SlowFast `slowfast/models/masked.py`,
+facebookresearch/dinov2 and dinov3 `vision_transformer.py`, baaivision/EVA `EVA-02/`.
 """
 
 from __future__ import annotations
@@ -9,17 +10,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import yaml
 from torch import Tensor
 
 from mimray.trainers.convert.foreign_weights import (
+    CLIP,
+    DINOV3_LICENCE,
     HALF,
     ForeignWeights,
     norm_before_pooling,
     take,
     take_pixel_head,
 )
-from mimray.trainers.convert.names import BEIT, inverse, join_qkv, rename, shift_downsample
+from mimray.trainers.convert.names import (
+    ALIASES,
+    BEIT,
+    inverse,
+    join_gates,
+    join_qkv,
+    rename,
+    shift_downsample,
+)
 
 
 def from_official(state: dict[str, Tensor], settings: Mapping[str, Any]) -> ForeignWeights:
@@ -30,7 +42,13 @@ def from_official(state: dict[str, Tensor], settings: Mapping[str, Any]) -> Fore
         settings: everything else that the file holds.
     """
     state = {k: v for k, v in state.items() if not k.startswith("hogs.")}
-    if "decoder_embed.weight" in state:
+    if "storage_tokens" in state or "rope_embed.periods" in state:
+        found = _from_dinov3(state)
+    elif "rope.freqs_cos" in state:
+        found = _from_eva02(state)
+    elif "mask_token" in state and state["mask_token"].ndim == 2:
+        found = ForeignWeights(state, pooling="cls")  # DINOv2, whose features are the class token's
+    elif "decoder_embed.weight" in state:
         found = _from_mae(state, settings.get("args"))
     elif "encoder.mask_token" in state:
         found = _from_simmim(state, settings.get("config"))
@@ -51,8 +69,8 @@ def from_official(state: dict[str, Tensor], settings: Mapping[str, Any]) -> Fore
 
 
 def our_encoder(state: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
-    """A vit, BEiT or Swin under the names of its own code or of timm's, under ours."""
-    state = rename(state, inverse(BEIT))
+    """A vit, BEiT, EVA or Swin under the names of its own code or of timm's, under ours."""
+    state = join_gates(rename(rename(state, inverse(BEIT)), ALIASES))
     if "layers.0.downsample.reduction.weight" in state:
         state = shift_downsample(state, by=1)
     return norm_before_pooling(join_qkv(state), "fc_norm", notes)
@@ -107,6 +125,30 @@ def _from_maskfeat(state: dict[str, Tensor], config: Any) -> ForeignWeights:
         tree["encoder"] = {"num_heads": settings["MVIT"]["NUM_HEADS"]}
         tree["method"]["mask_ratio"] = settings["AUG"]["MASK_RATIO"]
     return ForeignWeights(state | take(state, norm), rest, tree)
+
+
+def _from_dinov3(state: dict[str, Tensor]) -> ForeignWeights:
+    """Its biases have a place for the keys, which a mask takes out."""
+    for key in [k for k in state if k.endswith(".attn.qkv.bias")]:
+        queries, keys, values = state[key].chunk(3)
+        state[key] = torch.cat([queries, torch.zeros_like(keys), values])
+    encoder: dict[str, Any] = {"norm_eps": 1e-5, "rope": "dinov3"}
+    if "rope_embed.periods" in state:  # one for each four channels of a head
+        quarter = state["rope_embed.periods"].numel()
+        encoder["num_heads"] = state["cls_token"].shape[2] // (4 * quarter)
+    tree: dict[str, dict[str, Any]] = {"encoder": encoder, "data": {"image_size": (256, 256)}}
+    return ForeignWeights(state, tree=tree, pooling="cls", licence=DINOV3_LICENCE)
+
+
+def _from_eva02(state: dict[str, Tensor]) -> ForeignWeights:
+    head_width = state["rope.freqs_cos"].shape[1]
+    encoder = {
+        "rope": "eva02",
+        "rope_grid": (16, 16),  # of its pre-training, at 224 pixels
+        "num_heads": state["cls_token"].shape[2] // head_width,
+        "init": "beit",
+    }
+    return ForeignWeights(state, tree={"encoder": encoder, "data": CLIP})
 
 
 def _from_beit(state: dict[str, Tensor]) -> ForeignWeights:

@@ -20,20 +20,19 @@ from mimray.trainers.models.positions import sincos_2d
 _CONV = "patch_embed.proj.weight"
 _TABLE = "relative_position_bias_table"
 _SWIN_EPS = 1e-5
+# Heads by width of published vits beside the named ones: SigLIP's SO400M, DINOv2's g.
+_OTHER_HEADS = {1152: 16, 1536: 24}
 
 # Parts that our encoders do not have, so that the rest would not compute what it was trained to.
 _FOREIGN = {
-    r"(^|\.)(reg_token|register_tokens|storage_tokens)$": "register tokens",
     r"(^|\.)dist_token$|(^|\.)distillation_token$": "a distillation token",
-    r"\.attn\.(q|k)_norm\.|\.attn\.norm\.": "norms inside attention",
     r"^norm_pre\.": "a norm before the first block",
     r"^patch_embed\.(backbone|conv|blocks|stem|norm_)": "a convolutional stem",
-    r"^attn_pool\.": "pooling by attention",
     r"absolute_pos_embed$|^embeddings\.position_embeddings$": "absolute positions in a swin",
     r"\.(cpb_mlp|logit_scale|continuous_position_bias_mlp)\b": "the attention of Swin V2",
     r"\.rel_pos_(h|w|t)$": "relative positions of another kind (MViT)",
     r"^pos_embed_(spatial|temporal|class)$": "positions in space and time (video)",
-    r"\.mlp\.(w12|fc1_g|gate_proj|weights_in)": "a gated MLP",
+    r"\.attn\.gate\.": "gates inside attention",
 }
 
 
@@ -122,38 +121,66 @@ def _least_block(
 def _vit(
     state: dict[str, Tensor], known: Mapping[str, Any], grid: tuple[int, int]
 ) -> dict[str, Any]:
-    if "cls_token" not in state:
-        raise BundleError("the model has no class token, which our vit has")
     width, _, patch_size = state[_CONV].shape[:3]
     depth, num_heads = _count(state, "blocks"), known.get("num_heads") or _vit_heads(state, width)
     shared, own = f"rel_pos_bias.{_TABLE}" in state, f"blocks.0.rel_pos_bias.{_TABLE}" in state
     named = [n for n, shape in VIT_SHAPES.items() if shape[:3] == (width, depth, num_heads)]
+    gated, first = _gated(state), state.get("blocks.0.mlp.fc1.weight")
     shown: dict[str, Any] = {
         "name": named[0] if named else "vit",
         "width": width,
         "depth": depth,
         "num_heads": num_heads,
         "patch_size": patch_size,
-        "mlp_ratio": _mlp_ratio(state.get("blocks.0.mlp.fc1.weight"), width),
+        "mlp_ratio": _mlp_ratio(first.chunk(2)[0] if gated and first is not None else first, width),
         "positions": _positions(state, grid),
         "rel_pos_bias": "shared" if shared else "per_block" if own else "none",
+        "class_token": "cls_token" in state,
+        "num_registers": state["reg_token"].shape[1] if "reg_token" in state else 0,
+        "mlp": "swiglu" if gated else "gelu",
+        "norm": "layer" if any(k.endswith(".norm1.bias") for k in state) else "rms",
+        "qk_norm": "blocks.0.attn.q_norm.weight" in state,
+        "attn_norm": "blocks.0.attn.norm.weight" in state,
+        "mlp_norm": "blocks.0.mlp.norm.weight" in state,
     }
+    if known.get("rope", "none") != "none" or shown["qk_norm"]:
+        # Only there does a bias of the keys change anything.
+        shown["key_bias"] = _has_key_bias(state)
     # Its first value matters to a fresh model only.
     scaled = "blocks.0.ls1.gamma" in state
     scale = {"layer_scale": (known.get("layer_scale") or 0.1) if scaled else None}
     return shown | dict(known) | scale
 
 
+def _gated(state: Mapping[str, Tensor]) -> bool:
+    """True if the first layer of an MLP has twice the rows that its second has columns."""
+    first, second = state.get("blocks.0.mlp.fc1.weight"), state.get("blocks.0.mlp.fc2.weight")
+    return first is not None and second is not None and first.shape[0] == 2 * second.shape[1]
+
+
+def _has_key_bias(state: Mapping[str, Tensor]) -> bool:
+    biases = [value for key, value in state.items() if key.endswith(".attn.qkv.bias")]
+    return any(bool(bias.chunk(3)[1].any()) for bias in biases)
+
+
 def _positions(state: dict[str, Tensor], grid: tuple[int, int]) -> str:
     table = state.get("pos_embed")
     if table is None:
         return "none"
-    if table.shape[1] == grid[0] * grid[1]:
+    first, num_patches = int("cls_token" in state), grid[0] * grid[1]
+    registers = state.get("reg_token")
+    if first and table.shape[1] == num_patches:
         # No position for the class token is one of zeros.
         table = state["pos_embed"] = F.pad(table, (0, 0, 1, 0))
+    elif registers is not None and table.shape[1] == first + registers.shape[1] + num_patches:
+        # A register's position is always added to it, and so is part of it.
+        places = table[:, first:-num_patches]
+        state["reg_token"] = registers + places
+        table = torch.cat([table[:, :first], table[:, -num_patches:]], dim=1)
+        state["pos_embed"] = table
     width = table.shape[2]
-    if width % 4 == 0 and table.shape[1] == 1 + grid[0] * grid[1]:
-        fixed = sincos_2d(width, grid, num_prefix=1)
+    if width % 4 == 0 and table.shape[1] == first + num_patches:
+        fixed = sincos_2d(width, grid, num_prefix=first)
         if torch.allclose(table[0], fixed, rtol=0, atol=1e-6):
             return "sincos"
     return "learned"
@@ -163,7 +190,7 @@ def _vit_heads(state: Mapping[str, Tensor], width: int) -> int:
     tables = [v for k, v in state.items() if k.endswith(_TABLE)]
     if tables:
         return tables[0].shape[1]
-    published = {shape.width: shape.num_heads for shape in VIT_SHAPES.values()}
+    published = {shape.width: shape.num_heads for shape in VIT_SHAPES.values()} | _OTHER_HEADS
     if width not in published:
         raise BundleError(
             f"weights do not show their attention heads, and width {width} is of no published vit",
@@ -177,8 +204,10 @@ def _vit_size(state: Mapping[str, Tensor]) -> tuple[int, int]:
     patch_size = state[_CONV].shape[2]
     tables = [v for k, v in state.items() if k.endswith(_TABLE)]
     if "pos_embed" in state:
-        rows = state["pos_embed"].shape[1]
-        sides = [math.isqrt(n) for n in (rows - 1, rows) if math.isqrt(n) ** 2 == n]
+        rows, first = state["pos_embed"].shape[1], int("cls_token" in state)
+        registers = state["reg_token"].shape[1] if "reg_token" in state else 0
+        counts = [rows - first, rows, rows - first - registers]
+        sides = [math.isqrt(n) for n in counts if n > 0 and math.isqrt(n) ** 2 == n]
     elif tables:
         offsets = math.isqrt(tables[0].shape[0] - 3)
         sides = [(offsets + 1) // 2] if offsets**2 == tables[0].shape[0] - 3 else []

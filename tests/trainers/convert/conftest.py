@@ -72,6 +72,10 @@ class Zoo:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
         return model.eval()
 
+    def generator(self, parameter: Tensor) -> torch.Generator:
+        """A generator that depends on a parameter's size."""
+        return torch.Generator().manual_seed(parameter.numel())
+
     def images(self, size: Any = 32, count: int = 3, channels: int = 3) -> Tensor:
         shape = (size, size) if isinstance(size, int) else size
         return torch.randn(count, channels, *shape, generator=torch.Generator().manual_seed(0))

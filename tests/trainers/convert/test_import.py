@@ -129,9 +129,8 @@ def test_import__a_bias_that_one_block_lacks_is_missed(
 @pytest.mark.parametrize(
     ("key", "shape", "message"),
     [
-        ("reg_token", (1, 4, 32), "register tokens"),
         ("dist_token", (1, 1, 32), "a distillation token"),
-        ("blocks.0.attn.q_norm.weight", (8,), "norms inside attention"),
+        ("blocks.0.attn.gate.weight", (32, 32), "gates inside attention"),
         ("norm_pre.weight", (32,), "a norm before the first block"),
         ("patch_embed.backbone.stem.weight", (3,), "a convolutional stem"),
         ("blocks.0.attn.rel_pos_h", (7, 8), "relative positions of another kind"),
@@ -161,8 +160,11 @@ def test_import__refuses_other_models(tmp_path: Path, vit_state: dict[str, Tenso
         attempt({"conv1.weight": torch.zeros(3)}, tmp_path)
     with pytest.raises(BundleError, match="holds no tensors by name"):
         attempt({}, tmp_path)
-    with pytest.raises(BundleError, match="no class token"):
-        attempt({k: v for k, v in vit_state.items() if k != "cls_token"}, tmp_path, partial=True)
+    placed = {k: v for k, v in vit_state.items() if k != "cls_token"}
+    with pytest.raises(BundleError, match="do not show the size of their input"):
+        attempt(placed, tmp_path, partial=True)
+    with pytest.raises(BundleError, match=r"pos_embed is \(1, 17, 32\), wanted \(1, 16, 32\)"):
+        attempt(placed, tmp_path, overrides=["data.image_size=32"])
     with pytest.raises(BundleError, match="no checkpoint at"):
         import_weights(str(tmp_path / "nowhere"), tmp_path / "b")
     (tmp_path / "folder").mkdir()
