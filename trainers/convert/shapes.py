@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from mimray.trainers.config.data import DataConfig
 from mimray.trainers.config.method import BEiTConfig, BlockMasking, MaskFeatConfig
-from mimray.trainers.config.model import SWIN_SHAPES, VIT_SHAPES, EncoderConfig
+from mimray.trainers.config.model import SWIN_SHAPES, VIT_SHAPES, EncoderConfig, ViTConfig
 from mimray.trainers.errors import BundleError
 from mimray.trainers.models.positions import sincos_2d
 
@@ -259,12 +259,31 @@ def _swin_size(state: Mapping[str, Tensor]) -> tuple[int, int]:
     return side * state[_CONV].shape[2], side * state[_CONV].shape[2]
 
 
-def _mlp_ratio(first: Tensor | None, width: int) -> float:
+def beyond_vit(shape: ViTConfig) -> list[str]:
+    """What an architecture has that a vit with layer scale and relative positions has not."""
+    return [
+        what
+        for what, there in {
+            f"rotary positions ({shape.rope})": shape.rope != "none",
+            f"{shape.num_registers} registers": shape.num_registers > 0,
+            "no class token": not shape.class_token,
+            f"an MLP of {shape.mlp}": shape.mlp != "gelu",
+            f"norms of another kind ({shape.norm})": shape.norm != "layer",
+            "norms inside attention": shape.qk_norm or shape.attn_norm,
+            "a norm inside the MLP": shape.mlp_norm,
+        }.items()
+        if there
+    ]
+
+
+def exact_ratio(hidden: int, width: int) -> float:
     """Hidden width over width, such that int(width x ratio) gives the hidden one back."""
-    if first is None:
-        return 4.0
-    ratio: float = first.shape[0] / width
-    return ratio if int(width * ratio) == first.shape[0] else math.nextafter(ratio, math.inf)
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
+
+
+def _mlp_ratio(first: Tensor | None, width: int) -> float:
+    return 4.0 if first is None else exact_ratio(first.shape[0], width)
 
 
 def _count(state: Mapping[str, Tensor], modules: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -15,14 +16,21 @@ from mimray.trainers.config.run import Recipe, parse_recipe
 from mimray.trainers.convert.folder import as_json, model_card, write_folder
 from mimray.trainers.convert.names import (
     HF_DECODER,
+    HF_DINOV2,
+    HF_DINOV2_GATED,
+    HF_DINOV3,
+    HF_DINOV3_GATED,
+    HF_SIGLIP,
     HF_SWIN,
     HF_VIT,
     rename,
     shift_downsample,
+    split_gates,
     split_qkv,
     to_pixel_shuffle,
     without_key_bias,
 )
+from mimray.trainers.convert.shapes import beyond_vit
 from mimray.trainers.errors import BundleError
 
 _RESAMPLE = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers, which preprocessor files hold
@@ -43,8 +51,8 @@ def export_transformers(bundle: Path, out: Path) -> str:
 
     mae becomes ViTMAEForPreTraining, decoder included; beit BeitForMaskedImageModeling; simmim
     SwinForMaskedImageModeling or, with absolute positions alone, ViTForMaskedImageModeling.
-    Everything else, and what these cannot hold, becomes its encoder alone: ViTModel, BeitModel
-    or SwinModel.
+    Everything else, and what these cannot hold, becomes its encoder alone: ViTModel, BeitModel,
+    SwinModel, Dinov2Model, Dinov2WithRegistersModel, DINOv3ViTModel or SiglipVisionModel.
 
     Args:
         bundle: a bundle's folder, or a run's that holds one.
@@ -65,6 +73,8 @@ def export_transformers(bundle: Path, out: Path) -> str:
         model = _vit_mae(card, state, recipe, rest, folder)
     elif isinstance(shape, SwinConfig):
         model = _swin(card, shape, state, recipe, rest)
+    elif isinstance(shape, ViTConfig) and beyond_vit(shape):
+        model = _newer(card, shape, state)
     elif isinstance(shape, ViTConfig) and _is_plain(shape):
         model = _vit(card, shape, state, recipe, rest)
     elif isinstance(shape, ViTConfig):
@@ -106,9 +116,10 @@ def _vit_mae(
     shape, method = recipe.encoder, recipe.method
     assert isinstance(shape, ViTConfig)
     assert isinstance(method, MAEConfig)
-    if not _is_plain(shape):
+    beyond = beyond_vit(shape) + ["scaled layers"] * (shape.layer_scale is not None)
+    if beyond:
         raise BundleError(
-            f"{folder} scales its layers, which transformers' ViTMAE does not",
+            f"{folder} has {' and '.join(beyond)}, which transformers' ViTMAE has not",
             hint="export for timm",
         )
     config = _vit_config(card, shape, "vit_mae") | {
@@ -162,6 +173,97 @@ def _beit(
     config["vocab_size"] = rest["head.bias"].numel()
     state = _within("beit", encoder) | norm | head
     return _Model("BeitForMaskedImageModeling", state, config)
+
+
+def _newer(card: BundleCard, shape: ViTConfig, state: _State) -> _Model:
+    """One of the classes for encoders with registers, RoPE, a gated MLP or no class token."""
+    inner = shape.qk_norm or shape.attn_norm or shape.mlp_norm or shape.norm != "layer"
+    placed = shape.positions != "none" and shape.rope == "none" and shape.rel_pos_bias == "none"
+    if shape.rope == "dinov3" and shape.positions == "none" and shape.class_token and not inner:
+        return _dinov3(card, shape, state)
+    if placed and shape.class_token and not inner and shape.mlp != "gelu_tanh":
+        return _dinov2(card, shape, state)
+    bare = not shape.class_token and not shape.num_registers and shape.layer_scale is None
+    if placed and bare and not inner and shape.mlp != "swiglu":
+        return _siglip(card, shape, state)
+    raise BundleError(
+        f"{card.name} has {' and '.join(beyond_vit(shape))}, which no class of transformers holds "
+        "together",
+        hint="export for timm",
+    )
+
+
+def _scaled(shape: ViTConfig, state: _State) -> _State:
+    """A state with scales of its layers, which some classes always have."""
+    if shape.layer_scale is not None:
+        return state
+    ones = {f"blocks.{i}.ls{j}.gamma": torch.ones(shape.width) for i in range(shape.depth)
+            for j in (1, 2)}  # fmt: skip
+    return state | ones
+
+
+def _dinov2(card: BundleCard, shape: ViTConfig, state: _State) -> _Model:
+    _check_square(card, "DINOv2")
+    gated, hidden = shape.mlp == "swiglu", int(shape.width * shape.mlp_ratio)
+    ratios = [r for r in range(1, 17) if hidden == _dinov2_hidden(shape.width, r, gated)]
+    if not ratios:
+        raise BundleError(
+            f"{card.name} has an MLP of {hidden} channels, which transformers' DINOv2 with its "
+            "whole ratios of the width has not",
+            hint="export for timm",
+        )
+    state = _scaled(shape, state) | {"mask_token": torch.zeros(1, shape.width)}
+    names = (HF_DINOV2_GATED if gated else HF_DINOV2) | {"mask_token": "embeddings.mask_token"}
+    kind = "dinov2_with_registers" if shape.num_registers else "dinov2"
+    config = _vit_config(card, shape, kind) | {
+        "mlp_ratio": ratios[0],
+        "use_swiglu_ffn": gated,
+        "layerscale_value": shape.layer_scale or 1.0,
+    }
+    del config["intermediate_size"]
+    if not shape.num_registers:
+        return _Model("Dinov2Model", rename(split_qkv(state), names), config)
+    config["num_register_tokens"] = shape.num_registers
+    return _Model("Dinov2WithRegistersModel", rename(split_qkv(state), names), config)
+
+
+def _dinov2_hidden(width: int, ratio: int, gated: bool) -> int:
+    """Hidden width of transformers' DINOv2; of a gated MLP two thirds, to whole eights."""
+    hidden = width * ratio
+    return (int(hidden * 2 / 3) + 7) // 8 * 8 if gated else hidden
+
+
+def _dinov3(card: BundleCard, shape: ViTConfig, state: _State) -> _Model:
+    gated = shape.mlp == "swiglu"
+    split = split_qkv(_scaled(shape, state))
+    if not shape.key_bias:
+        split = without_key_bias(split)
+    names = HF_DINOV3
+    if gated:
+        split, names = split_gates(split), HF_DINOV3_GATED
+    empty = {"embeddings.mask_token": torch.zeros(1, 1, shape.width)}
+    if not shape.num_registers:
+        empty["embeddings.register_tokens"] = torch.zeros(1, 0, shape.width)
+    activations = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "swiglu": "silu"}
+    config = _vit_config(card, shape, "dinov3_vit") | {
+        "hidden_act": activations[shape.mlp],
+        "use_gated_mlp": gated,
+        "key_bias": shape.key_bias,
+        "num_register_tokens": shape.num_registers,
+        "layerscale_value": shape.layer_scale or 1.0,
+        "rope_theta": shape.rope_temperature or 100.0,
+    }
+    return _Model("DINOv3ViTModel", rename(split, names) | empty, config)
+
+
+def _siglip(card: BundleCard, shape: ViTConfig, state: _State) -> _Model:
+    _check_square(card, "SigLIP")
+    config = _vit_config(card, shape, "siglip_vision_model") | {
+        "hidden_act": "gelu" if shape.mlp == "gelu" else "gelu_pytorch_tanh",
+        "vision_use_head": False,
+    }
+    state = state | {"pos_embed": state["pos_embed"][0]}
+    return _Model("SiglipVisionModel", rename(split_qkv(state), HF_SIGLIP), config)
 
 
 def _swin(

@@ -243,7 +243,7 @@ def test_export_transformers__refuses_what_vitmae_cannot_hold(tmp_path: Path, zo
         export_transformers(wide, tmp_path / "out")
     with pytest.raises(BundleError, match="encoder alone"):
         export_transformers(alone, tmp_path / "out")
-    with pytest.raises(BundleError, match="scales its layers"):
+    with pytest.raises(BundleError, match="scaled layers"):
         export_transformers(scaled, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["alone", "scaled", "wide"]
 
