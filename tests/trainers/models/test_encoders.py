@@ -74,6 +74,15 @@ ENCODERS = {
         *a, **k, positions="none", rel_pos_bias="shared", layer_scale=0.1
     ),
     "vit-per-block": lambda *a, **k: vit(*a, **k, positions="learned", rel_pos_bias="per_block"),
+    "vit-dinov3": lambda *a, **k: vit(
+        *a, **k, positions="none", rope="dinov3", num_registers=3, layer_scale=0.1, key_bias=False
+    ),
+    "vit-eva02": lambda *a, **k: vit(
+        *a, **k, positions="learned", rope="eva02", mlp="swiglu", attn_norm=True, mlp_norm=True
+    ),
+    "vit-siglip": lambda *a, **k: vit(
+        *a, **k, positions="learned", class_token=False, mlp="gelu_tanh", norm="rms", qk_norm=True
+    ),
     "swin": swin,
 }
 each_encoder = pytest.mark.parametrize("make", ENCODERS.values(), ids=ENCODERS.keys())
