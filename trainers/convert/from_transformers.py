@@ -96,7 +96,9 @@ def _activation(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
     if kind.startswith(("dinov", "siglip", "vit")) and not gated:
         known |= {"gelu_pytorch_tanh": "gelu_tanh"}
     if name not in known:
-        raise BundleError(f"its activation is {name!r}; our encoders have {' or '.join(known)}")
+        raise BundleError(
+            f"its activation is {name!r}; our encoders have {' or '.join(known)} there"
+        )
     return {} if known[name] == "gelu" else {"mlp": known[name]}
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mimray.trainers.bundles import BundleCard, save_bundle, spread_layers
 from mimray.trainers.config.base import Config
+from mimray.trainers.config.composition import check_size
 from mimray.trainers.config.data import DataConfig
 from mimray.trainers.config.explain import explain
 from mimray.trainers.config.method import BEiTConfig
@@ -235,6 +236,8 @@ def _recipe_sections(found: ForeignWeights, overrides: Sequence[str]) -> dict[st
     data = found.tree.get("data", {})
     # A library's mean and deviation are of three channels, whatever a model has.
     known = {k: v for k, v in data.items() if k not in ("mean", "std") or len(v) == found.channels}
+    if "image_size" in known:
+        known["image_size"] = _whole_patches(found, known["image_size"])
     tree: dict[str, Any] = (
         {"encoder": {}} | found.tree | {"data": known | {"channels": found.channels}}
     )
@@ -248,13 +251,34 @@ def _recipe_sections(found: ForeignWeights, overrides: Sequence[str]) -> dict[st
     return override(tree, overrides)
 
 
+def _whole_patches(found: ForeignWeights, size: Any) -> Any:
+    """The source's size without the rest that no patch covers, such as SigLIP's 384 of 14s."""
+    if any(key.startswith("layers.") for key in found.encoder):
+        return size  # the stages of a swin
+    side = found.encoder["patch_embed.proj.weight"].shape[2]
+    height, width = (size, size) if isinstance(size, int) else size
+    covered = height // side * side, width // side * side
+    if covered != (height, width) and min(covered):
+        found.notes.append(
+            f"pictures are of {covered[0]}x{covered[1]} pixels: the source takes {height}x{width}, "
+            f"of which patches of {side} cover no more"
+        )
+        return covered
+    return size
+
+
 def _model(found: ForeignWeights, tree: Mapping[str, Any], source: str) -> _Model:
     """The encoder and the input that the weights were made for."""
     data = _checked(_Input, {"data": tree["data"]}, source).data
     size = data.image_size if "image_size" in tree["data"] else None
     encoder, size = encoder_section(found.encoder, tree["encoder"], size)
     data = data.model_copy(update={"image_size": size})
-    return _checked(_Model, {"encoder": encoder, "data": data}, source)
+    model = _checked(_Model, {"encoder": encoder, "data": data}, source)
+    try:
+        check_size(model.encoder, size)
+    except ValueError as error:
+        raise BundleError(str(error), hint="--set data.image_size=[H,W]") from None
+    return model
 
 
 def _checked(kind: type[_Kind], tree: Mapping[str, Any], source: str) -> _Kind:

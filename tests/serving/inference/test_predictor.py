@@ -276,3 +276,44 @@ def test_pack_linears__same_numbers_from_other_kernels(tree: dict[str, Any]) -> 
     assert all("forward" in vars(linear) for linear in linears)  # or nothing was replaced
     torch.testing.assert_close(packed, plain, rtol=0, atol=1e-5)
     torch.testing.assert_close(alone, packed[:1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"rope": "dinov3", "positions": "none", "num_registers": 4, "key_bias": False},
+        {"rope": "eva02", "mlp": "swiglu", "mlp_norm": True, "attn_norm": True},
+        {"class_token": False, "mlp": "gelu_tanh", "num_registers": 1},
+    ],
+    ids=str,
+)
+def test_predict__encoders_with_other_parts(
+    tmp_path: Path, picture: Callable[..., bytes], parts: dict[str, Any]
+) -> None:
+    """Tokens are those of the patches, and the class token is no register."""
+    import torch
+
+    from mimray.trainers.bundles import BundleCard, load_bundle, save_bundle
+    from mimray.trainers.config.model import ViTConfig
+    from mimray.trainers.models import build_encoder
+
+    shape = {"width": 32, "depth": 2, "num_heads": 4, "patch_size": 8, "positions": "learned"}
+    config = ViTConfig.model_validate({"name": "vit", **shape, **parts})
+    torch.manual_seed(0)
+    encoder = build_encoder(config, (32, 48))
+    card = BundleCard(
+        name="parts", encoder=config, image_size=(32, 48), channels=3, mean=(0.5,) * 3,
+        std=(0.5,) * 3, layers=(1,), pooling="cls" if config.class_token else "mean",
+    )  # fmt: skip
+    save_bundle(tmp_path / "b", card, encoder.state_dict())
+    data = picture(1, (48, 32))
+    pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), np.float32) / 127.5 - 1
+    wanted = load_bundle(tmp_path / "b")(torch.from_numpy(pixels.transpose(2, 0, 1)[None].copy()))
+
+    ((found,),) = _predict(tmp_path / "b", [data], Options(tokens=True, pooling=card.pooling))
+
+    assert found.outputs["tokens"].shape == (24, 32)
+    np.testing.assert_allclose(found.outputs["tokens"], wanted.tokens[0], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(found.outputs["pooled"], wanted.pooled[0], rtol=0, atol=1e-4)
+    info = Predictor(tmp_path / "b", CONFIG, Limits()).info
+    assert info.has_class_token == config.class_token

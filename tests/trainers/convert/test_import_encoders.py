@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from torch import Tensor
 
 from mimray.trainers import load_bundle
 from mimray.trainers.bundles import FrozenEncoder
 from mimray.trainers.convert import import_weights
+from mimray.trainers.errors import BundleError, ConfigError
 
 SMALL: dict[str, Any] = {
     "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4, "img_size": 32, "num_classes": 0,
@@ -230,3 +233,81 @@ def published(state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
         renamed["cls_token"] = renamed["cls_token"] - place
         renamed["pos_embed"] = torch.cat([place, renamed["pos_embed"]], dim=1)
     return renamed | {"mask_token": torch.ones(1, 384)}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("vit_pe_core_tiny_patch16_384", "Eva of EvaBlock with AttentionRope is none"),
+        ("eva02_enormous_patch14_clip_224", "Eva of EvaBlockPostNorm"),
+    ],
+)
+def test_timm__refuses_other_evas(tmp_path: Path, name: str, message: str):
+    torch.save({"x": torch.zeros(1)}, tmp_path / "w.pth")
+    with pytest.raises(BundleError, match=message):
+        import_weights(str(tmp_path / "w.pth"), tmp_path / "b", architecture=name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "dinov3_convnext"}, "'dinov3_convnext' of transformers is not one of"),
+        ({"hidden_act": "relu"}, "activation is 'relu'; our encoders have gelu"),
+        ({"use_gated_mlp": True}, "activation is 'gelu'; our encoders have silu there"),
+        ({"num_attention_heads": 16}, "heads whose width is a multiple of 4, not 2"),
+        ({"image_size": 7}, "does not divide data.image_size height 7"),
+    ],
+)
+def test_transformers__refuses_other_dinov3(
+    tmp_path: Path, zoo: Any, changes: dict[str, Any], message: str
+):
+    hf_model(zoo, "dinov3").save_pretrained(tmp_path / "hf")
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    (tmp_path / "hf/config.json").write_text(json.dumps(config | changes))
+    with pytest.raises((BundleError, ConfigError), match=message):
+        import_weights(str(tmp_path / "hf"), tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("options", [{"rope_grid_indexing": "xy"}, {"rope_type": "mixed"}])
+def test_timm__refuses_other_rotary_positions(tmp_path: Path, zoo: Any, options: dict[str, Any]):
+    save_for_hf(small(zoo, "eva02", **options), str(tmp_path / "t"), safe_serialization=True)
+    with pytest.raises(BundleError, match="its rotary positions .* are of another kind"):
+        import_weights(str(tmp_path / "t"), tmp_path / "b")
+
+
+def test_import__a_size_that_patches_do_not_cover(tmp_path: Path, zoo: Any):
+    """As SigLIP's 384 pixels of patches of 14, whose last pixels enter nothing."""
+    theirs = small(zoo, "siglip", img_size=38)
+    save_for_hf(theirs, str(tmp_path / "t"), safe_serialization=True)
+
+    imported = import_weights(str(tmp_path / "t"), tmp_path / "b")
+
+    assert imported.card.image_size == (32, 32)
+    assert "of 32x32 pixels: the source takes 38x38" in imported.notes[-1]
+    images = zoo.images(38)
+    found = load_bundle(tmp_path / "b").encoder(images[..., :32, :32])
+    torch.testing.assert_close(found.tokens, theirs.forward_features(images), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("patch_embed.proj.weight", (32, 3, 4, 4), "pos_embed is"),
+        ("patch_embed.proj.weight", (32, 5, 8, 8), "'data.channels' is 5"),
+        ("reg_token", None, "pos_embed is"),
+        ("blocks.1.mlp.fc1.weight", (40, 32), "blocks.1.mlp.fc1.weight is .40, 32., wanted"),
+        ("blocks.2.ls1.gamma", None, "missing blocks.2.ls1.gamma"),
+    ],
+)
+def test_timm__shapes_that_do_not_fit_are_named(
+    tmp_path: Path, zoo: Any, key: str, value: tuple[int, ...] | None, message: str
+):
+    save_for_hf(small(zoo, "registers with places"), str(tmp_path / "t"), safe_serialization=True)
+    state = load_file(tmp_path / "t/model.safetensors")
+    del state[key]
+    if value is not None:
+        state[key] = torch.zeros(value)
+    save_file(state, tmp_path / "t/model.safetensors")
+    with pytest.raises((BundleError, ConfigError), match=message):
+        import_weights(str(tmp_path / "t"), tmp_path / "b")

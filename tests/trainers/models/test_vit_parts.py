@@ -163,7 +163,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "simmim": {"mask_unit_px": None},
     "maskfeat": {"min_block_patches": 4},
     "maskfeat ": {
-        "min_block_patches": 4, "masking": "random", "decoder_depth": 1, "decoder_width": 16, "decoder_num_heads": 2,
+        "min_block_patches": 4, "masking": "random", "decoder_depth": 1, "decoder_width": 16,
+        "decoder_num_heads": 2,
     },
     "beit": {"vocab_size": 11, "min_block_patches": 4, "tokenizer_image_size": 32},
 }  # fmt: skip
