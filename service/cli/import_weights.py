@@ -43,8 +43,9 @@ def import_(
 ) -> None:
     """Turn public weights into a bundle.
 
-    CHECKPOINT is a file of the official MAE, BEiT, SimMIM or MaskFeat code, a folder of timm or
-    transformers, a bare file of timm's weights (--as says of what), or timm:NAME.
+    CHECKPOINT is a file of the official MAE, BEiT, SimMIM, MaskFeat, DINOv2, DINOv3 or EVA-02
+    code, a folder of timm or transformers, a bare file of timm's weights (--as says of what), or
+    timm:NAME.
 
     Example: mimray import mae_pretrain_vit_base.pth mae-vit-b --image-size 448
     """

@@ -55,8 +55,8 @@ def from_transformers(
     """
     kind = config["model_type"]
     if kind in ("siglip", "siglip2"):  # of two towers
-        kind, config = f"{kind}_vision_model", dict(config.get("vision_config") or {})
-        config["model_type"] = kind
+        kind = f"{kind}_vision_model"
+        config = {**(config.get("vision_config") or {}), "model_type": kind}
         state = {k: v for k, v in state.items() if k.startswith("vision_model.")}
     if kind not in _READERS:
         raise BundleError(
