@@ -77,9 +77,9 @@ def _describe(model: Any, state: dict[str, Tensor], architecture: str) -> Foreig
             f"timm's {kind} of {names[0]} with {names[1]} is none of our encoders",
             hint="a plain vit, a beit, an eva or a swin",
         )
-    encoder: dict[str, Any] = {"norm_eps": _norm_eps(block), **_mlp(block.mlp), **_rope(model)}
+    encoder: dict[str, Any] = {"norm_eps": _norm_eps(block), **_mlp(block.mlp)}
     if kind != "SwinTransformer":
-        encoder["num_heads"] = block.attn.num_heads
+        encoder |= {"num_heads": block.attn.num_heads, **_rope(model)}
     if kind == "Beit":
         encoder["init"] = "beit"
     found = ForeignWeights(state, tree={"encoder": encoder, "data": _data(model)})
@@ -116,10 +116,10 @@ def _mlp(mlp: Any) -> dict[str, Any]:
 
 
 def _rope(model: Any) -> dict[str, Any]:
-    """The recipe's keys of rotary positions; nothing where the model has none."""
+    """The recipe's keys of rotary positions."""
     rope = getattr(model, "rope", None)
     if rope is None:
-        return {}
+        return {"rope": "none"}
     kind = type(rope).__name__
     by_rows = rope.grid_indexing == "ij" and not getattr(rope, "grid_offset", 0)
     centred = kind == "RotaryEmbeddingDinoV3" and rope.rotate_half

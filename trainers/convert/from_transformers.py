@@ -65,6 +65,8 @@ def from_transformers(
     inner = _without_prefix(state, kind)
     found = _READERS[kind](inner, config)
     found.tree["encoder"] = found.tree.get("encoder", {}) | _activation(kind, config)
+    if kind != "swin":
+        found.tree["encoder"].setdefault("rope", "none")
     found.tree["encoder"] |= _present(
         config,
         num_heads="num_heads" if kind == "swin" else "num_attention_heads",

@@ -125,6 +125,12 @@ def _vit(
     depth, num_heads = _count(state, "blocks"), known.get("num_heads") or _vit_heads(state, width)
     shared, own = f"rel_pos_bias.{_TABLE}" in state, f"blocks.0.rel_pos_bias.{_TABLE}" in state
     named = [n for n, shape in VIT_SHAPES.items() if shape[:3] == (width, depth, num_heads)]
+    if "rope" not in known and _may_hide_rope(state):
+        raise BundleError(
+            "the weights may be of an encoder with rotary positions, DINOv3 or EVA-02, which they "
+            "do not show",
+            hint="--as NAME for weights of timm; else --set encoder.rope=dinov3, eva02 or none",
+        )
     gated, first = _gated(state), state.get("blocks.0.mlp.fc1.weight")
     shown: dict[str, Any] = {
         "name": named[0] if named else "vit",
@@ -156,6 +162,12 @@ def _gated(state: Mapping[str, Tensor]) -> bool:
     """True if the first layer of an MLP has twice the rows that its second has columns."""
     first, second = state.get("blocks.0.mlp.fc1.weight"), state.get("blocks.0.mlp.fc2.weight")
     return first is not None and second is not None and first.shape[0] == 2 * second.shape[1]
+
+
+def _may_hide_rope(state: Mapping[str, Tensor]) -> bool:
+    """True without any positions, or where keys have no bias beside a gated MLP, as in EVA-02."""
+    placeless = "pos_embed" not in state and not any(key.endswith(_TABLE) for key in state)
+    return placeless or (_gated(state) and not _has_key_bias(state))
 
 
 def _has_key_bias(state: Mapping[str, Tensor]) -> bool:

@@ -269,6 +269,21 @@ def test_transformers__refuses_other_dinov3(
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.parametrize("kind", ["dinov3", "eva02", "eva02 mlp norm"])
+def test_bare_file__rotary_positions_that_it_does_not_show(tmp_path: Path, zoo: Any, kind: str):
+    """Without their name such weights would be taken for a vit that cannot tell places apart."""
+    torch.save(small(zoo, kind).state_dict(), tmp_path / "w.pth")
+    shape = ["encoder.num_heads=4", "data.image_size=32", "encoder.norm_eps=1e-5"]
+
+    with pytest.raises(BundleError, match="may be of an encoder with rotary positions"):
+        import_weights(str(tmp_path / "w.pth"), tmp_path / "b", overrides=shape)
+
+    rope = "dinov3" if kind == "dinov3" else "eva02"
+    said = [*shape, f"encoder.rope={rope}"]
+    card = import_weights(str(tmp_path / "w.pth"), tmp_path / "b", overrides=said).card
+    assert (card.encoder.rope, card.encoder.key_bias) == (rope, False)
+
+
 @pytest.mark.parametrize("options", [{"rope_grid_indexing": "xy"}, {"rope_type": "mixed"}])
 def test_timm__refuses_other_rotary_positions(tmp_path: Path, zoo: Any, options: dict[str, Any]):
     save_for_hf(small(zoo, "eva02", **options), str(tmp_path / "t"), safe_serialization=True)
