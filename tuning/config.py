@@ -217,7 +217,7 @@ class Budget(Config):
 class ScoreConfig(Config):
     """The objective: a probe of a trial's frozen encoder on held-out pictures."""
 
-    task: Literal["knn", "linear", "segmentation", "rankme"] = Field(
+    task: Literal["knn", "linear", "segmentation", "dense-knn", "rankme"] = Field(
         default="knn",
         description="rankme needs no labels, and is only a stand-in for those that do",
     )
@@ -241,7 +241,7 @@ class ScoreConfig(Config):
     report: str | None = Field(
         default=None,
         description="unseen labelled pictures that score the winner once; by default DATA's test "
-        "split where it has a validation split too (but for segmentation), else a share of the "
+        "split where it has a validation split too (but for labels of pixels), else a share of the "
         "pictures scored on",
     )
     report_share: float = Field(

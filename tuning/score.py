@@ -31,7 +31,9 @@ from mimray.trainers.storage import RunDir
 from mimray.tuning.config import ScoreConfig
 
 PartName = Literal["choice", "report"]
-_METRICS = {"segmentation": "mIoU", "rankme": "RankMe"}
+_METRICS = {"segmentation": "mIoU", "dense-knn": "mIoU", "rankme": "RankMe"}
+# Tasks that read a class for each pixel.
+_OF_PIXELS = ("segmentation", "dense-knn")
 _PROXY = (
     "RankMe, the effective rank of the features, is a stand-in that needs no labels: it follows "
     "what an encoder is worth only loosely, and only between encoders of one width"
@@ -123,13 +125,13 @@ def _check(
             ) from None
         splits = open_splits(setting)
         return frozenset(splits.train.places()), frozenset(splits.val.places())
-    if config.task == "segmentation":
-        from mimray.trainers.config.evaluation.segmentation import SegmentationConfig
+    if config.task in _OF_PIXELS:
+        from mimray.trainers.config.evaluation.pixel_labels import PixelLabelsConfig
         from mimray.trainers.evaluation.annotations.segmentation import (
             check_segmentation_splits,
         )
 
-        assert isinstance(options, SegmentationConfig)
+        assert isinstance(options, PixelLabelsConfig)
         return check_segmentation_splits(setting, options)
     return frozenset(), frozenset(pictures_to_score(setting).places())
 
@@ -137,7 +139,7 @@ def _check(
 def without_held_out(tree: dict[str, Any], config: ScoreConfig, data: str) -> dict[str, Any]:
     """A recipe's tree that trains on none of the pictures that its score holds out of its data.
 
-    Segmentation holds pictures out of folders of labels, which need not be those trained on: its
+    Tasks on pixels hold pictures out of folders of labels, which need not be those trained on: its
     encoders are trained on all pictures, without their labels.
 
     Args:
@@ -176,7 +178,7 @@ def report_place(config: ScoreConfig, data: str) -> str:
     if config.report is not None:
         return config.report
     scored = config.val or config.data or data
-    if config.val is None and config.task != "segmentation" and has_test_beside(scored):
+    if config.val is None and config.task not in _OF_PIXELS and has_test_beside(scored):
         return f"the test split of {scored}"
     return f"{config.report_share:.0%} of the pictures of {scored} to score on, drawn by the seed"
 

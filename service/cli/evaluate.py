@@ -62,6 +62,7 @@ def evaluate(
     finetune       the same; the whole encoder learns
     rankme         any pictures, no labels: the effective rank of the features, a proxy
     segmentation   pictures with index masks, or COCO panoptic or instance files
+    dense-knn      the same; patches by the most similar labelled ones, nothing learns
     detection      COCO JSON or Pascal VOC
 
     Example: mimray evaluate runs/mae-tiny --task segmentation --data scenes

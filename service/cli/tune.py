@@ -41,7 +41,7 @@ def tune(
     base.recipe    the recipe that every trial begins with
     space.KEY      what to try: grid, choice, uniform, loguniform or int
     budget.trials  how many; budget.steps how long each
-    score.task     knn, linear, segmentation; rankme needs no labels
+    score.task     knn, linear, segmentation, dense-knn; rankme needs no labels
 
     Example: mimray tune mae-mask-depth --data pictures --set budget.steps=400
     """  # noqa: D301 (click wants the character)

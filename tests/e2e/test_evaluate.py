@@ -25,6 +25,7 @@ TASKS: dict[str, tuple[str, list[str]]] = {
     "knn": ("crops", ["--set", "k=5"]),
     "linear": ("crops", ["--set", "solver=ridge"]),
     "segmentation": ("", ["--epochs", "2", "--set", "batch_size=4", "--set", "num_views=1"]),
+    "dense-knn": ("", ["--set", "k=5"]),
     "detection": ("", ["--epochs", "1", "--set", "batch_size=4", "--set", "num_views=1"]),
 }
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -132,8 +132,9 @@ def test_report__of_pictures_that_are_not_unseen_is_refused(small: Small, tmp_pa
         check_score(ranked, str(two), 0)
 
 
+@pytest.mark.parametrize("task", ["segmentation", "dense-knn"])
 def test_report__of_masks_is_checked_and_classes_may_differ_between_pictures(
-    tmp_path: Path,
+    task: Literal["segmentation", "dense-knn"], tmp_path: Path
 ) -> None:
     for split, values in (("train", (1, 2, 3)), ("val", (3, 1)), ("test", (2, 1))):
         for number, value in enumerate(values):
@@ -143,7 +144,7 @@ def test_report__of_masks_is_checked_and_classes_may_differ_between_pictures(
                 (tmp_path / split / kind).mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels).save(tmp_path / split / kind / f"{number}.png")
     trained = str(tmp_path / "train/images")
-    config = ScoreConfig(task="segmentation", data=str(tmp_path))
+    config = ScoreConfig(task=task, data=str(tmp_path))
     check_score(config, trained, 0)
     check_score(config.model_copy(update={"report": str(tmp_path / "test")}), trained, 0)
     for split, purpose in (("val", "trials are chosen by"), ("train", "the score learns from")):

@@ -37,6 +37,7 @@ class Stream(IntEnum):
     NOISE = 16
     RESAMPLE = 17
     PART = 18
+    PATCHES = 19
 
 
 def generator(seed: int, stream: Stream, a: int, b: int = 0, view: int = 0) -> np.random.Generator:

@@ -19,8 +19,8 @@ class Task(NamedTuple):
         name: name as the user writes it.
         config: module and class of its options.
         evaluate: module and function.
-        dense: True if it trains a head on feature maps, on one device; only such heads can be
-            trained through an endpoint.
+        dense: True if it works on feature maps, on one device; only such tasks go through an
+            endpoint.
     """
 
     name: str
@@ -51,6 +51,12 @@ TASKS = {
             "segmentation",
             "mimray.trainers.config.evaluation.segmentation:SegmentationConfig",
             "mimray.trainers.evaluation.segmentation.task:evaluate",
+            dense=True,
+        ),
+        Task(
+            "dense-knn",
+            "mimray.trainers.config.evaluation.dense_knn:DenseKnnConfig",
+            "mimray.trainers.evaluation.segmentation.dense_knn:evaluate",
             dense=True,
         ),
         Task(

@@ -30,6 +30,7 @@ from mimray.trainers.methods.base import Method
 from mimray.trainers.methods.mixing import draw_mixing, mix, smoothed_targets
 from mimray.trainers.methods.needs import Need
 from mimray.trainers.models import build_encoder
+from mimray.trainers.models.rel_pos import spread_over_blocks
 from mimray.trainers.models.resize import for_size, resized
 from mimray.trainers.types import MethodOutput, Panel
 
@@ -81,6 +82,8 @@ class Finetune(Method):
     def take(self, name: str, folder: Path) -> None:
         """Begin with the encoder of a bundle, resized to this encoder's input.
 
+        Relative positions that its blocks share are spread over blocks, where this one has such.
+
         Raises:
             BundleError: the bundle cannot be read.
         """
@@ -91,7 +94,11 @@ class Finetune(Method):
             raise BundleError(f"{folder / ENCODER} cannot be read: {error}") from None
         recipe = self.recipe
         theirs = card.encoder, card.image_size
-        self.begin_with(resized(state, theirs, (recipe.encoder, recipe.data.image_size)))
+        state = resized(state, theirs, (recipe.encoder, recipe.data.image_size))
+        if _shares(card.encoder) and not _shares(recipe.encoder):
+            assert isinstance(card.encoder, ViTConfig)
+            state = spread_over_blocks(state, card.encoder.depth)
+        self.begin_with(state)
 
     def begin_with(self, encoder: Mapping[str, Tensor]) -> None:
         """Load an encoder's weights to begin with.
@@ -190,11 +197,21 @@ def trainable_encoder(card: BundleCard, image_size: tuple[int, int]) -> EncoderC
         BundleError: the encoder does not fit the size.
 
     Source: official MAE code, `models_vit.py`: fixed sin-cos positions become trained ones.
+        Official BEiT code, `run_class_finetuning.py`: relative positions that all blocks share
+        become those of each block.
     """
     encoder = for_size(card.encoder, card.image_size, image_size)
+    changed = {}
     if isinstance(encoder, ViTConfig) and encoder.positions == "sincos":
-        return encoder.model_copy(update={"positions": "learned"})
-    return encoder
+        changed["positions"] = "learned"
+    if _shares(encoder):
+        changed["rel_pos_bias"] = "per_block"
+    return encoder.model_copy(update=changed)
+
+
+def _shares(encoder: EncoderConfig) -> bool:
+    """True if one table of relative positions serves all blocks."""
+    return isinstance(encoder, ViTConfig) and encoder.rel_pos_bias == "shared"
 
 
 def _word(value: object) -> str:
@@ -218,6 +235,8 @@ def _held(recipe: Recipe, card: BundleCard) -> dict[str, Any]:
         )
     ours = recipe.encoder.model_dump(exclude=_FREE)
     theirs = trainable_encoder(card, recipe.data.image_size).model_dump(exclude=_FREE)
+    if _shares(card.encoder) and _shares(recipe.encoder):
+        theirs["rel_pos_bias"] = "shared"  # may stay so, too
     wrong = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
     if wrong:
         listed = ", ".join(f"encoder.{key} {ours.get(key)!r}" for key in wrong)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -66,6 +67,21 @@ class RelPosBlock(Block):  # type: ignore[misc]  # timm has no types
         """Transform the tokens of a grid, the class token first."""
         out: Tensor = super().forward(x, self.rel_pos_bias(grid).to(x.dtype))
         return out
+
+
+def spread_over_blocks(state: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
+    """Give each block a copy of the table that all blocks share; the outputs stay the same.
+
+    Args:
+        state: weights of an encoder of `rel_pos_bias` shared.
+        depth: number of blocks.
+
+    Source: the official BEiT code (`run_class_finetuning.py`), which fine-tunes so.
+    """
+    shared = "rel_pos_bias.relative_position_bias_table"
+    rest = {key: value for key, value in state.items() if key != shared}
+    tables = {f"blocks.{block}.{shared}": state[shared].clone() for block in range(depth)}
+    return rest | tables
 
 
 def relative_index(grid: tuple[int, int]) -> Int[Tensor, "T T"]:

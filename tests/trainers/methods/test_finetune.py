@@ -10,17 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from timm.data import mixup as timm_mixup
 from timm.models.vision_transformer import VisionTransformer
 
-from mimray.trainers.bundles import BundleCard, save_bundle
+from mimray.trainers.bundles import ENCODER, BundleCard, read_card, save_bundle
 from mimray.trainers.config.method import FinetuneConfig
+from mimray.trainers.config.model import ViTConfig
 from mimray.trainers.config.recipes import load_recipe
 from mimray.trainers.config.run import Recipe, parse_recipe, resolve
 from mimray.trainers.cost import estimate
 from mimray.trainers.errors import BundleError, ConfigError, RunConflictError
 from mimray.trainers.methods.catalogue import build_method
-from mimray.trainers.methods.finetune import Finetune
+from mimray.trainers.methods.finetune import Finetune, trainable_encoder
 from mimray.trainers.methods.mixing import draw_mixing, mix, smoothed_targets
 from mimray.trainers.methods.needs import check_outside, keep_needs, load_needs, with_needs
 from mimray.trainers.models import build_encoder
@@ -30,6 +32,7 @@ from mimray.trainers.types import DatasetFacts
 
 VIT = {"name": "vit", "width": 16, "depth": 2, "num_heads": 2, "patch_size": 8}
 LEARNED = VIT | {"positions": "learned"}
+SHARED = VIT | {"positions": "none", "rel_pos_bias": "shared", "layer_scale": 0.1}
 SWIN = {"name": "swin", "width": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 2}
 CONV = {"name": "conv", "widths": [16, 32]}
 NUM_CLASSES = 5
@@ -256,6 +259,9 @@ def bundle(folder: Path, encoder: dict[str, Any] = VIT, size: tuple[int, int] = 
     )
     state = build_encoder(config, size).state_dict()
     state = {name: value + 0.1 for name, value in state.items()}  # no norm is as it begins
+    for name, value in state.items():
+        if name.endswith("relative_position_bias_table"):
+            state[name] = torch.randn_like(value)
     save_bundle(folder, card, state)
     return str(folder)
 
@@ -321,6 +327,42 @@ def test_initial__drop_path_is_the_runs_own(tmp_path: Path):
     assert with_needs(recipe_of(LEARNED | {"drop_path": 0.3}, bundle=place)).method.bundle == place
 
 
+@pytest.mark.parametrize("size", [(16, 24), (32, 32)])
+@pytest.mark.parametrize("kind", ["per_block", "shared"])
+def test_initial__relative_positions_shared_by_all_blocks_become_each_blocks(
+    kind: str, size: tuple[int, int], tmp_path: Path
+):
+    """Before training the outputs are those of the bundle's encoder at the same size."""
+    ours = SHARED | {"rel_pos_bias": kind}
+    recipe = with_needs(recipe_of(ours, size, bundle=bundle(tmp_path / "bundle", SHARED)))
+    keep_needs(recipe, run := RunDir(str(tmp_path / "run")))
+    method = build_method(recipe)
+    load_needs(method, run)
+
+    card, state = read_card(tmp_path / "bundle"), load_file(tmp_path / "bundle" / ENCODER)
+    assert state["rel_pos_bias.relative_position_bias_table"].std() > 0.5
+    shared = build_encoder(card.encoder, size)
+    shared.load_state_dict(resized(state, (card.encoder, (16, 24)), (card.encoder, size)))
+    images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected = shared.eval()(images, norm=False).tokens
+        found = method.encoder.eval()(images, norm=False).tokens
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    for parameter in method.encoder.parameters():
+        parameter.grad = None
+    method.encoder(images).tokens.square().sum().backward()
+    tables = [p for name, p in method.encoder.named_parameters() if name.endswith("bias_table")]
+    assert len(tables) == (2 if kind == "per_block" else 1)
+    assert all(table.grad is not None and table.grad.abs().sum() > 0 for table in tables)
+
+
+def test_evaluated__begins_with_relative_positions_of_each_block(tmp_path: Path):
+    card = read_card(Path(bundle(tmp_path / "bundle", SHARED)))
+    found = trainable_encoder(card, (32, 32))
+    assert isinstance(found, ViTConfig)
+    assert found.rel_pos_bias == "per_block"
+
+
 @pytest.mark.parametrize("pooling", ["cls"])
 @pytest.mark.parametrize("encoder", [SWIN, CONV])
 def test_composition__no_class_token_no_pooling_by_it(encoder: dict[str, Any], pooling: str):
@@ -338,6 +380,63 @@ def test_cost__counts_head_and_encoder():
     assert cost.parameters["encoder"] == pytest.approx(85.8e6, rel=1e-3)
     assert cost.plain.forward_flops["encoder"] == pytest.approx(2 * 17.5e9, rel=0.02)
     assert cost.plain.encoder_tokens == 197
+
+
+@pytest.mark.parametrize(
+    ("name", "lr", "ends", "decay", "drop_path", "epochs", "warmup", "clip", "from_recipe"),
+    [
+        # The official peak rate at the recipe's batch, and the rates at the start and the end.
+        ("finetune-simmim-vit-b", 5e-3, (1e-6, 1e-6), 0.65, 0.1, 100, 20, 5.0, "simmim-vit-b"),
+        ("finetune-simmim-swin-b", 5e-3, (1e-6, 1e-6), 0.8, 0.1, 100, 20, 5.0, "simmim-swin-b"),
+        ("finetune-simmim-swin-l", 5e-3, (1e-6, 1e-6), 0.7, 0.2, 100, 20, 5.0, "simmim-swin-l"),
+        ("finetune-beit-vit-b", 4e-3, (0, 1e-6), 0.65, 0.1, 100, 20, None, "beit-vit-b"),
+        ("finetune-beit-vit-l", 1e-3, (0, 1e-6), 0.75, 0.2, 50, 5, None, "beit-vit-l"),
+        ("finetune-maskfeat-vit-b", 2e-3, (1e-8, 1e-6), 0.65, 0.1, 100, 20, None, "maskfeat-vit-b"),
+        ("finetune-vit-b", 2e-3, (0, 1e-6), 0.65, 0.1, 100, 5, None, "mae-vit-b"),
+        ("finetune-vit-l", 4e-3, (0, 1e-6), 0.75, 0.2, 50, 5, None, "mae-vit-l"),
+    ],
+)
+def test_recipes__fine_tune_what_their_methods_pre_train(
+    name: str, lr: float, ends: tuple[float, float], decay: float, drop_path: float, epochs: int,
+    warmup: int, clip: float | None, from_recipe: str,
+):  # fmt: skip
+    recipe, before = load_recipe(name), load_recipe(from_recipe)
+    plan = resolve(recipe, DatasetFacts("imagenet", 1_281_167, "f", ("a", "b")), world_size=8)
+    optim = recipe.optim
+    assert plan.lr == pytest.approx(lr)
+    assert (optim.warmup_lr, optim.min_lr) == ends
+    assert (optim.epochs, optim.warmup_epochs) == (epochs, warmup)
+    assert (optim.layer_decay, optim.clip_grad_norm) == (decay, clip)
+    assert (optim.betas, optim.weight_decay.start) == ((0.9, 0.999), 0.05)
+    assert recipe.encoder.model_dump()["drop_path"] == drop_path
+    # Its encoder takes the weights that the other recipe's run leaves.
+    card = BundleCard(
+        name="it", encoder=before.encoder, image_size=before.data.image_size, channels=3,
+        mean=(0.5,) * 3, std=(0.2,) * 3,
+    )  # fmt: skip
+    wanted = trainable_encoder(card, recipe.data.image_size)
+    free = {"name", "init", "drop_path"}
+    assert recipe.encoder.model_dump(exclude=free) == wanted.model_dump(exclude=free)
+
+
+@pytest.mark.parametrize(("name", "lr"), [("beit-vit-l", 1.5e-3), ("simmim-swin-l", 4e-4)])
+def test_recipes__large_ones_are_the_base_ones_of_another_size(name: str, lr: float):
+    base = {"beit-vit-l": "beit-vit-b", "simmim-swin-l": "simmim-swin-b"}[name]
+    large, small = load_recipe(name), load_recipe(base)
+    plan = resolve(large, DatasetFacts("imagenet", 1_281_167, "f"), world_size=16)
+    assert plan.lr == pytest.approx(lr)
+    assert large.method == small.method
+    assert large.optim == small.optim
+    assert large.data == small.data
+
+
+@pytest.mark.parametrize("name", ["mae-vit-s", "simmim-vit-s"])
+@pytest.mark.parametrize("pictures", [10_000, 200_000])
+def test_recipes__for_small_jobs_are_as_long_whatever_the_data(name: str, pictures: int):
+    recipe = load_recipe(name)
+    plan = resolve(recipe, DatasetFacts("own", pictures, "f"), world_size=1)
+    assert (plan.steps, plan.global_batch, plan.warmup_steps) == (40_000, 512, 2000)
+    assert recipe.encoder.model_dump()["width"] == 384
 
 
 def test_recipes__are_table_9_of_the_paper():

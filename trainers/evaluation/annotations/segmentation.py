@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mimray.trainers.config.evaluation.segmentation import SegmentationConfig
+from mimray.trainers.config.evaluation.pixel_labels import PixelLabelsConfig
 from mimray.trainers.data.files import absolute, is_file, join, list_files
 from mimray.trainers.data.hold_out import HoldOut, hold_out_note
 from mimray.trainers.data.selection import evenly_spread
@@ -52,7 +52,7 @@ _SPLIT_FILES = (
 def open_segmentation(
     uri: str,
     split: Split,
-    config: SegmentationConfig,
+    config: PixelLabelsConfig,
     invalid_labels: InvalidLabels,
     *,
     shared: bool = False,
@@ -92,7 +92,7 @@ def open_segmentation(
 
 
 def open_segmentation_splits(
-    setting: Setting, config: SegmentationConfig, invalid_labels: InvalidLabels
+    setting: Setting, config: PixelLabelsConfig, invalid_labels: InvalidLabels
 ) -> LabelledSplits[SegmentationSet]:
     """Open the pictures to learn from and those to score on, and check all of them.
 
@@ -124,7 +124,7 @@ def open_segmentation_splits(
 
 
 def check_segmentation_splits(
-    setting: Setting, config: SegmentationConfig
+    setting: Setting, config: PixelLabelsConfig
 ) -> tuple[frozenset[str], frozenset[str]]:
     """Open the pictures to learn from and those to score on, and check the first of each only.
 
@@ -156,7 +156,7 @@ class _Readers(NamedTuple):
 
 
 def _open_readers(
-    setting: Setting, config: SegmentationConfig, invalid_labels: InvalidLabels
+    setting: Setting, config: PixelLabelsConfig, invalid_labels: InvalidLabels
 ) -> _Readers:
     """Open the places without reading a mask."""
     place, hold_out = absolute(setting.data), None
@@ -196,7 +196,7 @@ def _matched(val: MaskReader, train: MaskReader) -> MaskReader:
 def _checked(
     reader: MaskReader,
     indices: np.ndarray,
-    config: SegmentationConfig,
+    config: PixelLabelsConfig,
     invalid_labels: InvalidLabels,
     class_names: tuple[str, ...],
     binary: bool | None,
@@ -211,7 +211,7 @@ def _checked(
 
 
 def _may_be_binary(
-    reader: MaskReader, config: SegmentationConfig, class_names: tuple[str, ...]
+    reader: MaskReader, config: PixelLabelsConfig, class_names: tuple[str, ...]
 ) -> bool:
     """True if nobody said that 255 is void, nor that there are more than two classes."""
     of_folders = reader.ignore_index == BINARY
@@ -219,7 +219,7 @@ def _may_be_binary(
 
 
 def _class_names(
-    reader: MaskReader, config: SegmentationConfig, class_names: tuple[str, ...]
+    reader: MaskReader, config: PixelLabelsConfig, class_names: tuple[str, ...]
 ) -> tuple[str, ...]:
     """Names of the classes by number: those trained on, asked for, or the reader's own; or none."""
     names = class_names or config.class_names or reader.class_names
@@ -248,7 +248,7 @@ def _class_names(
 
 
 def _find(
-    uri: str, split: Split, config: SegmentationConfig, shared: bool
+    uri: str, split: Split, config: PixelLabelsConfig, shared: bool
 ) -> Callable[[InvalidLabels], MaskReader]:
     """Find labelled pixels, and the function that opens them."""
 

@@ -57,7 +57,7 @@ class LinearHead(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Logits [B, K, h, w] at the finest map's resolution."""
-        return cast(Tensor, self.classify(self.norm(_side_by_side(maps))))
+        return cast(Tensor, self.classify(self.norm(side_by_side(maps))))
 
 
 class PyramidHead(nn.Module):
@@ -112,11 +112,11 @@ class PyramidHead(nn.Module):
         ]
         if self.pooled is not None:
             top = levels[-1]
-            levels[-1] = self.pooled(_side_by_side([top, *(pool(top) for pool in self.pools)]))
+            levels[-1] = self.pooled(side_by_side([top, *(pool(top) for pool in self.pools)]))
         for lower in range(len(levels) - 2, -1, -1):
             levels[lower] = levels[lower] + _resized(levels[lower + 1], levels[lower])
         levels = [smooth(level) for smooth, level in zip(self.smooth, levels, strict=True)]
-        return cast(Tensor, self.classify(self.fuse(_side_by_side(levels))))
+        return cast(Tensor, self.classify(self.fuse(side_by_side(levels))))
 
 
 def _rescaled(channels: int, stride: int, wanted: int) -> nn.Sequential:
@@ -144,7 +144,7 @@ def _norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels)
 
 
-def _side_by_side(maps: Sequence[Tensor]) -> Tensor:
+def side_by_side(maps: Sequence[Tensor]) -> Tensor:
     """All maps at the first one's resolution, along the channels."""
     return torch.cat([_resized(level, maps[0]) for level in maps], dim=1)
 

@@ -13,10 +13,29 @@ from torch.nn import functional as F
 
 from mimray.trainers.data.geometry import Placement, Size, whole_view
 from mimray.trainers.data.rng import Stream, generator
-from mimray.trainers.evaluation.heads.views import tensor_of, training_view
+from mimray.trainers.evaluation.annotations.base import SegmentationSet
+from mimray.trainers.evaluation.heads.views import fitting_size, tensor_of, training_view
+
+# Attention is quadratic in the tokens: by default no more than these, and no longer side.
+_MAX_TOKENS = 1024
+_MAX_SIDE_PX = 512
 
 LogitsOf = Callable[[Tensor], Tensor]
 """From inputs uint8 [B, C, H, W] to logits [B, K, h, w] at any resolution."""
+
+
+def default_size(data: SegmentationSet, stride: int) -> Size:
+    """The pictures' own median size, rounded to the stride and kept within bounds.
+
+    At most about 1024 tokens and 512 pixels a side.
+
+    Args:
+        data: dataset, of which up to 32 pictures are looked at.
+        stride: stride of the encoder, pixels.
+    """
+    looked_at = np.linspace(0, len(data) - 1, min(32, len(data))).astype(int).tolist()
+    sizes: list[Size] = [data[index].mask.shape for index in looked_at]
+    return fitting_size(sizes, stride, max_tokens=_MAX_TOKENS, max_side_px=_MAX_SIDE_PX)
 
 
 def scaled_size(source_size: Size, input_size: Size, scale: float | None) -> Size:

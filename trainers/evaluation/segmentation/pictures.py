@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -77,24 +77,19 @@ def sheet(shown: Sequence[Shown], class_names: Sequence[str]) -> bytes:
     return file.getvalue()
 
 
-def class_chart(iou: Mapping[str, float | None], rows: Sequence[Mapping[str, float]]) -> bytes:
-    """IoU by class, best first, and the loss by epoch; a PNG.
+def class_chart(iou: Mapping[str, float | None], rows: Sequence[Mapping[str, float]] = ()) -> bytes:
+    """IoU by class, best first, and beside it the loss by epoch; a PNG.
 
     Args:
         iou: IoU by class name; None where it is neither labelled nor predicted.
-        rows: rows of the training, with `epoch` and `cross_entropy`.
+        rows: rows of the training, with `epoch` and `cross_entropy`; none where none took place.
     """
-    ranked = sorted(iou.items(), key=lambda item: -1.0 if item[1] is None else item[1])
-    figure = new_figure(10, max(3.2, 0.9 + 0.26 * len(ranked)))
+    figure = new_figure(10, max(3.2, 0.9 + 0.26 * len(iou)))
+    if not rows:
+        _plot_iou(figure.subplots(), iou)
+        return png_of(figure)
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    bars = left.barh(
-        [name for name, _ in ranked], [value or 0.0 for _, value in ranked], color=_BLUE
-    )
-    marks = ["absent" if value is None else f"{value:.3f}" for _, value in ranked]
-    left.bar_label(bars, marks, padding=4, color=_TEXT, fontsize=8)
-    left.set_xlim(0, 1.12)
-    left.set_xticks([0, 0.25, 0.5, 0.75, 1])
-    left.set_title("IoU by class", loc="left", fontsize=10, color=_TEXT)
+    _plot_iou(left, iou)
     right.plot(
         [row["epoch"] for row in rows],
         [row["cross_entropy"] for row in rows],
@@ -106,11 +101,27 @@ def class_chart(iou: Mapping[str, float | None], rows: Sequence[Mapping[str, flo
     right.set_xlabel("epoch", color=_TEXT)
     right.xaxis.get_major_locator().set_params(integer=True)
     right.grid(axis="y", color=_GRID)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(_GRID)
-        axes.tick_params(colors=_TEXT, length=0, labelsize=9)
+    _plain(right)
     return png_of(figure)
+
+
+def _plot_iou(axes: Any, iou: Mapping[str, float | None]) -> None:
+    ranked = sorted(iou.items(), key=lambda item: -1.0 if item[1] is None else item[1])
+    bars = axes.barh(
+        [name for name, _ in ranked], [value or 0.0 for _, value in ranked], color=_BLUE
+    )
+    marks = ["absent" if value is None else f"{value:.3f}" for _, value in ranked]
+    axes.bar_label(bars, marks, padding=4, color=_TEXT, fontsize=8)
+    axes.set_xlim(0, 1.12)
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
+    axes.set_title("IoU by class", loc="left", fontsize=10, color=_TEXT)
+    _plain(axes)
+
+
+def _plain(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_GRID)
+    axes.tick_params(colors=_TEXT, length=0, labelsize=9)
 
 
 def _over(image: np.ndarray, painted: np.ndarray) -> np.ndarray:

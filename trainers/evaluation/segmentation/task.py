@@ -12,23 +12,18 @@ from torch.nn import functional as F
 
 from mimray.trainers.bundles import FrozenEncoder
 from mimray.trainers.config.evaluation.segmentation import SegmentationConfig
-from mimray.trainers.data.geometry import Size
 from mimray.trainers.evaluation.annotations.base import InvalidLabels, SegmentationSet
 from mimray.trainers.evaluation.annotations.segmentation import open_segmentation_splits
 from mimray.trainers.evaluation.features.encoders import MakeEncoder, check_input
 from mimray.trainers.evaluation.heads.train_head import train_head
-from mimray.trainers.evaluation.heads.views import fitting_size, tensor_of
+from mimray.trainers.evaluation.heads.views import tensor_of
 from mimray.trainers.evaluation.score import Score, Setting
-from mimray.trainers.evaluation.segmentation.inference import learning_view
-from mimray.trainers.evaluation.segmentation.metrics import PixelCounts, scores
-from mimray.trainers.evaluation.segmentation.pictures import Shown, class_chart, sheet
+from mimray.trainers.evaluation.segmentation.inference import default_size, learning_view
+from mimray.trainers.evaluation.segmentation.metrics import scores
+from mimray.trainers.evaluation.segmentation.pictures import class_chart, sheet
+from mimray.trainers.evaluation.segmentation.scoring import missing_classes, score_pictures
 from mimray.trainers.evaluation.segmentation.segmenter import Segmenter, build_segmenter
 from mimray.trainers.evaluation.uncertainty import by_bootstrap
-
-# Attention is quadratic in the tokens: by default no more than these, and no longer side.
-_MAX_TOKENS = 1024
-_MAX_SIDE_PX = 512
-_NUM_SHOWN = 6
 
 
 def evaluate(make_encoder: MakeEncoder, setting: Setting, config: SegmentationConfig) -> Score:
@@ -57,7 +52,7 @@ def evaluate(make_encoder: MakeEncoder, setting: Setting, config: SegmentationCo
         encoder, config, train.class_names, input_size, device=setting.device, seed=setting.seed
     )
     rows = _train(model, train, config, setting)
-    by_picture, shown = _score(model, val, config, setting)
+    by_picture, shown = score_pictures(model, val, config.batch_size, setting.progress)
     confusion = by_picture.confusion
     metrics = scores(confusion, train.class_names)
     return Score(
@@ -78,7 +73,7 @@ def evaluate(make_encoder: MakeEncoder, setting: Setting, config: SegmentationCo
         num_val=len(val),
         evidence=by_bootstrap(by_picture.miou, val.fingerprint, len(val)),
         notes=(
-            *_missing(confusion, train, val),
+            *missing_classes(confusion, train, val),
             *notes,
             *invalid_labels.notes(),
         ),
@@ -89,20 +84,6 @@ def evaluate(make_encoder: MakeEncoder, setting: Setting, config: SegmentationCo
         files=model.files(config),
         hold_out=hold_out,
     )
-
-
-def default_size(data: SegmentationSet, stride: int) -> Size:
-    """The pictures' own median size, rounded to the stride and kept within bounds.
-
-    At most about 1024 tokens and 512 pixels a side.
-
-    Args:
-        data: dataset, of which up to 32 pictures are looked at.
-        stride: stride of the encoder, pixels.
-    """
-    looked_at = np.linspace(0, len(data) - 1, min(32, len(data))).astype(int).tolist()
-    sizes: list[Size] = [data[index].mask.shape for index in looked_at]
-    return fitting_size(sizes, stride, max_tokens=_MAX_TOKENS, max_side_px=_MAX_SIDE_PX)
 
 
 def masked_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
@@ -173,46 +154,4 @@ def _train(
         folder=setting.folder,
         identity=identity,
         progress=setting.progress,
-    )
-
-
-def _score(
-    model: Segmenter, val: SegmentationSet, config: SegmentationConfig, setting: Setting
-) -> tuple[PixelCounts, list[Shown]]:
-    """The pixels counted by picture, and a few pictures spread over the set."""
-    by_picture = PixelCounts(len(model.class_names))
-    to_show = set(np.linspace(0, len(val) - 1, min(_NUM_SHOWN, len(val))).astype(int).tolist())
-    shown = []
-    for start in range(0, len(val), config.batch_size):
-        indices = range(start, min(start + config.batch_size, len(val)))
-        examples = [val[index] for index in indices]
-        found = model([image for image, _ in examples], config.batch_size)
-        for index, (image, mask), classes in zip(indices, examples, found, strict=True):
-            by_picture.add(mask, classes, val.ignore_index)
-            if index in to_show:
-                void = mask == val.ignore_index
-                shown.append(Shown(np.asarray(image), mask, void, classes))
-        setting.progress("scoring", indices.stop, len(val))
-    return by_picture, shown
-
-
-def _missing(
-    confusion: np.ndarray, train: SegmentationSet, val: SegmentationSet
-) -> tuple[str, ...]:
-    """Notes that name the classes without a labelled pixel to score on."""
-    labelled, predicted = confusion.sum(axis=1) > 0, confusion.sum(axis=0) > 0
-    void = train.ignore_index, val.ignore_index
-    unlabelled = np.flatnonzero(~labelled).tolist()
-    names = {
-        "left out of the means": [
-            train.class_names[k] for k in unlabelled if not predicted[k] and k not in void
-        ],
-        "predicted all the same, which counts as 0 in mIoU and not in mIoU_labelled": [
-            train.class_names[k] for k in unlabelled if predicted[k]
-        ],
-    }
-    return tuple(
-        f"classes without a labelled pixel to score on, {what}: {', '.join(those)}"
-        for what, those in names.items()
-        if those
     )

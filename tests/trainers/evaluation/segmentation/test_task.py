@@ -19,8 +19,9 @@ from mimray.trainers.evaluation.annotations.segmentation import open_segmentatio
 from mimray.trainers.evaluation.features.encoders import untrained
 from mimray.trainers.evaluation.features.map_cache import CachedEncoder
 from mimray.trainers.evaluation.score import Score, Setting
+from mimray.trainers.evaluation.segmentation.inference import default_size
 from mimray.trainers.evaluation.segmentation.segmenter import load_head
-from mimray.trainers.evaluation.segmentation.task import default_size, evaluate
+from mimray.trainers.evaluation.segmentation.task import evaluate
 
 Make = Callable[[], FrozenEncoder]
 CONFIG = SegmentationConfig(head="fpn", head_width=16, epochs=2, batch_size=8)
