@@ -91,10 +91,11 @@ def pack_linears(encoder: FrozenEncoder) -> None:
         if isinstance(module, Mlp) and type(module.act) is nn.GELU
         if module.act.approximate == "none"
     }
+    packable = (nn.Linear, ProjectionWithoutKeyBias)  # a projection's keys have a bias of zero
     for module in modules:
         if isinstance(module, Mlp) and module.fc1 in fused:
             module.act = nn.Identity()
-        elif type(module) in (nn.Linear, ProjectionWithoutKeyBias):  # its keys' bias is zero
+        elif isinstance(module, nn.Linear) and type(module) in packable:
             _pack(module, "gelu" if module in fused else "none")
 
 

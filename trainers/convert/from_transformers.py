@@ -186,7 +186,7 @@ def _from_siglip(state: dict[str, Tensor], config: Mapping[str, Any]) -> Foreign
     patches = state.get("patch_embed.proj.weight")
     if patches is not None and patches.ndim == 2:  # of flat patches (row, column, channel)
         side = config.get("patch_size", 16)
-        square = patches.unflatten(1, (side, side, -1))
+        square = patches.reshape(len(patches), side, side, -1)
         state["patch_embed.proj.weight"] = square.permute(0, 3, 1, 2).contiguous()
     found = ForeignWeights(state, tree={"encoder": {"num_heads": 12}})
     if any(k.startswith("head.") for k in state):

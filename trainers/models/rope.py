@@ -85,7 +85,7 @@ class RopeAttention(Attention):  # type: ignore[misc]  # timm has no types
 
     def _turned(self, x: Tensor, rope: Tensor) -> Tensor:
         sines, cosines = rope.chunk(2, dim=-1)
-        prefix, patches = x.split([x.shape[2] - rope.shape[-2], rope.shape[-2]], dim=2)
+        prefix, patches = torch.split(x, [x.shape[2] - rope.shape[-2], rope.shape[-2]], dim=2)
         if self.interleaved:
             crossed = torch.stack([-patches[..., 1::2], patches[..., ::2]], dim=-1).flatten(-2)
         else:

@@ -275,7 +275,9 @@ def _bank(view: _PatchView, train: SegmentationSet, seed: int, progress: Progres
         if windows:
             encoded = [
                 view.maps(part).permute(0, 2, 3, 1).flatten(0, 2)  # B h w, D
-                for part in torch.from_numpy(np.concatenate(windows)).split(config.batch_size)
+                for part in torch.split(
+                    torch.from_numpy(np.concatenate(windows)), config.batch_size
+                )
             ]
             chosen = torch.from_numpy(np.concatenate(rows)).to(encoded[0].device)
             features.append(torch.cat(encoded)[chosen].cpu())
