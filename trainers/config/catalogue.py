@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Union, get_args
 
 from pydantic import Field
 
+from mimray.trainers.config.distill import DistillConfig
 from mimray.trainers.config.method import (
     AEConfig,
     BEiTConfig,
@@ -24,6 +25,7 @@ BUILT_IN: tuple[type[MethodConfig], ...] = (
     SimMIMConfig,
     MaskFeatConfig,
     BEiTConfig,
+    DistillConfig,
     AEConfig,
     VAEConfig,
     DVAEConfig,
