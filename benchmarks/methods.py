@@ -17,19 +17,52 @@ from collections.abc import Callable
 
 import torch
 
+from mimray.trainers.bundles import BundleCard
 from mimray.trainers.config.recipes import load_recipe, shipped_recipes
 from mimray.trainers.config.run import Recipe
 from mimray.trainers.cost.step import shape_of, trace
-from mimray.trainers.methods.beit import BEiT
 from mimray.trainers.methods.catalogue import build_method, inputs_of
 from mimray.trainers.methods.inputs import placeholders
 
-TOKENIZERS = {"beit-tiny": "dvae-tiny", "beit-vit-b": "dvae-vq-8192"}
+# The folder of a network that the method needs, and the recipe it is counted by.
+NETWORKS = {
+    "beit-tiny": ("tokenizer", "dvae-tiny"),
+    "beit-vit-b": ("tokenizer", "dvae-vq-8192"),
+    "distill-tiny": ("teacher", "mae-tiny"),
+    "distill-vit-s": ("teacher", "mae-vit-b"),
+}
 
 
 def recipe_of(name: str) -> Recipe:
-    """A shipped recipe, without k-means, for which a small batch has too few encodings."""
-    return load_recipe(name, ["method.kmeans_init=false"] if name.startswith("dvae") else [])
+    """A shipped recipe, without k-means, for which a small batch has too few encodings.
+
+    A student's head is as wide as the teacher.
+    """
+    sets = ["method.kmeans_init=false"] if name.startswith("dvae") else []
+    if name.startswith("distill"):
+        teacher = recipe_of(NETWORKS[name][1])
+        sets.append(f"method.teacher_width={teacher.encoder.out_width}")
+    return load_recipe(name, sets)
+
+
+def networks_of(name: str) -> dict[str, BundleCard]:
+    """Cards of the untrained networks that a recipe needs, by folder."""
+    if name not in NETWORKS:
+        return {}
+    folder, network = NETWORKS[name]
+    recipe = recipe_of(network)
+    data = recipe.data
+    card = BundleCard(
+        name=network,
+        encoder=recipe.encoder,
+        image_size=data.image_size,
+        channels=data.channels,
+        mean=data.mean,
+        std=data.std,
+        method=recipe.method.name,
+        recipe=recipe.model_dump(mode="json"),
+    )
+    return {folder: card}
 
 
 def step_of(name: str, batch: int) -> Callable[[], None]:
@@ -37,9 +70,8 @@ def step_of(name: str, batch: int) -> Callable[[], None]:
     recipe = recipe_of(name)
     torch.manual_seed(0)
     method = build_method(recipe).train()
-    if isinstance(method, BEiT):
-        tokenizer = build_method(recipe_of(TOKENIZERS[name])).eval()
-        method.attach(tokenizer)  # type: ignore[arg-type]
+    for folder, card in networks_of(name).items():
+        method.expect(folder, card)
     optimizer = torch.optim.AdamW(method.parameters(), lr=1e-5, fused=True)
     inputs = placeholders(inputs_of(recipe), recipe, batch, torch.float32)
     for name, tensor in inputs.items():
@@ -59,8 +91,7 @@ def step_of(name: str, batch: int) -> Callable[[], None]:
 def counts(name: str) -> tuple[float, float, float]:
     """Millions of parameters of the encoder and of the rest, and forward GFLOPs per picture."""
     recipe = recipe_of(name)
-    networks = {"tokenizer": recipe_of(TOKENIZERS[name])} if name in TOKENIZERS else {}
-    method = shape_of(recipe, torch.float32, networks)
+    method = shape_of(recipe, torch.float32, networks_of(name))
     encoder = sum(p.numel() for p in method.encoder.parameters())
     rest = sum(p.numel() for p in method.parameters()) - encoder
     flops = trace(method, 2, checkpointing=False, on_gpu=False).forward_flops

@@ -42,6 +42,8 @@ def launch(ray_session: str, photos: Path, storage: Path) -> Launch:
         sets = [*SHORT, *FEW_CODES.get(recipe, [])]
         if recipe == "beit-tiny":
             sets.append(f"method.tokenizer={run('dvae-tiny', 'dvae-tiny').run}")
+        if recipe == "distill-tiny":
+            sets.append(f"method.teacher={run('mae-tiny', 'mae-tiny').run}")
         job = Job(load_recipe(recipe, sets, STEPS), str(photos), name, str(storage))
         watch = None if attempts is None else lambda state: attempts.append(state.attempts)
         done[name] = pretrain(job, prepare(job), watch)
@@ -73,7 +75,7 @@ def kill_a_worker(run: Path, step: int, over: threading.Event, commands: Any) ->
             pytest.param(name, marks=pytest.mark.slow)
             for name in (
                 "ae-tiny", "vae-tiny", "beit-tiny", "mae-tiny", "simmim-tiny",
-                "simmim-swin-tiny", "maskfeat-tiny",
+                "simmim-swin-tiny", "maskfeat-tiny", "distill-tiny",
             )
         ),
     ],

@@ -12,7 +12,7 @@ from PIL import Image
 
 from mimray.service.cli.main import cli
 from mimray.service.commands import guide
-from mimray.trainers.config.method import METHODS
+from mimray.trainers.config.catalogue import METHODS
 from mimray.trainers.config.recipes import load_recipe, shipped_recipes
 from mimray.trainers.cost.step import shape_of, trace
 

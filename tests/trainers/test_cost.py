@@ -21,6 +21,8 @@ import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
+from mimray.trainers.bundles import BundleCard
+from mimray.trainers.config.distill import DistillConfig
 from mimray.trainers.config.method import BEiTConfig
 from mimray.trainers.config.recipes import load_recipe
 from mimray.trainers.config.run import Plan, Recipe, resolve
@@ -36,7 +38,7 @@ from mimray.trainers.types import DatasetFacts
 TOLERANCE = 0.15
 TINY = (
     "ae-tiny", "ae-vit-tiny", "vae-tiny", "dvae-tiny", "beit-tiny", "mae-tiny", "simmim-tiny",
-    "simmim-swin-tiny", "maskfeat-tiny",
+    "simmim-swin-tiny", "maskfeat-tiny", "distill-tiny",
 )  # fmt: skip
 
 
@@ -60,8 +62,28 @@ class Codes:
         return self
 
 
+def card_of(recipe: Recipe) -> BundleCard:
+    """The description of an untrained network."""
+    data = recipe.data
+    return BundleCard(
+        name="untrained", encoder=recipe.encoder, image_size=data.image_size,
+        channels=data.channels, mean=data.mean, std=data.std, method=recipe.method.name,
+        recipe=recipe.model_dump(mode="json"),
+    )  # fmt: skip
+
+
+def networks_of(recipe: Recipe) -> dict[str, BundleCard]:
+    """The teacher of a method that wants one; the tokenizer of BEiT costs nothing here."""
+    if not isinstance(recipe.method, DistillConfig):
+        return {}
+    width = f"encoder.width={recipe.method.teacher_width}"
+    return {"teacher": card_of(load_recipe("mae-tiny", [width]))}
+
+
 def real_method(recipe: Recipe) -> Method:
     method = build_method(recipe).train()
+    for name, card in networks_of(recipe).items():
+        method.expect(name, card)
     if isinstance(recipe.method, BEiTConfig):
         method.attach(Codes(recipe))
     return method
@@ -77,6 +99,8 @@ def real_inputs(method: Method, batch: int, dtype: torch.dtype) -> dict[str, tor
     if isinstance(recipe.method, BEiTConfig):
         size = recipe.data.channels, *recipe.method.tokenizer_image_size
         inputs["tokenizer_images"] = torch.zeros(batch, *size, dtype=torch.uint8)
+    if isinstance(recipe.method, DistillConfig):
+        inputs["teacher_images"] = torch.zeros(batch, *size, dtype=torch.uint8)
     return inputs
 
 
@@ -132,7 +156,9 @@ def test_flops__of_mae_are_those_of_its_dimensions(
     assert (step.encoder_tokens, step.decoder_tokens) == (visible + 1, patches + 1)
 
 
-@pytest.mark.parametrize("name", ["ae-tiny", "dvae-tiny", "beit-tiny", "maskfeat-tiny"])
+@pytest.mark.parametrize(
+    "name", ["ae-tiny", "dvae-tiny", "beit-tiny", "maskfeat-tiny", "distill-tiny"]
+)
 def test_flops__are_what_the_profiler_sees(name: str) -> None:
     recipe, batch = load_recipe(name), 2
     method = real_method(recipe)
@@ -147,7 +173,8 @@ def test_flops__are_what_the_profiler_sees(name: str) -> None:
         loss = method(**inputs).loss
     measured = sum(event.flops for event in seen.key_averages()) / batch
 
-    step = trace(shape_of(recipe, torch.float32, {}), batch, checkpointing=False, on_gpu=False)
+    shape = shape_of(recipe, torch.float32, networks_of(recipe))
+    step = trace(shape, batch, checkpointing=False, on_gpu=False)
 
     assert loss.isfinite()
     assert sum(step.forward_flops.values()) == pytest.approx(measured, rel=TOLERANCE)
@@ -189,7 +216,7 @@ def test_tokenizer__is_counted_apart() -> None:
     plan, tokenizer = plan_of("beit-tiny", "optim.batch_size=2"), load_recipe("dvae-tiny")
     without, counted = (
         estimate(plan, "bf16"),
-        estimate(plan, "bf16", networks={"tokenizer": tokenizer}),
+        estimate(plan, "bf16", networks={"tokenizer": card_of(tokenizer)}),
     )
 
     alone = build_method(tokenizer)
@@ -251,7 +278,7 @@ def test_memory__of_autocast_leaves_alone_what_a_method_does() -> None:
     """The tokenizer of BEiT is fp32 at any precision: no copies of its weights."""
     plan, tokenizer = plan_of("beit-tiny", "optim.batch_size=2"), load_recipe("dvae-tiny")
 
-    method = shape_of(plan.recipe, torch.float32, {"tokenizer": tokenizer})
+    method = shape_of(plan.recipe, torch.float32, {"tokenizer": card_of(tokenizer)})
     seen: list[torch.dtype] = []
     for part in method.parts()["tokenizer"]:
         for module in part.modules():
@@ -313,7 +340,8 @@ def peak_of(case: Case) -> dict[str, int]:
         f"engine.activation_checkpointing={case.checkpointing}",
     )
     plan = plan_of(case.name, *case.overrides, *extra, workers=workers)
-    cost = estimate(plan, case.precision, on_gpu=False)
+    networks = networks_of(plan.recipe)
+    cost = estimate(plan, case.precision, on_gpu=False, networks=networks)
     gc.collect()
     before = resident("VmRSS")
     torch.manual_seed(0)

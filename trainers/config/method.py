@@ -1,10 +1,9 @@
-"""Objectives a recipe may name: one class for each method, selected by `name`."""
+"""Configurations of methods, a recipe's `method` section: their base, and most of them."""
 
 from __future__ import annotations
 
 import math
-from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import (
     Field,
@@ -121,7 +120,8 @@ class MethodConfig(Config):
         return "mean"
 
 
-def _patches(encoder: EncoderConfig, image_size: Size) -> int:
+def num_patches_of(encoder: EncoderConfig, image_size: Size) -> int:
+    """The encoder's output tokens of one picture, given (height, width) in pixels."""
     return (image_size[0] // encoder.stride) * (image_size[1] // encoder.stride)
 
 
@@ -161,7 +161,7 @@ class MAEConfig(_TransformerDecoder):
 
     def check(self, encoder: EncoderConfig, image_size: Size) -> None:
         """Require patches both hidden and visible."""
-        check_ratio(self.mask_ratio, _patches(encoder, image_size))
+        check_ratio(self.mask_ratio, num_patches_of(encoder, image_size))
 
     @property
     def drops_hidden(self) -> bool:
@@ -245,7 +245,7 @@ class MaskFeatConfig(BlockMasking, _TransformerDecoder):
 
     def check(self, encoder: EncoderConfig, image_size: Size) -> None:
         """Require patches both hidden and visible, and a least block that may be hidden."""
-        num_patches = _patches(encoder, image_size)
+        num_patches = num_patches_of(encoder, image_size)
         check_ratio(self.mask_ratio, num_patches)
         if self.masking == "block":
             self.check_block(num_patches)
@@ -290,7 +290,7 @@ class BEiTConfig(BlockMasking):
 
     def check(self, encoder: EncoderConfig, image_size: Size) -> None:
         """Require patches both hidden and visible, and a least block that may be hidden."""
-        num_patches = _patches(encoder, image_size)
+        num_patches = num_patches_of(encoder, image_size)
         check_ratio(self.mask_ratio, num_patches)
         self.check_block(num_patches)
 
@@ -544,30 +544,3 @@ class FinetuneConfig(MethodConfig):
     def pooled_by(self) -> Literal["mean", "cls"]:
         """The pooling that the head was trained on."""
         return self.pooling
-
-
-BUILT_IN: tuple[type[MethodConfig], ...] = (
-    MAEConfig,
-    SimMIMConfig,
-    MaskFeatConfig,
-    BEiTConfig,
-    AEConfig,
-    VAEConfig,
-    DVAEConfig,
-    FinetuneConfig,
-)
-"""The methods of this package."""
-
-ENTRY_POINTS = "mimray.methods"
-"""Entry-point group under which other distributions register their methods' config classes."""
-
-# Looked up at import, because the recipe's model is built from them.
-METHODS: dict[str, type[MethodConfig]] = {
-    get_args(config.model_fields["name"].annotation)[0]: config
-    for config in (*BUILT_IN, *(point.load() for point in entry_points(group=ENTRY_POINTS)))
-}
-
-if TYPE_CHECKING:
-    AnyMethod = MethodConfig
-else:
-    AnyMethod = Annotated[Union[tuple(METHODS.values())], Field(discriminator="name")]  # noqa: UP007

@@ -16,11 +16,11 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from mimray.trainers.config.base import Config
+from mimray.trainers.config.catalogue import AnyMethod
 from mimray.trainers.config.composition import check_size
 from mimray.trainers.config.data import DataConfig
 from mimray.trainers.config.deepspeed_block import check_block
 from mimray.trainers.config.explain import explain
-from mimray.trainers.config.method import AnyMethod
 from mimray.trainers.config.model import EncoderConfig
 from mimray.trainers.config.optim import OptimConfig
 from mimray.trainers.config.retired import without_retired

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from mimray.trainers.config.run import Plan, Recipe
+from mimray.trainers.bundles import BundleCard
+from mimray.trainers.config.run import Plan
 from mimray.trainers.cost.memory import (
     KEPT_WHOLE,
     REDUCE_BUCKET,
@@ -53,7 +54,7 @@ def estimate(
     precision: str,
     *,
     on_gpu: bool = True,
-    networks: Mapping[str, Recipe] | None = None,
+    networks: Mapping[str, BundleCard] | None = None,
 ) -> Cost:
     """Estimate FLOPs and memory of a plan's step, at its micro batch and number of workers.
 
@@ -63,7 +64,7 @@ def estimate(
         plan: the plan to estimate.
         precision: a result of `choose_precision`.
         on_gpu: True for the memory of a GPU, False for that of a CPU worker.
-        networks: recipes of the networks that the method calls but does not own, by the folder of
+        networks: cards of the networks that the method calls but does not own, by the folder of
             their need; one that is missing costs nothing.
     """
     dtype = DTYPES[precision]

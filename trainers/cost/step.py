@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
+from mimray.trainers.bundles import BundleCard
 from mimray.trainers.config.run import Recipe
 from mimray.trainers.methods.base import Method
 from mimray.trainers.methods.catalogue import build_method, inputs_of
@@ -63,13 +64,13 @@ class Step:
     with_gradients: int
 
 
-def shape_of(recipe: Recipe, dtype: torch.dtype, networks: Mapping[str, Recipe]) -> Method:
+def shape_of(recipe: Recipe, dtype: torch.dtype, networks: Mapping[str, BundleCard]) -> Method:
     """A method on the meta device, cast as by DeepSpeed: parameters to `dtype`, buffers not.
 
     Args:
         recipe: the recipe of the method.
         dtype: the parameters' data type.
-        networks: recipes of the networks that the method calls but does not own, by the folder of
+        networks: cards of the networks that the method calls but does not own, by the folder of
             their need; one that is missing costs nothing.
     """
     with torch.device("meta"):
@@ -77,7 +78,7 @@ def shape_of(recipe: Recipe, dtype: torch.dtype, networks: Mapping[str, Recipe])
         for parameter in method.parameters():
             parameter.data = parameter.data.to(dtype)
         for need in method.needs():
-            if need.stays:
+            if need.called:
                 method.expect(need.folder, networks.get(need.folder))
     return method
 
@@ -110,7 +111,9 @@ def trace(
     method.encoder.activation_checkpointing = checkpointing
     recipe, dtype = method.recipe, next(method.parameters()).dtype
     inputs = placeholders(inputs_of(recipe), recipe, batch, dtype)
-    ledger = _Ledger(part_names(method), ignored=[*method.parameters(), *method.buffers()])
+    called = [module for modules in method.parts().values() for module in modules]
+    weights = [t for m in (method, *called) for t in (*m.parameters(), *m.buffers())]
+    ledger = _Ledger(part_names(method), ignored=weights)
     ledger.hold(inputs)
     tokens: list[int] = []
 

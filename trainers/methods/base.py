@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from mimray.trainers.bundles import BundleCard
 from mimray.trainers.config.run import Recipe
 from mimray.trainers.data.views import Inputs, Masks, training_view
 from mimray.trainers.methods.needs import Need
@@ -110,12 +111,12 @@ class Method(nn.Module, ABC):
         """
         raise AssertionError(f"{type(self).__name__} needs no {name}")
 
-    def expect(self, name: str, recipe: Recipe | None) -> None:
-        """Build a needed network that stays without its weights, for the count of costs.
+    def expect(self, name: str, card: BundleCard | None) -> None:
+        """Build a needed network that the method calls without its weights, to count costs.
 
         Args:
             name: the `folder` of the need.
-            recipe: the recipe of the network; None if there is no bundle yet.
+            card: the bundle's description, bundle.json; None if there is no bundle yet.
         """
         raise AssertionError(f"{type(self).__name__} needs no {name}")
 

@@ -29,7 +29,7 @@ from mimray.trainers.methods.losses import mean_over_hidden
 from mimray.trainers.methods.needs import Need
 from mimray.trainers.models import build_encoder
 from mimray.trainers.models.full_precision import full_precision
-from mimray.trainers.models.normalise import denormalise, normalise
+from mimray.trainers.models.normalise import denormalise, normalise, pixels_at, resize
 from mimray.trainers.models.patches import patchify, unpatchify
 from mimray.trainers.models.vit import init_cut_normal_
 from mimray.trainers.pictures import hide_patches
@@ -104,7 +104,7 @@ class BEiT(Method):
             hint="train one with `mimray pretrain dvae-tiny`, "
             "then --set method.tokenizer=runs/dvae-tiny",
         )
-        return (Need("tokenizer", "tokenizer", "tokenizer", _held, stays=True, missing=missing),)
+        return (Need("tokenizer", "tokenizer", "tokenizer", _held, "always", missing),)
 
     def take(self, name: str, folder: Path) -> None:
         """Load the tokenizer and attach it."""
@@ -113,9 +113,12 @@ class BEiT(Method):
             raise BundleError(f"{folder} is no tokenizer", hint="a bundle of method dvae")
         self.attach(tokenizer)
 
-    def expect(self, name: str, recipe: Recipe | None) -> None:
+    def expect(self, name: str, card: BundleCard | None) -> None:
         """Attach a tokenizer without weights, or a stand-in whose codes cost nothing."""
-        found = build_method(recipe).eval() if recipe else _NoTokenizer(self.recipe)
+        if card is None:
+            self.attach(_NoTokenizer(self.recipe))
+            return
+        found = build_method(parse_recipe(card.recipe, "the tokenizer's bundle.json")).eval()
         assert isinstance(found, Tokenizer)
         self.attach(found)
 
@@ -247,8 +250,7 @@ class BEiT(Method):
     def _second_view(self, images: Float[Tensor, "B C H W"]) -> UInt8[Tensor, "B C h w"]:
         """Normalised pictures as uint8 pixels at the tokenizer's size."""
         data = self.recipe.data
-        pixels = denormalise(images, data.mean, data.std).float()
-        return _resize(pixels, self.config.tokenizer_image_size).clamp(0, 255).round().byte()
+        return pixels_at(images, data.mean, data.std, self.config.tokenizer_image_size)
 
     @torch.no_grad()
     def _decoded(self, codes: Int64[Tensor, "B N"]) -> Float[Tensor, "B C H W"]:
@@ -256,7 +258,7 @@ class BEiT(Method):
         ours, theirs = self.recipe.data, self.tokenizer.recipe.data
         maps = codes.reshape(-1, *self.recipe.grid)  # B h w
         drawn = self.tokenizer.to(codes.device).decode_codes(maps)
-        pixels = denormalise(_resize(drawn, ours.image_size), theirs.mean, theirs.std)
+        pixels = denormalise(resize(drawn, ours.image_size), theirs.mean, theirs.std)
         return normalise(pixels, ours.mean, ours.std)
 
     def _behind(
@@ -271,13 +273,6 @@ class BEiT(Method):
             mask.unsqueeze(-1), patchify(drawn, stride), patchify(images, stride)
         )  # B N P
         return unpatchify(patches, stride, self.recipe.grid)
-
-
-def _resize(images: Float[Tensor, "B C H W"], size: tuple[int, int]) -> Float[Tensor, "B C _ _"]:
-    """Resize by antialiased bicubic interpolation."""
-    if images.shape[2:] == size:
-        return images
-    return F.interpolate(images, size, mode="bicubic", antialias=True)
 
 
 class _NoTokenizer(Tokenizer):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from mimray.trainers.config.method import METHODS
+from mimray.trainers.config.catalogue import METHODS
 
 if TYPE_CHECKING:
     from mimray.trainers.config.run import Recipe

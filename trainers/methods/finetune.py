@@ -77,7 +77,7 @@ class Finetune(Method):
     @classmethod
     def needs(cls) -> tuple[Need, ...]:
         """A bundle with the initial encoder; without one, the encoder is freshly initialised."""
-        return (Need("bundle", "initial", "encoder", _held, stays=False),)
+        return (Need("bundle", "initial", "encoder", _held, "start"),)
 
     def take(self, name: str, folder: Path) -> None:
         """Begin with the encoder of a bundle, resized to this encoder's input.

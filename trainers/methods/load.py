@@ -26,7 +26,8 @@ def load_method(path: str | Path) -> Method:
         path: the folder of a run, or of a bundle that has its decoder.
 
     Returns:
-        The method on the CPU in fp32, in evaluation mode, with the networks it needs.
+        The method on the CPU in fp32, in evaluation mode, with the networks it needs; those of
+        training alone if the bundle is a run's, which keeps them.
 
     Raises:
         BundleError: there is no bundle, it is damaged, or was exported without its decoder.
@@ -41,7 +42,9 @@ def load_method(path: str | Path) -> Method:
         verify_weights(folder, card, name)
     method = build_method(parse_recipe(card.recipe, f"{folder}/bundle.json"))
     load_state(method, folder / ENCODER, folder / METHOD, prefixes=(f"{method.result}.", ""))
+    run = folder.parent if (folder.parent / "plan.json").is_file() else None
     for need in method.needs():
-        if need.stays and (folder / need.folder).is_dir():
-            supply(method, need.folder, folder / need.folder)
+        place = folder if need.exported else run
+        if need.called and place is not None and (place / need.folder).is_dir():
+            supply(method, need.folder, place / need.folder)
     return method.eval()

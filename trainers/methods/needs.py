@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from mimray.trainers.bundles import (
     CARD,
@@ -22,7 +22,7 @@ from mimray.trainers.bundles import (
     read_card,
     verify_weights,
 )
-from mimray.trainers.config.run import Recipe, parse_recipe
+from mimray.trainers.config.run import Recipe
 from mimray.trainers.errors import BundleError, ConfigError, RunConflictError
 from mimray.trainers.methods.catalogue import method_class
 from mimray.trainers.storage import RunDir
@@ -38,12 +38,14 @@ class Need:
     Attributes:
         key: the key of the recipe's `method` section, one of its `places`, that holds the bundle's
             path or URI; `<key>_sha256` holds the digest.
-        folder: name of the bundle's copy in the run and, if it stays, in the exported bundle.
+        folder: name of the bundle's copy in the run and, if it is used always, in the exported
+            bundle.
         noun: the bundle's role, as error messages name it.
         check: a function that checks a recipe against the bundle's card and returns the keys of
             the `method` section that follow from the card; raises ConfigError if they do not fit.
-        stays: True for a network that the method calls in training and afterwards, which goes into
-            the exported bundle; False for an encoder's initial weights.
+        use: the time of its use. start: an encoder's initial weights, read once; training: a frozen
+            encoder that the method calls in training alone; always: a network that the method calls
+            afterwards too, which goes into the exported bundle.
         missing: the error if the recipe names no bundle; None if the method can do without.
     """
 
@@ -51,23 +53,38 @@ class Need:
     folder: str
     noun: str
     check: Callable[[Recipe, BundleCard], Mapping[str, Any]]
-    stays: bool
+    use: Literal["start", "training", "always"]
     missing: ConfigError | None = None
+
+    @property
+    def called(self) -> bool:
+        """True for a network that the method calls, beside its own modules."""
+        return self.use != "start"
+
+    @property
+    def exported(self) -> bool:
+        """True for a network that goes into the exported bundle."""
+        return self.use == "always"
 
     @property
     def files(self) -> tuple[str, ...]:
         """Names of the files of weights that are needed."""
-        return (ENCODER, METHOD) if self.stays else (ENCODER,)
+        return (ENCODER, METHOD) if self.exported else (ENCODER,)
 
     def place(self, recipe: Recipe) -> str:
         """Path or URI of the bundle; empty if the recipe names none."""
         return str(getattr(recipe.method, self.key))
 
     def digest(self, card: BundleCard) -> str:
-        """Hexadecimal SHA-256 of all weights that are needed."""
-        if not self.stays:
+        """Hexadecimal SHA-256 of all weights that are needed, and of what they are given.
+
+        A frozen encoder's normalisation counts: other bundles of the same weights give other
+        features. Initial weights are given the recipe's own.
+        """
+        if self.use == "start":
             return card.weights_sha256
-        return hashlib.sha256(f"{card.weights_sha256}{card.method_sha256}".encode()).hexdigest()
+        rest = card.method_sha256 if self.exported else f" {card.mean} {card.std} {card.pooling}"
+        return hashlib.sha256(f"{card.weights_sha256}{rest}".encode()).hexdigest()
 
     def wanted_digest(self, recipe: Recipe) -> str:
         """The digest in the plan; empty in a recipe without one."""
@@ -124,7 +141,10 @@ def with_needs(recipe: Recipe) -> Recipe:
             if need.missing is not None:
                 raise need.missing
             continue
-        folder = fetch_bundle(need.place(recipe))
+        try:
+            folder = fetch_bundle(need.place(recipe))
+        except BundleError as error:
+            raise BundleError(f"method.{need.key}: {error.args[0]}", hint=error.hint) from None
         follows = need.check(recipe, read_card(folder))
         card = need.verify(folder, recipe)
         found = {f"{need.key}_sha256": need.digest(card), **follows}
@@ -133,24 +153,24 @@ def with_needs(recipe: Recipe) -> Recipe:
     return recipe
 
 
-def foresee(recipe: Recipe) -> tuple[Recipe, dict[str, Recipe], list[str]]:
+def foresee(recipe: Recipe) -> tuple[Recipe, dict[str, BundleCard], list[str]]:
     """Apply `with_needs` as far as the networks that a recipe needs are there already.
 
     Args:
         recipe: a recipe of any method.
 
     Returns:
-        The recipe, the recipes of the networks that stay, by the folder of their need, and a note
-        for each that is missing.
+        The recipe, the cards of the networks that the method calls, by the folder of their need,
+        and a note for each that is missing.
 
     Raises:
         ConfigError: a network does not fit the recipe.
     """
-    networks: dict[str, Recipe] = {}
+    networks: dict[str, BundleCard] = {}
     notes: list[str] = []
     for need in needs_of(recipe):
         place = need.place(recipe)
-        if not need.stays:
+        if not need.called:
             continue
         if not place:
             notes.append(f"method.{need.key} names no {need.noun}, so that none is counted")
@@ -160,7 +180,7 @@ def foresee(recipe: Recipe) -> tuple[Recipe, dict[str, Recipe], list[str]]:
         except BundleError:
             notes.append(f"there is no {need.noun} at {place} yet, so that none is counted")
             continue
-        networks[need.folder] = parse_recipe(read_card(folder).recipe, str(folder))
+        networks[need.folder] = read_card(folder)
     return (recipe if notes else with_needs(recipe)) if networks else recipe, networks, notes
 
 
@@ -201,11 +221,11 @@ def check_outside(recipe: Recipe, run: RunDir) -> None:
 
 
 def kept_needs(recipe: Recipe, run: RunDir) -> dict[str, Path]:
-    """Folders, on this machine, of a run's copies of the networks that stay, by name."""
+    """Folders, on this machine, of a run's copies of the networks to export, by name."""
     return {
         need.folder: fetch_bundle((run / need.folder).uri)
         for need in needs_of(recipe)
-        if need.stays and run.exists(f"{need.folder}/{CARD}")
+        if need.exported and run.exists(f"{need.folder}/{CARD}")
     }
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mimray.trainers.bundles import BundleCard
 from mimray.trainers.config.run import Recipe, parse_recipe
 from mimray.trainers.errors import ConfigError
 from mimray.trainers.methods.catalogue import build_method, method_class
@@ -30,6 +31,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "beit": {
         "name": "beit", "vocab_size": 8, "tokenizer_image_size": [32, 48], "min_block_patches": 4,
     },
+    "distill": {"name": "distill", "min_block_patches": 4, "teacher_width": 16},
+    "distill-plain": {
+        "name": "distill", "mask_ratio": 0, "pooled_weight": 1, "teacher_width": 16,
+    },
     "ae": {"name": "ae", "latent_dim": 4, **CONVOLUTIONS},
     "vae": {"name": "vae", "latent_dim": 4, **CONVOLUTIONS},
     "dvae": {"name": "dvae", "codebook_size": 8, "code_dim": 4, **CONVOLUTIONS},
@@ -37,7 +42,7 @@ METHODS: dict[str, dict[str, Any]] = {
 REFUSED = {
     ("mae", "swin"): "windows",
     ("maskfeat-decoder", "swin"): "windows",
-    **{(name, "conv"): "hides tokens" for name in ("mae", "simmim", "beit")},
+    **{(name, "conv"): "hides tokens" for name in ("mae", "simmim", "beit", "distill")},
     ("maskfeat", "conv"): "hides tokens",
     ("maskfeat-decoder", "conv"): "hides tokens",
 }
@@ -58,6 +63,13 @@ class Codes:
 
     def decode_codes(self, codes: Tensor) -> Tensor:
         raise NotImplementedError
+
+
+def teacher_card(channels: int) -> BundleCard:
+    """An untrained teacher, of another grid than any student's."""
+    half = [0.5] * channels
+    tree = {"name": "t", "encoder": ENCODERS["vit"], "image_size": [24, 24], "mean": half}
+    return BundleCard.model_validate({**tree, "std": half, "channels": channels})
 
 
 def recipe_of(method: str, encoder: str, channels: int) -> Recipe:
@@ -81,6 +93,8 @@ def test_pair__learns_from_pictures_that_are_not_square(
     model = build_method(recipe).train()
     if method == "beit":
         model.attach(Codes(recipe))  # type: ignore[operator]
+    if recipe.method.name == "distill":
+        model.expect("teacher", teacher_card(channels))
     images = torch.randn(2, channels, 32, 48)
 
     output = model(images)

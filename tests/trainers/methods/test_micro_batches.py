@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
+from mimray.trainers.bundles import BundleCard, save_bundle
 from mimray.trainers.config.run import parse_recipe, resolve
 from mimray.trainers.data.selection import open_training
 from mimray.trainers.engine.deepspeed import prepare_process
@@ -27,6 +29,7 @@ from mimray.trainers.engine.loop import train
 from mimray.trainers.engine.metrics import read_metrics
 from mimray.trainers.methods.catalogue import build_method
 from mimray.trainers.methods.needs import keep_needs, with_needs
+from mimray.trainers.models import build_encoder
 from mimray.trainers.storage import RunDir
 
 BATCH, STEPS = 8, 3
@@ -44,6 +47,10 @@ CASES: dict[str, dict[str, Any]] = {
     "simmim": {"encoder": VIT, "method": {"name": "simmim", "mask_unit_px": 8}},
     "maskfeat": {"encoder": VIT, "method": {"name": "maskfeat", "hog_cell_px": 4, **BLOCKS}},
     "beit": {"encoder": VIT, "method": {"name": "beit", "tokenizer_image_size": 16, **BLOCKS}},
+    "distill": {"encoder": VIT, "method": {"name": "distill", "teacher_image_size": 24,
+                                           "pooled_weight": 0.5, "last_layers": 2, **BLOCKS}},
+    "distill-visible": {"encoder": SWIN, "method": {"name": "distill", "predict": "visible",
+                                                    "loss": "smooth_l1", **BLOCKS}},
     "ae": {"encoder": CONV, "method": {"name": "ae", "latent_dim": 4,
                                        "decoder_widths": [12, 8, 8]}},
     "vq": {"encoder": CONV, "method": DVAE | {"kmeans_init": True, "ema_decay": 0.9,
@@ -67,7 +74,9 @@ def uneven_mask(rng: np.random.Generator, grid: tuple[int, int], **_: Any) -> np
     return found
 
 
-UNEVEN = [f"mimray.trainers.methods.{method}.block_mask" for method in ("beit", "maskfeat")]
+UNEVEN = [
+    f"mimray.trainers.methods.{method}.block_mask" for method in ("beit", "maskfeat", "distill")
+]
 
 
 class Nobody:
@@ -95,6 +104,8 @@ def learn(case: str, micro: int, place: Path) -> dict[str, Any]:
     }  # fmt: skip
     if case == "beit":
         tree["method"]["tokenizer"] = str(place / "tokenizer")
+    if case.startswith("distill"):
+        tree["method"]["teacher"] = str(place / "teacher")
     recipe = with_needs(parse_recipe(tree))
     source = open_training(str(place / "pictures"), recipe)
     if recipe.method.learns_classes:
@@ -106,7 +117,9 @@ def learn(case: str, micro: int, place: Path) -> dict[str, Any]:
     if dist.get_rank() == 0:
         keep_needs(recipe, run)
     dist.barrier()
-    with mock.patch(UNEVEN[0], uneven_mask), mock.patch(UNEVEN[1], uneven_mask):
+    with ExitStack() as stack:
+        for name in UNEVEN:
+            stack.enter_context(mock.patch(name, uneven_mask))
         trained = train(plan, run, source, device=torch.device("cpu"), observer=Nobody())
     assert (micro, plan.accumulation) == (plan.micro_batch_size, plan.global_batch
                                           // micro // plan.world_size)  # fmt: skip
@@ -127,7 +140,7 @@ def work(place: Path, rank: int, jobs: list[tuple[str, int]]) -> None:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twenty pictures of two classes, and a tokenizer."""
+    """Twenty pictures of two classes, a tokenizer, and a teacher."""
     place = tmp_path_factory.mktemp("micro")
     for i in range(20):
         folder = place / "pictures" / f"class{i % 2}"
@@ -143,6 +156,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = RunDir(str(place / "tokenizer"))
     state = {name: value.float() for name, value in build_method(recipe).state_dict().items()}
     write_bundle(run, plan, state, step=1, name="tokenizer", command="test")
+    tree = {"name": "t", "encoder": VIT, "image_size": [16, 16], "channels": 3,
+            "mean": [0.5] * 3, "std": [0.5] * 3}  # fmt: skip
+    card = BundleCard.model_validate(tree)
+    encoder = build_encoder(card.encoder, card.image_size, card.channels)
+    save_bundle(place / "teacher", card, encoder.state_dict())
     return place
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from mimray.trainers.bundles import BundleCard
 from mimray.trainers.config.recipes import load_recipe
 from mimray.trainers.config.run import Plan, Recipe, resolve
 from mimray.trainers.data.rng import Stream, generator
@@ -27,10 +28,22 @@ pytestmark = pytest.mark.slow
 
 RECIPES = (
     "ae-tiny", "vae-tiny", "dvae-tiny", "beit-tiny", "mae-tiny", "simmim-tiny",
-    "simmim-swin-tiny", "maskfeat-tiny",
+    "simmim-swin-tiny", "maskfeat-tiny", "distill-tiny",
 )  # fmt: skip
 BATCH, STEPS = 8, 3
-SMALL = {"dvae-tiny": ["method.codebook_size=32"], "beit-tiny": ["method.vocab_size=16"]}
+SMALL = {
+    "dvae-tiny": ["method.codebook_size=32"],
+    "beit-tiny": ["method.vocab_size=16"],
+    "distill-tiny": ["method.teacher_width=32", "method.pooled_weight=1"],
+}
+
+
+def teacher_card() -> BundleCard:
+    """A teacher of another grid than the student's."""
+    encoder = {"name": "vit", "width": 32, "depth": 2, "num_heads": 2, "patch_size": 16}
+    half = [0.5] * 3
+    tree = {"name": "t", "encoder": encoder, "image_size": [64, 64], "channels": 3}
+    return BundleCard.model_validate({**tree, "mean": half, "std": half})
 
 
 class Codes:
@@ -69,6 +82,8 @@ def train(name: str, stage: int, precision: str) -> dict[str, Any]:
     method.encoder.activation_checkpointing = recipe.engine.activation_checkpointing
     if name == "beit-tiny":
         method.attach(Codes(recipe))
+    if name == "distill-tiny":
+        method.expect("teacher", teacher_card())  # its random weights are the seed's
     frozen = {n: p.detach().clone() for n, p in method.named_parameters() if not p.requires_grad}
     engine = initialize(method, plan, precision)
     losses = []
