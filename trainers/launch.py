@@ -93,6 +93,7 @@ def prepare(job: Job, account: Account | None = None) -> Plan:
         RunConflictError: the directory holds a run of another recipe or other data; or it is to be
             started over, but is no run or holds a bundle that the recipe needs.
     """
+    from mimray.trainers.engine.average import check_average
     from mimray.trainers.engine.deepspeed_keys import check_known
 
     check_name("run", job.name)
@@ -101,6 +102,7 @@ def prepare(job: Job, account: Account | None = None) -> Plan:
             f"{job.run} exists and is not a run, so --fresh will not delete it",
             hint="choose another --name, or remove it yourself",
         )
+    check_average(job.recipe)
     recipe = with_needs(job.recipe)
     if job.fresh:
         check_outside(recipe, job.run)

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
 from mimray.trainers.config.run import Recipe
+from mimray.trainers.engine.average import with_average
 from mimray.trainers.methods.base import Method
 from mimray.trainers.methods.catalogue import build_method, inputs_of
 from mimray.trainers.methods.inputs import placeholders
@@ -73,7 +74,7 @@ def shape_of(recipe: Recipe, dtype: torch.dtype, networks: Mapping[str, Recipe])
             their need; one that is missing costs nothing.
     """
     with torch.device("meta"):
-        method = build_method(recipe)
+        method = with_average(build_method(recipe))
         for parameter in method.parameters():
             parameter.data = parameter.data.to(dtype)
         for need in method.needs():

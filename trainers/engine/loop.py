@@ -21,6 +21,7 @@ from mimray.trainers.data.rng import sample_seeds
 from mimray.trainers.data.sources import Source
 from mimray.trainers.data.views import Inputs
 from mimray.trainers.engine import checkpoints
+from mimray.trainers.engine.average import with_average
 from mimray.trainers.engine.deepspeed import (
     Engine,
     choose_precision,
@@ -148,6 +149,7 @@ def stages(
     torch.manual_seed(recipe.seed)
     method = build_method(recipe)
     load_needs(method, run)
+    with_average(method)
     fixed = fixed_weights(method)
     if recipe.engine.activation_checkpointing:
         method.encoder.activation_checkpointing = True
@@ -246,15 +248,19 @@ def _update(
         plain = _plain_grad_norm(engine) if engine.is_gradient_accumulation_boundary() else None
         engine.step()
     norm = plain if plain is not None else engine.get_global_grad_norm()
-    averages = engine.module.averages
-    if averages is not None and engine.was_step_applied():
-        follow(engine, averages.momentum.at(step, plan.steps))
+    applied = engine.was_step_applied()
+    averages, ema = engine.module.averages, engine.module.ema
+    if averages is not None and applied:
+        follow(engine, averages, averages.momentum.at(step, plan.steps))
     means = sums.means(plan.accumulation * plan.world_size)
+    settled = engine.module.after_step(step + 1)
+    if ema is not None and applied:  # with the buffers that the method has just settled
+        follow(engine, ema, ema.momentum.at(step, plan.steps))
     return _StepResult(
         loss=means.pop("loss"),
         grad_norm=float(norm) if norm is not None else math.nan,
         data_wait_s=waited,
-        figures=means | engine.module.after_step(step + 1),
+        figures=means | settled,
     )
 
 
