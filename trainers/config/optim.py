@@ -103,8 +103,8 @@ class OptimConfig(Config):
             ]
             if not all(0 <= value <= 1 for value in ends) or min(ends) == 1:
                 raise ValueError(
-                    f"optim.ema {', '.join(f'{value:g}' for value in ends)}: a momentum is at least "
-                    "0 and below 1, which only the end of a schedule may reach"
+                    f"optim.ema {', '.join(f'{value:g}' for value in ends)}: a momentum is at "
+                    "least 0 and below 1, which only the end of a schedule may reach"
                 )
         if (self.schedule == "multistep") != bool(self.milestones):
             raise ValueError("optim: 'milestones' and schedule 'multistep' go together")
