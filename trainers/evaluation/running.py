@@ -81,7 +81,7 @@ def check_probe(recipe: Recipe, training: Source) -> str:
     used = min(len(scored), probe.limit)
     pictures = f"{used:,} pictures of {setting.val or setting.data}"
     known = f", {'all' if seen == len(scored) else f'{seen:,} of {len(scored):,}'} trained on, too"
-    by = f" by {min(len(learnt), probe.limit):,}" if learnt else ""
+    by = f" by {min(len(learnt), probe.limit):,} labelled ones" if learnt else ""
     return f"probe every {probe.every_steps} steps: {task} of {pictures}{by}{known if seen else ''}"
 
 
