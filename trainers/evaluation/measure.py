@@ -34,8 +34,9 @@ def check_pictures(
         DataError: there are none, or they lack the labels that the task needs.
     """
     if task in ("knn", "linear"):
+        learnt = open_source(setting.data, label=setting.label)
         try:
-            labels_of(open_source(setting.data, label=setting.label))
+            labels_of(learnt)
         except DataError as error:
             raise DataError(
                 f"{section}.task {task} needs labels: {error.args[0]}",

@@ -16,7 +16,7 @@ from mimray.trainers.config.advice import advice
 from mimray.trainers.config.run import Plan, parse_recipe, resolve
 from mimray.trainers.cost import estimate
 from mimray.trainers.data.selection import open_training
-from mimray.trainers.engine import average
+from mimray.trainers.engine import average, checkpoints, reshard
 from mimray.trainers.engine.average import check_average, chosen_weights, with_average
 from mimray.trainers.engine.deepspeed import (
     fixed_weights,
@@ -24,7 +24,7 @@ from mimray.trainers.engine.deepspeed import (
     initialize,
     master_weights,
 )
-from mimray.trainers.engine.export import write_bundle
+from mimray.trainers.engine.export import read_checkpoint, write_bundle
 from mimray.trainers.engine.loop import Trained, _update, train
 from mimray.trainers.errors import BundleError, ConfigError
 from mimray.trainers.methods.base import Method
@@ -142,6 +142,30 @@ def test_average__of_bf16_steps_is_that_in_double_precision(stage: int, precisio
     for name, value in exact.items():
         assert (found[name].double() - value).norm() <= 1e-6 * value.norm(), name
         assert not torch.equal(found[name], raw[name]), name
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow), 3])
+def test_checkpoint__holds_the_average_and_so_it_does_resharded(
+    labelled: Path, tmp_path: Path, stage: int
+):
+    run, plan, trained = run_of(tmp_path / "run", labelled, Observer(), stage=stage, ema=0.5)
+    found = checkpoints.newest_whole(run)
+    assert found is not None
+    folder = tmp_path / "run/checkpoints" / found.name
+
+    read = read_checkpoint(folder, found, plan)
+    reshard.convert(folder / "state", tmp_path / "whole" / "state")
+    torch.manual_seed(1)
+    method = with_average(build_method(plan.recipe))
+    fixed = fixed_weights(method)
+    engine = initialize(method, plan, "fp32")
+    reshard.load(engine, tmp_path / "whole", "state")
+
+    assert any(name.startswith("ema.residuals.") and v.any() for name, v in read.items())
+    for state in (read, full_state(engine, fixed)):
+        assert state.keys() == trained.state.keys()
+        assert all(torch.equal(state[name], v) for name, v in trained.state.items())
 
 
 @pytest.mark.usefixtures("process_group")

@@ -179,6 +179,7 @@ def test_update__skips_the_averages_of_a_step_that_was_skipped():
     )
     method = build_method(plan.recipe)
     method.averages = MovingAverages({"encoder": method.encoder}, Schedule(start=0.5))
+    method.ema = MovingAverages({"encoder": method.encoder}, Schedule(start=0.5))
     overflows: list[bool] = []
     method.decoder.pred.weight.register_hook(lambda g: g * torch.inf if overflows[-1] else g)
     engine, inputs = initialize(method, plan, "bf16_weights"), inputs_of(plan.recipe)
@@ -192,5 +193,6 @@ def test_update__skips_the_averages_of_a_step_that_was_skipped():
         _update(engine, plan, iter([batch]), inputs, step, torch.device("cpu"))
         assert engine.was_step_applied() is not overflow
         seen.append(method.averages.encoder.norm.bias.clone())
+        assert torch.equal(method.ema.encoder.norm.bias, seen[-1])
 
     assert [torch.equal(a, b) for a, b in pairwise(seen)] == [False, True, False]
