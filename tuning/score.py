@@ -17,6 +17,7 @@ from mimray.trainers.data.hold_out import HoldOut, validation_split
 from mimray.trainers.data.sources import open_source
 from mimray.trainers.errors import DataError
 from mimray.trainers.evaluation.features.encoders import EncoderRef
+from mimray.trainers.evaluation.measure import check_pictures, measure
 from mimray.trainers.evaluation.probes.classification import accuracy_of
 from mimray.trainers.evaluation.results import add_to_card, result_of, results_folder, write_result
 from mimray.trainers.evaluation.score import Part, Setting
