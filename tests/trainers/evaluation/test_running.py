@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 
 from mimray.trainers.config.evaluation.knn import KnnConfig
 from mimray.trainers.config.run import Plan, differences, parse_plan, parse_recipe, resolve
 from mimray.trainers.data.selection import open_training
+from mimray.trainers.engine.deepspeed import prepare_process
 from mimray.trainers.engine.export import write_bundle
 from mimray.trainers.engine.loop import Trained, train
 from mimray.trainers.engine.metrics import probe_curve, read_metrics
@@ -70,9 +73,9 @@ def tree_of(stage: int = 1, ema: float | None = None, **probe: Any) -> dict[str,
     }  # fmt: skip
 
 
-def plan_of(pictures: Path, **changes: Any) -> Plan:
+def plan_of(pictures: Path, world_size: int = 1, **changes: Any) -> Plan:
     recipe = parse_recipe(tree_of(**changes))
-    return resolve(recipe, open_training(str(pictures), recipe).facts, 1)
+    return resolve(recipe, open_training(str(pictures), recipe).facts, world_size)
 
 
 def run_of(plan: Plan, place: Path, observer: Observer | None = None) -> Trained:
@@ -112,6 +115,29 @@ def test_probe__leaves_the_training_as_it_is(colours: Path, tmp_path: Path, stag
     assert all(torch.equal(probed.state[n], v) for n, v in plain.state.items())
     assert list(curve_of(tmp_path / "probed")) == [2, 4, 5]  # at the end, too
     assert all(row["probe_seconds"] > 0 for row in [probed.last])
+
+
+@pytest.mark.slow
+def test_probe__of_two_ranks_is_one_figure_and_leaves_both_as_they_are(
+    colours: Path, tmp_path: Path, run_ranks: Callable[..., None]
+):
+    run_ranks(__file__, tmp_path, str(colours))
+
+    assert list(curve_of(tmp_path / "probed")) == [2, 4, 5]
+
+
+def train_as_rank(place: Path, rank: int, pictures: Path) -> None:
+    prepare_process(CPU)
+    dist.init_process_group("gloo", f"file://{place}/meeting", rank=rank, world_size=2)
+    plain = plan_of(pictures, 2, stage=3, ema=0.5)
+    probed = plan_of(
+        pictures, 2, stage=3, ema=0.5, every_steps=2, task="knn", data=str(pictures), limit=10
+    )
+    states = [
+        run_of(plan, place / name).state for plan, name in ((plain, "plain"), (probed, "probed"))
+    ]
+    assert all(torch.equal(states[1][name], value) for name, value in states[0].items())
+    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("ema", [None, 0.5])
@@ -268,3 +294,7 @@ def test_figure_name__is_no_word_twice():
     assert figure_name("rankme", "RankMe") == "probe_rankme"
     assert figure_name("knn", "accuracy") == "probe_knn_accuracy"
     assert figure_name("dense-knn", "mIoU") == "probe_dense_knn_miou"
+
+
+if __name__ == "__main__":
+    train_as_rank(Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
