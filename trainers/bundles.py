@@ -52,6 +52,7 @@ class BundleCard(Config):
         held_out: the method's own figures over pictures that it was not trained on, such as the
             usage of a codebook, with these pictures' number and place.
         warnings: sentences on what is wrong with the weights.
+        weights: `average` for those that `optim.ema` averaged over the training.
     """
 
     format: Literal[1] = 1
@@ -77,6 +78,10 @@ class BundleCard(Config):
     scores: dict[str, Any] = Field(default_factory=dict)
     held_out: dict[str, Any] = Field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    weights: Literal["raw", "average"] = Field(
+        default="raw",
+        exclude_if=lambda weights: weights == "raw",  # cards without it keep their form
+    )
 
     @property
     def has_class_token(self) -> bool:

@@ -76,7 +76,7 @@ class WorkerResources:
     cpus: float
 
 
-def prepare(job: Job, account: Account | None = None) -> Plan:
+def prepare(job: Job, account: Account | None = None, notes: list[str] | None = None) -> Plan:
     """Resolve a job into its plan and check that against the run's directory.
 
     Needs no cluster and writes nothing.
@@ -84,16 +84,20 @@ def prepare(job: Job, account: Account | None = None) -> Plan:
     Args:
         job: the job.
         account: takes the count of what is passed over or merged in finding the data.
+        notes: takes sentences about the run, for people.
 
     Raises:
         ConfigError: the recipe does not fit the data, the workers or a bundle it needs; or the
             name is not one folder's.
-        DataError: the method learns classes, which the pictures do not have.
+        DataError: the method learns classes, which the pictures do not have; or there are no
+            pictures for the running probe, or no labels.
         BundleError: a bundle that the recipe needs is missing or damaged.
         RunConflictError: the directory holds a run of another recipe or other data; or it is to be
             started over, but is no run or holds a bundle that the recipe needs.
     """
+    from mimray.trainers.engine.average import check_average
     from mimray.trainers.engine.deepspeed_keys import check_known
+    from mimray.trainers.evaluation.running import check_probe, placed_probe
 
     check_name("run", job.name)
     if job.fresh and job.run.exists() and not job.run.exists("plan.json"):
@@ -101,7 +105,8 @@ def prepare(job: Job, account: Account | None = None) -> Plan:
             f"{job.run} exists and is not a run, so --fresh will not delete it",
             hint="choose another --name, or remove it yourself",
         )
-    recipe = with_needs(job.recipe)
+    check_average(job.recipe)
+    recipe = placed_probe(with_needs(job.recipe))
     if job.fresh:
         check_outside(recipe, job.run)
     source = open_training(job.data, recipe)
@@ -130,6 +135,9 @@ def prepare(job: Job, account: Account | None = None) -> Plan:
     recipe = with_classes(recipe, source)
     plan = resolve(recipe, source.facts, recipe.resources.num_workers)
     check_known(plan)
+    about_probe = check_probe(recipe, source)
+    if notes is not None and about_probe:
+        notes.append(about_probe)
     if job.fresh or not job.run.exists("plan.json"):
         return plan
     hint = "--fresh starts the run over, another --name keeps it"
@@ -323,6 +331,7 @@ def _work(config: dict[str, Any]) -> None:
 
     from mimray.trainers.engine.export import write_bundle
     from mimray.trainers.engine.loop import train
+    from mimray.trainers.evaluation.running import RunningProbe
 
     link = RunLink(config["recorder"])
     if link.failed():
@@ -339,6 +348,8 @@ def _work(config: dict[str, Any]) -> None:
                 hint="use storage that all nodes see, such as s3://",
             )
         device = ray.train.torch.get_device()
+        probed = plan.recipe.evaluation.every_steps > 0
+        probe = RunningProbe(plan, run, device, link.scoring) if probed else None
         with link.warnings():
             trained = train(
                 plan,
@@ -347,6 +358,7 @@ def _work(config: dict[str, Any]) -> None:
                 device=device,
                 observer=link,
                 launch_id=config["launch_id"],
+                probe=probe,
             )
             if rank == 0:
                 card = write_bundle(

@@ -210,6 +210,36 @@ def loss_chart(rows: Sequence[Mapping[str, float]], path: Path | str) -> None:
     figure.savefig(path, format="png")
 
 
+def probe_chart(points: Sequence[tuple[int, float]], figure_name: str, path: Path | str) -> None:
+    """Draw the scores of a running probe against step, the best one marked.
+
+    Args:
+        points: updates made and score, one at least.
+        figure_name: the name of the score.
+        path: the PNG file to write.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    best = max(points, key=lambda point: point[1])
+    figure = Figure(figsize=(8, 3.6), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.plot(*zip(*points, strict=True), color=_BLUE, linewidth=2, marker="o", markersize=4)
+    axes.plot(*best, color=_ORANGE, marker="o", markersize=8, linestyle="none")
+    axes.set_title(
+        f"{figure_name}: {points[-1][1]:.4g} at step {points[-1][0]}, best {best[1]:.4g} at step "
+        f"{best[0]}",
+        loc="left",
+        fontsize=10,
+        color=_TEXT,
+    )
+    axes.set_xlabel("step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    _quiet(axes)
+    figure.savefig(path, format="png")
+
+
 def smoothed(values: NDArray[np.float64], *, window: int | None = None) -> NDArray[np.float64]:
     """Centred moving average; each end is a straight line fitted to its last window.
 

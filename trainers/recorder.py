@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mimray.trainers.config.run import Plan
+from mimray.trainers.engine.metrics import ProbeCurve, probe_curve, read_metrics
 from mimray.trainers.errors import MimrayError
 from mimray.trainers.pictures import panel_sheet, png
 from mimray.trainers.storage import RunDir
@@ -34,6 +35,8 @@ class RunState:
         notes: warnings since the last call of `RunRecorder.state`, oldest first.
         error: the error that ended the run for good.
         tracking: the MLflow tracking URI in use.
+        probe: the scores of the running probe; None while there are none.
+        phase: the work under way between two updates, such as a score; empty while it trains.
     """
 
     started_at: int | None = None
@@ -42,6 +45,8 @@ class RunState:
     notes: list[str] = field(default_factory=list)
     error: MimrayError | None = None
     tracking: str = ""
+    probe: ProbeCurve | None = None
+    phase: str = ""
 
 
 class RunRecorder:
@@ -62,6 +67,7 @@ class RunRecorder:
         self._run = RunDir(run_uri)
         self._plan = Plan.model_validate_json(plan)
         self._state = RunState()
+        self._scored: list[dict[str, Any]] = []
         self._tracker = Tracker.open(
             None,
             experiment="mimray",
@@ -87,12 +93,24 @@ class RunRecorder:
         """Record the step at which workers begin."""
         self._state.started_at = step
         self._state.attempts += 1
+        # Rows after the step are of an earlier start, and are written again.
+        self._scored = [row for row in read_metrics(self._run) if row["step"] <= step]
+        self._state.probe = probe_curve(self._scored)
 
     def metrics(self, row: dict[str, Any]) -> None:
         """Record a row of metrics."""
         self._state.row = row
+        self._state.phase = ""
+        if probe_curve([row]) is not None:
+            earlier = [other for other in self._scored if other["step"] < row["step"]]
+            self._scored = [*earlier, row]
+            self._state.probe = probe_curve(self._scored)
         values = {k: v for k, v in row.items() if k not in ("step", "time")}
         self._tracker.log(row["step"], values)
+
+    def scoring(self, phase: str, done: int, total: int) -> None:
+        """Record how far a score is that the training waits for."""
+        self._state.phase = f"{phase} {done}/{total}"
 
     def pictures(self, step: int, panels: list[Panel]) -> None:
         """Draw panels side by side and keep the sheet."""
@@ -143,6 +161,10 @@ class RunLink:
     def metrics(self, row: dict[str, Any]) -> None:
         """Send a row of `metrics.jsonl`."""
         self._recorder.metrics.remote(row)
+
+    def scoring(self, phase: str, done: int, total: int) -> None:
+        """Send how far a score is that the training waits for."""
+        self._recorder.scoring.remote(phase, done, total)
 
     def pictures(self, step: int, panels: list[Panel]) -> None:
         """Send the panels that the method drew at a step."""

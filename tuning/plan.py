@@ -164,6 +164,7 @@ def make_plan(
         DataError: the data cannot be read, or the score's data has no labels or no held-out
             pictures.
     """
+    from mimray.trainers.engine.average import check_average
     from mimray.trainers.engine.deepspeed_keys import check_known
 
     check_name("sweep", name)
@@ -195,7 +196,9 @@ def make_plan(
     )
     trials = listed(config) or [{}]
     for params in trials:
-        check_known(plan.trial(params))
+        trial = plan.trial(params)
+        check_known(trial)
+        check_average(trial.recipe)
     smallest = plan.rung_samples[0]
     if config.budget.samples is not None and config.budget.samples < smallest:
         raise ConfigError(

@@ -5,28 +5,24 @@ Losses cannot rank trials: at another mask ratio the network solves another task
 
 from __future__ import annotations
 
-import shutil
 import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
-from mimray.trainers.config.base import Config
 from mimray.trainers.data.cache import user_cache
 from mimray.trainers.data.files import absolute
 from mimray.trainers.data.hold_out import HoldOut, validation_split
-from mimray.trainers.data.selection import labels_of
 from mimray.trainers.data.sources import open_source
 from mimray.trainers.errors import DataError
-from mimray.trainers.evaluation.features.encoders import EncoderRef, FeatureEncoder
-from mimray.trainers.evaluation.features.map_cache import CachedEncoder
+from mimray.trainers.evaluation.features.encoders import EncoderRef
+from mimray.trainers.evaluation.measure import check_pictures, measure
 from mimray.trainers.evaluation.probes.classification import accuracy_of
 from mimray.trainers.evaluation.results import add_to_card, result_of, results_folder, write_result
-from mimray.trainers.evaluation.score import Part, Score, Setting
-from mimray.trainers.evaluation.splits import has_test_beside, open_splits, pictures_to_score
-from mimray.trainers.evaluation.tasks import TASKS, checked_options, load
+from mimray.trainers.evaluation.score import Part, Setting
+from mimray.trainers.evaluation.splits import has_test_beside
+from mimray.trainers.evaluation.tasks import TASKS, checked_options
 from mimray.trainers.storage import RunDir
 from mimray.tuning.config import ScoreConfig
 
@@ -82,10 +78,12 @@ def check_score(config: ScoreConfig, data: str, seed: int) -> None:
             train an encoder or a probe, or choose the winner.
     """
     options = checked_options(TASKS[config.task], config.options)
-    _, chosen_by = _check(config, options, _setting(config, data, seed, "cpu", "choice"))
+    choice = _setting(config, data, seed, "cpu", "choice")
+    _, chosen_by = check_pictures(config.task, options, choice, "score")
     if not has_report(config):
         return
-    learnt, reported = _check(config, options, _setting(config, data, seed, "cpu", "report"))
+    report = _setting(config, data, seed, "cpu", "report")
+    learnt, reported = check_pictures(config.task, options, report, "score")
     if config.report is not None:
         trained = frozenset(open_source(data, with_labels=False).places())
         _refuse_shared(config.report, reported, chosen_by, "trials are chosen by them")
@@ -105,35 +103,6 @@ def _refuse_shared(
             hint="name other pictures, or leave score.report out: score.report_share keeps some of "
             "those to score on from the choice",
         )
-
-
-def _check(
-    config: ScoreConfig, options: Config, setting: Setting
-) -> tuple[frozenset[str], frozenset[str]]:
-    """Refuse one part of the pictures that could not be scored on.
-
-    Returns:
-        The places of the pictures to learn from and of those to score on.
-    """
-    if config.task in ("knn", "linear"):
-        try:
-            labels_of(open_source(setting.data, label=setting.label))
-        except DataError as error:
-            raise DataError(
-                f"score.task {config.task} needs labels: {error.args[0]}",
-                hint="score.data with labels, or score.task=rankme, a stand-in that needs none",
-            ) from None
-        splits = open_splits(setting)
-        return frozenset(splits.train.places()), frozenset(splits.val.places())
-    if config.task in _OF_PIXELS:
-        from mimray.trainers.config.evaluation.pixel_labels import PixelLabelsConfig
-        from mimray.trainers.evaluation.annotations.segmentation import (
-            check_segmentation_splits,
-        )
-
-        assert isinstance(options, PixelLabelsConfig)
-        return check_segmentation_splits(setting, options)
-    return frozenset(), frozenset(pictures_to_score(setting).places())
 
 
 def without_held_out(tree: dict[str, Any], config: ScoreConfig, data: str) -> dict[str, Any]:
@@ -212,15 +181,10 @@ def score_bundle(
         NonFiniteLossError: the probe diverged.
     """
     began = time.perf_counter()
-    task = TASKS[config.task]
     options = checked_options(TASKS[config.task], config.options)
     ref = EncoderRef.parse(bundle.uri)
     setting = _setting(config, data, seed, device, part)
-    subject = partial(_on_device, ref, device) if task.dense else ref
-    try:
-        score: Score = load(task.evaluate)(subject, setting, options)
-    finally:
-        shutil.rmtree(setting.folder, ignore_errors=True)
+    score = measure(config.task, ref, setting, options)
     seconds = time.perf_counter() - began
     card = ref.card()
     about = {
@@ -271,10 +235,6 @@ def _setting(config: ScoreConfig, data: str, seed: int, device: str, part: PartN
         label=config.label,
         hold_out=HoldOut(config.val_share, config.val_seed),
     )
-
-
-def _on_device(ref: EncoderRef, device: str) -> FeatureEncoder:
-    return CachedEncoder(ref.load().to(device), ref.identity)
 
 
 def _silent(phase: str, done: int, total: int) -> None:

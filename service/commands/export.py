@@ -12,16 +12,23 @@ from mimray.service.terminal.console import warn
 from mimray.trainers.errors import BundleError
 
 if TYPE_CHECKING:
+    from mimray.trainers.engine.average import Weights
     from mimray.trainers.storage import RunDir
 
 
-def export_run(run: str, out: Path | None, kind: str) -> str:
+RAW = "bundle-raw"
+"""The folder, in a run that keeps an average, of its weights as trained."""
+
+
+def export_run(run: str, out: Path | None, kind: str, weights: str | None = None) -> str:
     """Export an encoder; makes the run's own bundle first where training was cut short.
 
     Args:
         run: a run's or a bundle's path or URI.
         out: the folder to write; None leaves a bundle in the run's directory.
         kind: `bundle`, `timm` or `transformers`.
+        weights: `average` or `raw`, of a run that keeps an average beside its weights; None for
+            those of its bundle.
 
     Returns:
         A line that says what is where.
@@ -36,6 +43,7 @@ def export_run(run: str, out: Path | None, kind: str) -> str:
     run_dir = RunDir(run)
     if run_dir.exists("plan.json") and not run_dir.exists(f"bundle/{CARD}"):
         _bundle_from_checkpoint(run_dir)
+    run = _with_weights(run, weights)
     for warning in read_card(fetch_bundle(run)).warnings:
         warn(warning)
     if kind == "bundle":
@@ -51,7 +59,31 @@ def export_run(run: str, out: Path | None, kind: str) -> str:
     return f"{out}: {kind}, {exporters[kind](fetch_bundle(run), out)}"
 
 
-def _bundle_from_checkpoint(run: RunDir) -> None:
+def _with_weights(run: str, weights: str | None) -> str:
+    """The place of the bundle with the weights that are asked for, made where that is possible."""
+    from mimray.trainers.bundles import fetch_bundle, read_card
+    from mimray.trainers.storage import RunDir
+
+    if weights is None or read_card(fetch_bundle(run)).weights == weights:
+        return run
+    if weights == "average":
+        raise BundleError(
+            f"{run} holds weights as they were trained, and no average of them",
+            hint="`pretrain --set optim.ema=0.999` keeps one",
+        )
+    run_dir = RunDir(run)
+    if not run_dir.exists("plan.json"):
+        raise BundleError(
+            f"{run} is a bundle of averaged weights alone",
+            hint="its run has the others: `mimray export RUN --weights raw`",
+        )
+    _bundle_from_checkpoint(run_dir, "raw", RAW)
+    return (run_dir / RAW).uri
+
+
+def _bundle_from_checkpoint(
+    run: RunDir, weights: Weights = "average", folder: str = "bundle"
+) -> None:
     from mimray.trainers.config.run import parse_plan
     from mimray.trainers.engine.checkpoints import newest_whole
     from mimray.trainers.engine.export import read_checkpoint, write_bundle
@@ -66,8 +98,16 @@ def _bundle_from_checkpoint(run: RunDir) -> None:
     with TemporaryDirectory(prefix="mimray-") as scratch:
         (run / f"checkpoints/{checkpoint.name}").download(Path(scratch))
         state = read_checkpoint(Path(scratch), checkpoint, plan)
-    command = f"mimray export {run}"
-    write_bundle(run, plan, state, step=checkpoint.step, name=run.name, command=command)
+    write_bundle(
+        run,
+        plan,
+        state,
+        step=checkpoint.step,
+        name=run.name,
+        command=f"mimray export {run}" + (" --weights raw" if weights == "raw" else ""),
+        weights=weights,
+        folder=folder,
+    )
 
 
 def _copy_bundle(folder: Path, out: Path) -> str:

@@ -48,6 +48,7 @@ def forecast(
         DataError: there is no such dataset.
     """
     from mimray.trainers.data.selection import open_training, stated_classes, with_classes
+    from mimray.trainers.engine.average import check_average
     from mimray.trainers.engine.deepspeed_keys import check_known
     from mimray.trainers.methods.needs import foresee
 
@@ -61,6 +62,7 @@ def forecast(
         recipe = recipe.model_copy(update={"method": method})
     plan = resolve(recipe, facts, recipe.resources.num_workers)
     check_known(plan)
+    check_average(recipe)
 
     from mimray.trainers.cost import estimate
 
@@ -163,6 +165,11 @@ def _time(
 
 
 def _notes(recipe: Recipe, cost: Cost, on_gpu: bool) -> Iterator[str]:
+    if cost.average_bytes:
+        yield (
+            f"optim.ema keeps {cost.average_bytes / 2**20:.0f} MiB a worker at every ZeRO stage, "
+            "counted among the parameters: an fp32 copy, and its rounding errors in bf16"
+        )
     raw = dict(recipe.engine.deepspeed)
     zero = dict(raw.pop("zero_optimization", {}))
     zero.pop("reduce_bucket_size", None)

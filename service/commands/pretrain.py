@@ -13,6 +13,7 @@ from mimray.service.terminal.progress import Progress, duration, show_training
 from mimray.trainers.cluster import connected
 
 if TYPE_CHECKING:
+    from mimray.trainers.engine.metrics import ProbeCurve
     from mimray.trainers.storage import RunDir
 
 
@@ -51,11 +52,12 @@ def run_pretrain(
     checked = load_recipe(recipe, overrides, steps)
 
     from mimray.trainers.data.account import Account
+    from mimray.trainers.engine.metrics import probe_curve, read_metrics
     from mimray.trainers.launch import Job, finished, prepare, pretrain
 
     job = Job(checked, data, name, storage, fresh, command)
-    account = Account()
-    plan = prepare(job, account)
+    account, notes = Account(), list[str]()
+    plan = prepare(job, account, notes)
     say(
         f"{job.run}: {recipe}, {plan.data.num_samples} pictures, {plan.steps} steps "
         f"({plan.steps / plan.steps_per_epoch:.2f} epochs), peak lr {plan.lr:.3g}"
@@ -63,6 +65,8 @@ def run_pretrain(
     say(plan.batch_arithmetic)
     for line in account.short_lines():
         say(f"{data}: {line}")
+    for note in notes:
+        say(note)
     for warning in advice(plan):
         warn(warning)
     if "/_ray_pkg_" in job.run.uri:  # where `ray job submit --working-dir` unpacks
@@ -82,6 +86,14 @@ def run_pretrain(
         say(f"{job.run} is finished already; --fresh starts over")
     last = outcome.last
     say(f"loss {last['loss']:.4f} after {last['step']} steps")
+    probe = probe_curve(read_metrics(job.run))
+    if probe is not None:
+        _draw_probe(job.run, probe)
+        (last_step, score), (best_step, best) = probe.last, probe.best
+        say(
+            f"{probe.figure} {score:.4g} at step {last_step}, best {best:.4g} at step {best_step}; "
+            f"the curve in {job.run / 'probe.png'}"
+        )
     say(f"bundle in {job.run / 'bundle'}")
     return {
         "run": str(job.run),
@@ -89,8 +101,30 @@ def run_pretrain(
         "plan_hash": plan.hash,
         "global_batch": plan.global_batch,
         "already_done": already_done,
+        "probe": None if probe is None else _summary(probe),
         **last,
     }
+
+
+def _summary(probe: ProbeCurve) -> dict[str, Any]:
+    (last_step, last), (best_step, best) = probe.last, probe.best
+    return {
+        "figure": probe.figure,
+        "last": last,
+        "last_step": last_step,
+        "best": best,
+        "best_step": best_step,
+        "curve": [list(point) for point in probe.points],
+    }
+
+
+def _draw_probe(run: RunDir, probe: ProbeCurve) -> None:
+    from mimray.trainers.pictures import probe_chart
+
+    with TemporaryDirectory(prefix="mimray-") as scratch:
+        file = Path(scratch) / "probe.png"
+        probe_chart(probe.points, probe.figure, file)
+        run.write("probe.png", file.read_bytes())
 
 
 def _draw_loss(run: RunDir) -> None:

@@ -15,6 +15,7 @@ from rich.progress import Progress as Bars
 from mimray.service.terminal.console import console as standard_error
 
 if TYPE_CHECKING:
+    from mimray.trainers.engine.metrics import ProbeCurve
     from mimray.trainers.recorder import RunState
 
 LINE_EVERY_S = 10.0
@@ -148,11 +149,11 @@ def show_training(progress: Progress, steps: int) -> Callable[[RunState], None]:
     Returns:
         A function to call with the run's state, again and again.
     """
-    pace, last_step, waits = Pace(), -1, False
+    pace, shown, waits = Pace(), (-1, ""), False
     progress.bar("training", 0, steps, "starting workers…")
 
     def show(state: RunState) -> None:
-        nonlocal last_step, waits
+        nonlocal shown, waits
         for note in state.notes:
             progress.warn(note)
         row = state.row
@@ -162,17 +163,31 @@ def show_training(progress: Progress, steps: int) -> Callable[[RunState], None]:
             waits = True
             return
         step = row["step"]
-        if step == last_step:
+        if (step, state.phase) == shown:
             return
-        last_step = step
+        shown = step, state.phase
         pace.report(step)
         note = _joined(
-            f"loss {row['loss']:.4f}", f"{row['images_per_s']:.0f} images/s", pace.left(steps)
+            f"loss {row['loss']:.4f}",
+            f"{row['images_per_s']:.0f} images/s",
+            _probe(state.probe),
+            pace.left(steps),
+            f"probe: {state.phase}" if state.phase else "",
         )
         progress.bar("training", step, steps, note)
-        progress.line(_joined(f"step {step}/{steps}", note), at_once=step == steps)
+        progress.line(
+            _joined(f"step {step}/{steps}", note), at_once=step == steps and not state.phase
+        )
 
     return show
+
+
+def _probe(curve: ProbeCurve | None) -> str:
+    """The newest score of a running probe, and the best one."""
+    if curve is None:
+        return ""
+    (_, last), (step, best) = curve.last, curve.best
+    return f"{curve.figure} {last:.4g} (best {best:.4g} at step {step})"
 
 
 def show_count(progress: Progress, title: str, unit: str) -> Callable[..., None]:

@@ -47,8 +47,12 @@ def reached(run: Path, step: int) -> bool:
 @pytest.fixture(scope="module")
 def undisturbed(commands: Any, asked: Asked, storage: Path) -> dict[int, float]:
     """Losses of a run that nothing happened to; its process printed its result and nothing else."""
-    result = json.loads(commands.finish(commands.start(*asked("undisturbed", "--json"))))
+    # The others have no probe, and learn the same.
+    probe = ("--set", "evaluation.every_steps=5")
+    result = json.loads(commands.finish(commands.start(*asked("undisturbed", "--json", *probe))))
     assert result["step"] == STEPS
+    assert [step for step, _ in result["probe"]["curve"]] == [5, 10, STEPS]
+    assert result["probe"]["last"] == result["probe_rankme"] > 1
     found = losses(storage / "undisturbed")
     assert list(found) == list(range(1, STEPS + 1))
     return found
@@ -72,6 +76,10 @@ def test_run__leaves_everything_it_promises(undisturbed: dict[int, float], stora
     )
     history = client.get_metric_history(found.info.run_id, "loss")
     assert {m.step: m.value for m in history} == pytest.approx(undisturbed)
+    probed = client.get_metric_history(found.info.run_id, "probe_rankme")
+    assert [m.step for m in probed] == [5, 10, STEPS]
+    assert (run / "probe/rankme.json").is_file()
+    assert (run / "probe.png").is_file()
     assert found.info.status == "FINISHED"
 
 
@@ -105,7 +113,8 @@ def test_killed_worker__run_goes_on_by_itself_bit_for_bit(
 def test_two_workers__learn_the_same_as_one(
     commands: Any, asked: Asked, storage: Path, undisturbed: dict[int, float]
 ) -> None:
-    commands.finish(commands.call(*asked("two", "--workers", "2")))
+    probe = ("--set", "evaluation.every_steps=5")  # of rank 0, while the other one waits
+    commands.finish(commands.call(*asked("two", "--workers", "2", *probe)))
     found = losses(storage / "two")
     # Sums over two ranks round differently; the batches and masks are the same.
     assert found.keys() == undisturbed.keys()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 from mimray.trainers.config.run import Plan
 
 # Peaks of the published recipes: SimMIM 4e-4 (2048 pictures), BEiT 1.5e-3, MAE 2.4e-3 (4096).
 PUBLISHED_LR = (4e-4, 2.4e-3)
 LOWEST_LR, HIGHEST_LR = 1e-4, 5e-3
 FEWEST_STEPS_AN_EPOCH = 4
+LARGEST_SHARE_OF_START = 0.05
 
 
 def advice(plan: Plan) -> list[str]:
@@ -21,7 +24,7 @@ def advice(plan: Plan) -> list[str]:
     """
     rows, columns = plan.recipe.grid
     of_method = plan.recipe.method.advice(rows * columns, plan.global_batch)
-    return [*_on_precision(plan), *_on_lr(plan), *_on_length(plan), *of_method]
+    return [*_on_precision(plan), *_on_lr(plan), *_on_length(plan), *_on_average(plan), *of_method]
 
 
 def _on_precision(plan: Plan) -> list[str]:
@@ -73,3 +76,25 @@ def _on_length(plan: Plan) -> list[str]:
             f"{plan.steps // 10}, or a longer run"
         )
     return found
+
+
+def _on_average(plan: Plan) -> list[str]:
+    """Warn of an average that has not forgotten where it began by the end of the run."""
+    momentum = plan.recipe.optim.ema
+    if momentum is None:
+        return []
+    every = max(1, plan.steps // 1000)  # a schedule is smooth
+    logs = [
+        math.log(max(momentum.at(step, plan.steps), 1e-9)) for step in range(0, plan.steps, every)
+    ]
+    left = math.exp(every * sum(logs))
+    if left <= LARGEST_SHARE_OF_START:
+        return []
+    return [
+        f"optim.ema averages over longer than the run: {left:.0%} of the exported weights are the "
+        f"start's; --set optim.ema={_ema_for(plan.steps)} forgets them in {plan.steps} steps"
+    ]
+
+
+def _ema_for(steps: int) -> str:
+    return f"{1 - min(0.5, 10 / steps):.6g}"

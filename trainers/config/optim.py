@@ -81,6 +81,13 @@ class OptimConfig(Config):
         default=None, description="largest global gradient norm; off by default, as in MAE"
     )
 
+    ema: Scheduled | None = Field(
+        default=None,
+        description="momentum of an average of the trained weights, which is exported in their "
+        "place: a number, e.g. 0.999, or a schedule; none by default",
+        exclude_if=lambda ema: ema is None,  # plans without it keep their form and digest
+    )
+
     @model_validator(mode="after")
     def _check(self) -> OptimConfig:
         if (self.epochs is None) == (self.steps is None):
@@ -90,6 +97,15 @@ class OptimConfig(Config):
         for decay in (self.weight_decay, *(group.weight_decay for group in self.groups)):
             if decay is not None and min(decay.start, decay.end or 0, decay.warmup_start or 0) < 0:
                 raise ValueError("optim.weight_decay must not be negative")
+        if self.ema is not None:
+            ends = [
+                v for v in (self.ema.start, self.ema.end, self.ema.warmup_start) if v is not None
+            ]
+            if not all(0 <= value <= 1 for value in ends) or min(ends) == 1:
+                raise ValueError(
+                    f"optim.ema {', '.join(f'{value:g}' for value in ends)}: a momentum is at "
+                    "least 0 and below 1, which only the end of a schedule may reach"
+                )
         if (self.schedule == "multistep") != bool(self.milestones):
             raise ValueError("optim: 'milestones' and schedule 'multistep' go together")
         if any(not 0 < m < 1 for m in self.milestones) or list(self.milestones) != sorted(

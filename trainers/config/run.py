@@ -23,6 +23,7 @@ from mimray.trainers.config.deepspeed_block import check_block
 from mimray.trainers.config.explain import explain
 from mimray.trainers.config.model import EncoderConfig
 from mimray.trainers.config.optim import OptimConfig
+from mimray.trainers.config.probe import ProbeConfig
 from mimray.trainers.config.retired import without_retired
 from mimray.trainers.errors import ConfigError
 from mimray.trainers.types import DatasetFacts
@@ -103,6 +104,7 @@ class Recipe(Config):
     engine: EngineConfig = Field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    evaluation: ProbeConfig = Field(default_factory=ProbeConfig)
     resources: ResourcesConfig = Field(default_factory=ResourcesConfig)
     seed: NonNegativeInt = 0
 
@@ -123,7 +125,7 @@ class Recipe(Config):
 
 # Sections and keys that may differ when a run is continued: they change neither the weights nor
 # the layout of the files.
-OPERATIONAL = ("about", "checkpoint", "logging", "resources")
+OPERATIONAL = ("about", "checkpoint", "logging", "evaluation", "resources")
 OPERATIONAL_KEYS = (
     "data.num_workers",
     "data.prefetch_batches",

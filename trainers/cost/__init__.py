@@ -39,6 +39,7 @@ class Cost:
         memory: memory of one device, by ZeRO stage and activation checkpointing.
         reduce_bucket: elements of DeepSpeed's bucket for gradients.
         trained: elements that the optimiser updates.
+        average_bytes: bytes of the average that `optim.ema` keeps, in the parameters' memory.
     """
 
     parameters: dict[str, int]
@@ -47,6 +48,7 @@ class Cost:
     memory: dict[tuple[int, bool], Memory]
     reduce_bucket: int
     trained: int
+    average_bytes: int = 0
 
 
 def estimate(
@@ -106,6 +108,7 @@ def estimate(
         memory=memory,
         reduce_bucket=bucket,
         trained=weights.trained,
+        average_bytes=0 if method.ema is None else sum(b.nbytes for b in method.ema.buffers()),
     )
 
 

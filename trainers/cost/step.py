@@ -25,6 +25,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from mimray.trainers.bundles import BundleCard
 from mimray.trainers.config.run import Recipe
+from mimray.trainers.engine.average import with_average
 from mimray.trainers.methods.base import Method
 from mimray.trainers.methods.catalogue import build_method, inputs_of
 from mimray.trainers.methods.inputs import placeholders
@@ -74,7 +75,7 @@ def shape_of(recipe: Recipe, dtype: torch.dtype, networks: Mapping[str, BundleCa
             their need; one that is missing costs nothing.
     """
     with torch.device("meta"):
-        method = build_method(recipe)
+        method = with_average(build_method(recipe))
         for parameter in method.parameters():
             parameter.data = parameter.data.to(dtype)
         for need in method.needs():

@@ -2,5 +2,6 @@
 
 In order: `export` writes bundles; `loop` trains; `checkpoints` saves and loads, with `reshard` for
 another number of workers; `deepspeed` makes the engine, with the optimiser of `optim` and the
-learning rate of `schedule`; `metrics` reads and writes `metrics.jsonl`.
+learning rate of `schedule`; `average` keeps what `optim.ema` asks for; `metrics` reads and writes
+`metrics.jsonl`.
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +14,7 @@ from mimray.trainers.config.run import Plan
 from mimray.trainers.engine.optim import build_optimizer
 from mimray.trainers.errors import ConfigError
 from mimray.trainers.methods.base import Method
+from mimray.trainers.models.averages import MovingAverages
 from mimray.trainers.types import MethodOutput
 
 logger = logging.getLogger(__name__)
@@ -203,14 +204,20 @@ def initialize(method: nn.Module, plan: Plan, precision: str) -> Engine:
     return engine
 
 
-def master_weights(engine: Engine, names: Collection[str] = ("",)) -> Iterator[tuple[str, Tensor]]:
+def _every(name: str) -> bool:
+    return True
+
+
+def master_weights(
+    engine: Engine, wanted: Callable[[str], bool] = _every
+) -> Iterator[tuple[str, Tensor]]:
     """The optimiser's fp32 master weights, whole, one trained parameter at a time.
 
     Collective under ZeRO: every rank must consume all of them, in the same order.
 
     Args:
         engine: a result of `initialize`, at any ZeRO stage and precision.
-        names: prefixes of the wanted parameters' names; all parameters by default.
+        wanted: True for the names of the wanted parameters; all parameters by default.
 
     Yields:
         The parameter's name in the module, and a tensor on the device. It may be the optimiser's
@@ -219,7 +226,7 @@ def master_weights(engine: Engine, names: Collection[str] = ("",)) -> Iterator[t
     from deepspeed.utils import safe_get_full_fp32_param
 
     for name, parameter in engine.module.named_parameters():
-        if not parameter.requires_grad or not name.startswith(tuple(names)):
+        if not parameter.requires_grad or not wanted(name):
             continue
         value = safe_get_full_fp32_param(parameter)
         if value is None:  # without ZeRO, where weights are always fp32
@@ -227,24 +234,22 @@ def master_weights(engine: Engine, names: Collection[str] = ("",)) -> Iterator[t
         yield name, value.detach().reshape(_shape(parameter))
 
 
-def follow(engine: Engine, momentum: float) -> None:
-    """Update a method's moving averages by one step; collective under ZeRO.
+def follow(engine: Engine, averages: MovingAverages, momentum: float) -> None:
+    """Update moving averages of a method by one step; collective under ZeRO.
 
     Args:
-        engine: the engine of a method that has averages.
+        engine: the engine of the method.
+        averages: the method's `averages`, or its `ema`.
         momentum: the averages' momentum at this step.
     """
-    averages = engine.module.averages
-    assert averages is not None
-    followed = tuple(f"{name}." for name in averages.names)
-    averages.update(master_weights(engine, followed), momentum)
+    averages.update(master_weights(engine, averages.follows), momentum)
     # Buffers of a lower precision are rounded constants, which the averages hold exactly.
     exact = dict(averages.named_buffers())
     averages.update(
         (
             (name, buffer)
             for name, buffer in engine.module.named_buffers()
-            if name.startswith(followed) and buffer.dtype == exact[name].dtype
+            if averages.follows(name) and buffer.dtype == exact[name].dtype
         ),
         momentum=0.0,
     )
@@ -255,7 +260,9 @@ def fixed_weights(method: nn.Module) -> dict[str, Tensor]:
     return {n: p.detach().clone() for n, p in method.named_parameters() if not p.requires_grad}
 
 
-def full_state(engine: Engine, fixed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def full_state(
+    engine: Engine, fixed: Mapping[str, Tensor], wanted: Callable[[str], bool] = _every
+) -> dict[str, Tensor]:
     """Whole fp32 weights of an engine's module, at any ZeRO stage and precision.
 
     Collective under ZeRO; every rank gets the result.
@@ -263,18 +270,20 @@ def full_state(engine: Engine, fixed: Mapping[str, Tensor]) -> dict[str, Tensor]
     Args:
         engine: a result of `initialize`.
         fixed: the result of `fixed_weights` from before the engine was made.
+        wanted: True for the names of the wanted weights; all by default. The same on every rank.
 
     Returns:
         A state on the host, by the module's own names: the optimiser's weights, the fixed ones
         unrounded, and persistent buffers, moving averages among them.
     """
-    trained = {n: v.float().cpu().clone() for n, v in master_weights(engine)}
+    trained = {n: v.float().cpu().clone() for n, v in master_weights(engine, wanted)}
     state: dict[str, Tensor] = {}
     for name, parameter in engine.module.named_parameters():
-        state[name] = trained[name] if parameter.requires_grad else fixed[name].cpu().clone()
+        if wanted(name):
+            state[name] = trained[name] if parameter.requires_grad else fixed[name].cpu().clone()
     kept = engine.module.state_dict().keys()  # without buffers that are not persistent
     for name, buffer in engine.module.named_buffers():
-        if name in kept:
+        if name in kept and wanted(name):
             state[name] = buffer.detach().float().cpu().clone()
     return state
 

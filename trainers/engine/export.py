@@ -11,6 +11,7 @@ from torch import Tensor
 from mimray.trainers.bundles import CARD, BundleCard, save_bundle, spread_layers
 from mimray.trainers.config.run import Plan
 from mimray.trainers.engine.assess import assess_method
+from mimray.trainers.engine.average import Weights, chosen_weights, has_average, with_average
 from mimray.trainers.engine.checkpoints import Checkpoint
 from mimray.trainers.errors import CheckpointError
 from mimray.trainers.methods.catalogue import build_method, method_class
@@ -19,9 +20,17 @@ from mimray.trainers.storage import RunDir
 
 
 def write_bundle(
-    run: RunDir, plan: Plan, state: dict[str, Tensor], *, step: int, name: str, command: str
+    run: RunDir,
+    plan: Plan,
+    state: dict[str, Tensor],
+    *,
+    step: int,
+    name: str,
+    command: str,
+    weights: Weights = "average",
+    folder: str = "bundle",
 ) -> BundleCard:
-    """Write `bundle/` of a run: the resulting encoder, the method's rest, the networks it needs.
+    """Write a bundle of a run: the resulting encoder, the method's rest, the networks it needs.
 
     Args:
         run: the run's directory.
@@ -30,13 +39,40 @@ def write_bundle(
         step: updates made.
         name: the name of the encoder.
         command: the command line that made it.
+        weights: the average of `optim.ema` where the run keeps one, or the weights as trained.
+        folder: the bundle's folder in the run.
 
     Returns:
         The bundle's description, as written.
     """
-    recipe = plan.recipe
+    averaged = weights == "average" and has_average(state)
+    state = chosen_weights(state, weights)
     held_out, warnings = assess_method(plan, state)
-    card = BundleCard(
+    card = card_of(plan, step=step, name=name, command=command).model_copy(
+        update={
+            "weights": "average" if averaged else "raw",
+            "held_out": held_out,
+            "warnings": warnings,
+        }
+    )
+    encoder, rest = parted(plan, state)
+    networks = kept_needs(plan.recipe, run)
+    if run.local is not None:
+        return save_bundle(run.local / folder, card, encoder, rest, networks)
+    with tempfile.TemporaryDirectory(prefix="mimray-") as scratch:
+        place = Path(scratch) / folder
+        card = save_bundle(place, card, encoder, rest, networks)
+        files = [file for file in place.rglob("*") if file.is_file()]
+        # The card makes a folder a bundle, so it is written last.
+        for file in sorted(files, key=lambda f: f == place / CARD):
+            run.upload(file, f"{folder}/{file.relative_to(place).as_posix()}")
+    return card
+
+
+def card_of(plan: Plan, *, step: int, name: str, command: str) -> BundleCard:
+    """The description of a run's encoder after a number of updates, without digests of weights."""
+    recipe = plan.recipe
+    return BundleCard(
         name=name,
         encoder=recipe.encoder,
         image_size=recipe.data.image_size,
@@ -53,27 +89,24 @@ def write_bundle(
         data_fingerprint=plan.data.fingerprint,
         created_by=command,
         recipe=recipe.model_dump(mode="json"),
-        held_out=held_out,
-        warnings=warnings,
     )
-    result = f"{method_class(recipe.method.name).result}."
+
+
+def parted(plan: Plan, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The state of the encoder that a method results in, by the encoder's own names, and the rest.
+
+    Args:
+        plan: the run's plan.
+        state: a result of `chosen_weights`.
+    """
+    result = f"{method_class(plan.recipe.method.name).result}."
     encoder = {k.removeprefix(result): v for k, v in state.items() if k.startswith(result)}
     rest = {k: v for k, v in state.items() if not k.startswith(result)}
-    networks = kept_needs(recipe, run)
-    if run.local is not None:
-        return save_bundle(run.local / "bundle", card, encoder, rest, networks)
-    with tempfile.TemporaryDirectory(prefix="mimray-") as scratch:
-        folder = Path(scratch) / "bundle"
-        card = save_bundle(folder, card, encoder, rest, networks)
-        files = [file for file in folder.rglob("*") if file.is_file()]
-        # The card makes a folder a bundle, so it is written last.
-        for file in sorted(files, key=lambda f: f == folder / CARD):
-            run.upload(file, f"bundle/{file.relative_to(folder).as_posix()}")
-    return card
+    return encoder, rest
 
 
 def read_checkpoint(folder: Path, checkpoint: Checkpoint, plan: Plan) -> dict[str, Tensor]:
-    """Whole fp32 weights of a checkpoint, without a cluster.
+    """Whole fp32 weights of a checkpoint, the average included, without a cluster.
 
     Args:
         folder: the checkpoint's directory on this machine.
@@ -83,7 +116,7 @@ def read_checkpoint(folder: Path, checkpoint: Checkpoint, plan: Plan) -> dict[st
     Raises:
         CheckpointError: an earlier version wrote it with weights rounded to 16 bits.
     """
-    method = build_method(plan.recipe)
+    method = with_average(build_method(plan.recipe))
     frozen = {n: p.detach() for n, p in method.named_parameters() if not p.requires_grad}
     if checkpoint.zero_stage == 0 and checkpoint.precision in ("bf16_weights", "fp16"):
         raise CheckpointError(

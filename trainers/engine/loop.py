@@ -7,7 +7,7 @@ import logging
 import math
 import resource
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from mimray.trainers.data.rng import sample_seeds
 from mimray.trainers.data.sources import Source
 from mimray.trainers.data.views import Inputs
 from mimray.trainers.engine import checkpoints
+from mimray.trainers.engine.average import with_average
 from mimray.trainers.engine.deepspeed import (
     Engine,
     choose_precision,
@@ -67,6 +68,33 @@ class Observer(Protocol):
         """
 
 
+class Probe(Protocol):
+    """A score of the encoder on the way.
+
+    Attributes:
+        every_steps: updates between two scores.
+    """
+
+    every_steps: int
+
+    def wants(self, name: str) -> bool:
+        """True for the names of the weights that it needs."""
+
+    def __call__(
+        self, step: int, state: Mapping[str, Tensor], alive: Callable[[], None]
+    ) -> dict[str, float]:
+        """Score the encoder, on rank 0 only, without a change to the training.
+
+        Args:
+            step: updates made.
+            state: whole fp32 weights that it wants, on the host.
+            alive: to be called within the time limit of a collective, for ranks that wait.
+
+        Returns:
+            Figures for the row of metrics.
+        """
+
+
 @dataclass(frozen=True)
 class Trained:
     """Weights and metrics of a run at its end, or at a pause.
@@ -100,9 +128,12 @@ def train(
     device: torch.device,
     observer: Observer,
     launch_id: str = "",
+    probe: Probe | None = None,
 ) -> Trained:
     """Train a plan to its end; arguments and errors are those of `stages`."""
-    *_, trained = stages(plan, run, source, device=device, observer=observer, launch_id=launch_id)
+    *_, trained = stages(
+        plan, run, source, device=device, observer=observer, launch_id=launch_id, probe=probe
+    )
     return trained
 
 
@@ -115,6 +146,7 @@ def stages(
     observer: Observer,
     launch_id: str = "",
     pauses: Collection[int] = (),
+    probe: Probe | None = None,
 ) -> Iterator[Trained]:
     """Train a plan with pauses, continuing from its newest undamaged checkpoint.
 
@@ -130,6 +162,7 @@ def stages(
         observer: the callbacks, used on rank 0.
         launch_id: identifier of the launch these workers belong to; empty for no check.
         pauses: steps at which to yield the weights, beside the last one.
+        probe: the running probe, the same on every rank; None for none.
 
     Yields:
         The weights at each pause and at the end; at once if an earlier start stopped there.
@@ -148,6 +181,7 @@ def stages(
     torch.manual_seed(recipe.seed)
     method = build_method(recipe)
     load_needs(method, run)
+    with_average(method)
     fixed = fixed_weights(method)
     if recipe.engine.activation_checkpointing:
         method.encoder.activation_checkpointing = True
@@ -181,8 +215,12 @@ def stages(
         step += 1
         speed.add(result.data_wait_s)
         wanted = step == plan.steps or step in pauses
-        if wanted or step % recipe.logging.every_steps == 0:
+        probed = probe is not None and (step == plan.steps or _due(step, probe.every_steps))
+        if wanted or probed or step % recipe.logging.every_steps == 0:
             last = _row(plan, step, result, speed, device)
+            if probe is not None and probed:
+                last |= _score(engine, probe, step, fixed, device)
+                speed.restart()
             if rank == 0:
                 check_owner(run, launch_id)
                 append_metrics(run, last)
@@ -246,15 +284,19 @@ def _update(
         plain = _plain_grad_norm(engine) if engine.is_gradient_accumulation_boundary() else None
         engine.step()
     norm = plain if plain is not None else engine.get_global_grad_norm()
-    averages = engine.module.averages
-    if averages is not None and engine.was_step_applied():
-        follow(engine, averages.momentum.at(step, plan.steps))
+    applied = engine.was_step_applied()
+    averages, ema = engine.module.averages, engine.module.ema
+    if averages is not None and applied:
+        follow(engine, averages, averages.momentum.at(step, plan.steps))
     means = sums.means(plan.accumulation * plan.world_size)
+    settled = engine.module.after_step(step + 1)
+    if ema is not None and applied:  # with the buffers that the method has just settled
+        follow(engine, ema, ema.momentum.at(step, plan.steps))
     return _StepResult(
         loss=means.pop("loss"),
         grad_norm=float(norm) if norm is not None else math.nan,
         data_wait_s=waited,
-        figures=means | engine.module.after_step(step + 1),
+        figures=means | settled,
     )
 
 
@@ -350,6 +392,25 @@ def _show(
     engine.train()
     if dist.get_rank() == 0:
         observer.pictures(step, panels)
+
+
+def _score(
+    engine: Engine, probe: Probe, step: int, fixed: Mapping[str, Tensor], device: torch.device
+) -> dict[str, float]:
+    """Score the encoder on rank 0, which the others wait for; collective.
+
+    Rank 0 tells them now and then that it is at work, so that no collective runs out of time.
+    """
+    state = full_state(engine, fixed, probe.wants)
+    done = torch.zeros(1, device=device)
+    figures: dict[str, float] = {}
+    if dist.get_rank() == 0:
+        figures = probe(step, state, alive=lambda: dist.broadcast(done, src=0))
+        done.fill_(1)
+        dist.broadcast(done, src=0)
+    while not done.item():
+        dist.broadcast(done, src=0)
+    return figures
 
 
 def _row(plan: Plan, step: int, result: _StepResult, speed: Speed, device: torch.device) -> Row:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from mimray.trainers.storage import RunDir
 
 METRICS = "metrics.jsonl"
+PROBE = "probe_"
+"""The prefix of a running probe's figures in rows of metrics."""
+PROBE_SECONDS = f"{PROBE}seconds"
 
 
 def read_metrics(run: RunDir) -> list[dict[str, Any]]:
@@ -35,6 +39,40 @@ def rewind_metrics(run: RunDir, step: int) -> list[dict[str, Any]]:
 def append_metrics(run: RunDir, row: dict[str, Any]) -> None:
     """Append a row."""
     run.append(METRICS, _lines([row]))
+
+
+@dataclass(frozen=True)
+class ProbeCurve:
+    """The scores of a running probe.
+
+    Attributes:
+        figure: the figure's name, e.g. `knn_accuracy`; larger is better.
+        points: updates made and score, in the order of the updates; one at least.
+    """
+
+    figure: str
+    points: tuple[tuple[int, float], ...]
+
+    @property
+    def last(self) -> tuple[int, float]:
+        """The newest score, with its step."""
+        return self.points[-1]
+
+    @property
+    def best(self) -> tuple[int, float]:
+        """The largest score, the first of equal ones, with its step."""
+        return max(self.points, key=lambda point: point[1])
+
+
+def probe_curve(rows: Iterable[Mapping[str, Any]]) -> ProbeCurve | None:
+    """The scores in rows of metrics: of the newest figure, where the probe was changed."""
+    rows = list(rows)
+    for row in reversed(rows):
+        for key in row:
+            if key.startswith(PROBE) and key != PROBE_SECONDS:
+                points = tuple((r["step"], r[key]) for r in rows if key in r)
+                return ProbeCurve(key.removeprefix(PROBE), points)
+    return None
 
 
 def _lines(rows: Iterable[dict[str, Any]]) -> bytes:

@@ -3,6 +3,8 @@
 A task is a function from an encoder, a `score.Setting` and its options to a `score.Score`. Each
 package imports from those below it alone:
 
+    running                             the running probe of a training
+    measure                             a score in the process that has trained the encoder
     tasks, load_head, results           names of the tasks; trained heads; where scores are written
     segmentation, detection, probes     the tasks
     heads                               views, training loop and files of a head on feature maps

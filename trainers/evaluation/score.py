@@ -127,6 +127,7 @@ class Setting:
         label: column of the labels; None for `label`, or class folders.
         hold_out: the rule by which pictures are held out where DATA has no split to score on.
         part: part of the pictures to score on; None for all.
+        keep_features: True keeps features in the user's cache, False for this score alone.
     """
 
     data: str
@@ -141,3 +142,4 @@ class Setting:
     label: str | None = None
     hold_out: HoldOut = HoldOut()
     part: Part | None = None
+    keep_features: bool = True

@@ -21,12 +21,14 @@ class Task(NamedTuple):
         evaluate: module and function.
         dense: True if it works on feature maps, on one device; only such tasks go through an
             endpoint.
+        learns_nothing: True if it trains no head, so that a training can afford it on its way.
     """
 
     name: str
     config: str
     evaluate: str
     dense: bool = False
+    learns_nothing: bool = False
 
 
 TASKS = {
@@ -36,6 +38,7 @@ TASKS = {
             "knn",
             "mimray.trainers.config.evaluation.knn:KnnConfig",
             "mimray.trainers.evaluation.probes.knn:evaluate",
+            learns_nothing=True,
         ),
         Task(
             "linear",
@@ -46,6 +49,7 @@ TASKS = {
             "rankme",
             "mimray.trainers.config.evaluation.rankme:RankMeConfig",
             "mimray.trainers.evaluation.probes.rankme:evaluate",
+            learns_nothing=True,
         ),
         Task(
             "segmentation",
@@ -58,6 +62,7 @@ TASKS = {
             "mimray.trainers.config.evaluation.dense_knn:DenseKnnConfig",
             "mimray.trainers.evaluation.segmentation.dense_knn:evaluate",
             dense=True,
+            learns_nothing=True,
         ),
         Task(
             "detection",

@@ -56,6 +56,8 @@ class Method(nn.Module, ABC):
     Attributes:
         encoder: the encoder that is trained.
         averages: moving averages of modules, such as a teacher; None for none.
+        ema: the average that the recipe's `optim.ema` asks for; the engine adds it, and it takes no
+            part in the loss. None for none.
         result: name of the encoder to export: `encoder`, or its moving average,
             `averages.encoder`.
         within: makes a context whose operations are attributed to one of the `parts` when costs are
@@ -66,12 +68,14 @@ class Method(nn.Module, ABC):
 
     encoder: Encoder
     averages: MovingAverages | None
+    ema: MovingAverages | None
     within: Callable[[str], AbstractContextManager[None]]
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
         self.recipe = recipe
         self.averages = None
+        self.ema = None
         self.within = _unmarked
 
     @abstractmethod

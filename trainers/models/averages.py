@@ -26,8 +26,8 @@ class MovingAverages(nn.Module):
     the last place: at m = .9999 for the last 3e-4 of it.
 
     Args:
-        followed: modules to average, by the names of the method's attributes; `averages.NAME`
-            follows `NAME`.
+        followed: modules and single parameters to average, by the names of the method's attributes;
+            `averages.NAME` follows `NAME`.
         momentum: the schedule of m.
 
     Source: Tarvainen & Valpola 2017, "Mean teachers are better role models", eq. 1; rounding errors
@@ -36,21 +36,30 @@ class MovingAverages(nn.Module):
 
     _precision: Tensor
 
-    def __init__(self, followed: Mapping[str, nn.Module], momentum: Schedule) -> None:
+    def __init__(
+        self, followed: Mapping[str, nn.Module | nn.Parameter], momentum: Schedule
+    ) -> None:
         super().__init__()
         self.momentum = momentum
         self.names = tuple(followed)
         # Its dtype is the one the method was cast to.
         self.register_buffer("_precision", torch.empty(0), persistent=False)
         self.residuals = nn.Module()
-        for name, module in followed.items():
-            for leaf, parameter in module.named_parameters(prefix=name):
+        for name, one in followed.items():
+            for leaf, parameter in _parameters(name, one):
                 if parameter.requires_grad:
                     self.residuals.register_buffer(
                         _flat(leaf), torch.zeros_like(parameter, dtype=torch.bfloat16)
                     )
-            self.add_module(name, _as_buffers(copy.deepcopy(module)))
+            if isinstance(one, nn.Parameter):
+                self.register_buffer(name, one.detach().clone())
+            else:
+                self.add_module(name, _as_buffers(copy.deepcopy(one)))
         self.eval()
+
+    def follows(self, name: str) -> bool:
+        """True if a parameter or buffer of the method, by its name, is averaged or copied."""
+        return name.split(".", 1)[0] in self.names
 
     def forward(self, name: str, *arguments: Any, **options: Any) -> Any:
         """Call an average without gradients, in the method's precision.
@@ -97,6 +106,10 @@ class MovingAverages(nn.Module):
                 moved = buffer.to(self.get_buffer(name).device)
                 setattr(self.get_submodule(module), leaf, moved)
         return self
+
+
+def _parameters(name: str, one: nn.Module | nn.Parameter) -> Iterable[tuple[str, nn.Parameter]]:
+    return [(name, one)] if isinstance(one, nn.Parameter) else one.named_parameters(prefix=name)
 
 
 def _flat(name: str) -> str:

@@ -105,6 +105,10 @@ def engine_of(stage: int, precision: str) -> tuple[Any, dict[str, Tensor]]:
     return initialize(method, plan, precision), fixed
 
 
+def in_encoder(name: str) -> bool:
+    return name.startswith("encoder.")
+
+
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize(
     ("stage", "precision"),
@@ -121,7 +125,8 @@ def engine_of(stage: int, precision: str) -> tuple[Any, dict[str, Tensor]]:
 )
 def test_follow__a_thousand_steps_are_those_in_double_precision(stage: int, precision: str):
     engine, fixed = engine_of(stage, precision)
-    exact = {n: v.double().clone() for n, v in master_weights(engine, ("encoder.",))}
+    averages = engine.module.averages
+    exact = {n: v.double().clone() for n, v in master_weights(engine, in_encoder)}
     mask = torch.tensor([[True, False, True, True]] * 2)
     trained = 20  # updates by the optimiser
 
@@ -131,8 +136,8 @@ def test_follow__a_thousand_steps_are_those_in_double_precision(stage: int, prec
             engine.backward(engine(images=images, mask=mask).loss)
             engine.step()
             assert engine.was_step_applied()
-            masters = {n: v.double().clone() for n, v in master_weights(engine, ("encoder.",))}
-        follow(engine, 0.99)
+            masters = {n: v.double().clone() for n, v in master_weights(engine, in_encoder)}
+        follow(engine, averages, 0.99)
         for name, value in masters.items():
             exact[name].mul_(0.99).add_(value, alpha=0.01)
 
@@ -174,6 +179,7 @@ def test_update__skips_the_averages_of_a_step_that_was_skipped():
     )
     method = build_method(plan.recipe)
     method.averages = MovingAverages({"encoder": method.encoder}, Schedule(start=0.5))
+    method.ema = MovingAverages({"encoder": method.encoder}, Schedule(start=0.5))
     overflows: list[bool] = []
     method.decoder.pred.weight.register_hook(lambda g: g * torch.inf if overflows[-1] else g)
     engine, inputs = initialize(method, plan, "bf16_weights"), inputs_of(plan.recipe)
@@ -187,5 +193,6 @@ def test_update__skips_the_averages_of_a_step_that_was_skipped():
         _update(engine, plan, iter([batch]), inputs, step, torch.device("cpu"))
         assert engine.was_step_applied() is not overflow
         seen.append(method.averages.encoder.norm.bias.clone())
+        assert torch.equal(method.ema.encoder.norm.bias, seen[-1])
 
     assert [torch.equal(a, b) for a, b in pairwise(seen)] == [False, True, False]

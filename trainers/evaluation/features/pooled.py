@@ -196,7 +196,7 @@ def pooled_features(
         seed=setting.seed if num_views else 0,
         skip_invalid=setting.skip_invalid,
     )
-    cache = user_cache("features")
+    cache = user_cache("features") if setting.keep_features else setting.folder
     folder = cache / describe(ref, source, spec).key[:32]
     found = extract(
         ref,

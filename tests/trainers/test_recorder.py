@@ -1,0 +1,79 @@
+"""The actor that records a run: the scores of a running probe, over several starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mimray.trainers.config.run import parse_recipe, resolve
+from mimray.trainers.engine.metrics import append_metrics, probe_curve
+from mimray.trainers.recorder import RunRecorder
+from mimray.trainers.storage import RunDir
+from mimray.trainers.types import DatasetFacts
+
+
+class Tracker:
+    uri = "nowhere"
+
+    def __init__(self) -> None:
+        self.logged: list[tuple[int, dict[str, Any]]] = []
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        self.logged.append((step, metrics))
+
+
+@pytest.fixture
+def recorder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunRecorder:
+    tree = {
+        "encoder": {"name": "vit", "width": 8, "depth": 1, "num_heads": 1, "patch_size": 4},
+        "method": {"name": "simmim", "mask_unit_px": None},
+        "data": {"image_size": 8},
+        "optim": {"batch_size": 2, "steps": 9},
+    }
+    plan = resolve(parse_recipe(tree), DatasetFacts("x", 100, "x"), 1)
+    monkeypatch.setattr("mimray.trainers.recorder.Tracker.open", lambda *args, **options: Tracker())
+    (tmp_path / "run").mkdir()
+    return RunRecorder(
+        run_uri=str(tmp_path / "run"),
+        storage=str(tmp_path),
+        name="run",
+        plan=plan.model_dump_json(),
+        command="",
+        fresh=False,
+    )
+
+
+def row(step: int, **figures: float) -> dict[str, Any]:
+    return {"step": step, "loss": 1.0, **figures}
+
+
+def test_recorder__knows_the_scores_of_earlier_starts(recorder: RunRecorder, tmp_path: Path):
+    run = RunDir(str(tmp_path / "run"))
+    earlier = [row(2, probe_rankme=5.0), row(3), row(4, probe_rankme=3.0), row(6, probe_rankme=9.0)]
+    for written in earlier:
+        append_metrics(run, written)
+
+    recorder.resumed(4)  # the row of step 6 is written again
+    recorder.metrics(earlier[2])
+    recorder.scoring("features", 64, 100)
+    assert recorder.state().phase == "features 64/100"
+    recorder.metrics(row(5))
+    recorder.metrics(row(6, probe_rankme=4.0, probe_seconds=2.0))
+
+    state = recorder.state()
+    assert state.phase == ""
+    assert state.probe is not None
+    assert state.probe.points == ((2, 5.0), (4, 3.0), (6, 4.0))
+    assert (state.probe.best, state.probe.last) == ((2, 5.0), (6, 4.0))
+
+
+def test_curve__is_of_the_newest_figure():
+    rows = [row(1, probe_rankme=5.0, probe_seconds=1.0), row(2, probe_knn_accuracy=0.5), row(3)]
+
+    curve = probe_curve(rows)
+
+    assert curve is not None
+    assert (curve.figure, curve.points) == ("knn_accuracy", ((2, 0.5),))
+    assert probe_curve([row(1, probe_seconds=1.0)]) is None
