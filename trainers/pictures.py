@@ -235,7 +235,7 @@ def probe_chart(points: Sequence[tuple[int, float]], figure_name: str, path: Pat
         color=_TEXT,
     )
     axes.set_xlabel("step")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     _quiet(axes)
     figure.savefig(path, format="png")
 

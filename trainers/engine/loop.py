@@ -81,7 +81,7 @@ class Probe(Protocol):
         """True for the names of the weights that it needs."""
 
     def __call__(
-        self, step: int, state: Mapping[str, Tensor], alive: Callable[[], None]
+        self, step: int, state: Mapping[str, Tensor], alive: Callable[[], object]
     ) -> dict[str, float]:
         """Score the encoder, on rank 0 only, without a change to the training.
 

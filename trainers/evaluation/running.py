@@ -128,7 +128,7 @@ class RunningProbe:
         return name.startswith(self._prefixes)
 
     def __call__(
-        self, step: int, state: Mapping[str, Tensor], alive: Callable[[], None]
+        self, step: int, state: Mapping[str, Tensor], alive: Callable[[], object]
     ) -> dict[str, float]:
         """Score the encoder; called on rank 0.
 
@@ -158,7 +158,7 @@ class RunningProbe:
         return {figure_name(task, score.metric): score.headline, PROBE_SECONDS: round(seconds, 3)}
 
     def _score(
-        self, step: int, state: Mapping[str, Tensor], alive: Callable[[], None]
+        self, step: int, state: Mapping[str, Tensor], alive: Callable[[], object]
     ) -> tuple[Score, dict[str, object]]:
         recipe = self._plan.recipe
         probe = recipe.evaluation

@@ -343,7 +343,7 @@ def principal_colours(
 def _to_grid(tokens: Float[Tensor, "B n D"], old: Grid, new: Grid) -> Float[Tensor, "B N D"]:
     if old == new:
         return tokens
-    maps = tokens.transpose(1, 2).unflatten(2, old)  # B D h w
+    maps = tokens.transpose(1, 2).reshape(len(tokens), -1, *old)  # B D h w
     resized = F.interpolate(maps, new, mode="bilinear", antialias=True)
     return resized.flatten(2).transpose(1, 2)
 
