@@ -100,7 +100,7 @@ class DistillConfig(BlockMasking):
                 f"method distill with method.mask_ratio {self.mask_ratio} hides tokens, which "
                 "encoder conv does not have; take method.mask_ratio 0, or a vit or swin"
             )
-        if self.pooling == "cls" and not isinstance(encoder, ViTConfig):
+        if self.pooling == "cls" and not (isinstance(encoder, ViTConfig) and encoder.class_token):
             raise ValueError(
                 f"encoder {encoder.name} has no class token; method.pooling mean goes with it"
             )
