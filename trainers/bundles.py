@@ -26,7 +26,7 @@ from torch import Tensor
 from mimray.trainers.config.base import Config
 from mimray.trainers.config.model import EncoderConfig, ViTConfig
 from mimray.trainers.config.retired import without_retired
-from mimray.trainers.errors import BundleError
+from mimray.trainers.errors import BundleError, MissingBundleError
 from mimray.trainers.models import build_encoder
 from mimray.trainers.models.encoder import Encoder
 from mimray.trainers.storage import RunDir, storage_errors
@@ -294,8 +294,8 @@ def bundle_folder(path: str | Path) -> Path:
         if (folder / CARD).is_file():
             return folder
     if not path.exists():
-        raise BundleError(f"no bundle at {path}", hint="a run's or a bundle's folder")
-    raise BundleError(
+        raise MissingBundleError(f"no bundle at {path}", hint="a run's or a bundle's folder")
+    raise MissingBundleError(
         f"{path} is neither a bundle nor a run that has exported one",
         hint=f"`mimray export {path}` makes one from the newest checkpoint of a run",
     )
@@ -313,7 +313,7 @@ def bundle_place(path: str) -> RunDir:
     for folder in (place, place / "bundle"):
         if folder.exists(CARD):
             return folder
-    raise BundleError(
+    raise MissingBundleError(
         f"no bundle at {path}", hint=f"`mimray export {path}` makes one from a run's checkpoint"
     )
 

@@ -11,6 +11,7 @@
     ├── RunConflictError       a run of this name holds another recipe
     ├── CheckpointError        a checkpoint that is damaged or does not fit
     ├── BundleError            a frozen encoder that cannot be loaded or written
+    │   └── MissingBundleError
     ├── NonFiniteLossError     training diverged
     ├── CodebookCollapseError  a tokenizer uses next to none of its codes
     └── ServingError           the endpoint (its own leaves live in `mimray.serving.wire.errors`)
@@ -132,6 +133,12 @@ class BundleError(MimrayError):
     """A bundle that cannot be loaded or written."""
 
     code = "bundle"
+
+
+class MissingBundleError(BundleError):
+    """No bundle where one was named, or none yet."""
+
+    code = "missing_bundle"
 
 
 class NonFiniteLossError(MimrayError):

@@ -7,6 +7,7 @@ import threading
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -16,13 +17,19 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mimray.trainers.config.names import check_name
-from mimray.trainers.config.run import Plan, Recipe, differences, parse_plan, resolve
+from mimray.trainers.config.run import Plan, Recipe, continued, differences, parse_plan, resolve
 from mimray.trainers.data.account import Account
 from mimray.trainers.data.selection import open_training, with_classes
 from mimray.trainers.errors import DataError, MimrayError, ResourceError, RunConflictError
-from mimray.trainers.methods.needs import check_outside, keep_needs, with_needs
+from mimray.trainers.methods.needs import (
+    check_outside,
+    initial_lines,
+    keep_needs,
+    with_needs,
+)
 from mimray.trainers.recorder import RunLink, RunRecorder, RunState
 from mimray.trainers.storage import RunDir, check_seen, claim
+from mimray.trainers.weights import fetcher
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +103,7 @@ def prepare(job: Job, account: Account | None = None, notes: list[str] | None = 
             started over, but is no run or holds a bundle that the recipe needs.
     """
     from mimray.trainers.engine.average import check_average
+    from mimray.trainers.engine.checkpoints import steps_made
     from mimray.trainers.engine.deepspeed_keys import check_known
     from mimray.trainers.evaluation.running import check_probe, placed_probe
 
@@ -106,7 +114,8 @@ def prepare(job: Job, account: Account | None = None, notes: list[str] | None = 
             hint="choose another --name, or remove it yourself",
         )
     check_average(job.recipe)
-    recipe = placed_probe(with_needs(job.recipe))
+    kept = job.run if job.run.exists("plan.json") and not job.fresh else None
+    recipe = placed_probe(with_needs(job.recipe, fetcher(job.recipe), kept))
     if job.fresh:
         check_outside(recipe, job.run)
     source = open_training(job.data, recipe)
@@ -144,12 +153,22 @@ def prepare(job: Job, account: Account | None = None, notes: list[str] | None = 
     before = parse_plan(job.run.read("plan.json"), f"{job.run}/plan.json", hint)
     changed = differences(before, plan)
     if changed:
+        longest = f"--steps {before.steps} goes on with it, " if plan.steps < before.steps else ""
         raise RunConflictError(
             f"{job.run} holds a run of another recipe: " + "; ".join(changed),
-            hint="--fresh starts over, another --name keeps both",
+            hint=f"{longest}--fresh starts over, another --name keeps both",
         )
-    # Keys that a later version adds to recipes change the digest, but not the run.
-    return plan.model_copy(update={"hash": before.hash})
+    return continued(before, plan, partial(steps_made, job.run))
+
+
+def begins_with(job: Job, plan: Plan) -> list[str]:
+    """What a job begins with, in sentences for people; none if it begins with fresh weights.
+
+    Args:
+        job: the job.
+        plan: a result of `prepare`.
+    """
+    return initial_lines(plan.recipe, job.recipe, fetcher(plan.recipe), job.run)
 
 
 def pretrain(
@@ -174,7 +193,7 @@ def pretrain(
     launch_id = uuid.uuid4().hex
     claim(run, launch_id)
     run.write("plan.json", plan.model_dump_json(indent=2).encode())
-    keep_needs(plan.recipe, run)
+    keep_needs(plan.recipe, run, fetcher(plan.recipe))
 
     recorder = _open_recorder(job, plan)
     watcher = _Watcher(recorder, on_progress)

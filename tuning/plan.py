@@ -22,9 +22,10 @@ from mimray.trainers.errors import ConfigError, RunConflictError
 from mimray.trainers.methods.needs import with_needs
 from mimray.trainers.storage import RunDir
 from mimray.trainers.types import DatasetFacts
+from mimray.trainers.weights import fetcher
 from mimray.tuning.compute import training_flops
 from mimray.tuning.config import Asha, SweepConfig
-from mimray.tuning.record import SWEEP, SweepRecord
+from mimray.tuning.record import SWEEP, SweepRecord, trial_place
 from mimray.tuning.score import check_score, metric_of, without_held_out
 from mimray.tuning.search import check_storable
 from mimray.tuning.space import Params, base_tree, check_space, listed, trial_recipe
@@ -100,7 +101,8 @@ class SweepPlan:
         return {step: rung for rung, step in enumerate([*steps, plan.steps])}
 
     def _resolved(self, recipe: Recipe) -> Plan:
-        return resolve(with_needs(recipe), self.facts, self.config.resources.num_workers)
+        recipe = with_needs(recipe, fetcher(recipe))
+        return resolve(recipe, self.facts, self.config.resources.num_workers)
 
 
 def load_sweep(name_or_path: str, overrides: Sequence[str] = ()) -> SweepConfig:
@@ -173,12 +175,15 @@ def make_plan(
     check_space(config, tree)
     check_storable(config)
     recipe = trial_recipe(tree, {})
-    for key in recipe.method.places:
-        if tree["method"].get(key):
-            tree["method"][key] = absolute(tree["method"][key])
+    for key in recipe.method.bundle_keys:
+        if place := tree["method"].get(key):
+            place = trial_place(place, storage)
+            if Path(place).expanduser().exists():  # else it is a name
+                tree["method"][key] = absolute(place)
+    recipe = trial_recipe(tree, {})
     source = open_training(data, recipe)
     base = resolve(
-        with_classes(with_needs(recipe), source),
+        with_classes(with_needs(recipe, fetcher(recipe)), source),
         source.facts,
         config.resources.num_workers,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
 
@@ -325,6 +326,21 @@ def find_trial(reference: str, storage: str) -> tuple[SweepRecord, TrialRecord] 
     searched = [trial.number for trial in record.trials if trial.repeats is None]
     there = f"0 to {max(searched)}" if searched else "it has none yet"
     raise StorageError(f"{record.name} has no trial {which}", hint=there)
+
+
+def trial_place(reference: str, storage: str) -> str:
+    """The run of the trial that `SWEEP:best` or `SWEEP:7` names; any other text as it is.
+
+    Raises:
+        StorageError: there is no such sweep or trial, or none with a score.
+    """
+    if Path(reference).expanduser().exists() or "://" in reference:
+        return reference
+    found = find_trial(reference, storage)
+    if found is None:
+        return reference
+    sweep, trial = found
+    return trial_dir(RunDir(sweep.uri), trial.number).uri
 
 
 def curves(sweep: RunDir, number: int) -> list[dict[str, Any]]:

@@ -26,6 +26,7 @@ from mimray.trainers.errors import MimrayError, NonFiniteLossError, ResourceErro
 from mimray.trainers.launch import WorkerResources, last_line, workers
 from mimray.trainers.methods.needs import keep_needs
 from mimray.trainers.storage import RunDir, check_seen, claim
+from mimray.trainers.weights import fetcher
 from mimray.tuning.capacity import Capacity
 from mimray.tuning.plan import SweepPlan
 from mimray.tuning.record import Rung, TrialRecord, trial_dir
@@ -123,7 +124,7 @@ def _rungs(context: LaunchContext, number: int, params: Params) -> Generator[Run
     run.create()
     claim(run, context.launch_id)
     run.write("plan.json", plan.model_dump_json(indent=2).encode())
-    keep_needs(plan.recipe, run)
+    keep_needs(plan.recipe, run, fetcher(plan.recipe))
     # A rung that was scored as the driver died, before Tune could judge it, is reported again.
     for rung in known.rungs:
         if not rung.passed:

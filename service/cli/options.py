@@ -37,6 +37,21 @@ def hold_out_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return share(seed(command))
 
 
+def init_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`--init` and `--partial`, for weights to begin with."""
+    init = click.option(
+        "--init",
+        default=None,
+        metavar="BUNDLE|CHECKPOINT",
+        help="Weights to begin with: a bundle, run, registered name, SWEEP:best, timm:NAME or "
+        "another library's checkpoint.",
+    )
+    partial = click.option(
+        "--partial", is_flag=True, help="Begin with those of the weights that fit."
+    )
+    return init(partial(command))
+
+
 workers_option = click.option(
     "--workers", type=click.IntRange(min=1), default=None, help="Training workers."
 )
@@ -62,6 +77,14 @@ def with_workers(overrides: Iterable[str], workers: int | None) -> tuple[str, ..
     """The overrides of a recipe with `--workers`, which has the last word."""
     last = () if workers is None else (f"resources.num_workers={workers}",)
     return (*overrides, *last)
+
+
+def with_init(overrides: Iterable[str], init: str | None, partial: bool) -> tuple[str, ...]:
+    """The overrides of a recipe with `--init` and `--partial`."""
+    if init is not None and not init.strip():
+        raise ConfigError("--init names nothing", hint="a bundle, run, name or checkpoint")
+    begin = () if init is None else (f"method.init={json.dumps(init)}",)
+    return (*overrides, *begin, *(("method.init_partial=true",) if partial else ()))
 
 
 def command_line() -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import click
 
 from mimray.service.cli.options import (
+    init_options,
     json_option,
     print_result,
     set_option,
     steps_option,
+    with_init,
     with_workers,
     workers_option,
 )
@@ -17,6 +19,7 @@ from mimray.service.cli.options import (
 @click.command()
 @click.argument("recipe", required=False)
 @click.option("--data", default=None, help="Dataset to plan for; ImageNet-1k's size by default.")
+@init_options
 @steps_option
 @workers_option
 @set_option
@@ -29,6 +32,8 @@ from mimray.service.cli.options import (
 def plan(
     recipe: str | None,
     data: str | None,
+    init: str | None,
+    partial: bool,
     steps: int | None,
     workers: int | None,
     overrides: tuple[str, ...],
@@ -51,7 +56,7 @@ def plan(
         recipe,
         data=data,
         steps=steps,
-        overrides=with_workers(overrides, workers),
+        overrides=with_workers(with_init(overrides, init, partial), workers),
         tflops=tflops,
     )
     print_result(found, as_json, forecast_text)

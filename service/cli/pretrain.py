@@ -8,10 +8,12 @@ import click
 
 from mimray.service.cli.options import (
     command_line,
+    init_options,
     json_option,
     print_result,
     set_option,
     steps_option,
+    with_init,
     with_workers,
     workers_option,
 )
@@ -24,6 +26,7 @@ from mimray.service.cli.options import (
 @click.option(
     "--storage", default="runs", show_default=True, help="Where runs are kept; path or URI."
 )
+@init_options
 @steps_option
 @workers_option
 @set_option
@@ -34,6 +37,8 @@ def pretrain(
     data: str,
     name: str | None,
     storage: str,
+    init: str | None,
+    partial: bool,
     steps: int | None,
     workers: int | None,
     overrides: tuple[str, ...],
@@ -52,7 +57,7 @@ def pretrain(
         name=name or Path(recipe).stem,
         storage=storage,
         steps=steps,
-        overrides=with_workers(overrides, workers),
+        overrides=with_workers(with_init(overrides, init, partial), workers),
         fresh=fresh,
         command=command_line(),
     )

@@ -115,7 +115,7 @@ def recipe_for(
     """
     from mimray.trainers.config.recipes import load_recipe, override
     from mimray.trainers.config.run import parse_recipe
-    from mimray.trainers.methods.finetune import trainable_encoder
+    from mimray.trainers.methods.initial import trainable_encoder
     from mimray.trainers.models.resize import for_size
 
     tree = load_recipe(config.recipe).model_dump(mode="json")

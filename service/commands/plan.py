@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mimray.service.commands.places import with_places
 from mimray.service.terminal.console import as_text
 from mimray.service.terminal.forecast import Forecast, forecast_view
 from mimray.trainers.config.advice import advice
@@ -50,9 +51,13 @@ def forecast(
     from mimray.trainers.data.selection import open_training, stated_classes, with_classes
     from mimray.trainers.engine.average import check_average
     from mimray.trainers.engine.deepspeed_keys import check_known
-    from mimray.trainers.methods.needs import foresee
+    from mimray.trainers.methods.needs import foresee, initial_lines
+    from mimray.trainers.registry import STORAGE
+    from mimray.trainers.weights import fetcher
 
-    recipe, networks, notes = foresee(load_recipe(name, overrides, steps))
+    asked = with_places(load_recipe(name, overrides, steps), STORAGE)
+    fetch = fetcher(asked)
+    recipe, networks, notes = foresee(asked, fetch)
     facts = IMAGENET
     if data is not None:
         source = open_training(data, recipe)
@@ -63,6 +68,7 @@ def forecast(
     plan = resolve(recipe, facts, recipe.resources.num_workers)
     check_known(plan)
     check_average(recipe)
+    notes += initial_lines(plan.recipe, asked, fetch, None)
 
     from mimray.trainers.cost import estimate
 

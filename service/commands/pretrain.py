@@ -8,11 +8,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from mimray.service.commands.places import with_places
 from mimray.service.terminal.console import say, warn
 from mimray.service.terminal.progress import Progress, duration, show_training
 from mimray.trainers.cluster import connected
 
 if TYPE_CHECKING:
+    from mimray.trainers.config.run import Plan
     from mimray.trainers.engine.metrics import ProbeCurve
     from mimray.trainers.storage import RunDir
 
@@ -49,11 +51,11 @@ def run_pretrain(
     from mimray.trainers.config.advice import advice
     from mimray.trainers.config.recipes import load_recipe
 
-    checked = load_recipe(recipe, overrides, steps)
+    checked = with_places(load_recipe(recipe, overrides, steps), storage)
 
     from mimray.trainers.data.account import Account
     from mimray.trainers.engine.metrics import probe_curve, read_metrics
-    from mimray.trainers.launch import Job, finished, prepare, pretrain
+    from mimray.trainers.launch import Job, begins_with, finished, prepare, pretrain
 
     job = Job(checked, data, name, storage, fresh, command)
     account, notes = Account(), list[str]()
@@ -63,6 +65,10 @@ def run_pretrain(
         f"({plan.steps / plan.steps_per_epoch:.2f} epochs), peak lr {plan.lr:.3g}"
     )
     say(plan.batch_arithmetic)
+    for line in longer_lines(plan):
+        say(line)
+    for line in begins_with(job, plan):
+        say(line)
     for line in account.short_lines():
         say(f"{data}: {line}")
     for note in notes:
@@ -125,6 +131,23 @@ def _draw_probe(run: RunDir, probe: ProbeCurve) -> None:
         file = Path(scratch) / "probe.png"
         probe_chart(probe.points, probe.figure, file)
         run.write("probe.png", file.read_bytes())
+
+
+def longer_lines(plan: Plan) -> list[str]:
+    """What became of the schedule of a run that was made longer than planned, for people."""
+    if not plan.lengths:
+        return []
+    from mimray.trainers.engine.schedule import learning_rate
+
+    was = ", ".join(str(length.steps) for length in plan.lengths)
+    last = plan.lengths[-1]
+    rates = ", ".join(
+        f"{learning_rate(plan, step):.3g} at step {step}" for step in (last.until, plan.steps - 1)
+    )
+    return [
+        f"planned for {was} steps before; from step {last.until} on the schedule is that of "
+        f"{plan.steps} steps: lr {rates}; the warm-up stays {plan.warmup_steps} steps"
+    ]
 
 
 def _draw_loss(run: RunDir) -> None:

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from mimray.trainers.config.recipes import load_recipe, shipped_recipes
 from mimray.trainers.config.run import (
+    NEUTRAL,
     OPERATIONAL_KEYS,
     Plan,
     differences,
@@ -272,6 +273,16 @@ def test_plan__all_else_changes_the_hash_and_is_listed(changes: dict[str, Any], 
 
     assert before.hash != after.hash
     assert line in differences(before, after)
+
+
+def test_plan__a_new_key_at_its_neutral_value_is_no_other_plan():
+    before = resolve(parse_recipe(tree_of()), FACTS, 1)
+    changed = resolve(parse_recipe(tree_of(method={"init": "a", "init_partial": True})), FACTS, 1)
+
+    # The digest of a version without any of these keys.
+    assert before.hash == "c088ee86ea6a70ba"
+    assert set(NEUTRAL) <= set(known_keys())
+    assert differences(before, changed) == ["method.init_partial: None -> True"]
 
 
 def test_plan__other_data_is_another_plan_wherever_it_lies():

@@ -132,11 +132,12 @@ def method_of(recipe: Recipe) -> BEiTConfig:
 
 
 def test_with_tokenizer__fills_in_what_it_finds(tokenizer: Path):
-    found = method_of(with_needs(beit_recipe(tokenizer)))
+    recipe = with_needs(beit_recipe(tokenizer))
+    found = method_of(recipe)
 
     assert found.vocab_size == 32
     (need,) = BEiT.needs()
-    assert found.tokenizer_sha256 == need.digest(read_card(tokenizer))
+    assert found.tokenizer_sha256 == need.digest(recipe, read_card(tokenizer))
     assert len(found.tokenizer_sha256) == 64
     other = dvae_recipe()
     assert with_needs(other) is other

@@ -9,6 +9,8 @@ from mimray.trainers.config.run import Plan
 # Peaks of the published recipes: SimMIM 4e-4 (2048 pictures), BEiT 1.5e-3, MAE 2.4e-3 (4096).
 PUBLISHED_LR = (4e-4, 2.4e-3)
 LOWEST_LR, HIGHEST_LR = 1e-4, 5e-3
+# A fifth of MAE's peak; recipes that go on from public weights peak between 1e-6 and 5e-4.
+HIGHEST_INITIAL_LR = 5e-4
 FEWEST_STEPS_AN_EPOCH = 4
 LARGEST_SHARE_OF_START = 0.05
 
@@ -24,7 +26,14 @@ def advice(plan: Plan) -> list[str]:
     """
     rows, columns = plan.recipe.grid
     of_method = plan.recipe.method.advice(rows * columns, plan.global_batch)
-    return [*_on_precision(plan), *_on_lr(plan), *_on_length(plan), *_on_average(plan), *of_method]
+    return [
+        *_on_precision(plan),
+        *_on_lr(plan),
+        *_on_initial(plan),
+        *_on_length(plan),
+        *_on_average(plan),
+        *of_method,
+    ]
 
 
 def _on_precision(plan: Plan) -> list[str]:
@@ -55,6 +64,26 @@ def _on_lr(plan: Plan) -> list[str]:
             f"--set optim.base_lr={_base_lr(plan, high)}"
         ]
     return []
+
+
+def _on_initial(plan: Plan) -> list[str]:
+    """On rates that change trained weights as fast as fresh ones."""
+    method, optim = plan.recipe.method, plan.recipe.optim
+    if not method.init or optim.layer_decay is not None:
+        return []
+    found = []
+    if plan.lr > HIGHEST_INITIAL_LR:
+        found.append(
+            f"the run begins with trained weights, and a peak learning rate of {plan.lr:.3g} is "
+            f"for fresh ones: --set optim.base_lr={_base_lr(plan, HIGHEST_INITIAL_LR)}, or "
+            "--set optim.layer_decay=0.75, keeps more of them"
+        )
+    if not plan.warmup_steps and plan.steps > 1:
+        found.append(
+            "the run begins with trained weights at the full learning rate, before Adam has an "
+            f"average of their gradients: --set optim.warmup_steps={max(1, plan.steps // 20)}"
+        )
+    return found
 
 
 def _base_lr(plan: Plan, lr: float) -> str:

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
+from pydantic import (
+    Field,
+    ModelWrapValidatorHandler,
+    NonNegativeInt,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from mimray.trainers.config.base import Config
 
@@ -96,14 +103,16 @@ class DataConfig(Config):
     def _square(cls, value: Any) -> Any:
         return (value, value) if isinstance(value, int) else value
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _fill_normalisation(cls, data: Any) -> Any:
+    def _fill_normalisation(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         if not isinstance(data, dict):
-            return data
+            return handler(data)
         gray = data.get("channels", 3) == 1
         mean, std = ((0.5,), (0.5,)) if gray else (IMAGENET_MEAN, IMAGENET_STD)
-        return {"mean": mean, "std": std, **data}
+        made = handler({"mean": mean, "std": std, **data})
+        made.model_fields_set.difference_update({"mean", "std"} - data.keys())
+        return made
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:

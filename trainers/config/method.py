@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import (
     Field,
@@ -40,15 +40,51 @@ class MethodConfig(Config):
             `num_classes` and `class_names`, which are filled in from the data.
         places: keys that hold the path or URI of a bundle the method needs (`Method.needs`). Beside
             each there is a key `…_sha256`, the digest of its weights, filled in by the plan.
+        init_key: the key that names the weights to begin with.
+        begins_with_rest: True if the method begins with its own head or decoder, too, where the
+            weights to begin with are of the same method and have it.
+        trains_positions: True if the encoder of the weights to begin with is trained with its
+            positions, although they were fixed.
         name: the method's name in a recipe; each class declares its own as a `Literal`.
     """
 
     implementation: ClassVar[str]
     learns_classes: ClassVar[bool] = False
     places: ClassVar[tuple[str, ...]] = ()
+    init_key: ClassVar[str] = "init"
+    begins_with_rest: ClassVar[bool] = True
+    trains_positions: ClassVar[bool] = False
 
     if TYPE_CHECKING:
         name: str
+
+    init: str = Field(
+        default="",
+        description="weights to begin with, the same as --init: a bundle, run, registered name or "
+        "checkpoint of another library; empty: fresh weights",
+    )
+    init_sha256: str = Field(
+        default="", description="digest of the weights to begin with; filled in by the plan"
+    )
+    init_partial: bool = Field(
+        default=False,
+        description="the same as --partial: begin with those of the weights that fit; the rest is "
+        "fresh",
+    )
+
+    @model_validator(mode="after")
+    def _check_partial(self) -> Self:
+        if self.init_partial and not getattr(self, self.init_key):
+            raise ValueError(
+                "method.init_partial (--partial) takes a part of weights to begin with, and "
+                f"method.{self.init_key} (--init) names none"
+            )
+        return self
+
+    @property
+    def bundle_keys(self) -> tuple[str, ...]:
+        """The keys that hold the place of a bundle, that of the weights to begin with first."""
+        return (self.init_key, *self.places)
 
     def check_encoder(self, encoder: EncoderConfig) -> None:
         """Refuse an encoder that the method cannot work with at any picture size.
@@ -492,13 +528,15 @@ class FinetuneConfig(MethodConfig):
 
     implementation = "mimray.trainers.methods.finetune:Finetune"
     learns_classes = True
-    places = ("bundle",)
+    init_key = "bundle"
+    begins_with_rest = False
+    trains_positions = True
 
     name: Literal["finetune"]
     bundle: str = Field(
         default="",
-        description="bundle or run whose encoder to begin from; path or URI every node sees; "
-        "empty: a fresh encoder",
+        description="bundle or run whose encoder to begin from, the same as --init; path or URI "
+        "every node sees; empty: a fresh encoder",
     )
     bundle_sha256: str = Field(
         default="", description="digest of the encoder's weights; filled in by the plan"
@@ -525,6 +563,15 @@ class FinetuneConfig(MethodConfig):
     mixup_switch_prob: float = Field(
         default=0.5, ge=0, le=1, description="probability of cutmix where both are on"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _init_is_bundle(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not values.get("init"):
+            return values
+        if values.get("bundle"):
+            raise ValueError("method.init and method.bundle of finetune are the same; give one")
+        return {**values, "bundle": values["init"], "init": ""}
 
     def check_encoder(self, encoder: EncoderConfig) -> None:
         """Require an encoder with the pooling that the head uses."""

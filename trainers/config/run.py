@@ -1,7 +1,7 @@
 """Recipes and plans: all settings of a pre-training, checked once and then frozen.
 
 `resolve` checks a recipe against the data and the number of workers and returns the plan, which
-is written next to the results and never changes.
+is written next to the results. Only its length may grow (`continued`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
@@ -147,17 +147,38 @@ NEUTRAL: dict[str, Any] = {
     "encoder.attn_norm": False,
     "encoder.mlp_norm": False,
     "encoder.key_bias": True,
+    "method.init": "",
+    "method.init_sha256": "",
+    "method.init_partial": False,
 }
 """Keys that recipes of earlier versions lack, with the value at which each has no effect.
 
 At that value a key is in no digest and no comparison, so that runs begun before it go on.
 """
 
+LENGTH_KEYS = ("optim.epochs", "optim.steps", "optim.warmup_epochs", "optim.warmup_steps")
+"""Keys that may differ where a run is continued for longer than it was planned."""
+
 PLAN_FORMAT: Literal[2] = 2
 """The format of plans that this version makes; see `Plan`."""
 
 OTHER_FORMAT = "order and pixels of training pictures: as of an earlier version of mimray"
 """The reason why plans of another format are not continued."""
+
+
+class Length(Config):
+    """A length that a run was planned for before it was made longer.
+
+    Attributes:
+        steps: the planned length, in updates.
+        until: updates made as the run was made longer; values that move over a run were those of
+            this length up to here.
+        hash: the plan's digest at this length.
+    """
+
+    steps: PositiveInt
+    until: NonNegativeInt
+    hash: str
 
 
 class Plan(Config):
@@ -168,6 +189,7 @@ class Plan(Config):
             a run that was begun before that would go on with another order and other pixels.
         lr: peak learning rate, base_lr x global batch / 256.
         accumulation: micro batches a worker sums before an update.
+        lengths: lengths that the run was planned for before, the first one first.
         retired: keys of an earlier version that shaped the run, by dotted key; never written.
     """
 
@@ -183,7 +205,16 @@ class Plan(Config):
     steps_per_epoch: float
     lr: float
     hash: str = Field(description="digest of all that shapes the result")
+    lengths: tuple[Length, ...] = Field(default=(), exclude_if=lambda lengths: not lengths)
     retired: dict[str, Any] = Field(default_factory=dict, exclude=True)
+
+    def length_at(self, step: int) -> int:
+        """The planned length, in updates, by which values that move over a run have moved.
+
+        Args:
+            step: updates made before the one in question.
+        """
+        return next((length.steps for length in self.lengths if step < length.until), self.steps)
 
     @property
     def num_samples(self) -> int:
@@ -300,7 +331,7 @@ def essential(recipe: Recipe) -> dict[str, Any]:
     for dotted in OPERATIONAL_KEYS:
         section, key = dotted.split(".")
         tree[section].pop(key, None)
-    for key in recipe.method.places:  # a place may change, its digest may not
+    for key in recipe.method.bundle_keys:  # a place may change, its digest may not
         tree["method"].pop(key, None)
     for dotted, neutral in NEUTRAL.items():
         *sections, key = dotted.split(".")
@@ -313,13 +344,17 @@ def essential(recipe: Recipe) -> dict[str, Any]:
 
 
 def differences(old: Plan, new: Plan) -> list[str]:
-    """Differences that keep `new` from continuing `old`, one line a key; empty without any."""
+    """Differences that keep `new` from continuing `old`, one line a key; empty without any.
+
+    A larger length is none: see `continued`.
+    """
     before = dict(_flatten(essential(old.recipe))) | old.retired
     after = dict(_flatten(essential(new.recipe)))
+    longer = new.steps > old.steps or (new.steps == old.steps and old.lengths)
     lines = [
         f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
+        if before.get(key) != after.get(key) and not (longer and key in LENGTH_KEYS)
     ]
     if old.format != new.format:
         lines.append(OTHER_FORMAT)
@@ -329,6 +364,44 @@ def differences(old: Plan, new: Plan) -> list[str]:
             f"{new.data.uri} ({new.data.fingerprint[:12]})"
         )
     return lines
+
+
+def continued(before: Plan, plan: Plan, reached: Callable[[], int]) -> Plan:
+    """The plan by which a run goes on, which may be longer than it was planned.
+
+    From the update reached on, the learning rate and all else that moves over a run have the values
+    of a run of the larger length at the same step; those before stay as they were made, and so does
+    the warm-up.
+
+    Args:
+        before: the run's plan so far.
+        plan: a plan without `differences` from it.
+        reached: gives the number of updates made so far.
+    """
+    if plan.steps == before.steps and not before.lengths:
+        # Keys that a later version adds to recipes change the digest, but not the run.
+        return plan.model_copy(update={"hash": before.hash})
+    optim = before.recipe.optim.model_copy(
+        update={
+            "steps": plan.steps,
+            "epochs": None,
+            "warmup_steps": before.warmup_steps,
+            "warmup_epochs": None,
+        }
+    )
+    lengths, digest = before.lengths, before.hash
+    if plan.steps > before.steps:
+        past = Length(steps=before.steps, until=reached(), hash=before.hash)
+        lengths = (*lengths, past)
+        digest = _digest([before.hash, past.until, plan.steps])
+    return plan.model_copy(
+        update={
+            "recipe": plan.recipe.model_copy(update={"optim": optim}),
+            "warmup_steps": before.warmup_steps,
+            "lengths": lengths,
+            "hash": digest,
+        }
+    )
 
 
 def parse_recipe(tree: Mapping[str, Any], origin: str = "recipe") -> Recipe:

@@ -45,11 +45,13 @@ class Identity:
         plan_hash: digest of the plan.
         zero_stage: ZeRO stage, 0 to 3; the layout of the files depends on it.
         precision: the run's precision, a result of `choose_precision`.
+        earlier: digests of the plan at the lengths that the run had before.
     """
 
     plan_hash: str
     zero_stage: int
     precision: str
+    earlier: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,9 @@ def save(
             "step": step,
             "samples": samples,
             "world_size": world,
-            **asdict(identity),
+            "plan_hash": identity.plan_hash,
+            "zero_stage": identity.zero_stage,
+            "precision": identity.precision,
             "files": files,
         }
         folder.write(MANIFEST, json.dumps(manifest, indent=1).encode())
@@ -184,6 +188,11 @@ def find(run: RunDir, *, sweep: bool = False) -> list[Checkpoint]:
         except CheckpointError as error:
             logger.warning("%s", error)
     return sorted(found, key=lambda c: c.step, reverse=True)
+
+
+def steps_made(run: RunDir) -> int:
+    """Updates made by a run up to its newest checkpoint; 0 without one."""
+    return max((checkpoint.step for checkpoint in find(run)), default=0)
 
 
 def load_newest(run: RunDir, engine: Engine, identity: Identity) -> Checkpoint | None:
@@ -321,8 +330,11 @@ def _damage(folder: RunDir, checkpoint: Checkpoint) -> str | None:
 
 def _check_fits(checkpoint: Checkpoint, identity: Identity) -> None:
     theirs, ours = asdict(checkpoint), asdict(identity)
+    earlier = ours.pop("earlier")
     different = [
-        f"{key} {theirs[key]}, wanted {ours[key]}" for key in ours if theirs[key] != ours[key]
+        f"{key} {theirs[key]}, wanted {ours[key]}"
+        for key in ours
+        if theirs[key] != ours[key] and not (key == "plan_hash" and theirs[key] in earlier)
     ]
     if different:
         raise CheckpointError(

@@ -187,7 +187,8 @@ def stages(
         method.encoder.activation_checkpointing = True
     gradients = FrozenGradients(method, recipe.optim)
     engine = initialize(method, plan, precision)
-    identity = checkpoints.Identity(plan.hash, recipe.engine.zero_stage, precision)
+    earlier = tuple(length.hash for length in plan.lengths)
+    identity = checkpoints.Identity(plan.hash, recipe.engine.zero_stage, precision, earlier)
     restored = checkpoints.load_newest(run, engine, identity)
     step = restored.step if restored else 0
     last: Row = {}
@@ -256,7 +257,7 @@ def _update(
     set_hyperparameters(engine.optimizer, plan, step)
     # What is not drawn a sample depends on step and rank alone, so a continued run repeats it.
     torch.manual_seed(_device_seed(plan.recipe.seed, step, dist.get_rank()))
-    engine.module.at_step(step, plan.steps)
+    engine.module.at_step(step, plan.length_at(step))
     sums = _Sums(device)
     suspects: list[int] = []
     waited = 0.0
@@ -287,11 +288,11 @@ def _update(
     applied = engine.was_step_applied()
     averages, ema = engine.module.averages, engine.module.ema
     if averages is not None and applied:
-        follow(engine, averages, averages.momentum.at(step, plan.steps))
+        follow(engine, averages, averages.momentum.at(step, plan.length_at(step)))
     means = sums.means(plan.accumulation * plan.world_size)
     settled = engine.module.after_step(step + 1)
     if ema is not None and applied:  # with the buffers that the method has just settled
-        follow(engine, ema, ema.momentum.at(step, plan.steps))
+        follow(engine, ema, ema.momentum.at(step, plan.length_at(step)))
     return _StepResult(
         loss=means.pop("loss"),
         grad_norm=float(norm) if norm is not None else math.nan,

@@ -103,7 +103,7 @@ def set_hyperparameters(optimizer: Any, plan: Plan, step: int) -> None:
             group["lr"] = 0.0  # weight decay would move them without gradients
         if not group["spared"]:
             decay = own.weight_decay or optim.weight_decay
-            group["weight_decay"] = decay.at(step, plan.steps)
+            group["weight_decay"] = decay.at(step, plan.length_at(step))
 
 
 class FrozenGradients:

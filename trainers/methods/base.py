@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -114,6 +114,18 @@ class Method(nn.Module, ABC):
             folder: the folder of the bundle, verified.
         """
         raise AssertionError(f"{type(self).__name__} needs no {name}")
+
+    def begin_with(self, encoder: Mapping[str, Tensor], rest: Mapping[str, Tensor]) -> None:
+        """Load weights to begin with; moving averages begin with the same.
+
+        Args:
+            encoder: weights of the encoder, of its names and shapes; some may be missing.
+            rest: weights of the method beside its encoder, by their names in the method.
+        """
+        self.encoder.load_state_dict(dict(encoder), strict=False)
+        self.load_state_dict(dict(rest), strict=False)
+        if self.averages is not None:
+            self.averages.begin(self)
 
     def expect(self, name: str, card: BundleCard | None) -> None:
         """Build a needed network that the method calls without its weights, to count costs.

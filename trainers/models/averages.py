@@ -93,6 +93,18 @@ class MovingAverages(nn.Module):
             else:
                 _move(average, residual, value.to(average.device), 1 - momentum)
 
+    @torch.no_grad()
+    def begin(self, method: nn.Module) -> None:
+        """Begin anew with the weights of the followed modules.
+
+        Args:
+            method: the module that has them, under the names that are followed.
+        """
+        for name in self.names:
+            averages = dict(self.get_submodule(name).named_buffers())
+            for key, value in method.get_submodule(name).state_dict().items():
+                averages[key].copy_(value)
+
     def train(self, mode: bool = True) -> MovingAverages:
         """Keep evaluation mode, whatever the argument."""
         return super().train(False)

@@ -22,7 +22,8 @@ from mimray.trainers.config.run import Recipe, parse_recipe, resolve
 from mimray.trainers.cost import estimate
 from mimray.trainers.errors import BundleError, ConfigError, RunConflictError
 from mimray.trainers.methods.catalogue import build_method
-from mimray.trainers.methods.finetune import Finetune, trainable_encoder
+from mimray.trainers.methods.finetune import Finetune
+from mimray.trainers.methods.initial import trainable_encoder
 from mimray.trainers.methods.mixing import draw_mixing, mix, smoothed_targets
 from mimray.trainers.methods.needs import check_outside, keep_needs, load_needs, with_needs
 from mimray.trainers.models import build_encoder
@@ -309,7 +310,7 @@ def test_initial__another_bundle_than_the_plans_is_refused(tmp_path: Path):
 @pytest.mark.parametrize(
     ("encoder", "message"),
     [
-        (VIT, r"encoder\.positions 'sincos'.*--set encoder\.positions=learned"),
+        (LEARNED | {"positions": "none"}, r"'none', there 'learned'.*encoder\.positions=learned"),
         (LEARNED | {"depth": 3}, r"encoder\.depth 3.*--set encoder\.depth=2"),
         (SWIN, "an encoder: section for vit"),
     ],
