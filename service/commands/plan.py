@@ -50,6 +50,7 @@ def forecast(
     from mimray.trainers.data.selection import open_training, stated_classes, with_classes
     from mimray.trainers.engine.average import check_average
     from mimray.trainers.engine.deepspeed_keys import check_known
+    from mimray.trainers.engine.optim import check_trained
     from mimray.trainers.methods.needs import foresee
 
     recipe, networks, notes = foresee(load_recipe(name, overrides, steps))
@@ -63,6 +64,7 @@ def forecast(
     plan = resolve(recipe, facts, recipe.resources.num_workers)
     check_known(plan)
     check_average(recipe)
+    check_trained(plan)
 
     from mimray.trainers.cost import estimate
 
@@ -101,6 +103,7 @@ def forecast(
             for part, count in cost.parameters.items()
             if count or cost.plain.forward_flops[part]
         ],
+        "trained_parameters": cost.trained,
         "training_flops": {
             "plain": cost.plain.training_flops,
             "checkpointed": cost.checkpointed.training_flops,

@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from mimray.trainers.methods.base import Method
 
 
+NOTHING_TO_ADAPT = "lora adapts an encoder's weights, and the recipe names none to begin with"
+NAME_WEIGHTS = "--set method.bundle=… of method finetune, or --set lora=null"
+
+
 @dataclass(frozen=True)
 class Need:
     """A bundle that a method needs.
@@ -123,6 +127,11 @@ def needs_of(recipe: Recipe) -> tuple[Need, ...]:
     return method_class(recipe.method.name).needs()
 
 
+def begins_with_weights(recipe: Recipe) -> bool:
+    """True if a recipe names weights to begin with."""
+    return any(not need.stays and need.place(recipe) for need in needs_of(recipe))
+
+
 def with_needs(recipe: Recipe) -> Recipe:
     """Check a recipe against the bundles it names, and fill in what follows from them.
 
@@ -133,9 +142,12 @@ def with_needs(recipe: Recipe) -> Recipe:
         The recipe with the bundles' digests, and the keys that follow from the bundles.
 
     Raises:
-        ConfigError: the recipe names no bundle although it needs one, or one that does not fit.
+        ConfigError: the recipe names no bundle although it needs one, or one that does not fit; or
+            it adapts weights and names none.
         BundleError: a bundle is missing or damaged, or does not match the recipe's digest.
     """
+    if recipe.lora is not None and not begins_with_weights(recipe):
+        raise ConfigError(NOTHING_TO_ADAPT, hint=NAME_WEIGHTS)
     for need in needs_of(recipe):
         if not need.place(recipe):
             if need.missing is not None:

@@ -1,0 +1,169 @@
+"""Low-rank adaptation (LoRA) of a method's encoder, and its merging into plain weights.
+
+Source: Hu et al. 2022, "LoRA: Low-Rank Adaptation of Large Language Models"; the initialisation is
+that of github.com/microsoft/LoRA, `loralib/layers.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mimray.trainers.config.lora import LoraConfig
+from mimray.trainers.config.run import Recipe
+from mimray.trainers.errors import ConfigError
+from mimray.trainers.methods.catalogue import build_method
+from mimray.trainers.models.averages import MovingAverages
+
+if TYPE_CHECKING:
+    from mimray.trainers.methods.base import Method
+
+DOWN, UP = "lora_down", "lora_up"
+
+
+class LoraLinear(nn.Linear):
+    """A linear layer with fixed weights W and a trained change: W + scale x up x down.
+
+    `up` is zero at first, so that the layer begins as the one it takes the place of, bit for bit.
+    Weight and bias keep their names.
+
+    Args:
+        linear: the layer to adapt; its parameters become this one's.
+        rank: the rank of the change.
+        scale: the factor of the change.
+        generator: the source of the first values of `down`.
+    """
+
+    def __init__(
+        self, linear: nn.Linear, rank: int, scale: float, generator: torch.Generator
+    ) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.scale = scale
+        self.lora_down = nn.Parameter(linear.weight.new_empty(rank, linear.in_features))
+        self.lora_up = nn.Parameter(linear.weight.new_zeros(linear.out_features, rank))
+        if not self.lora_down.is_meta:
+            nn.init.kaiming_uniform_(self.lora_down, a=math.sqrt(5), generator=generator)
+
+    def forward(self, x: Float[Tensor, "*B I"]) -> Float[Tensor, "*B O"]:
+        """Apply the weights and their change."""
+        plain: Tensor = super().forward(x)
+        return plain + F.linear(F.linear(x, self.lora_down) * self.scale, self.lora_up)
+
+
+def adapt(method: Method) -> None:
+    """Fix a method's encoder and give it the adapters of its recipe, if that has any.
+
+    To be called once the encoder has the weights to begin with. Moving averages start anew from
+    what they follow, with adapters of their own. The rest of the method is trained as before.
+
+    Args:
+        method: the method; its state keeps all names, and gets those of the adapters.
+
+    Raises:
+        ConfigError: the encoder has no such layers or parameters, or a layer is no larger than the
+            rank.
+    """
+    config = method.recipe.lora
+    if config is None:
+        return
+    encoder, name = method.encoder, method.recipe.encoder.name
+    trainable = {n: p for n, p in encoder.named_parameters() if p.requires_grad}
+    linear = {n: m for n, m in encoder.named_modules() if isinstance(m, nn.Linear)}
+    if not linear:
+        raise ConfigError(
+            f"lora adapts linear layers, of which encoder {name} has none", hint="--set lora=null"
+        )
+    ends = [*config.targets, *(f"*.{pattern}" for pattern in config.targets)]
+    targets = _matching(linear, ends)
+    for pattern in config.targets:
+        if not _matching(linear, (pattern, f"*.{pattern}")):
+            raise _unknown("targets", pattern, f"linear layer of encoder {name}", linear)
+    for pattern in config.trained:
+        if not _matching(trainable, (pattern,)):
+            raise _unknown("trained", pattern, f"trained parameter of encoder {name}", trainable)
+    generator = torch.Generator().manual_seed(method.recipe.seed)
+    encoder.requires_grad_(False)
+    for layer in targets:
+        found = linear[layer]
+        least = min(found.in_features, found.out_features)
+        if config.rank >= least:
+            raise ConfigError(
+                f"lora.rank {config.rank} is not below the full rank of {layer}, which maps "
+                f"{found.in_features} numbers to {found.out_features}",
+                hint=f"--set lora.rank={min(8, max(1, least // 4))}, or other lora.targets",
+            )
+        encoder.set_submodule(layer, LoraLinear(found, config.rank, config.scale, generator))
+    for parameter in _matching(trainable, config.trained):
+        trainable[parameter].requires_grad_(True)
+    if method.averages is not None:
+        followed = {n: method.get_submodule(n) for n in method.averages.names}
+        method.averages = MovingAverages(followed, method.averages.momentum)
+
+
+def merged(state: Mapping[str, Tensor], recipe: Recipe) -> dict[str, Tensor]:
+    """The state of a method without adapters that computes the same.
+
+    Args:
+        state: whole fp32 weights of a method that `adapt` was given.
+        recipe: its recipe.
+    """
+    config = recipe.lora
+    if config is None:
+        return dict(state)
+    with torch.device("meta"):
+        plain = build_method(recipe).state_dict()
+    return {
+        # Averages of fixed weights have no residuals, which are rounding errors.
+        name: _merge(name, state, config) if name in state else torch.zeros(like.shape)
+        for name, like in plain.items()
+    }
+
+
+def describe(state: Mapping[str, Tensor], recipe: Recipe) -> dict[str, object]:
+    """Adapters as a bundle's card notes them.
+
+    Args:
+        state: whole weights of a method that `adapt` was given.
+        recipe: its recipe, which has adapters.
+    """
+    config = recipe.lora
+    assert config is not None
+    ups = [n for n in state if n.startswith("encoder.") and n.endswith(f".{UP}")]
+    return {
+        "rank": config.rank,
+        "alpha": config.alpha,
+        "layers": [_layer(n).removeprefix("encoder.") for n in ups],
+    }
+
+
+def _merge(name: str, state: Mapping[str, Tensor], config: LoraConfig) -> Tensor:
+    up = state.get(f"{_layer(name)}.{UP}")
+    if up is None or not name.endswith(".weight"):
+        return state[name]
+    down = state[f"{_layer(name)}.{DOWN}"]
+    # In double precision, so that the sum is rounded once.
+    change = config.scale * (up.double() @ down.double())
+    return (state[name].double() + change).to(state[name].dtype)
+
+
+def _layer(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _matching(names: Iterable[str], patterns: Collection[str]) -> list[str]:
+    return [n for n in names if any(fnmatchcase(n, pattern) for pattern in patterns)]
+
+
+def _unknown(key: str, pattern: str, noun: str, known: Iterable[str]) -> ConfigError:
+    """The error of a pattern that matches nothing; lists the names of all blocks as one."""
+    kinds = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in known)
+    return ConfigError(f"lora.{key}: {pattern} is no {noun}", hint=f"there are {', '.join(kinds)}")
