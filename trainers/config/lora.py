@@ -11,9 +11,7 @@ class LoraConfig(Config):
     """Low-rank adapters of the encoder's linear layers, whose own weights stay as they begin."""
 
     rank: PositiveInt = Field(default=8, description="rank of the change of each weight")
-    alpha: PositiveFloat = Field(
-        default=16.0, description="the change is scaled by alpha / rank"
-    )
+    alpha: PositiveFloat = Field(default=16.0, description="the change is scaled by alpha / rank")
     targets: tuple[str, ...] = Field(
         default=("attn.qkv", "attn.proj"),
         min_length=1,

@@ -93,7 +93,8 @@ class Codes:
 def plan_of(case: str = "mae", *, stage: int = 0, world_size: int = 1, **lora: Any) -> Plan:
     tree = CASES[case] | {
         "data": {"image_size": 16},
-        "optim": {"batch_size": BATCH, "steps": 10, "base_lr": 1.28},  # 0.02 at a batch of 4
+        # Adam makes whole steps of the rounding of gradients that are zero, as of keys' biases.
+        "optim": {"batch_size": BATCH, "steps": 10, "eps": 1e-5},
         "engine": {"zero_stage": stage, "precision": "fp32"},
         "lora": {"rank": 2, "alpha": 4, **lora},
     }
@@ -158,8 +159,9 @@ def test_start__is_that_without_adapters_bit_for_bit(case: str):
     method = adapted(plan).eval()
     images = torch.randn(2, 3, 16, 16)
 
-    wanted, maps = plain.encoder.forward_intermediates(images, (0, 1))
-    found, found_maps = method.encoder.forward_intermediates(images, (0, 1))
+    with torch.no_grad():  # attention takes another kernel where a bias keeps gradients
+        wanted, maps = plain.encoder.forward_intermediates(images, (0, 1))
+        found, found_maps = method.encoder.forward_intermediates(images, (0, 1))
 
     assert torch.equal(found.tokens, wanted.tokens)
     assert torch.equal(found.prefix, wanted.prefix)
@@ -190,7 +192,9 @@ def test_training__moves_adapters_and_the_rest_and_no_base_weight_at_any_stage(c
         assert any(not name.startswith("encoder.") for name in changed)
         np.testing.assert_allclose(found["losses"], plain["losses"], rtol=1e-5)
         for name, value in plain["after"].items():
-            torch.testing.assert_close(after[name], value, rtol=1e-4, atol=1e-4, msg=f"{stage} {name}")
+            torch.testing.assert_close(
+                after[name], value, rtol=1e-4, atol=1e-4, msg=f"{stage} {name}"
+            )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -331,11 +335,9 @@ def test_plan__without_adapters_is_that_of_earlier_versions():
 
 def test_cost__counts_adapters_alone_as_trained():
     facts = DatasetFacts("here", 10_000, "f1")
-    sets = ["optim.batch_size=16", "optim.epochs=1"]
-    plain = estimate(resolve(load_recipe("finetune-vit-b", [*sets, "method.num_classes=10"]), facts, 1), "bf16")
-    plan = resolve(
-        load_recipe("finetune-vit-b", [*sets, "method.num_classes=10", "lora.rank=8"]), facts, 1
-    )
+    sets = ["optim.batch_size=16", "method.num_classes=10"]
+    plain = estimate(resolve(load_recipe("finetune-vit-b", sets, 20), facts, 1), "bf16")
+    plan = resolve(load_recipe("finetune-vit-b", [*sets, "lora.rank=8"], 20), facts, 1)
     cost = estimate(plan, "bf16")
 
     # 12 blocks of qkv (768 to 2304) and proj (768 to 768), the last norm, the head.
@@ -411,7 +413,9 @@ def run_of(plan: Plan, place: Path, observer: Observer) -> Trained:
 
 
 @pytest.mark.usefixtures("process_group")
-@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "fp32"), (3, "fp32"), (2, "bf16_weights")])
+@pytest.mark.parametrize(
+    ("stage", "precision"), [(0, "fp32"), (1, "fp32"), (3, "fp32"), (2, "bf16_weights")]
+)
 def test_finetune__goes_on_to_the_bit_and_leaves_an_ordinary_bundle(
     stage: int, precision: str, tmp_path: Path
 ):
@@ -445,7 +449,9 @@ def test_finetune__goes_on_to_the_bit_and_leaves_an_ordinary_bundle(
     assert card.adapters == {
         "rank": 2,
         "alpha": 16.0,
-        "layers": [f"blocks.{i}.{name}" for i in (0, 1) for name in ("attn.qkv", "mlp.fc1", "mlp.fc2")],
+        "layers": [
+            f"blocks.{i}.{name}" for i in (0, 1) for name in ("attn.qkv", "mlp.fc1", "mlp.fc2")
+        ],
     }
     encoder, method = load_bundle(tmp_path / "cut"), load_method(tmp_path / "cut")
     assert not any("lora" in name for name in method.state_dict())
