@@ -171,7 +171,13 @@ def test_start__is_that_without_adapters_bit_for_bit(case: str):
 
 
 @pytest.mark.usefixtures("process_group")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=() if case in ("mae", "simmim-swin") else pytest.mark.slow)
+        for case in CASES
+    ],
+)
 def test_training__moves_adapters_and_the_rest_and_no_base_weight_at_any_stage(case: str):
     results = {stage: learn(case, stage) for stage in (0, 1, 2, 3)}
     plain = results[0]
@@ -414,7 +420,14 @@ def run_of(plan: Plan, place: Path, observer: Observer) -> Trained:
 
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize(
-    ("stage", "precision"), [(0, "fp32"), (1, "fp32"), (3, "fp32"), (2, "bf16_weights")]
+    ("stage", "precision"),
+    [
+        (1, "fp32"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((0, "fp32"), (2, "bf16_weights"), (3, "fp32"))
+        ),
+    ],
 )
 def test_finetune__goes_on_to_the_bit_and_leaves_an_ordinary_bundle(
     stage: int, precision: str, tmp_path: Path
@@ -499,6 +512,7 @@ def trained_by_two(
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_resume__on_one_worker_goes_on_from_two(stage: int, trained_by_two: Path):
