@@ -121,11 +121,10 @@ def merged(state: Mapping[str, Tensor], recipe: Recipe) -> dict[str, Tensor]:
         return dict(state)
     with torch.device("meta"):
         plain = build_method(recipe).state_dict()
-    return {
-        # Averages of fixed weights have no residuals, which are rounding errors.
-        name: _merge(name, state, config) if name in state else torch.zeros(like.shape)
-        for name, like in plain.items()
-    }
+    # Averages of fixed weights have no residuals, which are rounding errors.
+    residuals = {n: torch.zeros(like.shape) for n, like in plain.items() if n not in state}
+    kept = (n for n in state if not n.endswith((DOWN, UP)))
+    return {name: _merge(name, state, config) for name in kept} | residuals
 
 
 def describe(state: Mapping[str, Tensor], recipe: Recipe) -> dict[str, object]:

@@ -31,10 +31,6 @@ if TYPE_CHECKING:
     from mimray.trainers.methods.base import Method
 
 
-NOTHING_TO_ADAPT = "lora adapts an encoder's weights, and the recipe names none to begin with"
-NAME_WEIGHTS = "--set method.bundle=… of method finetune, or --set lora=null"
-
-
 @dataclass(frozen=True)
 class Need:
     """A bundle that a method needs.
@@ -129,7 +125,7 @@ def needs_of(recipe: Recipe) -> tuple[Need, ...]:
 
 def begins_with_weights(recipe: Recipe) -> bool:
     """True if a recipe names weights to begin with."""
-    return any(not need.stays and need.place(recipe) for need in needs_of(recipe))
+    return any(not need.called and need.place(recipe) for need in needs_of(recipe))
 
 
 def with_needs(recipe: Recipe) -> Recipe:
@@ -147,7 +143,14 @@ def with_needs(recipe: Recipe) -> Recipe:
         BundleError: a bundle is missing or damaged, or does not match the recipe's digest.
     """
     if recipe.lora is not None and not begins_with_weights(recipe):
-        raise ConfigError(NOTHING_TO_ADAPT, hint=NAME_WEIGHTS)
+        raise ConfigError(
+            "lora adapts an encoder's weights, and the recipe names none to begin with",
+            hint="--set method.bundle=… of method finetune, or --set lora=null",
+        )
+    return _filled(recipe)
+
+
+def _filled(recipe: Recipe) -> Recipe:
     for need in needs_of(recipe):
         if not need.place(recipe):
             if need.missing is not None:
@@ -193,7 +196,7 @@ def foresee(recipe: Recipe) -> tuple[Recipe, dict[str, BundleCard], list[str]]:
             notes.append(f"there is no {need.noun} at {place} yet, so that none is counted")
             continue
         networks[need.folder] = read_card(folder)
-    return (recipe if notes else with_needs(recipe)) if networks else recipe, networks, notes
+    return (recipe if notes else _filled(recipe)) if networks else recipe, networks, notes
 
 
 def keep_needs(recipe: Recipe, run: RunDir) -> None:
