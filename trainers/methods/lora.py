@@ -6,11 +6,12 @@ that of github.com/microsoft/LoRA, `loralib/layers.py`.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -30,33 +31,36 @@ DOWN, UP = "lora_down", "lora_up"
 
 
 class LoraLinear(nn.Linear):
-    """A linear layer with fixed weights W and a trained change: W + scale x up x down.
+    """The part of an adapted layer that adds scale x up(down(x)) to what its own class computes.
 
-    `up` is zero at first, so that the layer begins as the one it takes the place of, bit for bit.
-    Weight and bias keep their names.
-
-    Args:
-        linear: the layer to adapt; its parameters become this one's.
-        rank: the rank of the change.
-        scale: the factor of the change.
-        generator: the source of the first values of `down`.
+    `up` is zero at first, so that the layer begins as it was, bit for bit. Weight and bias keep
+    their names.
     """
 
-    def __init__(
-        self, linear: nn.Linear, rank: int, scale: float, generator: torch.Generator
-    ) -> None:
-        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
-        self.weight, self.bias = linear.weight, linear.bias
-        self.scale = scale
-        self.lora_down = nn.Parameter(linear.weight.new_empty(rank, linear.in_features))
-        self.lora_up = nn.Parameter(linear.weight.new_zeros(linear.out_features, rank))
-        if not self.lora_down.is_meta:
-            nn.init.kaiming_uniform_(self.lora_down, a=math.sqrt(5), generator=generator)
+    scale: float
+    lora_down: nn.Parameter
+    lora_up: nn.Parameter
 
     def forward(self, x: Float[Tensor, "*B I"]) -> Float[Tensor, "*B O"]:
-        """Apply the weights and their change."""
+        """Apply the layer and its change."""
         plain: Tensor = super().forward(x)
         return plain + F.linear(F.linear(x, self.lora_down) * self.scale, self.lora_up)
+
+
+@functools.cache
+def _adapted(kind: type[nn.Linear]) -> type[nn.Linear]:
+    """The class of an adapted layer, whose own forward pass may be more than a product."""
+    return type(f"Lora{kind.__name__}", (LoraLinear, kind), {})
+
+
+def _add_adapter(linear: Any, config: LoraConfig, generator: torch.Generator) -> None:
+    weight = linear.weight
+    linear.__class__ = _adapted(type(linear))
+    linear.scale = config.scale
+    linear.lora_down = nn.Parameter(weight.new_empty(config.rank, linear.in_features))
+    linear.lora_up = nn.Parameter(weight.new_zeros(linear.out_features, config.rank))
+    if not weight.is_meta:
+        nn.init.kaiming_uniform_(linear.lora_down, a=math.sqrt(5), generator=generator)
 
 
 def adapt(method: Method) -> None:
@@ -101,7 +105,7 @@ def adapt(method: Method) -> None:
                 f"{found.in_features} numbers to {found.out_features}",
                 hint=f"--set lora.rank={min(8, max(1, least // 4))}, or other lora.targets",
             )
-        encoder.set_submodule(layer, LoraLinear(found, config.rank, config.scale, generator))
+        _add_adapter(found, config, generator)
     for parameter in _matching(trainable, config.trained):
         trainable[parameter].requires_grad_(True)
     if method.averages is not None:
