@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from mimray.trainers.methods.base import Method
 
 DOWN, UP = "lora_down", "lora_up"
+_RESIDUALS = "averages.residuals."
 
 
 class LoraLinear(nn.Linear):
@@ -109,7 +110,7 @@ def adapt(method: Method) -> None:
     for parameter in _matching(trainable, config.trained):
         trainable[parameter].requires_grad_(True)
     if method.averages is not None:
-        followed = {n: method.get_submodule(n) for n in method.averages.names}
+        followed = {n: getattr(method, n) for n in method.averages.names}
         method.averages = MovingAverages(followed, method.averages.momentum)
 
 
@@ -117,7 +118,7 @@ def merged(state: Mapping[str, Tensor], recipe: Recipe) -> dict[str, Tensor]:
     """The state of a method without adapters that computes the same.
 
     Args:
-        state: whole fp32 weights of a method that `adapt` was given.
+        state: whole fp32 weights of a method that `adapt` was given, or of some of its modules.
         recipe: its recipe.
     """
     config = recipe.lora
@@ -126,7 +127,12 @@ def merged(state: Mapping[str, Tensor], recipe: Recipe) -> dict[str, Tensor]:
     with torch.device("meta"):
         plain = build_method(recipe).state_dict()
     # Averages of fixed weights have no residuals, which are rounding errors.
-    residuals = {n: torch.zeros(like.shape) for n, like in plain.items() if n not in state}
+    averaged = any(n.startswith(_RESIDUALS) for n in state)
+    residuals = {
+        n: torch.zeros(like.shape)
+        for n, like in plain.items()
+        if averaged and n.startswith(_RESIDUALS) and n not in state
+    }
     kept = (n for n in state if not n.endswith((DOWN, UP)))
     return {name: _merge(name, state, config) for name in kept} | residuals
 

@@ -27,6 +27,7 @@ from mimray.trainers.cost import estimate
 from mimray.trainers.cost.step import shape_of
 from mimray.trainers.data.selection import open_training, with_classes
 from mimray.trainers.engine import checkpoints
+from mimray.trainers.engine.average import chosen_weights, with_average
 from mimray.trainers.engine.checkpoints import Identity
 from mimray.trainers.engine.deepspeed import (
     Engine,
@@ -66,7 +67,8 @@ CASES: dict[str, dict[str, Any]] = {
                                "init": "beit"},
              "method": {"name": "beit", "vocab_size": 16, "tokenizer_image_size": 16, **BLOCKS}},
     # DINOv3's blocks, whose projections have a forward pass of their own.
-    "simmim-rope": {"encoder": VIT | {"positions": "rope", "key_bias": False, "mlp": "swiglu"},
+    "simmim-rope": {"encoder": VIT | {"positions": "none", "rope": "dinov3", "key_bias": False,
+                                      "mlp": "swiglu"},
                     "method": {"name": "simmim", "mask_unit_px": 8}},
     "ae": {"encoder": VIT, "method": {"name": "ae", "latent_dim": 4, **AUTO}},
     "vae": {"encoder": VIT, "method": {"name": "vae", "latent_dim": 4, **AUTO}},
@@ -281,7 +283,8 @@ def test_averages__follow_the_adapters_and_start_from_the_same_weights(
     moved(method)
     engine = initialize(method, plan, "fp32")
 
-    follow(engine, 0.5)
+    assert method.averages is not None
+    follow(engine, method.averages, 0.5)
 
     state = full_state(engine, fixed)
     up = "encoder.blocks.0.attn.qkv.lora_up"
@@ -297,6 +300,32 @@ def test_averages__follow_the_adapters_and_start_from_the_same_weights(
         rtol=1e-6,
         atol=1e-6,
     )
+
+
+@pytest.mark.usefixtures("process_group")
+def test_ema__averages_adapters_which_are_merged_afterwards():
+    plan = plan_of("finetune")
+    recipe = plan.recipe
+    optim = recipe.optim.model_copy(update={"ema": Schedule(start=0.5)})
+    plan = plan.model_copy(update={"recipe": recipe.model_copy(update={"optim": optim})})
+    method = with_average(adapted(plan))
+    fixed, up = fixed_weights(method), "encoder.blocks.0.attn.qkv.lora_up"
+    moved(method)
+    engine = initialize(method, plan, "fp32")
+
+    assert method.ema is not None
+    follow(engine, method.ema, 0.5)
+
+    averaged = chosen_weights(full_state(engine, fixed), "average")
+    torch.testing.assert_close(averaged[up], method.get_parameter(up) / 2)
+    twin, plain = adapted(plan), build_method(plan.recipe)
+    twin.load_state_dict(averaged)
+    plain.load_state_dict(merged(averaged, plan.recipe))
+    images = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(
+        plain.eval().encoder(images).tokens, twin.eval().encoder(images).tokens,
+        rtol=1e-6, atol=1e-6,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
