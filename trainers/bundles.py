@@ -49,6 +49,8 @@ class BundleCard(Config):
         samples: pictures seen.
         source: the origin of imported weights, with the digest of their file.
         scores: headline figures by task, each with its command and data.
+        adapters: rank, alpha and layers of the low-rank adapters that were trained and are merged
+            into the weights; empty for none.
         held_out: the method's own figures over pictures that it was not trained on, such as the
             usage of a codebook, with these pictures' number and place.
         warnings: sentences on what is wrong with the weights.
@@ -76,6 +78,8 @@ class BundleCard(Config):
     source: str = ""
     recipe: dict[str, Any] = Field(default_factory=dict)
     scores: dict[str, Any] = Field(default_factory=dict)
+    # Earlier versions read no card with a key that they do not know.
+    adapters: dict[str, Any] = Field(default_factory=dict, exclude_if=lambda found: not found)
     held_out: dict[str, Any] = Field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     weights: Literal["raw", "average"] = Field(

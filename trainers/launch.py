@@ -105,6 +105,7 @@ def prepare(job: Job, account: Account | None = None, notes: list[str] | None = 
     from mimray.trainers.engine.average import check_average
     from mimray.trainers.engine.checkpoints import steps_made
     from mimray.trainers.engine.deepspeed_keys import check_known
+    from mimray.trainers.engine.optim import check_trained
     from mimray.trainers.evaluation.running import check_probe, placed_probe
 
     check_name("run", job.name)
@@ -144,6 +145,7 @@ def prepare(job: Job, account: Account | None = None, notes: list[str] | None = 
     recipe = with_classes(recipe, source)
     plan = resolve(recipe, source.facts, recipe.resources.num_workers)
     check_known(plan)
+    check_trained(plan)
     about_probe = check_probe(recipe, source)
     if notes is not None and about_probe:
         notes.append(about_probe)

@@ -168,6 +168,7 @@ def make_plan(
     """
     from mimray.trainers.engine.average import check_average
     from mimray.trainers.engine.deepspeed_keys import check_known
+    from mimray.trainers.engine.optim import check_trained
 
     check_name("sweep", name)
     config = _placed(config)
@@ -204,6 +205,7 @@ def make_plan(
         trial = plan.trial(params)
         check_known(trial)
         check_average(trial.recipe)
+        check_trained(trial)
     smallest = plan.rung_samples[0]
     if config.budget.samples is not None and config.budget.samples < smallest:
         raise ConfigError(

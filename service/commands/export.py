@@ -97,7 +97,7 @@ def _bundle_from_checkpoint(
     plan = parse_plan(run.read("plan.json"), f"{run}/plan.json", hint)
     with TemporaryDirectory(prefix="mimray-") as scratch:
         (run / f"checkpoints/{checkpoint.name}").download(Path(scratch))
-        state = read_checkpoint(Path(scratch), checkpoint, plan)
+        state = read_checkpoint(run, Path(scratch), checkpoint, plan)
     write_bundle(
         run,
         plan,

@@ -51,6 +51,7 @@ def forecast(
     from mimray.trainers.data.selection import open_training, stated_classes, with_classes
     from mimray.trainers.engine.average import check_average
     from mimray.trainers.engine.deepspeed_keys import check_known
+    from mimray.trainers.engine.optim import check_trained
     from mimray.trainers.methods.needs import foresee, initial_lines
     from mimray.trainers.registry import STORAGE
     from mimray.trainers.weights import fetcher
@@ -68,6 +69,7 @@ def forecast(
     plan = resolve(recipe, facts, recipe.resources.num_workers)
     check_known(plan)
     check_average(recipe)
+    check_trained(plan)
     notes += initial_lines(plan.recipe, asked, fetch, None)
 
     from mimray.trainers.cost import estimate
@@ -107,6 +109,7 @@ def forecast(
             for part, count in cost.parameters.items()
             if count or cost.plain.forward_flops[part]
         ],
+        "trained_parameters": cost.trained,
         "training_flops": {
             "plain": cost.plain.training_flops,
             "checkpointed": cost.checkpointed.training_flops,
@@ -171,6 +174,10 @@ def _time(
 
 
 def _notes(recipe: Recipe, cost: Cost, on_gpu: bool) -> Iterator[str]:
+    from mimray.trainers.methods.needs import begins_with_weights
+
+    if recipe.lora is not None and not begins_with_weights(recipe):
+        yield "lora adapts weights to begin with, which a run of this recipe has to name"
     if cost.average_bytes:
         yield (
             f"optim.ema keeps {cost.average_bytes / 2**20:.0f} MiB a worker at every ZeRO stage, "

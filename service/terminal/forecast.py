@@ -77,6 +77,7 @@ def _parts(found: Forecast) -> Table:
         ("with activation checkpointing", training["checkpointed"]),
     ):
         table.add_row(name, "", _giga(flops))
+    table.add_row("trained", _short(found["trained_parameters"]), "")
     return table
 
 

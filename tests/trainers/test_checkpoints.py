@@ -129,7 +129,7 @@ def test_checkpoint__training_goes_on_as_if_never_stopped(
     assert not same(weights(second), saved)
     if kind is RunDir:
         folder = tmp_path / "run/checkpoints" / loaded.name
-        assert same(read_checkpoint(folder, loaded, plan_of(zero_stage)), saved)
+        assert same(read_checkpoint(run, folder, loaded, plan_of(zero_stage)), saved)
 
 
 def test_load_newest__nothing_there(tmp_path: Path, engine: Any):

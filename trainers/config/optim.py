@@ -62,6 +62,11 @@ class OptimConfig(Config):
         description="learning rate of each layer of the encoder over that of the next one; what "
         "lies behind the encoder keeps the full rate; off by default",
     )
+    unfreeze_every_steps: PositiveInt | None = Field(
+        default=None,
+        description="updates after which one more layer of the encoder begins to train, the last "
+        "one first; what lies behind its layers trains from the start; off by default",
+    )
     schedule: Literal["cosine", "multistep"] = Field(
         default="cosine", description="course of the learning rate after the warm-up"
     )

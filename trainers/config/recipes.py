@@ -136,7 +136,9 @@ def assign(tree: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     node = tree
     *parents, leaf = key.split(".")
     for parent in parents:
-        node = node.setdefault(parent, {})
+        if node.get(parent) is None:  # left out, or null: a section that is off
+            node[parent] = {}
+        node = node[parent]
         if not isinstance(node, dict):
             raise ConfigError(f"{key}: '{parent}' is a value, not a section")
     node[leaf] = value

@@ -21,6 +21,7 @@ from mimray.trainers.config.composition import check_size
 from mimray.trainers.config.data import DataConfig
 from mimray.trainers.config.deepspeed_block import check_block
 from mimray.trainers.config.explain import explain
+from mimray.trainers.config.lora import LoraConfig
 from mimray.trainers.config.model import EncoderConfig
 from mimray.trainers.config.optim import OptimConfig
 from mimray.trainers.config.probe import ProbeConfig
@@ -101,6 +102,9 @@ class Recipe(Config):
     method: AnyMethod
     data: DataConfig = Field(default_factory=DataConfig)
     optim: OptimConfig
+    lora: LoraConfig | None = Field(
+        default=None, description="adapters of the encoder, in place of training its weights"
+    )
     engine: EngineConfig = Field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
@@ -134,7 +138,6 @@ OPERATIONAL_KEYS = (
     "engine.micro_batch_size",
 )
 
-
 NEUTRAL: dict[str, Any] = {
     "encoder.class_token": True,
     "encoder.num_registers": 0,
@@ -150,6 +153,8 @@ NEUTRAL: dict[str, Any] = {
     "method.init": "",
     "method.init_sha256": "",
     "method.init_partial": False,
+    "lora": None,
+    "optim.unfreeze_every_steps": None,
 }
 """Keys that recipes of earlier versions lack, with the value at which each has no effect.
 

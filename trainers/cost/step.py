@@ -29,6 +29,7 @@ from mimray.trainers.engine.average import with_average
 from mimray.trainers.methods.base import Method
 from mimray.trainers.methods.catalogue import build_method, inputs_of
 from mimray.trainers.methods.inputs import placeholders
+from mimray.trainers.methods.lora import adapt
 from mimray.trainers.models.decoders import MAEDecoder
 
 aten = torch.ops.aten
@@ -75,7 +76,9 @@ def shape_of(recipe: Recipe, dtype: torch.dtype, networks: Mapping[str, BundleCa
             their need; one that is missing costs nothing.
     """
     with torch.device("meta"):
-        method = with_average(build_method(recipe))
+        method = build_method(recipe)
+        adapt(method)
+        with_average(method)
         for parameter in method.parameters():
             parameter.data = parameter.data.to(dtype)
         for need in method.needs():

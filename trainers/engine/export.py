@@ -15,7 +15,8 @@ from mimray.trainers.engine.average import Weights, chosen_weights, has_average,
 from mimray.trainers.engine.checkpoints import Checkpoint
 from mimray.trainers.errors import CheckpointError
 from mimray.trainers.methods.catalogue import build_method, method_class
-from mimray.trainers.methods.needs import kept_needs
+from mimray.trainers.methods.lora import adapt, describe, merged
+from mimray.trainers.methods.needs import kept_needs, load_needs
 from mimray.trainers.storage import RunDir
 
 
@@ -35,7 +36,7 @@ def write_bundle(
     Args:
         run: the run's directory.
         plan: the run's plan.
-        state: whole fp32 weights of the method, by name.
+        state: whole fp32 weights of the method, by name; adapters are merged.
         step: updates made.
         name: the name of the encoder.
         command: the command line that made it.
@@ -46,11 +47,13 @@ def write_bundle(
         The bundle's description, as written.
     """
     averaged = weights == "average" and has_average(state)
-    state = chosen_weights(state, weights)
+    adapters = {} if plan.recipe.lora is None else describe(state, plan.recipe)
+    state = merged(chosen_weights(state, weights), plan.recipe)
     held_out, warnings = assess_method(plan, state)
     card = card_of(plan, step=step, name=name, command=command).model_copy(
         update={
             "weights": "average" if averaged else "raw",
+            "adapters": adapters,
             "held_out": held_out,
             "warnings": warnings,
         }
@@ -105,18 +108,25 @@ def parted(plan: Plan, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dic
     return encoder, rest
 
 
-def read_checkpoint(folder: Path, checkpoint: Checkpoint, plan: Plan) -> dict[str, Tensor]:
+def read_checkpoint(
+    run: RunDir, folder: Path, checkpoint: Checkpoint, plan: Plan
+) -> dict[str, Tensor]:
     """Whole fp32 weights of a checkpoint, the average included, without a cluster.
 
     Args:
+        run: the run's directory, which holds the weights that the run began with.
         folder: the checkpoint's directory on this machine.
         checkpoint: the checkpoint's manifest.
         plan: the run's plan.
 
     Raises:
         CheckpointError: an earlier version wrote it with weights rounded to 16 bits.
+        BundleError: weights that the run began with are missing or damaged.
     """
-    method = with_average(build_method(plan.recipe))
+    method = build_method(plan.recipe)
+    load_needs(method, run)
+    adapt(method)
+    with_average(method)
     frozen = {n: p.detach() for n, p in method.named_parameters() if not p.requires_grad}
     if checkpoint.zero_stage == 0 and checkpoint.precision in ("bf16_weights", "fp16"):
         raise CheckpointError(

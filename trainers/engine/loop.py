@@ -37,6 +37,7 @@ from mimray.trainers.engine.schedule import learning_rate
 from mimray.trainers.errors import NonFiniteLossError
 from mimray.trainers.methods.catalogue import build_method, inputs_of
 from mimray.trainers.methods.inputs import arguments_of
+from mimray.trainers.methods.lora import adapt
 from mimray.trainers.methods.needs import load_needs
 from mimray.trainers.storage import RunDir, check_owner
 from mimray.trainers.types import Batch, Panel
@@ -181,6 +182,7 @@ def stages(
     torch.manual_seed(recipe.seed)
     method = build_method(recipe)
     load_needs(method, run)
+    adapt(method)
     with_average(method)
     fixed = fixed_weights(method)
     if recipe.engine.activation_checkpointing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -13,6 +14,8 @@ from mimray.trainers.config.run import Plan
 from mimray.trainers.engine.schedule import learning_rate
 from mimray.trainers.errors import ConfigError
 from mimray.trainers.methods.base import Method
+from mimray.trainers.methods.catalogue import build_method
+from mimray.trainers.methods.lora import adapt
 
 _ENCODER = "encoder."
 _REST = ParameterGroup(parameters=("*",))
@@ -24,7 +27,8 @@ def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, A
     Weights decay; biases and norms (anything of one dimension) do not, nor do parameters that
     `no_decay` names. Class and mask tokens have three dimensions and decay, as in the official MAE
     code, unless a recipe names them. With `layer_decay` the learning rate of a layer of the encoder
-    is that of the next one times it; parameters behind the encoder have the full rate.
+    is that of the next one times it; parameters behind the encoder have the full rate. With
+    `unfreeze_every_steps` the layers of the encoder begin to train one after the other.
 
     Args:
         module: a method; parameters that are not trained are left out.
@@ -32,8 +36,9 @@ def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, A
 
     Returns:
         Groups for torch, with `lr_scale`, a factor of the learning rate; and, if the config has
-        groups or a schedule of the decay, `of`, the index of the config's group (-1 for none), and
-        `spared`, True if the group does not decay.
+        groups, a schedule of the decay or frozen layers, `of`, the index of the config's group (-1
+        for none), and `spared`, True if the group does not decay; and with frozen layers
+        `frozen_steps`, the number of updates after which the group begins to train.
 
     Raises:
         ConfigError: a group of the config names no parameter that is trained.
@@ -42,14 +47,16 @@ def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, A
         (ELECTRA), sec. 3.1, as in Bao et al. 2022 (BEiT), A.
     """
     groups: dict[tuple[int, bool, int], dict[str, Any]] = {}
-    moves = bool(config.groups) or not config.weight_decay.constant
+    thaws = config.unfreeze_every_steps is not None
+    moves = bool(config.groups) or not config.weight_decay.constant or thaws
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
         # ZeRO-3 leaves empty shards in place of parameters; ds_shape is the real one.
         shape = getattr(parameter, "ds_shape", parameter.shape)
         spared = len(shape) <= 1 or name.rsplit(".", 1)[-1] in config.no_decay
-        height = 0 if config.layer_decay is None else _layers_above(module, name)
+        by_layer = config.layer_decay is not None or thaws
+        height = _layers_above(module, name) if by_layer else 0
         of = _group_of(name, config)
         own = _own(config, of)
         group = groups.setdefault(
@@ -59,6 +66,7 @@ def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, A
                 "weight_decay": 0.0 if spared else (own.weight_decay or config.weight_decay).start,
                 "lr_scale": (config.layer_decay or 1.0) ** height * own.lr_scale,
                 **({"of": of, "spared": spared} if moves else {}),
+                **({"frozen_steps": _frozen_steps(module, name, config)} if thaws else {}),
             },
         )
         group["params"].append(parameter)
@@ -71,6 +79,39 @@ def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, A
                 hint="names are those of the method, e.g. encoder.blocks.0.* or head.*",
             )
     return [groups[key] for key in sorted(groups)]
+
+
+def check_trained(plan: Plan) -> None:
+    """Refuse adapters, groups and frozen layers that the parameters of a plan's method lack.
+
+    The method is built on shapes alone, and only where the recipe has such keys.
+
+    Args:
+        plan: the run's plan.
+
+    Raises:
+        ConfigError: a pattern names nothing, or layers would not begin to train before the end.
+    """
+    optim = plan.recipe.optim
+    if plan.recipe.lora is None and not optim.groups and optim.unfreeze_every_steps is None:
+        return
+    with torch.device("meta"):
+        method = build_method(plan.recipe)
+    adapt(method)
+    groups = parameter_groups(method, optim)
+    last = max(group.get("frozen_steps", 0) for group in groups)
+    if optim.unfreeze_every_steps is not None and last >= plan.steps:
+        layers = max(
+            _layers_above(method, n) for n, p in method.named_parameters() if p.requires_grad
+        )
+        fits = (plan.steps - 1) // max(1, layers)
+        raise ConfigError(
+            f"optim.unfreeze_every_steps {optim.unfreeze_every_steps} begins to train the first of "
+            f"{layers} layers after {last} steps, and the run has {plan.steps}",
+            hint=f"--set optim.unfreeze_every_steps={fits}, or less"
+            if fits
+            else f"a run of more than {layers} steps",
+        )
 
 
 def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
@@ -99,11 +140,33 @@ def set_hyperparameters(optimizer: Any, plan: Plan, step: int) -> None:
         if "of" not in group:
             continue
         own = _own(optim, group["of"])
-        if step < own.frozen_steps:
+        if step < group.get("frozen_steps", own.frozen_steps):
             group["lr"] = 0.0  # weight decay would move them without gradients
         if not group["spared"]:
             decay = own.weight_decay or optim.weight_decay
             group["weight_decay"] = decay.at(step, plan.length_at(step))
+        if 0 < group.get("frozen_steps", 0) <= step:
+            factor = _as_if_new(step + 1, step + 1 - group["frozen_steps"], optim.betas)
+            group["lr"] *= factor
+            group["weight_decay"] /= factor  # which the rate multiplies
+
+
+def _as_if_new(updates: int, own: int, betas: tuple[float, float]) -> float:
+    """The factor of Adam's rate that makes a late parameter's updates those of its first ones.
+
+    Moments begin at zero, and are divided by 1 - beta^t to make up for it. The optimiser counts in
+    t the updates before the parameter had gradients, too, and with betas of .9 and .999 its first
+    steps would be three to six times too long.
+
+    Args:
+        updates: updates of the optimiser, this one included.
+        own: those of them in which the parameter had gradients.
+        betas: the decays of both moments.
+
+    Source: Kingma & Ba 2015, algorithm 1.
+    """
+    mean, square = ((1 - beta**own) / (1 - beta**updates) for beta in betas)
+    return math.sqrt(square) / mean
 
 
 class FrozenGradients:
@@ -113,7 +176,7 @@ class FrozenGradients:
 
     Args:
         module: a method; its parameters get hooks.
-        config: the recipe's `optim` section, with the `frozen_steps` of its groups.
+        config: the recipe's `optim` section: `frozen_steps` of its groups and frozen layers.
 
     Attributes:
         step: updates made so far; the loop sets it before each update.
@@ -124,7 +187,7 @@ class FrozenGradients:
     def __init__(self, module: nn.Module, config: OptimConfig) -> None:
         self.step = 0
         for name, parameter in module.named_parameters():
-            until = _own(config, _group_of(name, config)).frozen_steps
+            until = _frozen_steps(module, name, config)
             if parameter.requires_grad and until:
                 parameter.register_hook(self._dropping(until))  # type: ignore[no-untyped-call]
 
@@ -145,6 +208,14 @@ def _group_of(name: str, config: OptimConfig) -> int:
 
 def _own(config: OptimConfig, of: int) -> ParameterGroup:
     return config.groups[of] if of >= 0 else _REST
+
+
+def _frozen_steps(module: nn.Module, name: str, config: OptimConfig) -> int:
+    """Updates before a parameter begins to train, the later of its group's and its layer's."""
+    of_group = _own(config, _group_of(name, config)).frozen_steps
+    if config.unfreeze_every_steps is None:
+        return of_group
+    return max(of_group, config.unfreeze_every_steps * _layers_above(module, name))
 
 
 def _layers_above(method: nn.Module, name: str) -> int:

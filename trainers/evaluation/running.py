@@ -32,6 +32,7 @@ from mimray.trainers.evaluation.results import result_of, write_result
 from mimray.trainers.evaluation.score import Progress, Score, Setting
 from mimray.trainers.evaluation.tasks import TASKS, checked_options
 from mimray.trainers.methods.catalogue import method_class
+from mimray.trainers.methods.lora import merged
 from mimray.trainers.models import build_encoder
 from mimray.trainers.storage import RunDir
 
@@ -189,7 +190,8 @@ class RunningProbe:
         return score, result_of(score, about)
 
     def _ref(self, step: int, state: Mapping[str, Tensor]) -> EncoderRef:
-        weights = chosen_weights(state, "average" if self._exported else "raw")
+        chosen = chosen_weights(state, "average" if self._exported else "raw")
+        weights = merged(chosen, self._plan.recipe)
         if self._exported:
             encoder, _ = parted(self._plan, weights)
         else:

@@ -402,6 +402,7 @@ def _word(value: object) -> str:
 
 def _read(file: Path) -> dict[str, Tensor]:
     try:
-        return load_file(file)
+        weights: dict[str, Tensor] = load_file(file)
     except (SafetensorError, OSError) as error:
         raise BundleError(f"{file} cannot be read: {error}") from None
+    return weights

@@ -173,6 +173,11 @@ def needs_of(recipe: Recipe) -> tuple[Need, ...]:
     return (*own, Initial(recipe.method))
 
 
+def begins_with_weights(recipe: Recipe) -> bool:
+    """True if a recipe names weights to begin with."""
+    return any(not need.called and need.place(recipe) for need in needs_of(recipe))
+
+
 def with_needs(recipe: Recipe, fetch: Fetch = fetch_bundle, run: RunDir | None = None) -> Recipe:
     """Check a recipe against the bundles it names, and fill in what follows from them.
 
@@ -185,9 +190,19 @@ def with_needs(recipe: Recipe, fetch: Fetch = fetch_bundle, run: RunDir | None =
         The recipe with the bundles' digests, and the keys that follow from the bundles.
 
     Raises:
-        ConfigError: the recipe names no bundle although it needs one, or one that does not fit.
+        ConfigError: the recipe names no bundle although it needs one, or one that does not fit; or
+            it adapts weights and names none.
         BundleError: a bundle is missing or damaged, or does not match the recipe's digest.
     """
+    if recipe.lora is not None and not begins_with_weights(recipe):
+        raise ConfigError(
+            "lora adapts an encoder's weights, and the recipe names none to begin with",
+            hint="--init BUNDLE, or --set lora=null",
+        )
+    return _filled(recipe, fetch, run)
+
+
+def _filled(recipe: Recipe, fetch: Fetch, run: RunDir | None = None) -> Recipe:
     for need in needs_of(recipe):
         if not need.place(recipe):
             if need.missing is not None:
@@ -270,7 +285,7 @@ def foresee(
         any_there = True
         if need.called:
             networks[need.folder] = read_card(folder)
-    complete = with_needs(recipe, fetch) if any_there and not notes else recipe
+    complete = _filled(recipe, fetch) if any_there and not notes else recipe
     return complete, networks, notes
 
 

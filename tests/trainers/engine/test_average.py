@@ -154,7 +154,7 @@ def test_checkpoint__holds_the_average_and_so_it_does_resharded(
     assert found is not None
     folder = tmp_path / "run/checkpoints" / found.name
 
-    read = read_checkpoint(folder, found, plan)
+    read = read_checkpoint(run, folder, found, plan)
     reshard.convert(folder / "state", tmp_path / "whole" / "state")
     torch.manual_seed(1)
     method = with_average(build_method(plan.recipe))

@@ -18,7 +18,12 @@ import torch.distributed as dist
 
 from mimray.trainers.config.run import Plan, parse_recipe, resolve
 from mimray.trainers.engine.checkpoints import Identity, load_newest, save
-from mimray.trainers.engine.deepspeed import full_state, initialize, prepare_process
+from mimray.trainers.engine.deepspeed import (
+    fixed_weights,
+    full_state,
+    initialize,
+    prepare_process,
+)
 from mimray.trainers.engine.optim import build_optimizer, parameter_groups
 from mimray.trainers.methods.catalogue import build_method
 from mimray.trainers.models import build_encoder
@@ -128,6 +133,68 @@ def test_groups__scales_of_beit_base():
     ):
         assert by_name[name]["lr_scale"] == pytest.approx(scale), name
         assert by_name[name]["weight_decay"] == decay, name
+
+
+PRETRAINED = {
+    "mae": (
+        {"name": "mae", "decoder_width": 16, "decoder_depth": 1, "decoder_num_heads": 2},
+        ("decoder.blocks.0.attn.qkv.weight", "decoder.embed.weight", "decoder.mask_token"),
+    ),
+    "simmim": ({"name": "simmim", "mask_unit_px": 8}, ("head.weight", "mask_token")),
+}
+
+
+def pretraining_of(method: str, stage: int) -> Plan:
+    recipe = parse_recipe(
+        {
+            "encoder": VIT,
+            "method": PRETRAINED[method][0],
+            "data": {"image_size": 16},
+            "optim": {
+                "batch_size": BATCH, "steps": 10, "layer_decay": DECAY, "weight_decay": 0.0,
+                "eps": 1e-30,
+            },
+            "engine": {"zero_stage": stage, "precision": "fp32"},
+        }
+    )  # fmt: skip
+    return resolve(recipe, DatasetFacts("here", 100, "f1"), 1)
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("method", PRETRAINED)
+def test_pretraining__decoders_have_the_full_rate_and_weights_to_begin_with_less(
+    method: str, stage: int
+):
+    plan, rest = pretraining_of(method, stage), PRETRAINED[method][1]
+    torch.manual_seed(0)
+    built = build_method(plan.recipe).train()
+    torch.manual_seed(7)
+    start = build_encoder(plan.recipe.encoder, (16, 16)).state_dict()
+    built.encoder.load_state_dict(start)
+    fixed = fixed_weights(built)
+    engine = initialize(built, plan, "fp32")
+    before = full_state(engine, fixed)
+    mask = torch.tensor([[True, False, True, False]] * BATCH)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = 1e-3 * group["lr_scale"]
+
+    engine.backward(engine(images=torch.randn(BATCH, 3, 16, 16), mask=mask).loss)
+    engine.step()
+
+    after = full_state(engine, fixed)
+    for name, layers_above in (
+        *((name, 0) for name in rest),
+        ("encoder.norm.weight", 0),
+        ("encoder.blocks.1.mlp.fc2.weight", 1),
+        ("encoder.blocks.0.mlp.fc2.weight", 2),
+        ("encoder.patch_embed.proj.weight", 3),
+        ("encoder.cls_token", 3),
+    ):
+        # The first update of Adam is the learning rate, whatever the gradient.
+        moved = (after[name] - before[name]).abs().max().item()
+        assert moved == pytest.approx(1e-3 * DECAY**layers_above, rel=1e-2), name
+    assert torch.equal(before["encoder.cls_token"], start["cls_token"])
 
 
 def test_groups__without_decay_there_is_one_layer():

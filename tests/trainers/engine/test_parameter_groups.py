@@ -15,6 +15,7 @@ from mimray.trainers.engine.deepspeed import initialize, master_weights
 from mimray.trainers.engine.optim import (
     FrozenGradients,
     build_optimizer,
+    check_trained,
     parameter_groups,
     set_hyperparameters,
 )
@@ -111,6 +112,104 @@ def test_frozen__weights_and_moments_stay_until_the_step(stage: int):
         assert not torch.equal(seen[4][name], seen[0][name]), name
     other = "encoder.patch_embed.proj.weight"
     assert not torch.equal(seen[1][other], seen[0][other])
+
+
+# Gradual unfreezing: of one block, so that the block is a layer above the patches, and the norm
+# behind both.
+UNFREEZE = "optim.unfreeze_every_steps=2"
+BEGINS = {
+    "decoder.pred.weight": 0,
+    "encoder.norm.weight": 0,
+    "encoder.blocks.0.attn.qkv.weight": 2,
+    "encoder.blocks.0.norm1.bias": 2,
+    "encoder.patch_embed.proj.weight": 4,
+    "encoder.cls_token": 4,
+}
+
+
+def test_unfreezing__layers_begin_one_after_the_other_from_the_last():
+    plan = plan_of(UNFREEZE)
+
+    for step in range(6):
+        found = by_name(plan, step)
+        begun = {name for name in BEGINS if found[name]["lr"] > 0}
+        assert begun == {name for name, first in BEGINS.items() if first <= step}, step
+
+
+def test_unfreezing__goes_with_groups_and_layer_decay():
+    plan = plan_of(
+        UNFREEZE,
+        "optim.layer_decay=0.5",
+        "optim.groups=[{parameters: ['encoder.blocks.*'], frozen_steps: 3}]",
+        "optim.betas=[0.0, 0.0]",  # without moments, rates are those of layer decay
+    )
+
+    early, late = by_name(plan, 2), by_name(plan, 5)
+
+    assert early["encoder.blocks.0.attn.qkv.weight"]["lr"] == 0.0  # the later of both counts
+    rate = late["encoder.norm.weight"]["lr"]
+    assert late["encoder.blocks.0.attn.qkv.weight"]["lr"] == pytest.approx(rate / 2)
+    assert late["encoder.patch_embed.proj.weight"]["lr"] == pytest.approx(rate / 4)
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("beta2", [0.95, 0.999])
+def test_unfreezing__a_layer_stays_until_its_step_and_then_learns_as_from_the_first(
+    stage: int, beta2: float
+):
+    plan = plan_of(UNFREEZE, f"engine.zero_stage={stage}", f"optim.betas=[0.9,{beta2}]")
+    torch.manual_seed(0)
+    method = build_method(plan.recipe)
+    frozen = FrozenGradients(method, plan.recipe.optim)
+    engine = initialize(method, plan, "fp32")
+    seen = [{n: v.clone() for n, v in master_weights(engine)}]
+    mask = torch.tensor([[True, False, True, True]] * 2)
+
+    for step in range(6):
+        frozen.step = step
+        set_hyperparameters(engine.optimizer, plan, step)
+        engine.backward(engine(images=torch.randn(2, 3, 8, 8), mask=mask).loss)
+        engine.step()
+        seen.append({n: v.clone() for n, v in master_weights(engine)})
+
+    for name, first in BEGINS.items():
+        assert all(torch.equal(state[name], seen[0][name]) for state in seen[: first + 1]), name
+        moved = (seen[first + 1][name] - seen[first][name]).abs()
+        if name != "encoder.cls_token":  # it decays as well, whatever its size
+            rate = 0.01 * 0.5 * (1 + math.cos(math.pi * first / 10))
+            decay = rate * 0.05 * seen[first][name].abs().max().item()
+            # The first update of Adam is the rate; 3.2 times as much, were the updates before
+            # counted at a beta of .999.
+            assert moved.max().item() == pytest.approx(rate, rel=1e-2, abs=decay), name
+
+
+def test_unfreezing__plans_and_groups_without_it_are_those_of_before():
+    plan = plan_of(GROUPS)
+
+    groups = parameter_groups(build_method(plan.recipe), plan.recipe.optim)
+
+    assert all("frozen_steps" not in group for group in groups)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["optim.unfreeze_every_steps=5"], "train the first of 2 layers after 10 steps, and the "
+         "run has 10 .--set optim.unfreeze_every_steps=4, or less"),
+        (["optim.unfreeze_every_steps=1", "optim.steps=2"], "a run of more than 2 steps"),
+        (["optim.groups=[{parameters: [nothing.*]}]"], "optim.groups names nothing"),
+    ],
+)  # fmt: skip
+def test_check__refuses_before_the_run_what_would_never_train(overrides: list[str], said: str):
+    with pytest.raises(ConfigError, match=said):
+        check_trained(plan_of(*overrides))
+
+
+@pytest.mark.parametrize("value", ["0", "-3", "1.5"])
+def test_unfreezing__is_a_number_of_updates(value: str):
+    with pytest.raises(ConfigError, match="optim.unfreeze_every_steps"):
+        plan_of(f"optim.unfreeze_every_steps={value}")
 
 
 @pytest.mark.parametrize(

@@ -188,7 +188,7 @@ def test_checkpoint__of_bf16_holds_the_weights_that_the_run_ends_with(
     result = train(plan, "bf16", steps=3, save_as=run)
     (checkpoint,) = checkpoints.find(run)
     folder = tmp_path / "run/checkpoints" / checkpoint.name
-    read = read_checkpoint(folder, checkpoint, plan)
+    read = read_checkpoint(run, folder, checkpoint, plan)
     assert read.keys() == result.state.keys()
     for name, value in result.state.items():
         assert torch.equal(read[name], value), name
@@ -210,7 +210,7 @@ def test_checkpoint__of_an_earlier_version_in_bf16_does_not_go_on_in_silence(
         checkpoints.load_newest(run, engine, Identity(plan.hash, stage, "bf16"))
     if stage == 0:
         with pytest.raises(CheckpointError, match="weights rounded to bf16"):
-            read_checkpoint(manifest.parent, checkpoint, plan)
+            read_checkpoint(run, manifest.parent, checkpoint, plan)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16_weights"])
