@@ -56,8 +56,7 @@ def _adapted(kind: type[nn.Linear]) -> type[nn.Linear]:
 
 def _add_adapter(linear: Any, config: LoraConfig, generator: torch.Generator) -> None:
     weight = linear.weight
-    kind: type[nn.Linear] = type(linear)
-    linear.__class__ = _adapted(kind)
+    linear.__class__ = _adapted(type(linear))  # type: ignore[arg-type]  # classes are hashable
     linear.scale = config.scale
     linear.lora_down = nn.Parameter(weight.new_empty(config.rank, linear.in_features))
     linear.lora_up = nn.Parameter(weight.new_zeros(linear.out_features, config.rank))
