@@ -518,6 +518,38 @@ def test_finetune__goes_on_to_the_bit_and_leaves_an_ordinary_bundle(
     torch.testing.assert_close(method.logits(images), adapting.logits(images), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.usefixtures("process_group")
+def test_pretrain__from_weights_with_an_average_leaves_the_merged_average(tmp_path: Path):
+    data = finetuning(tmp_path, 1).data
+    tree = CASES["mae"] | {
+        "method": CASES["mae"]["method"] | {"init": str(tmp_path / "bundle")},
+        "data": {"image_size": 16, "num_workers": 0},
+        "optim": {"batch_size": 4, "steps": 4, "base_lr": 0.5, "ema": 0.5,
+                  "unfreeze_every_steps": 1},
+        "engine": {"zero_stage": 1, "precision": "fp32"},
+        "lora": {"rank": 2},
+    }  # fmt: skip
+    plan = resolve(with_needs(parse_recipe(tree)), data, world_size=1)
+
+    trained = run_of(plan, tmp_path / "run", Observer())
+    run = RunDir(str(tmp_path / "run"))
+    card = write_bundle(run, plan, trained.state, step=4, name="it", command="test")
+
+    base, found = load_bundle(tmp_path / "bundle"), load_bundle(tmp_path / "run")
+    for name, value in base.encoder.state_dict().items():
+        changed = name.startswith("norm.") or ".attn." in name and name.endswith("weight")
+        assert torch.equal(found.encoder.state_dict()[name], value) is not changed, name
+    adapting = build_method(plan.recipe)
+    adapt(adapting)
+    adapting.load_state_dict(chosen_weights(trained.state, "average"))
+    images = torch.randn(2, 3, 16, 16)
+    wanted = adapting.eval().encoder(images).tokens
+    torch.testing.assert_close(found(images).tokens, wanted, rtol=1e-6, atol=1e-6)
+    assert card.adapters["layers"] == [
+        f"blocks.{i}.attn.{name}" for i in (0, 1) for name in ("qkv", "proj")
+    ]
+
+
 # Two ranks
 
 
