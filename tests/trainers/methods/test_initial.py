@@ -59,6 +59,7 @@ CASES: dict[str, dict[str, Any]] = {
     "vae": {"encoder": CONV, "method": {"name": "vae", "latent_dim": 4,
                                         "decoder_widths": [12, 8, 8]}},
     "dvae": {"encoder": CONV, "method": CODED},
+    "distill": {"encoder": VIT, "method": {"name": "distill", "teacher_image_size": 16, **BLOCKS}},
     "finetune": {"encoder": VIT, "method": {"name": "finetune", "num_classes": 2}},
 }  # fmt: skip
 
@@ -91,6 +92,8 @@ def recipe_of(case: str, place: Path, *, stage: int = 0, size: Any = 16, **metho
     }
     if case == "beit":
         tree["method"]["tokenizer"] = str(place / "dvae")
+    if case == "distill":
+        tree["method"]["teacher"] = str(place / "mae")
     return parse_recipe(tree)
 
 
@@ -147,8 +150,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         pixels = np.random.default_rng(i).integers(0, 256, (5, 5, 3), dtype=np.uint8)
         Image.fromarray(pixels).resize((24, 24)).save(folder / f"{i}.png")
-    donate("dvae", place)  # first, since it is the tokenizer of beit
-    for case in CASES.keys() - {"dvae"}:
+    first = ("dvae", "mae")  # which others need
+    for case in (*first, *(CASES.keys() - set(first))):
         donate(case, place)
     return place
 
