@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -170,7 +171,22 @@ def follow(recipe: Recipe, folder: Path) -> Recipe:
             + (_listed(_misfits(_read(folder / ENCODER), shapes)) or "nothing of it"),
             hint="other weights" if not taken else "--partial takes what fits",
         )
+    _check_adapted(recipe, missing, named)
     return recipe
+
+
+def _check_adapted(recipe: Recipe, missing: list[str], named: str) -> None:
+    """Refuse adapters on an encoder of which a part is fresh, and would stay as it is."""
+    lora = recipe.lora
+    if lora is None:
+        return
+    fixed = [k for k in missing if not any(fnmatchcase(k, pattern) for pattern in lora.trained)]
+    if fixed:
+        raise ConfigError(
+            f"lora fixes what the encoder begins with, and {named} has nothing that fits "
+            f"{_listed(tuple(fixed))}",
+            hint="--set lora.trained=[…] with their names, or lora=null",
+        )
 
 
 def trainable_encoder(card: BundleCard, image_size: tuple[int, int]) -> EncoderConfig:

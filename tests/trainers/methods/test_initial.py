@@ -370,6 +370,18 @@ def test_partial__takes_what_fits_and_lists_the_rest(place: Path, tmp_path: Path
     assert plans[0].hash != plans[1].hash
 
 
+def test_partial__what_stays_fresh_is_not_fixed_by_adapters(place: Path):
+    donate("mae", place, "mae-adapted")
+    tree = recipe_of("mae", place, init=str(place / "mae-adapted"), init_partial=True).model_dump()
+    tree["encoder"]["depth"] = 3
+    tree["lora"] = {"rank": 2}
+
+    with pytest.raises(ConfigError, match=r"nothing that fits blocks\.2\..*lora\.trained"):
+        with_needs(parse_recipe(tree))
+    tree["lora"]["trained"] = ["blocks.2.*", "norm.*"]
+    assert with_needs(parse_recipe(tree)).encoder.num_layers == 3
+
+
 def test_partial__nothing_that_fits_is_refused(place: Path, tmp_path: Path):
     config = recipe_of("mae", place).encoder
     card = BundleCard(
