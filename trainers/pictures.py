@@ -210,30 +210,31 @@ def loss_chart(rows: Sequence[Mapping[str, float]], path: Path | str) -> None:
     figure.savefig(path, format="png")
 
 
-def probe_chart(points: Sequence[tuple[int, float]], figure_name: str, path: Path | str) -> None:
-    """Draw the scores of a running probe against step, the best one marked.
+def probe_chart(
+    points: Sequence[tuple[int, float, float | None]], title: str, path: Path | str
+) -> None:
+    """Draw the scores of a running probe against step, with errors, the best one marked.
 
     Args:
-        points: updates made and score, one at least.
-        figure_name: the name of the score.
+        points: updates made, score and its standard error, which may be unknown; one at least.
+        title: the title of the chart.
         path: the PNG file to write.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    best = max(points, key=lambda point: point[1])
+    steps, values, known = zip(*points, strict=True)
+    best = int(np.argmax(values))
     figure = Figure(figsize=(8, 3.6), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    axes.plot(*zip(*points, strict=True), color=_BLUE, linewidth=2, marker="o", markersize=4)
-    axes.plot(*best, color=_ORANGE, marker="o", markersize=8, linestyle="none")
-    axes.set_title(
-        f"{figure_name}: {points[-1][1]:.4g} at step {points[-1][0]}, best {best[1]:.4g} at step "
-        f"{best[0]}",
-        loc="left",
-        fontsize=10,
-        color=_TEXT,
-    )
+    errors = [error or 0.0 for error in known]
+    axes.errorbar(
+        steps, values, yerr=errors if any(errors) else None, color=_BLUE, linewidth=2, marker="o",
+        markersize=4, elinewidth=1, capsize=3,
+    )  # fmt: skip
+    axes.plot(steps[best], values[best], color=_ORANGE, marker="o", markersize=8, linestyle="none")
+    axes.set_title(title, loc="left", fontsize=10, color=_TEXT)
     axes.set_xlabel("step")
     axes.locator_params(axis="x", integer=True)
     _quiet(axes)

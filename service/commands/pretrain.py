@@ -94,12 +94,9 @@ def run_pretrain(
     say(f"loss {last['loss']:.4f} after {last['step']} steps")
     probe = probe_curve(read_metrics(job.run))
     if probe is not None:
-        _draw_probe(job.run, probe)
-        (last_step, score), (best_step, best) = probe.last, probe.best
-        say(
-            f"{probe.figure} {score:.4g} at step {last_step}, best {best:.4g} at step {best_step}; "
-            f"the curve in {job.run / 'probe.png'}"
-        )
+        text = _probe_text(probe)
+        _draw_probe(job.run, probe, text)
+        say(f"{text}; the curve in {job.run / 'probe.png'}")
     say(f"bundle in {job.run / 'bundle'}")
     return {
         "run": str(job.run),
@@ -113,23 +110,33 @@ def run_pretrain(
 
 
 def _summary(probe: ProbeCurve) -> dict[str, Any]:
-    (last_step, last), (best_step, best) = probe.last, probe.best
     return {
         "figure": probe.figure,
-        "last": last,
-        "last_step": last_step,
-        "best": best,
-        "best_step": best_step,
+        "last": probe.last.value,
+        "last_standard_error": probe.last.standard_error,
+        "last_step": probe.last.step,
+        "best": probe.best.value,
+        "best_standard_error": probe.best.standard_error,
+        "best_step": probe.best.step,
         "curve": [list(point) for point in probe.points],
     }
 
 
-def _draw_probe(run: RunDir, probe: ProbeCurve) -> None:
+def _probe_text(probe: ProbeCurve) -> str:
+    from mimray.trainers.evaluation.uncertainty import figure_text
+
+    newest, best = (figure_text(p.value, p.standard_error) for p in (probe.last, probe.best))
+    return (
+        f"{probe.figure} {newest} at step {probe.last.step}, best {best} at step {probe.best.step}"
+    )
+
+
+def _draw_probe(run: RunDir, probe: ProbeCurve, title: str) -> None:
     from mimray.trainers.pictures import probe_chart
 
     with TemporaryDirectory(prefix="mimray-") as scratch:
         file = Path(scratch) / "probe.png"
-        probe_chart(probe.points, probe.figure, file)
+        probe_chart(probe.points, title, file)
         run.write("probe.png", file.read_bytes())
 
 

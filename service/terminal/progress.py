@@ -186,8 +186,11 @@ def _probe(curve: ProbeCurve | None) -> str:
     """The newest score of a running probe, and the best one."""
     if curve is None:
         return ""
-    (_, last), (step, best) = curve.last, curve.best
-    return f"{curve.figure} {last:.4g} (best {best:.4g} at step {step})"
+    from mimray.trainers.evaluation.uncertainty import figure_text
+
+    last, best = curve.last, curve.best
+    newest = figure_text(last.value, last.standard_error)
+    return f"{curve.figure} {newest} (best {figure_text(best.value, None)} at step {best.step})"
 
 
 def show_count(progress: Progress, title: str, unit: str) -> Callable[..., None]:

@@ -51,7 +51,7 @@ def undisturbed(commands: Any, asked: Asked, storage: Path) -> dict[int, float]:
     probe = ("--set", "evaluation.every_steps=5")
     result = json.loads(commands.finish(commands.start(*asked("undisturbed", "--json", *probe))))
     assert result["step"] == STEPS
-    assert [step for step, _ in result["probe"]["curve"]] == [5, 10, STEPS]
+    assert [step for step, *_ in result["probe"]["curve"]] == [5, 10, STEPS]
     assert result["probe"]["last"] == result["probe_rankme"] > 1
     found = losses(storage / "undisturbed")
     assert list(found) == list(range(1, STEPS + 1))

@@ -10,7 +10,7 @@ from rich.console import Console
 from mimray.service.terminal import progress as module
 from mimray.service.terminal.phases import PhaseLink
 from mimray.service.terminal.progress import Pace, Progress, show_count, show_phases, show_training
-from mimray.trainers.engine.metrics import ProbeCurve
+from mimray.trainers.engine.metrics import ProbeCurve, ProbeScore
 from mimray.trainers.recorder import RunState
 
 
@@ -61,11 +61,13 @@ def test_training__the_newest_and_the_best_score_of_a_probe_and_the_one_under_wa
         show = show_training(progress, 90)
         show(RunState(row=row(2), phase="features of val 64/200"))
         clock.now_s += 12
-        curve = ProbeCurve("knn_accuracy", ((1, 0.31), (2, 0.4567), (4, 0.4)))
+        scores = ((1, 0.31), (2, 0.4567), (4, 0.4))
+        points = tuple(ProbeScore(step, value, 0.01) for step, value in scores)
+        curve = ProbeCurve("knn_accuracy", points)
         show(RunState(row=row(4), probe=curve))
     assert capsys.readouterr().err.splitlines() == [
         "step 2/90  loss 0.5000  64 images/s  probe: features of val 64/200",
-        "step 4/90  loss 0.2500  64 images/s  knn_accuracy 0.4 (best 0.4567 at step 2)",
+        "step 4/90  loss 0.2500  64 images/s  knn_accuracy 0.4000 ± 0.0100 (best 0.4567 at step 2)",
     ]
 
 

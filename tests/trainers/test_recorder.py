@@ -65,15 +65,16 @@ def test_recorder__knows_the_scores_of_earlier_starts(recorder: RunRecorder, tmp
     state = recorder.state()
     assert state.phase == ""
     assert state.probe is not None
-    assert state.probe.points == ((2, 5.0), (4, 3.0), (6, 4.0))
-    assert (state.probe.best, state.probe.last) == ((2, 5.0), (6, 4.0))
+    assert state.probe.points == ((2, 5.0, None), (4, 3.0, None), (6, 4.0, None))
+    assert (state.probe.best, state.probe.last) == ((2, 5.0, None), (6, 4.0, None))
 
 
 def test_curve__is_of_the_newest_figure():
-    rows = [row(1, probe_rankme=5.0, probe_seconds=1.0), row(2, probe_knn_accuracy=0.5), row(3)]
+    newest = row(2, probe_knn_accuracy=0.5, probe_knn_accuracy_standard_error=0.1)
+    rows = [row(1, probe_rankme=5.0, probe_seconds=1.0), newest, row(3)]
 
     curve = probe_curve(rows)
 
     assert curve is not None
-    assert (curve.figure, curve.points) == ("knn_accuracy", ((2, 0.5),))
+    assert (curve.figure, curve.points) == ("knn_accuracy", ((2, 0.5, 0.1),))
     assert probe_curve([row(1, probe_seconds=1.0)]) is None

@@ -19,6 +19,8 @@ from torch import Tensor
 from mimray.trainers.bundles import CARD
 from mimray.trainers.errors import BundleError
 
+# How the files of torch.save begin: a zip archive, or a bare pickle of earlier versions.
+_PICKLES = (b"PK", b"\x80")
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 # Where training scripts put the weights: MAE, BEiT, SimMIM; DeepSpeed; SlowFast; others.
 _NESTED = ("model", "module", "model_state", "state_dict")
@@ -106,6 +108,12 @@ def _read_pickle(file: Path) -> Mapping[str, Any]:
         with torch.serialization.safe_globals(_SETTINGS):
             loaded = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
+        with file.open("rb") as stream:
+            head = stream.read(4)
+        if not head.startswith(_PICKLES):
+            raise BundleError(
+                f"{file} is no checkpoint: neither safetensors nor a file of torch.save"
+            ) from None
         raise BundleError(
             f"{file} is a pickle that is not plain tensors, which may run any code; not loaded",
             hint="where you trust it, save its state dict alone, best as .safetensors",

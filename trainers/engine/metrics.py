@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from mimray.trainers.storage import RunDir
 
@@ -14,6 +14,8 @@ METRICS = "metrics.jsonl"
 PROBE = "probe_"
 """The prefix of a running probe's figures in rows of metrics."""
 PROBE_SECONDS = f"{PROBE}seconds"
+STANDARD_ERROR = "_standard_error"
+"""The ending of the key of a figure's standard error, beside the figure's own."""
 
 
 def read_metrics(run: RunDir) -> list[dict[str, Any]]:
@@ -41,27 +43,41 @@ def append_metrics(run: RunDir, row: dict[str, Any]) -> None:
     run.append(METRICS, _lines([row]))
 
 
+class ProbeScore(NamedTuple):
+    """A score of a running probe.
+
+    Attributes:
+        step: updates made.
+        value: the score.
+        standard_error: its standard error; None where the task knows none.
+    """
+
+    step: int
+    value: float
+    standard_error: float | None = None
+
+
 @dataclass(frozen=True)
 class ProbeCurve:
     """The scores of a running probe.
 
     Attributes:
         figure: the figure's name, e.g. `knn_accuracy`; larger is better.
-        points: updates made and score, in the order of the updates; one at least.
+        points: the scores in the order of the updates; one at least.
     """
 
     figure: str
-    points: tuple[tuple[int, float], ...]
+    points: tuple[ProbeScore, ...]
 
     @property
-    def last(self) -> tuple[int, float]:
-        """The newest score, with its step."""
+    def last(self) -> ProbeScore:
+        """The newest score."""
         return self.points[-1]
 
     @property
-    def best(self) -> tuple[int, float]:
-        """The largest score, the first of equal ones, with its step."""
-        return max(self.points, key=lambda point: point[1])
+    def best(self) -> ProbeScore:
+        """The largest score, the first of equal ones."""
+        return max(self.points, key=lambda point: point.value)
 
 
 def probe_curve(rows: Iterable[Mapping[str, Any]]) -> ProbeCurve | None:
@@ -69,8 +85,12 @@ def probe_curve(rows: Iterable[Mapping[str, Any]]) -> ProbeCurve | None:
     rows = list(rows)
     for row in reversed(rows):
         for key in row:
-            if key.startswith(PROBE) and key != PROBE_SECONDS:
-                points = tuple((r["step"], r[key]) for r in rows if key in r)
+            if key.startswith(PROBE) and not key.endswith((PROBE_SECONDS, STANDARD_ERROR)):
+                points = tuple(
+                    ProbeScore(r["step"], r[key], r.get(key + STANDARD_ERROR))
+                    for r in rows
+                    if key in r
+                )
                 return ProbeCurve(key.removeprefix(PROBE), points)
     return None
 

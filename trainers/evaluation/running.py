@@ -24,7 +24,7 @@ from mimray.trainers.data.hold_out import HoldOut
 from mimray.trainers.data.sources import Source
 from mimray.trainers.engine.average import chosen_weights
 from mimray.trainers.engine.export import card_of, parted
-from mimray.trainers.engine.metrics import PROBE, PROBE_SECONDS
+from mimray.trainers.engine.metrics import PROBE, PROBE_SECONDS, STANDARD_ERROR
 from mimray.trainers.errors import ConfigError, MimrayError
 from mimray.trainers.evaluation.features.encoders import EncoderRef
 from mimray.trainers.evaluation.measure import check_pictures, measure
@@ -156,7 +156,12 @@ class RunningProbe:
         seconds = time.perf_counter() - began
         task = self._plan.recipe.evaluation.chosen_task
         write_result(self._run / FOLDER, task, {**result, "seconds": round(seconds, 2)}, score)
-        return {figure_name(task, score.metric): score.headline, PROBE_SECONDS: round(seconds, 3)}
+        name, spread = figure_name(task, score.metric), score.standard_error
+        return {
+            name: score.headline,
+            **({} if spread is None else {f"{name}{STANDARD_ERROR}": spread}),
+            PROBE_SECONDS: round(seconds, 3),
+        }
 
     def _score(
         self, step: int, state: Mapping[str, Tensor], alive: Callable[[], object]

@@ -51,6 +51,8 @@ def test_import__refuses_what_is_not_plain_tensors(
     assert len(result.stderr.splitlines()) == 1
     if kind in ("pickle", "object in a state"):
         assert "pickle that is not plain tensors" in result.stderr
+    if kind == "text":
+        assert "is no checkpoint" in result.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["evil.pth"]
 
 
