@@ -11,6 +11,7 @@ import atexit
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -55,6 +56,8 @@ class BundleCard(Config):
             usage of a codebook, with these pictures' number and place.
         warnings: sentences on what is wrong with the weights.
         weights: `average` for those that `optim.ema` averaged over the training.
+        license: the licence of imported weights, and of all that was trained from them or with
+            them; identifiers of SPDX where there is one, several joined by ` and `.
     """
 
     format: Literal[1] = 1
@@ -86,6 +89,13 @@ class BundleCard(Config):
         default="raw",
         exclude_if=lambda weights: weights == "raw",  # cards without it keep their form
     )
+    license: str = Field(default="", exclude_if=lambda found: not found)
+
+    @property
+    def for_research_only(self) -> bool:
+        """True if the licence forbids a commercial service, such as CC BY-NC."""
+        words = re.split(r"[^a-z]+", self.license.lower())
+        return "nc" in words or "noncommercial" in "".join(words)
 
     @property
     def has_class_token(self) -> bool:

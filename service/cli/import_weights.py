@@ -30,6 +30,7 @@ from mimray.service.cli.options import command_line, image_size, json_option, pr
 )
 @click.option("--partial", is_flag=True, help="Keep what fits, list what does not.")
 @click.option("--name", default="", help="Name of the encoder; the checkpoint's by default.")
+@click.option("--license", default="", help="Licence of the weights, e.g. cc-by-nc-4.0.")
 @json_option
 def import_(
     checkpoint: str,
@@ -39,6 +40,7 @@ def import_(
     overrides: tuple[str, ...],
     partial: bool,
     name: str,
+    license: str,
     as_json: bool,
 ) -> None:
     """Turn public weights into a bundle.
@@ -59,6 +61,7 @@ def import_(
         overrides=overrides,
         partial=partial,
         name=name,
+        license=license,
         command=command_line(),
     )
     print_result(result, as_json)

@@ -20,6 +20,7 @@ def run_import(
     overrides: Sequence[str],
     partial: bool,
     name: str,
+    license: str,
     command: str,
 ) -> dict[str, Any]:
     """Import a checkpoint, and say what became of it.
@@ -32,6 +33,7 @@ def run_import(
         overrides: assignments `a.b=value` to what the weights leave open.
         partial: keep the weights that fit, and list the others.
         name: the encoder's name; the checkpoint's by default.
+        license: the licence of the weights; what their source tells by default.
         command: the command line, for the record.
 
     Returns:
@@ -53,6 +55,7 @@ def run_import(
         overrides=overrides,
         partial=partial,
         name=name,
+        license=license,
         command=command,
     )
     card = imported.card

@@ -28,11 +28,14 @@ def resolve(reference: str) -> Version:
         BundleError: there is no such bundle.
     """
     from mimray.serving.deploy.serve_schema import Version
-    from mimray.trainers.bundles import fetch_bundle
+    from mimray.trainers.bundles import fetch_bundle, read_card
     from mimray.trainers.registry import locate, registered
 
     version = registered(reference)
     folder = fetch_bundle(locate(reference)).resolve()
+    card = read_card(folder)
+    if card.for_research_only:
+        warn(f"{reference} is under the licence {card.license}, which forbids a commercial service")
     return Version(reference, folder, "1" if version is None else str(version.number))
 
 

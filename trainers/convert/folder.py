@@ -87,6 +87,8 @@ def model_card(card: BundleCard, library: str, holds: str, usage: str) -> str:
     ]
     if card.source:
         limits.append("The licence of the imported weights is their authors'.")
+    if card.license:
+        limits.append(f"The weights are under the licence {card.license}.")
     sections = {
         "": _listed(about),
         "Use": f"```python\n{usage}\n```",

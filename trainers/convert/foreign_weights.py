@@ -39,7 +39,7 @@ class ForeignWeights:
             Weights of an encoder alone have no `method`.
         pooling: vector that stands for a whole picture.
         notes: sentences for people.
-        licence: name of a licence with terms of its own, as far as it is known.
+        license: the licence, as far as the source tells.
     """
 
     encoder: dict[str, Tensor]
@@ -47,7 +47,7 @@ class ForeignWeights:
     tree: dict[str, dict[str, Any]] = field(default_factory=dict)
     pooling: Literal["mean", "cls"] = "mean"
     notes: list[str] = field(default_factory=list)
-    licence: str = ""
+    license: str = ""
 
     @property
     def channels(self) -> int:

@@ -53,7 +53,9 @@ def download_timm(architecture: str) -> ForeignWeights:
         BundleError: no such model, no weights to be had, or one that our encoders are not.
     """
     model = _create(architecture, pretrained=True)
-    return _describe(model, dict(model.state_dict()), architecture)
+    found = _describe(model, dict(model.state_dict()), architecture)
+    found.license = found.license or model.pretrained_cfg.get("license") or ""
+    return found
 
 
 def _create(architecture: str, pretrained: bool) -> Any:
@@ -85,7 +87,7 @@ def _describe(model: Any, state: dict[str, Tensor], architecture: str) -> Foreig
     found = ForeignWeights(state, tree={"encoder": encoder, "data": _data(model)})
     found.encoder = our_encoder(state, found.notes)
     if "dinov3" in (model.pretrained_cfg.get("architecture") or architecture):
-        found.licence = DINOV3_LICENCE
+        found.license = DINOV3_LICENCE
     if model.global_pool == "map":
         found.notes.append(NO_ATTENTION_POOLING)
     found.pooling = "cls" if model.global_pool == "token" else "mean"

@@ -176,7 +176,7 @@ def _from_dinov3(state: dict[str, Tensor], config: Mapping[str, Any]) -> Foreign
         del state["reg_token"]
     theta = (config.get("rope_parameters") or config).get("rope_theta", 100.0)
     encoder = {"rope": "dinov3", "rope_temperature": theta, "norm_eps": 1e-5}
-    return ForeignWeights(state, tree={"encoder": encoder}, pooling="cls", licence=DINOV3_LICENCE)
+    return ForeignWeights(state, tree={"encoder": encoder}, pooling="cls", license=DINOV3_LICENCE)
 
 
 def _from_siglip(state: dict[str, Tensor], config: Mapping[str, Any]) -> ForeignWeights:

@@ -106,6 +106,7 @@ def import_weights(
     overrides: Sequence[str] = (),
     partial: bool = False,
     name: str = "",
+    license: str = "",
     command: str = "",
 ) -> Imported:
     """Turn a checkpoint of another library into a bundle.
@@ -125,6 +126,7 @@ def import_weights(
         partial: keep what fits, where keys are missing, unexpected or of another shape. Missing
             parts of the encoder are initialised afresh; an incomplete head is left out.
         name: name of the encoder; that of the source by default.
+        license: licence of the weights, as in SPDX; what the source tells by default.
         command: command line, for the card.
 
     Raises:
@@ -137,9 +139,9 @@ def import_weights(
         if is_dalle(checkpoint.state):
             return _tokenizer(checkpoint, out, image_size, name or _name_of(source), command)
     found, origin = _read(source, architecture)
-    if found.licence:
-        origin += f", under the {found.licence}"
-        found.notes.append(f"the weights are under the {found.licence}")
+    license = license or found.license
+    if license:
+        found.notes.append(f"the weights are under the licence {license}")
     tree = _recipe_sections(found, overrides)
     model = _model(found, tree, source)
     encoder, method = _assign(found, model, tree.get("method", {}))
@@ -170,6 +172,7 @@ def import_weights(
         created_by=command,
         source=origin,
         recipe=recipe.model_dump(mode="json") if recipe else {},
+        license=license,
     )
     if recipe and isinstance(recipe.method, BEiTConfig):
         found.notes.append("its tokenizer is not in the checkpoint; head and codes fit no other")

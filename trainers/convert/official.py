@@ -137,7 +137,7 @@ def _from_dinov3(state: dict[str, Tensor]) -> ForeignWeights:
         quarter = state["rope_embed.periods"].numel()
         encoder["num_heads"] = state["cls_token"].shape[2] // (4 * quarter)
     tree: dict[str, dict[str, Any]] = {"encoder": encoder, "data": {"image_size": (256, 256)}}
-    return ForeignWeights(state, tree=tree, pooling="cls", licence=DINOV3_LICENCE)
+    return ForeignWeights(state, tree=tree, pooling="cls", license=DINOV3_LICENCE)
 
 
 def _from_eva02(state: dict[str, Tensor]) -> ForeignWeights:

@@ -16,7 +16,7 @@ from mimray.trainers.engine.checkpoints import Checkpoint
 from mimray.trainers.errors import CheckpointError
 from mimray.trainers.methods.catalogue import build_method, method_class
 from mimray.trainers.methods.lora import adapt, describe, merged
-from mimray.trainers.methods.needs import kept_needs, load_needs
+from mimray.trainers.methods.needs import inherited_license, kept_needs, load_needs
 from mimray.trainers.storage import RunDir
 
 
@@ -56,6 +56,7 @@ def write_bundle(
             "adapters": adapters,
             "held_out": held_out,
             "warnings": warnings,
+            "license": inherited_license(plan.recipe, run),
         }
     )
     encoder, rest = parted(plan, state)

@@ -341,6 +341,16 @@ def kept_needs(recipe: Recipe, run: RunDir) -> dict[str, Path]:
     }
 
 
+def inherited_license(recipe: Recipe, run: RunDir) -> str:
+    """The licences of all bundles that a run keeps and learns from, joined by ` and `."""
+    found = (
+        read_card(fetch_bundle((run / need.folder).uri)).license
+        for need in needs_of(recipe)
+        if run.exists(f"{need.folder}/{CARD}")
+    )
+    return " and ".join(dict.fromkeys(license for license in found if license))
+
+
 def load_needs(method: Method, run: RunDir) -> None:
     """Load the bundles that a method needs from its run.
 

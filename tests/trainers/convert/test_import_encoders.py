@@ -184,7 +184,7 @@ def test_official__names_of_their_own_code(tmp_path: Path, zoo: Any, kind: str):
     assert imported.card.encoder.num_heads == 6
     licensed = [note for note in imported.notes if "DINOv3 License" in note]
     assert len(licensed) == ("dinov3" in kind)
-    assert ("DINOv3 License" in imported.card.source) == ("dinov3" in kind)
+    assert ("DINOv3 License" in imported.card.license) == ("dinov3" in kind)
 
 
 def published(state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mimray.trainers import load_bundle, load_method
+from mimray.trainers.bundles import read_card
 from mimray.trainers.convert import import_weights
 
 IMAGENET, HALF = (0.485, 0.456, 0.406), (0.5, 0.5, 0.5)
@@ -101,7 +102,10 @@ def test_official_mae__loss_is_the_published(tmp_path: Path, zoo: Any):
     assert len(card.source) == len("mae.pth sha256:") + 64
     assert not imported.notes
     torch.save({"model": state}, tmp_path / "mae.pth")
-    unsaid = import_weights(str(tmp_path / "mae.pth"), tmp_path / "b", overrides=KNOWN)
+    unsaid = import_weights(
+        str(tmp_path / "mae.pth"), tmp_path / "b", overrides=KNOWN, license="cc-by-nc-4.0"
+    )
+    assert read_card(tmp_path / "b").license == "cc-by-nc-4.0"
     assert "does not say whether targets were normalised" in unsaid.notes[0]
 
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch import nn
 
+from mimray.service.commands.serve import resolve as resolve_served
 from mimray.trainers.bundles import BundleCard, read_card, save_bundle
 from mimray.trainers.config.advice import advice
 from mimray.trainers.config.run import Plan, Recipe, parse_recipe, resolve
@@ -346,6 +347,35 @@ def test_begin__damaged_weights_are_refused_before_anything_starts(
 
     with pytest.raises(BundleError, match=rf"{name} (cannot be read|does not match its checksum)"):
         with_needs(recipe_of("mae", place, init=str(place / "mae-damaged")))
+
+
+def test_begin__the_licence_of_the_weights_goes_into_the_bundle(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    donate("mae", place, "mae-licensed")
+    card = place / "mae-licensed" / "bundle" / "bundle.json"
+    card.write_text(json.dumps(json.loads(card.read_text()) | {"license": "CC-BY-NC-4.0"}))
+    recipe = with_needs(recipe_of("simmim", place, init=str(place / "mae-licensed")))
+    plan, run = plan_of(recipe, place), RunDir(str(tmp_path / "run"))
+    keep_needs(recipe, run)
+
+    made = write_bundle(run, plan, build_method(recipe).state_dict(), step=1, name="a", command="")
+
+    assert (made.license, made.for_research_only) == ("CC-BY-NC-4.0", True)
+    resolve_served(str(tmp_path / "run" / "bundle"))
+    assert "is under the licence CC-BY-NC-4.0, which forbids" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "free", ["", "apache-2.0", "MIT", "DINOv3 License (https://x)", "nclicense"]
+)
+def test_card__licences_that_allow_a_service(place: Path, free: str):
+    donate("mae", place, "mae-free")
+    card = read_card(place / "mae-free" / "bundle")
+
+    assert not card.model_copy(update={"license": free}).for_research_only
+    for forbidding in ("cc-by-nc-sa-4.0 and MIT", "Non-Commercial Research"):
+        assert card.model_copy(update={"license": forbidding}).for_research_only
 
 
 def test_partial__takes_what_fits_and_lists_the_rest(place: Path, tmp_path: Path):
