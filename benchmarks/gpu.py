@@ -4,7 +4,6 @@
     python benchmarks/gpu.py data FOLDER            `mimray pretrain` from JPEG in Parquet
     python benchmarks/gpu.py routes FOLDER          each route of the endpoint, once
     python benchmarks/gpu.py load FOLDER            the endpoint under load beside the bare model
-    python benchmarks/gpu.py kill PID               SIGKILL for the training workers of a driver
     python benchmarks/gpu.py same RUN RUN           two runs' losses are equal
 
 Without a GPU the sizes are tiny, so that the same code can be tried on a CPU.
@@ -347,18 +346,6 @@ def bare_rate(bundle: Path, batch: int, compiled: bool) -> dict[str, Any]:
 # --- two runs ------------------------------------------------------------------------------------
 
 
-def kill(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Kill the training workers among a driver's descendants."""
-    import psutil
-
-    family = psutil.Process(arguments.pid).children(recursive=True)
-    workers = [p for p in family if any("RayTrainWorker" in word for word in p.cmdline())]
-    for worker in workers:
-        worker.kill()
-    assert workers, "there is no worker"
-    return [{"killed": len(workers)}]
-
-
 def same(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Compare two runs' losses; they must be those of the same training."""
     one, other = (
@@ -376,7 +363,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parts = parser.add_subparsers(required=True)
     for name, part in {
-        "step": steps, "data": data, "routes": routes, "load": load, "kill": kill, "same": same
+        "step": steps, "data": data, "routes": routes, "load": load, "same": same
     }.items():  # fmt: skip
         sub = parts.add_parser(name, help=part.__doc__)
         sub.set_defaults(part=part)
@@ -385,8 +372,6 @@ def main() -> None:
             sub.add_argument("--compiled", action="store_true", help="compiled steps instead")
         if name == "same":
             sub.add_argument("runs", nargs=2, type=Path)
-        elif name == "kill":
-            sub.add_argument("pid", type=int)
         elif name != "step":
             sub.add_argument("folder", type=Path)
         if name == "routes":

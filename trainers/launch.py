@@ -164,7 +164,7 @@ def prepare(job: Job, account: Account | None = None, notes: list[str] | None = 
 
 
 def begins_with(job: Job, plan: Plan) -> list[str]:
-    """What a job begins with, in sentences for people; none if it begins with fresh weights.
+    """Sentences for people on the weights that a job begins with; none if they are fresh.
 
     Args:
         job: the job.

@@ -141,7 +141,7 @@ def _draw_probe(run: RunDir, probe: ProbeCurve, title: str) -> None:
 
 
 def longer_lines(plan: Plan) -> list[str]:
-    """What became of the schedule of a run that was made longer than planned, for people."""
+    """The new schedule of a run that was made longer than planned, in sentences for people."""
     if not plan.lengths:
         return []
     from mimray.trainers.engine.schedule import learning_rate

@@ -272,7 +272,7 @@ def _swin_size(state: Mapping[str, Tensor]) -> tuple[int, int]:
 
 
 def beyond_vit(shape: ViTConfig) -> list[str]:
-    """What an architecture has that a vit with layer scale and relative positions has not."""
+    """Names of an architecture's parts beyond a vit with layer scale and relative positions."""
     return [
         what
         for what, there in {

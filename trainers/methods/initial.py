@@ -213,7 +213,7 @@ def trainable_encoder(card: BundleCard, image_size: tuple[int, int]) -> EncoderC
 
 
 def described(method: Method, folder: Path, asked: Recipe) -> list[str]:
-    """What a run begins with, in sentences for people.
+    """Sentences for people on the weights that a run begins with.
 
     Args:
         method: the method of the completed recipe, on the meta device.

@@ -231,7 +231,7 @@ def _fetched(need: Need, recipe: Recipe, fetch: Fetch, run: RunDir | None) -> Pa
 
 
 def initial_lines(recipe: Recipe, asked: Recipe, fetch: Fetch, run: RunDir | None) -> list[str]:
-    """What a run begins with, in sentences for people; none if it begins with fresh weights.
+    """Sentences for people on the weights that a run begins with; none if they are fresh.
 
     Args:
         recipe: a recipe that is complete, with its classes.

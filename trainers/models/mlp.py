@@ -66,5 +66,5 @@ def mlp_options(kind: Literal["gelu", "gelu_tanh", "swiglu"]) -> dict[str, Any]:
 
 
 def norm_maker(kind: Literal["layer", "rms"], eps: float) -> Callable[[int], nn.Module]:
-    """What makes a norm of a width."""
+    """The constructor of a norm of a given width."""
     return partial(nn.LayerNorm if kind == "layer" else nn.RMSNorm, eps=eps)

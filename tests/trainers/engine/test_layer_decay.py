@@ -249,7 +249,7 @@ def identity_of(stage: int) -> Identity:
 
 
 def work(folder: Path, rank: str) -> None:
-    """What the two processes do: two updates, a checkpoint, a third update, stages 1 and 3."""
+    """The work of the two processes: two updates, a checkpoint, a third update, stages 1 and 3."""
     os.environ["LOCAL_RANK"] = rank
     prepare_process(torch.device("cpu"))
     dist.init_process_group(

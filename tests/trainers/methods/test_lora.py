@@ -554,7 +554,7 @@ def test_pretrain__from_weights_with_an_average_leaves_the_merged_average(tmp_pa
 
 
 def work(folder: Path, rank: str) -> None:
-    """What the two processes do: two updates, a checkpoint, a third update, by stage."""
+    """The work of the two processes: two updates, a checkpoint, a third update, by stage."""
     os.environ["LOCAL_RANK"] = rank
     prepare_process(torch.device("cpu"))
     dist.init_process_group(
