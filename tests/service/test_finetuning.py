@@ -18,7 +18,7 @@ from mimray.service.commands.tasks import TASKS
 from mimray.trainers import load_bundle, load_method
 from mimray.trainers.bundles import BundleCard, read_card, save_bundle
 from mimray.trainers.config.evaluation.finetune import FinetuneTask
-from mimray.trainers.config.method import FinetuneConfig
+from mimray.trainers.config.finetune import FinetuneConfig
 from mimray.trainers.config.model import ViTConfig
 from mimray.trainers.config.run import Plan
 from mimray.trainers.data.hold_out import HoldOut

@@ -22,8 +22,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 from mimray.trainers.bundles import BundleCard
+from mimray.trainers.config.beit import BEiTConfig
 from mimray.trainers.config.distill import DistillConfig
-from mimray.trainers.config.method import BEiTConfig
 from mimray.trainers.config.recipes import load_recipe
 from mimray.trainers.config.run import Plan, Recipe, resolve
 from mimray.trainers.cost import estimate

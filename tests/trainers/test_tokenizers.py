@@ -21,7 +21,7 @@ from mimray.trainers.bundles import (
     read_card,
     save_bundle,
 )
-from mimray.trainers.config.method import BEiTConfig
+from mimray.trainers.config.beit import BEiTConfig
 from mimray.trainers.config.run import Plan, Recipe, differences, parse_recipe
 from mimray.trainers.engine.export import write_bundle
 from mimray.trainers.errors import BundleError, ConfigError, MimrayError, RunConflictError

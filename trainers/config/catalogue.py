@@ -7,18 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Union, get_args
 
 from pydantic import Field
 
+from mimray.trainers.config.ae import AEConfig
+from mimray.trainers.config.beit import BEiTConfig
 from mimray.trainers.config.distill import DistillConfig
-from mimray.trainers.config.method import (
-    AEConfig,
-    BEiTConfig,
-    DVAEConfig,
-    FinetuneConfig,
-    MAEConfig,
-    MaskFeatConfig,
-    MethodConfig,
-    SimMIMConfig,
-    VAEConfig,
-)
+from mimray.trainers.config.dvae import DVAEConfig
+from mimray.trainers.config.finetune import FinetuneConfig
+from mimray.trainers.config.mae import MAEConfig
+from mimray.trainers.config.maskfeat import MaskFeatConfig
+from mimray.trainers.config.method import MethodConfig
+from mimray.trainers.config.simmim import SimMIMConfig
+from mimray.trainers.config.vae import VAEConfig
 
 BUILT_IN: tuple[type[MethodConfig], ...] = (
     MAEConfig,

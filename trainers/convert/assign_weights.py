@@ -8,9 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mimray.trainers.config.method import BEiTConfig, MAEConfig, MaskFeatConfig, SimMIMConfig
+from mimray.trainers.config.beit import BEiTConfig
+from mimray.trainers.config.mae import MAEConfig
+from mimray.trainers.config.maskfeat import MaskFeatConfig
 from mimray.trainers.config.model import ConvConfig, DalleConfig, EncoderConfig, ViTConfig
 from mimray.trainers.config.run import Recipe
+from mimray.trainers.config.simmim import SimMIMConfig
 from mimray.trainers.models import build_encoder
 from mimray.trainers.models.decoders import MAEDecoder
 from mimray.trainers.models.hog import HOG

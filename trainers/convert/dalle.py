@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mimray.trainers.bundles import BundleCard, save_bundle, spread_layers
-from mimray.trainers.config.method import DVAEConfig
+from mimray.trainers.config.dvae import DVAEConfig
 from mimray.trainers.config.run import Recipe, parse_recipe
 from mimray.trainers.convert.assign_weights import assign_weights
 from mimray.trainers.convert.checkpoint import Checkpoint

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from mimray.trainers.bundles import BundleCard, save_bundle, spread_layers
 from mimray.trainers.config.base import Config
+from mimray.trainers.config.beit import BEiTConfig
 from mimray.trainers.config.composition import check_size
 from mimray.trainers.config.data import DataConfig
 from mimray.trainers.config.explain import explain
-from mimray.trainers.config.method import BEiTConfig
 from mimray.trainers.config.model import EncoderConfig, SwinConfig
 from mimray.trainers.config.recipes import override
 from mimray.trainers.config.run import Recipe, key_owners, known_keys, parse_recipe

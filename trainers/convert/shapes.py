@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mimray.trainers.config.beit import BEiTConfig
 from mimray.trainers.config.data import DataConfig
-from mimray.trainers.config.method import BEiTConfig, BlockMasking, MaskFeatConfig
+from mimray.trainers.config.maskfeat import MaskFeatConfig
+from mimray.trainers.config.method import BlockMasking
 from mimray.trainers.config.model import SWIN_SHAPES, VIT_SHAPES, EncoderConfig, ViTConfig
 from mimray.trainers.errors import BundleError
 from mimray.trainers.models.positions import sincos_2d

@@ -10,9 +10,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mimray.trainers.bundles import METHOD, BundleCard, bundle_folder, load_bundle, verify_weights
-from mimray.trainers.config.method import BEiTConfig, MAEConfig, SimMIMConfig
+from mimray.trainers.config.beit import BEiTConfig
+from mimray.trainers.config.mae import MAEConfig
 from mimray.trainers.config.model import SwinConfig, ViTConfig
 from mimray.trainers.config.run import Recipe, parse_recipe
+from mimray.trainers.config.simmim import SimMIMConfig
 from mimray.trainers.convert.folder import as_json, model_card, write_folder
 from mimray.trainers.convert.names import (
     HF_DECODER,

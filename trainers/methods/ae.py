@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mimray.trainers.config.method import AEConfig
+from mimray.trainers.config.ae import AEConfig
 from mimray.trainers.config.run import Recipe
 from mimray.trainers.methods.autoencoding import Autoencoding
 from mimray.trainers.types import MethodOutput

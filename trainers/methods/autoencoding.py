@@ -6,8 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mimray.trainers.config.method import AEConfig, DVAEConfig, VAEConfig
+from mimray.trainers.config.ae import AEConfig
+from mimray.trainers.config.dvae import DVAEConfig
 from mimray.trainers.config.run import Recipe
+from mimray.trainers.config.vae import VAEConfig
 from mimray.trainers.errors import BundleError
 from mimray.trainers.methods.base import Method
 from mimray.trainers.models import build_encoder

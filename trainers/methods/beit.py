@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mimray.trainers.bundles import BundleCard
-from mimray.trainers.config.method import BEiTConfig, DVAEConfig
+from mimray.trainers.config.beit import BEiTConfig
+from mimray.trainers.config.dvae import DVAEConfig
 from mimray.trainers.config.run import Recipe, parse_recipe
 from mimray.trainers.data.masks import block_mask
 from mimray.trainers.data.views import Inputs, Masks, View, training_view

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
-from mimray.trainers.config.method import DVAEConfig
+from mimray.trainers.config.dvae import DVAEConfig
 from mimray.trainers.config.run import Recipe
 from mimray.trainers.data.rng import Stream, generator
 from mimray.trainers.errors import CodebookCollapseError

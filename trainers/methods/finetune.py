@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mimray.trainers.config.method import FinetuneConfig
+from mimray.trainers.config.finetune import FinetuneConfig
 from mimray.trainers.config.model import ViTConfig
 from mimray.trainers.config.run import Recipe
 from mimray.trainers.data.views import Inputs, Labels, Numbers

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mimray.trainers.config.method import MAEConfig
+from mimray.trainers.config.mae import MAEConfig
 from mimray.trainers.config.model import ViTConfig
 from mimray.trainers.config.run import Recipe
 from mimray.trainers.data.masks import random_mask

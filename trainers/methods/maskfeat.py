@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from mimray.trainers.config.method import MaskFeatConfig
+from mimray.trainers.config.maskfeat import MaskFeatConfig
 from mimray.trainers.config.model import ViTConfig
 from mimray.trainers.config.run import Recipe
 from mimray.trainers.data.masks import block_mask, random_mask

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from mimray.trainers.config.method import FinetuneConfig
+from mimray.trainers.config.finetune import FinetuneConfig
 
 
 def draw_mixing(

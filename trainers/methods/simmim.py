@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from mimray.trainers.config.method import SimMIMConfig
 from mimray.trainers.config.run import Recipe
+from mimray.trainers.config.simmim import SimMIMConfig
 from mimray.trainers.data.masks import unit_mask
 from mimray.trainers.methods.base import Method
 from mimray.trainers.methods.losses import masked_mean

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from mimray.trainers.config.method import VAEConfig
 from mimray.trainers.config.run import Recipe
+from mimray.trainers.config.vae import VAEConfig
 from mimray.trainers.methods.autoencoding import Autoencoding
 from mimray.trainers.models.noise import Noise
 from mimray.trainers.types import MethodOutput, Panel

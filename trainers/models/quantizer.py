@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mimray.trainers.config.method import DVAEConfig
+from mimray.trainers.config.dvae import DVAEConfig
 from mimray.trainers.errors import ConfigError
 from mimray.trainers.models.codebook import Codebook, Fp32Buffers
 from mimray.trainers.models.full_precision import full_precision

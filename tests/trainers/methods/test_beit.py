@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mimray.trainers.config.method import BEiTConfig
+from mimray.trainers.config.beit import BEiTConfig
 from mimray.trainers.config.recipes import load_recipe
 from mimray.trainers.config.run import Recipe, parse_recipe
 from mimray.trainers.data.rng import Stream, generator

@@ -15,7 +15,7 @@ from timm.data import mixup as timm_mixup
 from timm.models.vision_transformer import VisionTransformer
 
 from mimray.trainers.bundles import ENCODER, BundleCard, read_card, save_bundle
-from mimray.trainers.config.method import FinetuneConfig
+from mimray.trainers.config.finetune import FinetuneConfig
 from mimray.trainers.config.model import ViTConfig
 from mimray.trainers.config.recipes import load_recipe
 from mimray.trainers.config.run import Recipe, parse_recipe, resolve

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mimray.trainers.config.method import DVAEConfig
+from mimray.trainers.config.dvae import DVAEConfig
 from mimray.trainers.models.quantizer import GumbelQuantizer, kl_from_uniform
 
 K, D = 12, 5

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mimray.trainers.config.method import DVAEConfig
+from mimray.trainers.config.dvae import DVAEConfig
 from mimray.trainers.data.rng import Stream, generator
 from mimray.trainers.errors import ConfigError
 from mimray.trainers.models import kmeans as kmeans_module

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mimray.trainers.config.method import DVAEConfig
+from mimray.trainers.config.dvae import DVAEConfig
 from mimray.trainers.data.rng import Stream, generator
 from mimray.trainers.models.quantizer import VectorQuantizer
 
