@@ -109,11 +109,16 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for name, folder in PICTURES.items():
         encoders = {"untrained": f"untrained:{teacher}", "the weights": str(teacher)}
-        steps: dict[str, int] = {}
-        for number, (way, recipe) in enumerate(ways(teacher).items()):
-            pretrain = ["pretrain", *recipe, "--data", str(data / name / folder)]
-            speed = out / f"{name}-{number}-speed"
-            steps[way] = steps_in(arguments.minutes, pretrain, speed)
+        pretrains = {
+            way: ["pretrain", *recipe, "--data", str(data / name / folder)]
+            for way, recipe in ways(teacher).items()
+        }
+        # One after the other, so that a machine that is slower for a while is so for all.
+        steps = {
+            way: steps_in(arguments.minutes, pretrain, out / f"{name}-{number}-speed")
+            for number, (way, pretrain) in enumerate(pretrains.items())
+        }
+        for number, (way, pretrain) in enumerate(pretrains.items()):
             run = out / f"{name}-{number}"
             warm_up = settings(f"optim.warmup_steps={max(1, steps[way] // 10)}")
             mimray(
