@@ -158,6 +158,25 @@ def training_view(recipe: Recipe, name: str = "images", *, masks: Masks | None =
     )
 
 
+def same_crops(view: View, name: str, size: tuple[int, int], interpolation: str) -> View:
+    """Make a view of another's crops as stored, for a network of its own size and normalisation.
+
+    Args:
+        view: the view whose crops it shows.
+        name: the argument's name in the method's `forward`.
+        size: (height, width) in pixels.
+        interpolation: bicubic, bilinear or lanczos.
+    """
+    return View(
+        name=name,
+        size=size,
+        count=view.count,
+        like=view.name,
+        interpolation=interpolation,
+        normalised=False,
+    )
+
+
 def numbered(inputs: Inputs) -> Iterator[Numbered]:
     """The views among inputs, each with the number of its first stream."""
     firsts: dict[str, int] = {}

@@ -21,7 +21,7 @@ from mimray.trainers.config.beit import BEiTConfig
 from mimray.trainers.config.dvae import DVAEConfig
 from mimray.trainers.config.run import Recipe, parse_recipe
 from mimray.trainers.data.masks import block_mask
-from mimray.trainers.data.views import Inputs, Masks, View, training_view
+from mimray.trainers.data.views import Inputs, Masks, same_crops, training_view
 from mimray.trainers.errors import BundleError, ConfigError
 from mimray.trainers.methods.base import Method
 from mimray.trainers.methods.catalogue import build_method
@@ -87,15 +87,8 @@ class BEiT(Method):
         assert isinstance(config, BEiTConfig)
         masks = Masks(partial(cls.draw_mask, recipe), mean_name="hidden_mean")
         images = training_view(recipe, masks=masks)
-        second = View(
-            name="tokenizer_images",
-            size=config.tokenizer_image_size,
-            like=images.name,
-            interpolation="lanczos",
-            # The tokenizer has its own normalisation and precision.
-            normalised=False,
-        )
-        return images, second
+        size = config.tokenizer_image_size
+        return images, same_crops(images, "tokenizer_images", size, "lanczos")
 
     @classmethod
     def needs(cls) -> tuple[Need, ...]:

@@ -24,7 +24,7 @@ from mimray.trainers.config.distill import DistillConfig
 from mimray.trainers.config.model import DalleConfig
 from mimray.trainers.config.run import Recipe
 from mimray.trainers.data.masks import block_mask, random_mask
-from mimray.trainers.data.views import Inputs, Masks, View, training_view
+from mimray.trainers.data.views import Inputs, Masks, same_crops, training_view
 from mimray.trainers.errors import ConfigError
 from mimray.trainers.methods.base import Method
 from mimray.trainers.methods.losses import mean_over_hidden
@@ -128,14 +128,8 @@ class Distill(Method):
         draw: Any = partial(cls.draw_mask, recipe)  # never None where anything is hidden
         masks = Masks(draw, mean_name="hidden_mean") if config.mask_ratio else None
         images = training_view(recipe, masks=masks)
-        second = View(
-            name="teacher_images",
-            size=config.teacher_image_size or recipe.data.image_size,
-            like=images.name,
-            interpolation=recipe.data.interpolation,
-            normalised=False,  # the teacher has its own normalisation
-        )
-        return images, second
+        size = config.teacher_image_size or recipe.data.image_size
+        return images, same_crops(images, "teacher_images", size, recipe.data.interpolation)
 
     @classmethod
     def needs(cls) -> tuple[Need, ...]:
