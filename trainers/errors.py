@@ -11,7 +11,8 @@
     ├── RunConflictError       a run of this name holds another recipe
     ├── CheckpointError        a checkpoint that is damaged or does not fit
     ├── BundleError            a frozen encoder that cannot be loaded or written
-    │   └── MissingBundleError
+    │   ├── MissingBundleError
+    │   └── NoCheckpointError  weights of another library that cannot be read
     ├── NonFiniteLossError     training diverged
     ├── CodebookCollapseError  a tokenizer uses next to none of its codes
     └── ServingError           the endpoint (its own leaves live in `mimray.serving.wire.errors`)
@@ -139,6 +140,12 @@ class MissingBundleError(BundleError):
     """No bundle where one was named, or none yet."""
 
     code = "missing_bundle"
+
+
+class NoCheckpointError(BundleError):
+    """No weights can be read from what was named as a checkpoint of another library."""
+
+    code = "no_checkpoint"
 
 
 class NonFiniteLossError(MimrayError):

@@ -18,7 +18,7 @@ from mimray.trainers.bundles import CARD, fetch_bundle
 from mimray.trainers.config.run import Recipe
 from mimray.trainers.convert import import_weights
 from mimray.trainers.convert.importing import TIMM
-from mimray.trainers.errors import BundleError, MissingBundleError
+from mimray.trainers.errors import BundleError, MissingBundleError, NoCheckpointError
 from mimray.trainers.registry import Registry, registered
 
 logger = logging.getLogger(__name__)
@@ -45,8 +45,8 @@ def fetch_weights(reference: str, *, partial: bool = False) -> Path:
 
     Raises:
         MissingBundleError: there is nothing of that name.
-        BundleError: a checkpoint is damaged, a pickle of more than tensors, or of no encoder of
-            ours.
+        NoCheckpointError: a checkpoint is damaged, or a pickle of more than tensors.
+        BundleError: a checkpoint is of no encoder of ours.
     """
     path = Path(reference).expanduser()
     if reference.startswith(TIMM) or (path.exists() and not _is_bundle_or_run(path)):
@@ -72,6 +72,8 @@ def _imported(reference: str, partial: bool) -> Path:
     atexit.register(shutil.rmtree, scratch, ignore_errors=True)
     try:
         imported = import_weights(reference, scratch / "bundle", partial=partial)
+    except NoCheckpointError:
+        raise  # which no option of `mimray import` cures
     except BundleError as error:
         raise BundleError(
             str(error.args[0]),

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mimray.trainers.bundles import CARD
-from mimray.trainers.errors import BundleError
+from mimray.trainers.errors import BundleError, NoCheckpointError
 
 # How the files of torch.save begin: a zip archive, or a bare pickle of earlier versions.
 _PICKLES = (b"PK", b"\x80")
@@ -54,10 +54,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
         path: `.safetensors`, `.pth`, `.pyth`, `.pt` or `.bin`, or a timm or transformers folder.
 
     Raises:
-        BundleError: nothing there, damaged, or a pickle of more than tensors and plain data.
+        NoCheckpointError: nothing there, damaged, or a pickle of more than tensors and plain data.
+        BundleError: the folder is a bundle.
     """
     if not path.exists():
-        raise BundleError(f"no checkpoint at {path}", hint="a file of weights or a model's folder")
+        raise NoCheckpointError(
+            f"no checkpoint at {path}", hint="a file of weights or a model's folder"
+        )
     config: dict[str, Any] = {}
     preprocessor: dict[str, Any] = {}
     file = path
@@ -66,7 +69,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             raise BundleError(f"{path} is a bundle already")
         found = [path / name for name in _WEIGHT_FILES if (path / name).is_file()]
         if not found or not (path / "config.json").is_file():
-            raise BundleError(
+            raise NoCheckpointError(
                 f"{path} is no model's folder: it needs config.json and "
                 f"{' or '.join(_WEIGHT_FILES)}",
                 hint="name the file of weights itself",
@@ -87,7 +90,7 @@ def _read_weights(file: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
         try:
             loaded: Any = load_file(file)
         except (SafetensorError, OSError) as error:
-            raise BundleError(f"{file} cannot be read: {error}") from None
+            raise NoCheckpointError(f"{file} cannot be read: {error}") from None
     else:
         loaded = settings = _read_pickle(file)
         for key in _NESTED:
@@ -96,7 +99,7 @@ def _read_weights(file: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
                 break
     state = {k: v for k, v in loaded.items() if isinstance(v, Tensor)}
     if not state:
-        raise BundleError(f"{file} holds no tensors by name")
+        raise NoCheckpointError(f"{file} holds no tensors by name")
     if all(k.startswith("module.") for k in state):  # of a data-parallel wrapper
         state = {k.removeprefix("module."): v for k, v in state.items()}
     floats = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
@@ -104,25 +107,25 @@ def _read_weights(file: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
 
 
 def _read_pickle(file: Path) -> Mapping[str, Any]:
+    with file.open("rb") as stream:
+        head = stream.read(4)
+    if not head.startswith(_PICKLES):
+        raise NoCheckpointError(
+            f"{file} is no checkpoint: neither safetensors nor a file of torch.save"
+        )
     try:
         with torch.serialization.safe_globals(_SETTINGS):
             loaded = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        with file.open("rb") as stream:
-            head = stream.read(4)
-        if not head.startswith(_PICKLES):
-            raise BundleError(
-                f"{file} is no checkpoint: neither safetensors nor a file of torch.save"
-            ) from None
-        raise BundleError(
+        raise NoCheckpointError(
             f"{file} is a pickle that is not plain tensors, which may run any code; not loaded",
             hint="where you trust it, save its state dict alone, best as .safetensors",
         ) from None
     except Exception as error:  # a damaged pickle may raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BundleError(f"{file} cannot be read: {reason}") from None
+        raise NoCheckpointError(f"{file} cannot be read: {reason}") from None
     if not isinstance(loaded, Mapping):
-        raise BundleError(f"{file} holds a {type(loaded).__name__}, not tensors by name")
+        raise NoCheckpointError(f"{file} holds a {type(loaded).__name__}, not tensors by name")
     return loaded
 
 
@@ -130,7 +133,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         tree = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise BundleError(f"{file} is not JSON: {error}") from None
+        raise NoCheckpointError(f"{file} is not JSON: {error}") from None
     if not isinstance(tree, dict):
-        raise BundleError(f"{file} must hold an object, got {type(tree).__name__}")
+        raise NoCheckpointError(f"{file} must hold an object, got {type(tree).__name__}")
     return tree

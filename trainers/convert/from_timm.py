@@ -18,7 +18,7 @@ from mimray.trainers.convert.foreign_weights import (
     ForeignWeights,
 )
 from mimray.trainers.convert.official import our_encoder
-from mimray.trainers.errors import BundleError
+from mimray.trainers.errors import BundleError, NoCheckpointError
 
 # timm's classes that our encoders equal, with their blocks' and attention's.
 _BLOCKS = {
@@ -39,7 +39,8 @@ def from_timm(state: dict[str, Tensor], architecture: str) -> ForeignWeights:
             or `local-dir:FOLDER`.
 
     Raises:
-        BundleError: no such model, or one that our encoders are not.
+        NoCheckpointError: no such model.
+        BundleError: a model that is none of our encoders.
     """
     with torch.device("meta"):  # its shape, without its weights
         model = _create(architecture, pretrained=False)
@@ -50,7 +51,8 @@ def download_timm(architecture: str) -> ForeignWeights:
     """Fetch a pre-trained model as timm itself does, from its cache or the network.
 
     Raises:
-        BundleError: no such model, no weights to be had, or one that our encoders are not.
+        NoCheckpointError: no such model, or no weights to be had.
+        BundleError: a model that is none of our encoders.
     """
     model = _create(architecture, pretrained=True)
     found = _describe(model, dict(model.state_dict()), architecture)
@@ -63,7 +65,7 @@ def _create(architecture: str, pretrained: bool) -> Any:
         return timm.create_model(architecture, pretrained=pretrained)
     except Exception as error:  # whatever timm, its hub and the network may raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BundleError(
+        raise NoCheckpointError(
             f"timm cannot give {architecture!r}: {reason}",
             hint="a name of timm.list_models(), with its tag; for weights a network or its cache",
         ) from None

@@ -443,13 +443,21 @@ def test_fetch__checkpoints_of_other_libraries_are_imported_on_the_way(place: Pa
     torch.save(nn.Linear(2, 2), tmp_path / "whole.pth")
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
     save_file({"a": torch.ones(2)}, tmp_path / "odd.safetensors")
-    for file, message in (
-        ("whole.pth", "is a pickle that is not plain tensors"),
-        ("cut.safetensors", "cannot be read"),
-        ("odd.safetensors", "these are weights of neither a vit nor a swin"),
+    (tmp_path / "notes.txt").write_text("hello")
+    # Where there are weights, an option of the import may say what they are.
+    for name, message, options_help in (
+        ("whole.pth", "is a pickle that is not plain tensors", False),
+        ("cut.safetensors", "cannot be read", False),
+        ("notes.txt", "is no checkpoint: neither safetensors nor a file of torch.save", False),
+        ("pictures", "is no model's folder: it needs config.json", False),
+        ("odd.safetensors", "these are weights of neither a vit nor a swin", True),
     ):
-        with pytest.raises(BundleError, match=message):
-            fetch_weights(str(tmp_path / file))
+        file = (place if name == "pictures" else tmp_path) / name
+        with pytest.raises(BundleError, match=message) as refused:
+            fetch_weights(str(file))
+        assert ("takes further options" in str(refused.value)) == options_help, name
+    with pytest.raises(BundleError, match=r"timm cannot give 'no_such_model'.*cache\)$"):
+        fetch_weights("timm:no_such_model")
     with pytest.raises(MissingBundleError, match="no bundle at /nowhere, no checkpoint"):
         fetch_weights("/nowhere")
 
