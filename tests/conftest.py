@@ -135,6 +135,10 @@ def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def run_ranks() -> Callable[..., None]:
     """Runs a test's own file as two processes, `FILE PLACE RANK …`, and asks for a good end."""
 
+    # They import the tests' shared modules, as pytest does.
+    root = str(Path(__file__).parents[1])
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+
     def run(file: str, place: object, *arguments: str, timeout_s: float = 600) -> None:
         processes = [
             subprocess.Popen(
@@ -142,7 +146,7 @@ def run_ranks() -> Callable[..., None]:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
             )
             for rank in range(2)
         ]

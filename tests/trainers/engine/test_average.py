@@ -25,13 +25,14 @@ from mimray.trainers.engine.deepspeed import (
     master_weights,
 )
 from mimray.trainers.engine.export import read_checkpoint, write_bundle
-from mimray.trainers.engine.loop import Trained, _update, train
+from mimray.trainers.engine.loop import Trained, _update
 from mimray.trainers.errors import BundleError, ConfigError
 from mimray.trainers.methods.base import Method
 from mimray.trainers.methods.catalogue import build_method, inputs_of
 from mimray.trainers.methods.load import load_method
 from mimray.trainers.storage import RunDir
-from mimray.trainers.types import Batch, DatasetFacts, Panel
+from mimray.trainers.types import Batch, DatasetFacts
+from tests.trainers.runs import Observer, run_of
 
 MAE = {"name": "mae", "decoder_width": 8, "decoder_depth": 1, "decoder_num_heads": 1}
 FACTS = DatasetFacts(uri="x", num_samples=100, fingerprint="x")
@@ -55,33 +56,14 @@ def plan_of(method: dict[str, Any] = MAE, *, precision: str = "fp32", **changes:
     return resolve(parse_recipe(tree), FACTS, 1)
 
 
-class Observer:
-    """Ends the run with an error at a step, as a lost worker would."""
-
-    def __init__(self, cut_at: int | None = None) -> None:
-        self.cut_at = cut_at
-        self.losses: dict[int, float] = {}
-
-    def resumed(self, step: int) -> None: ...
-
-    def metrics(self, row: dict[str, Any]) -> None:
-        self.losses[row["step"]] = row["loss"]
-        if row["step"] == self.cut_at:
-            raise KeyboardInterrupt
-
-    def pictures(self, step: int, panels: list[Panel]) -> None: ...
-
-
-def run_of(
+def learn(
     place: Path, data: Path, observer: Observer, **changes: Any
 ) -> tuple[RunDir, Plan, Trained]:
     recipe = parse_recipe(tree_of(**changes))
-    source = open_training(str(data), recipe)
-    plan, run = resolve(recipe, source.facts, 1), RunDir(str(place))
+    plan, run = resolve(recipe, open_training(str(data), recipe).facts, 1), RunDir(str(place))
     run.create()
     run.write("plan.json", plan.model_dump_json().encode())
-    trained = train(plan, run, source, device=torch.device("cpu"), observer=observer)
-    return run, plan, trained
+    return run, plan, run_of(plan, place, observer)
 
 
 @pytest.mark.parametrize("name", ["mae", "simmim", "dvae"])
@@ -149,7 +131,7 @@ def test_average__of_bf16_steps_is_that_in_double_precision(stage: int, precisio
 def test_checkpoint__holds_the_average_and_so_it_does_resharded(
     labelled: Path, tmp_path: Path, stage: int
 ):
-    run, plan, trained = run_of(tmp_path / "run", labelled, Observer(), stage=stage, ema=0.5)
+    run, plan, trained = learn(tmp_path / "run", labelled, Observer(), stage=stage, ema=0.5)
     found = checkpoints.newest_whole(run)
     assert found is not None
     folder = tmp_path / "run/checkpoints" / found.name
@@ -171,12 +153,12 @@ def test_checkpoint__holds_the_average_and_so_it_does_resharded(
 @pytest.mark.usefixtures("process_group")
 def test_train__with_an_average_learns_the_same_and_continues_it(labelled: Path, tmp_path: Path):
     plain, whole, cut = Observer(), Observer(), Observer(cut_at=5)
-    run_of(tmp_path / "plain", labelled, plain)
-    run, plan, wanted = run_of(tmp_path / "whole", labelled, whole, ema=0.5)
+    learn(tmp_path / "plain", labelled, plain)
+    run, plan, wanted = learn(tmp_path / "whole", labelled, whole, ema=0.5)
     with pytest.raises(KeyboardInterrupt):
-        run_of(tmp_path / "cut", labelled, cut, ema=0.5)
+        learn(tmp_path / "cut", labelled, cut, ema=0.5)
     cut.cut_at = None
-    _, _, found = run_of(tmp_path / "cut", labelled, cut, ema=0.5)
+    _, _, found = learn(tmp_path / "cut", labelled, cut, ema=0.5)
 
     assert plain.losses == whole.losses == cut.losses
     assert all(torch.equal(found.state[n], v) for n, v in wanted.state.items())
@@ -204,7 +186,7 @@ def _assert_encoder(bundle: RunDir, state: dict[str, Tensor]) -> None:
 
 @pytest.mark.usefixtures("process_group")
 def test_export__of_a_run_without_an_average_says_how_to_keep_one(labelled: Path, tmp_path: Path):
-    run, plan, trained = run_of(tmp_path / "run", labelled, Observer(), steps=1)
+    run, plan, trained = learn(tmp_path / "run", labelled, Observer(), steps=1)
     card = write_bundle(run, plan, trained.state, step=1, name="it", command="test")
 
     assert "weights" not in card.model_dump()  # as cards have always been

@@ -6,45 +6,23 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from mimray.service.commands.pretrain import longer_lines
 from mimray.trainers.config.run import Plan, parse_plan, parse_recipe
-from mimray.trainers.data.selection import open_training
-from mimray.trainers.engine.loop import Trained, train
+from mimray.trainers.engine.loop import Trained
 from mimray.trainers.engine.metrics import read_metrics
 from mimray.trainers.engine.schedule import learning_rate
 from mimray.trainers.errors import RunConflictError
 from mimray.trainers.launch import Job, prepare
 from mimray.trainers.storage import RunDir
-
-
-class Observer:
-    """Ends the run with an error at a step, as a lost worker would."""
-
-    def __init__(self, cut_at: int | None = None) -> None:
-        self.cut_at = cut_at
-
-    def resumed(self, step: int) -> None: ...
-
-    def metrics(self, row: dict[str, Any]) -> None:
-        if row["step"] == self.cut_at:
-            raise KeyboardInterrupt
-
-    def pictures(self, step: int, panels: list[Any]) -> None: ...
+from tests.trainers.runs import Observer, run_of, write_noise
 
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    for i in range(8):
-        pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-    return folder
+    return write_noise(tmp_path / "pictures", 8, side_px=16)
 
 
 def job_of(pictures: Path, name: str, steps: int, **optim: Any) -> Job:
@@ -70,12 +48,9 @@ def learn(job: Job, cut_at: int | None = None) -> tuple[Plan, Trained | None]:
     plan = prepare(job)
     job.run.create()
     job.run.write("plan.json", plan.model_dump_json().encode())
-    source = open_training(plan.data.uri, plan.recipe)
     plan = parse_plan(job.run.read("plan.json"), "plan.json", "")
     try:
-        return plan, train(
-            plan, job.run, source, device=torch.device("cpu"), observer=Observer(cut_at)
-        )
+        return plan, run_of(plan, job.run.uri, Observer(cut_at))
     except KeyboardInterrupt:
         return plan, None
 

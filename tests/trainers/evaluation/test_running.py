@@ -9,18 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from PIL import Image
 
 from mimray.trainers.config.evaluation.knn import KnnConfig
 from mimray.trainers.config.run import Plan, differences, parse_plan, parse_recipe, resolve
 from mimray.trainers.data.selection import open_training
-from mimray.trainers.engine.deepspeed import prepare_process
 from mimray.trainers.engine.export import write_bundle
-from mimray.trainers.engine.loop import Trained, train
+from mimray.trainers.engine.loop import Trained
 from mimray.trainers.engine.metrics import probe_curve, read_metrics
 from mimray.trainers.errors import ConfigError, DataError, MimrayError
 from mimray.trainers.evaluation.features.encoders import EncoderRef
@@ -33,26 +29,10 @@ from mimray.trainers.evaluation.running import (
 )
 from mimray.trainers.evaluation.score import Setting
 from mimray.trainers.storage import RunDir
-from mimray.trainers.types import Panel
+from tests.trainers.runs import CPU, Observer, group_of_two, run_of, write_noise
 
 pytestmark = pytest.mark.usefixtures("process_group", "without_ray")
-CPU = torch.device("cpu")
 STEPS = 5
-
-
-class Observer:
-    """Ends the run with an error at a step, as a lost worker would."""
-
-    def __init__(self, cut_at: int | None = None) -> None:
-        self.cut_at = cut_at
-
-    def resumed(self, step: int) -> None: ...
-
-    def metrics(self, row: dict[str, Any]) -> None:
-        if row["step"] == self.cut_at:
-            raise KeyboardInterrupt
-
-    def pictures(self, step: int, panels: list[Panel]) -> None: ...
 
 
 def tree_of(stage: int = 1, ema: float | None = None, **probe: Any) -> dict[str, Any]:
@@ -78,14 +58,11 @@ def plan_of(pictures: Path, world_size: int = 1, **changes: Any) -> Plan:
     return resolve(recipe, open_training(str(pictures), recipe).facts, world_size)
 
 
-def run_of(plan: Plan, place: Path, observer: Observer | None = None) -> Trained:
-    run = RunDir(str(place))
-    run.create()
+def learn(plan: Plan, place: Path, observer: Observer | None = None) -> Trained:
     probe = None
     if plan.recipe.evaluation.every_steps:
-        probe = RunningProbe(plan, run, CPU, lambda phase, done, total: None)
-    source = open_training(plan.data.uri, plan.recipe)
-    return train(plan, run, source, device=CPU, observer=observer or Observer(), probe=probe)
+        probe = RunningProbe(plan, RunDir(str(place)), CPU, lambda phase, done, total: None)
+    return run_of(plan, place, observer, probe)
 
 
 def rows_of(place: Path) -> list[dict[str, Any]]:
@@ -103,9 +80,9 @@ def curve_of(place: Path) -> dict[int, float]:
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_probe__leaves_the_training_as_it_is(colours: Path, tmp_path: Path, stage: int):
-    plain = run_of(plan_of(colours, stage=stage), tmp_path / "plain")
+    plain = learn(plan_of(colours, stage=stage), tmp_path / "plain")
     plan = plan_of(colours, stage=stage, every_steps=2, task="knn", data=str(colours), limit=10)
-    probed = run_of(plan, tmp_path / "probed")
+    probed = learn(plan, tmp_path / "probed")
 
     without = [
         {k: v for k, v in row.items() if not k.startswith("probe")}
@@ -127,18 +104,15 @@ def test_probe__of_two_ranks_is_one_figure_and_leaves_both_as_they_are(
     assert list(curve_of(tmp_path / "probed")) == [2, 4, 5]
 
 
-def train_as_rank(place: Path, rank: int, pictures: Path) -> None:
-    prepare_process(CPU)
-    dist.init_process_group("gloo", f"file://{place}/meeting", rank=rank, world_size=2)
+def train_as_rank(place: Path, pictures: Path) -> None:
     plain = plan_of(pictures, 2, stage=3, ema=0.5)
     probed = plan_of(
         pictures, 2, stage=3, ema=0.5, every_steps=2, task="knn", data=str(pictures), limit=10
     )
     states = [
-        run_of(plan, place / name).state for plan, name in ((plain, "plain"), (probed, "probed"))
+        learn(plan, place / name).state for plan, name in ((plain, "plain"), (probed, "probed"))
     ]
     assert all(torch.equal(states[1][name], value) for name, value in states[0].items())
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("ema", [None, 0.5])
@@ -146,7 +120,7 @@ def test_probe__is_the_score_of_the_bundle_to_come(
     colours: Path, tmp_path: Path, ema: float | None, setting: Callable[..., Setting]
 ):
     plan = plan_of(colours, ema=ema, every_steps=3, data=str(colours), limit=15)
-    trained = run_of(plan, tmp_path / "run")
+    trained = learn(plan, tmp_path / "run")
     run = RunDir(str(tmp_path / "run"))
     write_bundle(run, plan, trained.state, step=STEPS, name="it", command="test")
 
@@ -162,10 +136,10 @@ def test_probe__is_the_score_of_the_bundle_to_come(
 
 def test_probe__of_a_run_that_is_killed_is_neither_lost_nor_doubled(colours: Path, tmp_path: Path):
     plan = plan_of(colours, every_steps=3, task="rankme", limit=10)
-    run_of(plan, tmp_path / "whole")
+    learn(plan, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):  # after the row of step 3, before a checkpoint
-        run_of(plan, tmp_path / "cut", Observer(cut_at=3))
-    run_of(plan, tmp_path / "cut")
+        learn(plan, tmp_path / "cut", Observer(cut_at=3))
+    learn(plan, tmp_path / "cut")
 
     assert rows_of(tmp_path / "cut") == rows_of(tmp_path / "whole")
     assert list(curve_of(tmp_path / "cut")) == [3, 5]
@@ -174,7 +148,7 @@ def test_probe__of_a_run_that_is_killed_is_neither_lost_nor_doubled(colours: Pat
 def test_probe__uses_none_of_the_processes_random_numbers(colours: Path, tmp_path: Path):
     plan = plan_of(colours, every_steps=1, task="rankme", limit=10)
     run = RunDir(str(tmp_path))
-    state = run_of(plan_of(colours), tmp_path / "run").state
+    state = learn(plan_of(colours), tmp_path / "run").state
     threads, generator = torch.get_num_threads(), torch.random.get_rng_state()
     calls: list[int] = []
     probe = RunningProbe(plan, run, CPU, lambda phase, done, total: None)
@@ -197,7 +171,7 @@ def test_probe__that_fails_is_told_and_the_training_goes_on(
     shutil.rmtree(other)
 
     with caplog.at_level(logging.WARNING):
-        run_of(plan, tmp_path / "run")
+        learn(plan, tmp_path / "run")
 
     assert [row["step"] for row in rows_of(tmp_path / "run")] == [1, 2, 3, 4, 5]
     assert probe_curve(read_metrics(RunDir(str(tmp_path / "run")))) is None
@@ -214,16 +188,8 @@ def test_probe__may_change_when_a_run_is_continued(colours: Path):
     assert parse_plan(probed.model_dump_json(), "plan.json", "") == probed
 
 
-def unlabelled(folder: Path) -> Path:
-    folder.mkdir()
-    for number in range(6):
-        pixels = np.random.default_rng(number).integers(0, 256, (20, 20, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number}.png")
-    return folder
-
-
 def test_check__refuses_what_could_not_be_measured(colours: Path, tmp_path: Path):
-    bare = unlabelled(tmp_path / "bare")
+    bare = write_noise(tmp_path / "bare", 6)
     for probe, error, said in (
         ({"task": "knm"}, ConfigError, r"evaluation.task knm is no task.*knn, rankme"),
         ({"task": "linear"}, ConfigError, "evaluation.task linear trains a head"),
@@ -264,7 +230,7 @@ def test_check__says_on_what_it_scores_and_what_was_trained_on(colours: Path, tm
     assert check(colours) == f"probe every 2 steps: rankme of 18 pictures of {colours}"
     said = check(colours, data=str(colours), limit=16)
     assert said == f"probe every 2 steps: knn of 16 pictures of {colours} by 16 labelled ones"
-    bare = unlabelled(tmp_path / "bare")
+    bare = write_noise(tmp_path / "bare", 6)
     assert (
         check(bare) == f"probe every 2 steps: rankme of 6 pictures of {bare}, all trained on, too"
     )
@@ -298,4 +264,5 @@ def test_figure_name__is_no_word_twice():
 
 
 if __name__ == "__main__":
-    train_as_rank(Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    with group_of_two(Path(sys.argv[1]), int(sys.argv[2])):
+        train_as_rank(Path(sys.argv[1]), Path(sys.argv[3]))
