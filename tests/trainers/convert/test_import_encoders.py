@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
@@ -17,42 +16,9 @@ from mimray.trainers import load_bundle
 from mimray.trainers.bundles import FrozenEncoder
 from mimray.trainers.convert import import_weights
 from mimray.trainers.errors import BundleError, ConfigError
+from tests.trainers.convert.small_timm import TIMM, small_timm
 
-SMALL: dict[str, Any] = {
-    "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4, "img_size": 32, "num_classes": 0,
-}  # fmt: skip
-GATED = {"mlp_ratio": 4.0}
-# timm's name of a model, and what makes it small.
-TIMM: dict[str, tuple[str, dict[str, Any]]] = {
-    "dinov2": ("vit_small_patch14_dinov2", {}),
-    "dinov2 gated": ("vit_giant_patch14_dinov2", GATED),
-    "dinov2 registers": ("vit_small_patch14_reg4_dinov2", {}),
-    "dinov2 registers gated": ("vit_giant_patch14_reg4_dinov2", GATED),
-    "registers with places": (
-        "vit_small_patch14_reg4_dinov2",
-        {"no_embed_class": False, "qk_norm": True, "reg_tokens": 2},
-    ),
-    "dinov3": ("vit_small_patch16_dinov3", {}),
-    "dinov3 qkv bias": ("vit_small_patch16_dinov3_qkvb", {"global_pool": "token"}),
-    "dinov3 gated": ("vit_small_plus_patch16_dinov3_qkvb", {"mlp_ratio": 1.3}),
-    "eva02": ("eva02_small_patch14_224", {"ref_feat_shape": (3, 3)}),
-    "eva02 mlp norm": ("eva02_base_patch14_448", {"ref_feat_shape": (3, 3)}),
-    "eva02 clip": ("eva02_base_patch16_clip_224", {"ref_feat_shape": (3, 3)}),
-    "eva without class token": ("vit_medium_patch16_rope_reg1_gap_256", {"qk_norm": True}),
-    "siglip": ("vit_base_patch16_siglip_224", {}),
-    "siglip2": ("vit_base_patch16_siglip_gap_224", {"act_layer": "gelu_tanh"}),
-}
 SIZES = [(32, 32), (48, 48), (24, 56)]
-
-
-def small(zoo: Any, kind: str, **options: Any) -> Any:
-    """A model of timm whose every parameter matters, such as its layer scale."""
-    name, changes = TIMM[kind]
-    model = timm.create_model(name, **SMALL | changes | options)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=zoo.generator(parameter)))
-    return model.eval()
 
 
 def whole(encoder: FrozenEncoder, images: Tensor) -> Tensor:
@@ -66,7 +32,7 @@ def test_timm__tokens_and_maps_at_every_size(
     tmp_path: Path, zoo: Any, kind: str, size: tuple[int, int]
 ):
     """Imported at its own size and at another; timm's own is resized as timm does it."""
-    theirs = small(zoo, kind, dynamic_img_size=False)
+    theirs = small_timm(kind, dynamic_img_size=False)
     save_for_hf(theirs, str(tmp_path / "timm"), safe_serialization=True)
 
     card = import_weights(str(tmp_path / "timm"), tmp_path / "b", image_size=size).card
@@ -169,7 +135,7 @@ def test_transformers__two_towers_and_flat_patches(tmp_path: Path, zoo: Any):
 def test_official__names_of_their_own_code(tmp_path: Path, zoo: Any, kind: str):
     """The names and places of the published files, made of timm's model of the same weights."""
     shape = {"embed_dim": 384, "num_heads": 6, "depth": 2}
-    theirs = small(zoo, kind, **shape, **({"ref_feat_shape": (16, 16)} if kind == "eva02" else {}))
+    theirs = small_timm(kind, **shape, **({"ref_feat_shape": (16, 16)} if kind == "eva02" else {}))
     state = published(dict(theirs.state_dict()), kind)
     torch.save(state, tmp_path / "w.pth")
 
@@ -270,9 +236,9 @@ def test_transformers__refuses_other_dinov3(
 
 
 @pytest.mark.parametrize("kind", ["dinov3", "eva02", "eva02 mlp norm"])
-def test_bare_file__rotary_positions_that_it_does_not_show(tmp_path: Path, zoo: Any, kind: str):
+def test_bare_file__rotary_positions_that_it_does_not_show(tmp_path: Path, kind: str):
     """Without their name such weights would be taken for a vit that cannot tell places apart."""
-    torch.save(small(zoo, kind).state_dict(), tmp_path / "w.pth")
+    torch.save(small_timm(kind).state_dict(), tmp_path / "w.pth")
     shape = ["encoder.num_heads=4", "data.image_size=32", "encoder.norm_eps=1e-5"]
 
     with pytest.raises(BundleError, match="may be of an encoder with rotary positions"):
@@ -285,15 +251,15 @@ def test_bare_file__rotary_positions_that_it_does_not_show(tmp_path: Path, zoo: 
 
 
 @pytest.mark.parametrize("options", [{"rope_grid_indexing": "xy"}, {"rope_type": "mixed"}])
-def test_timm__refuses_other_rotary_positions(tmp_path: Path, zoo: Any, options: dict[str, Any]):
-    save_for_hf(small(zoo, "eva02", **options), str(tmp_path / "t"), safe_serialization=True)
+def test_timm__refuses_other_rotary_positions(tmp_path: Path, options: dict[str, Any]):
+    save_for_hf(small_timm("eva02", **options), str(tmp_path / "t"), safe_serialization=True)
     with pytest.raises(BundleError, match="its rotary positions .* are of another kind"):
         import_weights(str(tmp_path / "t"), tmp_path / "b")
 
 
 def test_import__a_size_that_patches_do_not_cover(tmp_path: Path, zoo: Any):
     """As SigLIP's 384 pixels of patches of 14, whose last pixels enter nothing."""
-    theirs = small(zoo, "siglip", img_size=38)
+    theirs = small_timm("siglip", img_size=38)
     save_for_hf(theirs, str(tmp_path / "t"), safe_serialization=True)
 
     imported = import_weights(str(tmp_path / "t"), tmp_path / "b")
@@ -316,9 +282,9 @@ def test_import__a_size_that_patches_do_not_cover(tmp_path: Path, zoo: Any):
     ],
 )
 def test_timm__shapes_that_do_not_fit_are_named(
-    tmp_path: Path, zoo: Any, key: str, value: tuple[int, ...] | None, message: str
+    tmp_path: Path, key: str, value: tuple[int, ...] | None, message: str
 ):
-    save_for_hf(small(zoo, "registers with places"), str(tmp_path / "t"), safe_serialization=True)
+    save_for_hf(small_timm("registers with places"), str(tmp_path / "t"), safe_serialization=True)
     state = load_file(tmp_path / "t/model.safetensors")
     del state[key]
     if value is not None:
