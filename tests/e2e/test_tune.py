@@ -10,6 +10,7 @@ from typing import Any
 
 import optuna
 import pytest
+import torch
 from mlflow.tracking import MlflowClient
 
 from mimray.trainers import load_bundle
@@ -213,6 +214,34 @@ def test_failed_trial__is_told_with_its_reason_and_ends_nothing(
     assert "not finite" in found["trials"][1]["reason"]
     assert found["best"]["trial"] == "0000"
     assert "not finite" in (storage / "diverging/report.html").read_text()
+
+
+@pytest.mark.slow
+def test_weights_to_begin_with__are_a_key_of_the_space(
+    commands: Any, asked: Asked, undisturbed: Found, storage: Path
+) -> None:
+    trials = storage / "undisturbed/trials"
+    begun = [str(trials / number / "bundle") for number in ("0000", "0001")]
+    sets = (
+        "space.method.decoder_depth=null", "space.method.mask_ratio=null",
+        f"space.method.init={{grid: [{', '.join(begun)}]}}", "base.set.optim.base_lr=1.0e-9",
+    )  # fmt: skip
+    found = json.loads(commands.finish(commands.call(*asked("begun", sets=sets))))
+
+    assert [t["state"] for t in found["trials"]] == ["finished"] * 2
+    assert [t["params"]["method.init"] for t in found["trials"]] == begun
+    for number, start in zip(("0000", "0001"), begun, strict=True):
+        trial = storage / "begun/trials" / number
+        plan = json.loads((trial / "plan.json").read_text())
+        card = json.loads(Path(start, "bundle.json").read_text())
+        assert plan["recipe"]["method"]["init"] == start
+        assert len(plan["recipe"]["method"]["init_sha256"]) == 64
+        kept = json.loads((trial / "initial/bundle.json").read_text())
+        assert kept["weights_sha256"] == card["weights_sha256"]
+        # At a rate of next to nothing a trial ends with the weights that it began with.
+        ended = load_bundle(trial).encoder.state_dict()
+        for name, value in load_bundle(start).encoder.state_dict().items():
+            torch.testing.assert_close(ended[name], value, rtol=0, atol=1e-5, msg=name)
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tritonclient.http as triton
 from PIL import Image
+from timm.models import save_for_hf
 from tritonclient.utils import InferenceServerException
 
 from mimray.serving.client import FeatureClient
@@ -29,20 +30,31 @@ from mimray.serving.wire.errors import (
     UnknownModelError,
     UnusablePictureError,
 )
+from mimray.trainers.convert import import_weights
 from mimray.trainers.errors import BundleError, ServingError
+from tests.trainers.convert.small_timm import small_timm
 
 KEY = "correct-horse"
 
 
 @pytest.fixture(scope="module")
+def served(bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One of our own encoders, and as `beta` a DINOv3: registers and rotary positions."""
+    folder = tmp_path_factory.mktemp("served")
+    theirs = small_timm("dinov3", embed_dim=64)
+    save_for_hf(theirs, str(folder / "timm"), safe_serialization=True)
+    import_weights(str(folder / "timm"), folder / "beta")
+    return {"alpha": bundles["alpha"], "beta": folder / "beta"}
+
+
+@pytest.fixture(scope="module")
 def endpoint(
-    bundles: dict[str, Path], ray_session: str, free_port: Callable[[], int]
+    served: dict[str, Path], ray_session: str, free_port: Callable[[], int]
 ) -> Iterator[Endpoint]:
     import ray
 
     port = free_port()
-    two = {name: bundles[name] for name in ("alpha", "beta")}  # other files of tests add theirs
-    with serve_bundles(two, port=port, device="cpu", num_cpus=0.5, api_key=KEY) as endpoint:
+    with serve_bundles(served, port=port, device="cpu", num_cpus=0.5, api_key=KEY) as endpoint:
         yield endpoint
     assert not HAProxyState(port).processes()
     with pytest.raises(httpx2.ConnectError):
@@ -284,25 +296,29 @@ def test_size__inputs_of_other_sizes(client: FeatureClient, picture: Callable[..
         client.features(picture(3), "alpha", size=(16000, 16000))
 
 
-def test_remote_encoder__is_the_bundle(endpoint: Endpoint, bundles: dict[str, Path]) -> None:
+# Maps of beta before its last norm are large: 1e-5 is next to their rounding.
+@pytest.mark.parametrize(("name", "norm"), [("alpha", False), ("beta", True)])
+def test_remote_encoder__is_the_bundle(
+    name: str, norm: bool, endpoint: Endpoint, served: dict[str, Path]
+) -> None:
     import torch
 
     from mimray.service.commands.remote_encoder import RemoteEncoder
     from mimray.trainers.bundles import load_bundle
     from mimray.trainers.models.normalise import normalise
 
-    near, far = load_bundle(bundles["alpha"]), RemoteEncoder(endpoint.url, "alpha", KEY)
+    near, far = load_bundle(served[name]), RemoteEncoder(endpoint.url, name, KEY)
     pixels = torch.randint(0, 256, (5, 3, 64, 80), dtype=torch.uint8)
     images = normalise(pixels, near.card.mean, near.card.std)
     for mine, theirs in zip(
-        far.features(images, (2, -3), norm=False), near.features(images, (2, -3), norm=False),
+        far.features(images, (2, -3), norm=norm), near.features(images, (2, -3), norm=norm),
         strict=True,
     ):  # fmt: skip
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=0)
     torch.testing.assert_close(far(images).tokens, near(images).tokens, atol=1e-5, rtol=0)
-    assert far(images).grid == near(images).grid == (4, 5)
-    for name in ("depth", "stride", "strides", "widths"):
-        assert getattr(far, name) == getattr(near, name)
+    assert far(images).grid == near(images).grid == (64 // near.stride, 80 // near.stride)
+    for fact in ("depth", "stride", "strides", "widths"):
+        assert getattr(far, fact) == getattr(near, fact)
     kept = {"encoder", "image_size", "mean", "std", "layers", "weights_sha256"}
     assert far.card.model_dump(include=kept) == near.card.model_dump(include=kept)
 

@@ -232,7 +232,9 @@ def test_plan__refuses_a_group_that_micro_batches_do_not_hold():
 
 
 @pytest.mark.slow
-def test_pretrain__trains_it_on_two_workers_of_ray(pictures: Path, tmp_path: Path):
+def test_pretrain__trains_it_on_two_workers_of_ray_and_begins_again_with_it(
+    pictures: Path, tmp_path: Path
+):
     recipe = str(PLUGIN / "selfdistil-tiny.yaml")
 
     command(
@@ -242,3 +244,15 @@ def test_pretrain__trains_it_on_two_workers_of_ray(pictures: Path, tmp_path: Pat
 
     assert len(losses(tmp_path / "run")) == 9
     assert load_bundle(tmp_path / "run").card.method == "selfdistil"
+    # Its teacher and its student both begin with what the first left, its teacher.
+    command(
+        "-m", "service", "pretrain", recipe, "--data", str(pictures), "--storage", str(tmp_path),
+        "--name", "again", "--init", str(tmp_path / "run"), "--set", "optim.base_lr=1.0e-9",
+    )  # fmt: skip
+
+    run, again = load_bundle(tmp_path / "run"), load_bundle(tmp_path / "again")
+    assert again.card.recipe["method"]["init"] == str(tmp_path / "run")
+    assert len(again.card.recipe["method"]["init_sha256"]) == 64
+    for name, value in run.encoder.state_dict().items():
+        found = again.encoder.state_dict()[name]
+        torch.testing.assert_close(found, value, rtol=0, atol=1e-5, msg=name)
