@@ -118,12 +118,6 @@ class CAPIConfig(TransformerDecoder, CollapseGuard):
                 hint=f"--set method.num_clusters={vectors} or fewer, or a larger "
                 "method.assignment_group",
             )
-        if global_batch % self.assignment_group:
-            raise ConfigError(
-                f"optim.batch_size {global_batch} is no multiple of method.assignment_group "
-                f"{self.assignment_group}, the pictures over which clusters are balanced",
-                hint=f"--set method.assignment_group={global_batch}, or a divisor of it",
-            )
 
     def advice(self, num_places: int, global_batch: int) -> list[str]:
         """Warn of more clusters than the pictures of a group can tell apart."""

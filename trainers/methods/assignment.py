@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from torch import Tensor
 
 
-def grouped(values: Float[Tensor, B * D], pictures: int) -> Float[Tensor, "G P *D"]:
+def grouped(values: Num[Tensor, "B *D"], pictures: int) -> Num[Tensor, "G P *D"]:
     """Gather the values of all workers by group; collective, the same result on every rank.
 
     Args:
