@@ -13,7 +13,7 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor
 
 
-def grouped(values: Num[Tensor, "B *D"], pictures: int) -> Num[Tensor, "G P *D"]:
+def grouped(values: Num[Tensor, B * D], pictures: int) -> Num[Tensor, "G P *D"]:
     """Gather the values of all workers by group; collective, the same result on every rank.
 
     Args:

@@ -23,7 +23,7 @@ from mimray.trainers.data.views import Inputs, Masks, Numbers, training_view
 from mimray.trainers.methods.assignment import SharedPlaces
 from mimray.trainers.methods.base import Method
 from mimray.trainers.methods.collapse import CollapseWatch
-from mimray.trainers.methods.distill import principal_colours
+from mimray.trainers.methods.token_colours import enlarged, principal_colours
 from mimray.trainers.models import build_encoder
 from mimray.trainers.models.averages import MovingAverages
 from mimray.trainers.models.predictor import PlacePredictor
@@ -218,18 +218,14 @@ class CAPI(Method):
         palette = _means(shades.double(), index.cpu(), len(occurring))  # U 3
         predicted = index.clone()
         predicted[output.mask] = output.prediction[..., occurring].argmax(dim=-1).flatten()
-
-        def drawn(colours: np.ndarray) -> np.ndarray:
-            grid = colours.reshape(-1, *self.recipe.grid, 3)
-            return grid.repeat(stride, axis=1).repeat(stride, axis=2)
-
-        theirs, ours = (drawn(palette[at.cpu()].byte().numpy()) for at in (index, predicted))
+        colours = (shades, *(palette[at.cpu()].byte() for at in (index, predicted)))
+        drawn = [enlarged(colour.numpy(), self.recipe.grid, stride) for colour in colours]
         return [
             Panel("original", original),
             Panel("masked", hide_patches(original, output.mask.cpu().numpy(), stride)),
-            Panel("teacher's tokens", drawn(shades.numpy())),
-            Panel("teacher's clusters", theirs),
-            Panel("predicted clusters", ours),
+            Panel("teacher's tokens", drawn[0]),
+            Panel("teacher's clusters", drawn[1]),
+            Panel("predicted clusters", drawn[2]),
         ]
 
 
