@@ -350,9 +350,16 @@ def test_recipe__that_cannot_work_is_refused(changes: dict[str, Any], message: s
         ),
         (
             {"method": {"assignment_group": 3}},
-            r"normalises over 3 pictures.* 8 x 1 = 8 pictures",
+            r"normalises over 3 pictures.* 8 x 1 = 8 pictures.*optim\.batch_size=6, a multiple",
         ),
-        ({"engine": {"micro_batch_size": 2}}, r"normalises over 4 pictures.* 2 x 1 = 2 pictures"),
+        (
+            {"method": {"assignment_group": 16}},
+            r"normalises over 16 pictures.* 8 x 1 = 8 pictures.*optim\.batch_size=16, a multiple",
+        ),
+        (
+            {"engine": {"micro_batch_size": 2}},
+            r"normalises over 4 pictures.* 2 x 1 = 2 pictures.*another engine\.micro_batch_size",
+        ),
     ],
 )
 def test_plan__that_cannot_work_is_refused_with_the_arithmetic(
