@@ -138,6 +138,11 @@ class CAPIConfig(TransformerDecoder, CollapseGuard):
         return True
 
     @property
+    def exported_momentum(self) -> Schedule:
+        """The teacher's momentum."""
+        return self.momentum
+
+    @property
     def assignment_pictures(self) -> int:
         """Pictures over which clusters are balanced."""
         return self.assignment_group

@@ -16,6 +16,7 @@ from mimray.trainers.config.composition import (
     check_block,
 )
 from mimray.trainers.config.model import EncoderConfig
+from mimray.trainers.config.schedule import Schedule
 from mimray.trainers.types import DatasetFacts
 
 Size = tuple[int, int]
@@ -132,6 +133,11 @@ class MethodConfig(Config):
         number of such groups, so that results depend neither on workers nor on accumulation.
         """
         return 1
+
+    @property
+    def exported_momentum(self) -> Schedule | None:
+        """Momentum of the moving average that is exported, the key `momentum`; None without one."""
+        return None
 
     @property
     def pairs(self) -> bool:

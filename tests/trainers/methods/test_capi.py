@@ -372,6 +372,15 @@ def test_plan__that_cannot_work_is_refused_with_the_arithmetic(
         resolve(recipe, facts(), 1)
 
 
+def test_plan__warns_of_a_teacher_that_keeps_its_start():
+    slow = recipe_of(method={"momentum": {"warmup_start": 1, "warmup_steps": 4, "start": 0.5}})
+    found = [line for line in advice(resolve(slow, facts(), 1)) if "method.momentum" in line]
+    # Of weights 1, .875, .75 and .625 at the four updates.
+    assert found[0].startswith("method.momentum averages over longer than the run: 41% of the")
+    quick = recipe_of(method={"momentum": 0.1})
+    assert not any("method.momentum" in line for line in advice(resolve(quick, facts(), 1)))
+
+
 def test_plan__warns_of_more_clusters_than_a_group_tells_apart():
     plan = resolve(recipe_of(method={"num_clusters": 90}), facts(), 1)
     assert any("shared out among 22.5 clusters" in line for line in advice(plan))
