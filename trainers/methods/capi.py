@@ -5,9 +5,9 @@ Source: Darcet et al. 2025, "Cluster and Predict Latent Patches for Improved Mas
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +31,20 @@ from mimray.trainers.models.prototypes import Prototypes
 from mimray.trainers.models.sinkhorn import sinkhorn
 from mimray.trainers.pictures import hide_patches
 from mimray.trainers.types import MethodOutput, Panel
+
+
+class Clustered(NamedTuple):
+    """Teacher's tokens sorted into clusters, by group and place.
+
+    Attributes:
+        assigned: balanced shares of the clusters, float [G, n, P, K], without gradients.
+        error: cross-entropy of the clusters' own scores, float [G, n, P].
+        entropy: entropy of the shares, nats, float [G, n, P].
+    """
+
+    assigned: Tensor
+    error: Tensor
+    entropy: Tensor
 
 
 class Clusters(nn.Module):
@@ -148,7 +162,7 @@ class CAPI(Method):
         terms = {
             "prediction_loss": prediction,
             "clustering_loss": clustering,
-            "target_entropy": shared.mean(clustered.entropy) / np.log(self.config.num_clusters),
+            "target_entropy": shared.mean(clustered.entropy) / math.log(self.config.num_clusters),
         }
         return MethodOutput(prediction + clustering, logits, target, mask, terms)
 
@@ -227,21 +241,6 @@ class CAPI(Method):
             Panel("teacher's clusters", drawn[1]),
             Panel("predicted clusters", drawn[2]),
         ]
-
-
-@dataclass(frozen=True)
-class Clustered:
-    """Teacher's tokens sorted into clusters, by group and place.
-
-    Attributes:
-        assigned: balanced shares of the clusters, float [G, n, P, K], without gradients.
-        error: cross-entropy of the clusters' own scores, float [G, n, P].
-        entropy: entropy of the shares, nats, float [G, n, P].
-    """
-
-    assigned: Tensor
-    error: Tensor
-    entropy: Tensor
 
 
 def _cross_entropy(
