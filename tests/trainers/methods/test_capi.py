@@ -126,8 +126,8 @@ def test_loss__equals_numpy_in_fp64():
     target = np.take_along_axis(assigned, places[..., None], axis=1)
     prediction = -(target * log_shares(logits, 0.12)).sum(-1).mean()
     entropy = -(assigned * np.log(assigned)).sum(-1).mean() / math.log(10)
-    assert float(output.loss) == pytest.approx(prediction + clustering, rel=1e-5)
-    terms = {name: float(value) for name, value in output.terms.items()}
+    assert output.loss.item() == pytest.approx(prediction + clustering, rel=1e-5)
+    terms = {name: value.item() for name, value in output.terms.items()}
     assert terms == pytest.approx(
         {"prediction_loss": prediction, "clustering_loss": clustering, "target_entropy": entropy},
         rel=1e-5,
