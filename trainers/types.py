@@ -77,9 +77,10 @@ class MethodOutput(NamedTuple):
     Attributes:
         loss: the loss, a scalar.
         prediction: [B, N, P] for patch targets; for codes the logits [M, K] of the M hidden
-            tokens, in row-major order; for classes the logits [B, K].
-        target: targets of the prediction: [B, N, P], int64 [M], or for classes probabilities
-            [B, K].
+            tokens, in row-major order; for clusters the logits [B, M, K] of M predicted tokens of
+            each picture; for classes the logits [B, K].
+        target: targets of the prediction: [B, N, P], int64 [M], or probabilities, for clusters
+            [B, M, K] and for classes [B, K].
         mask: bool [B, N], True = hidden (all True if the method hides nothing).
         terms: scalars to log beside the loss, by name.
     """

@@ -109,7 +109,9 @@ def _on_length(plan: Plan) -> list[str]:
 
 def _on_average(plan: Plan) -> list[str]:
     """Warn of an average that has not forgotten where it began by the end of the run."""
-    momentum = plan.recipe.optim.ema
+    key, momentum = "optim.ema", plan.recipe.optim.ema
+    if momentum is None:
+        key, momentum = "method.momentum", plan.recipe.method.exported_momentum
     if momentum is None:
         return []
     every = max(1, plan.steps // 1000)  # a schedule is smooth
@@ -120,8 +122,8 @@ def _on_average(plan: Plan) -> list[str]:
     if left <= LARGEST_SHARE_OF_START:
         return []
     return [
-        f"optim.ema averages over longer than the run: {left:.0%} of the exported weights are the "
-        f"start's; --set optim.ema={_ema_for(plan.steps)} forgets them in {plan.steps} steps"
+        f"{key} averages over longer than the run: {left:.0%} of the exported weights are the "
+        f"start's; --set {key}={_ema_for(plan.steps)} forgets them in {plan.steps} steps"
     ]
 
 

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from mimray.trainers.config.ae import AEConfig
 from mimray.trainers.config.beit import BEiTConfig
+from mimray.trainers.config.capi import CAPIConfig
 from mimray.trainers.config.distill import DistillConfig
 from mimray.trainers.config.dvae import DVAEConfig
 from mimray.trainers.config.finetune import FinetuneConfig
@@ -24,6 +25,7 @@ BUILT_IN: tuple[type[MethodConfig], ...] = (
     MaskFeatConfig,
     BEiTConfig,
     DistillConfig,
+    CAPIConfig,
     AEConfig,
     VAEConfig,
     DVAEConfig,

@@ -281,7 +281,10 @@ def resolve(recipe: Recipe, facts: DatasetFacts, world_size: int) -> Plan:
             f"method.{recipe.method.name} normalises over {together} pictures, which the micro "
             f"batches of all workers, {micro} x {world_size} = {micro * world_size} pictures, do "
             "not hold a whole number of times",
-            hint="another engine.micro_batch_size or number of workers",
+            hint="another engine.micro_batch_size or number of workers"
+            if batch % together == 0
+            else f"--set optim.batch_size={batch // together * together or together}, a multiple "
+            f"of {together}, or a smaller group",
         )
     num_places = recipe.grid[0] * recipe.grid[1]
     recipe.method.check_data(facts, num_places, batch)

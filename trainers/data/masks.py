@@ -134,6 +134,49 @@ def place_block(
     return None
 
 
+def inverse_block_mask(
+    rng: np.random.Generator,
+    grid: tuple[int, int],
+    *,
+    num_hidden: int,
+    min_block_aspect: float,
+) -> Bool[np.ndarray, N]:
+    """Hide all but one rectangle of patches, which may wrap around the picture's edges.
+
+    A rectangle of a random aspect that holds the visible patches is filled row by row until they
+    are used up, and then shifted circularly, so that every place is hidden alike.
+
+    Args:
+        rng: the sample's own generator.
+        grid: (rows, columns) of patches.
+        num_hidden: patches hidden, 1 to N - 1, in every mask.
+        min_block_aspect: least height over width of the rectangle, at most 1; the largest is its
+            inverse. On grids that no such rectangle fits, the nearest aspect that does.
+
+    Returns:
+        bool [N], True = hidden.
+
+    Source: Darcet et al. 2025, sec. 3.3 "inverse block masking" with a random circular shift; the
+        rounding is the official code's.
+    """
+    rows, columns = grid
+    num_visible = rows * columns - num_hidden
+    assert 0 < num_visible < rows * columns
+    # Beyond these, a rectangle is higher or wider than the grid.
+    lowest, highest = num_visible / columns**2, rows**2 / num_visible
+    least = min(max(min_block_aspect, lowest), highest)
+    largest = max(min(1 / min_block_aspect, highest), lowest)
+    aspect = math.exp(rng.uniform(math.log(least), math.log(largest)))
+    # The bounds are rounded, and so may be a side that equals the grid's.
+    height = min(rows, math.ceil(math.sqrt(num_visible * aspect)))
+    width = min(columns, math.ceil(math.sqrt(num_visible / aspect)))
+    assert height * width >= num_visible
+    row, column = np.divmod(np.arange(num_visible), width)
+    hidden = np.ones(grid, dtype=bool)
+    hidden[(row + rng.integers(rows)) % rows, (column + rng.integers(columns)) % columns] = False
+    return hidden.ravel()
+
+
 def _shuffled(rng: np.random.Generator, n: int) -> np.ndarray:
     """0 to n - 1 in random order."""
     return np.argsort(rng.random(n), kind="stable")

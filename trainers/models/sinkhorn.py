@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mimray.trainers.models.full_precision import full_precision
+
 
 @torch.no_grad()
 def sinkhorn(
@@ -29,7 +31,7 @@ def sinkhorn(
     Assignments", sec. 3.1; by place, Darcet et al. 2025, "Cluster and Predict Latent Patches for
     Improved Masked Image Modeling", sec. 3.2.
     """
-    with torch.autocast(scores.device.type, enabled=False):
+    with full_precision(scores):
         # In logarithms nothing overflows, and a prototype that is far from all keeps its share.
         log_q = scores.float() / temperature
         for _ in range(rounds):

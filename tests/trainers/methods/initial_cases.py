@@ -21,7 +21,12 @@ STEPS = 4
 CASES = {
     name: {"encoder": CONV if name in ("ae", "vae", "dvae") else VIT, "method": method}
     for name, method in METHODS.items()
-} | {"simmim-swin": {"encoder": SWIN, "method": METHODS["simmim"]}}
+} | {
+    "simmim-swin": {"encoder": SWIN, "method": METHODS["simmim"]},
+    "capi": {"encoder": VIT, "method": {"name": "capi", "num_clusters": 12, "assignment_group": 4,
+                                        "momentum": 0.9, "decoder_width": 16, "decoder_depth": 1,
+                                        "decoder_num_heads": 2}},
+}  # fmt: skip
 
 
 def write_donors(place: Path) -> Path:

@@ -35,14 +35,16 @@ METHODS: dict[str, dict[str, Any]] = {
     "distill-plain": {
         "name": "distill", "mask_ratio": 0, "pooled_weight": 1, "teacher_width": 16,
     },
+    "capi": {"name": "capi", "num_clusters": 8, "assignment_group": 2, **DECODER},
     "ae": {"name": "ae", "latent_dim": 4, **CONVOLUTIONS},
     "vae": {"name": "vae", "latent_dim": 4, **CONVOLUTIONS},
     "dvae": {"name": "dvae", "codebook_size": 8, "code_dim": 4, **CONVOLUTIONS},
 }  # fmt: skip
 REFUSED = {
     ("mae", "swin"): "windows",
+    ("capi", "swin"): "windows",
     ("maskfeat-decoder", "swin"): "windows",
-    **{(name, "conv"): "hides tokens" for name in ("mae", "simmim", "beit", "distill")},
+    **{(name, "conv"): "hides tokens" for name in ("mae", "simmim", "beit", "distill", "capi")},
     ("maskfeat", "conv"): "hides tokens",
     ("maskfeat-decoder", "conv"): "hides tokens",
 }

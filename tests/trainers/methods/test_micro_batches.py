@@ -61,6 +61,11 @@ CASES: dict[str, dict[str, Any]] = {
                                                   "min_usage": 0}},
     "vae": {"encoder": CONV, "method": {"name": "vae", "latent_dim": 4,
                                         "decoder_widths": [12, 8, 8]}},
+    # Fifteen places, which two workers share out unevenly.
+    "capi": {"encoder": VIT, "data": {"image_size": [12, 20]},
+             "method": {"name": "capi", "num_clusters": 12, "assignment_group": 4,
+                        "predict_ratio": 0.5, "momentum": 0.9, "decoder_width": 16,
+                        "decoder_depth": 1, "decoder_num_heads": 2}},
     "swin": {"encoder": SWIN, "method": MIXED},
     "finetune": {"encoder": VIT, "method": MIXED, "data": {"random_erasing": 0.5}},
     "finetune-odd": {"encoder": VIT, "method": MIXED, "optim": {"batch_size": 9}},
@@ -191,7 +196,13 @@ def whole(place: Path, process_group: None) -> Callable[[str], dict[str, Any]]:
     return of
 
 
-SIZES = [(case, micro) for case in CASES for micro in (1, 2, 4) if case != "finetune-odd"]
+# Micro batches of capi hold whole assignment groups.
+SIZES = [
+    (case, micro)
+    for case in CASES
+    for micro in ((4,) if case == "capi" else (1, 2, 4))
+    if case != "finetune-odd"
+]
 
 
 @pytest.mark.parametrize(("case", "micro"), [*SIZES, ("finetune-odd", 3), ("finetune-odd", 1)])
