@@ -30,6 +30,7 @@ from mimray.trainers.methods.base import Method
 from mimray.trainers.methods.losses import mean_over_hidden
 from mimray.trainers.methods.needs import Need
 from mimray.trainers.models import build_encoder
+from mimray.trainers.models.colours import principal_colours
 from mimray.trainers.models.normalise import normalise, pixels_at
 from mimray.trainers.pictures import hide_patches, pixel_mask
 from mimray.trainers.types import MethodOutput, Panel
@@ -306,32 +307,6 @@ class Distill(Method):
 def normalised(tokens: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
     """Layer norm without affine parameters, in fp32."""
     return F.layer_norm(tokens.float(), tokens.shape[-1:])
-
-
-def principal_colours(
-    reference: Float[Tensor, "B N D"], *others: Float[Tensor, "B N D"]
-) -> list[np.ndarray]:
-    """Tokens as colours by the first three principal components of the reference.
-
-    Args:
-        reference: the tokens that the components and the range of each colour are taken from.
-        others: tokens to colour alike.
-
-    Returns:
-        uint8 [B, N, 3], of the reference and of each of the others.
-    """
-    tokens = [t.detach().double().cpu() for t in (reference, *others)]
-    flat = tokens[0].flatten(0, 1)  # (B N) D
-    centre = flat.mean(dim=0)
-    axes = torch.linalg.eigh((flat - centre).T @ (flat - centre)).eigenvectors[:, -3:].flip(1)
-    # An eigenvector's sign is arbitrary: its largest element is made positive.
-    axes = axes * axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()
-    scores = [(t - centre) @ axes for t in tokens]  # B N 3
-    edges = torch.tensor([0.02, 0.98], dtype=torch.float64)
-    low, high = torch.quantile(scores[0].flatten(0, 1), edges, dim=0)  # 3 each
-    shades = [(s - low) / (high - low).clamp_min(1e-12) for s in scores]
-    coloured = [F.pad(s, (0, 3 - s.shape[-1])) for s in shades]  # of two channels, say
-    return [(255 * s.clamp(0, 1)).round().byte().numpy() for s in coloured]
 
 
 def _to_grid(tokens: Float[Tensor, "B n D"], old: Grid, new: Grid) -> Float[Tensor, "B N D"]:
