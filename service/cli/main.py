@@ -29,6 +29,7 @@ from mimray.service.cli.reconstruct import reconstruct
 from mimray.service.cli.serve import serve
 from mimray.service.cli.tune import tune
 from mimray.service.cli.ui import ui
+from mimray.service.cli.verdict import verdict
 from mimray.trainers.errors import MimrayError, StorageError
 
 # What no code can help: permissions, read-only places, no room, too many open files.
@@ -53,6 +54,7 @@ COMMANDS: tuple[click.Command, ...] = (
     serve,
     tune,
     ui,
+    verdict,
 )
 
 

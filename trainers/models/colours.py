@@ -38,7 +38,8 @@ def aligned_colours(
     """Tokens of two encoders as colours, each by its own components, of like hues for like places.
 
     Two encoders have no feature in common, and the order and the sign of components are arbitrary.
-    The other's components are turned onto the reference's by orthogonal Procrustes, over all tokens.
+    The other's components are turned onto the reference's by orthogonal Procrustes, over all
+    tokens.
 
     Args:
         reference: tokens of the encoder whose components remain as they are.
