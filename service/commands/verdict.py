@@ -315,8 +315,14 @@ def _plan_retention(
     ((task, config),) = _options((task,), overrides).items()
     evaluation = replace(_evaluation(request, task, place), skip_invalid=True)
     measurement = _Measurement("retain", evaluation, config)
-    _, held = check_pictures(task, config, _setting(measurement), "--retain")
-    _enough(len(held), measurement)
+    try:
+        _, held = check_pictures(task, config, _setting(measurement), "--retain")
+        _enough(len(held), measurement)
+    except DataError as error:
+        if overrides:
+            raise
+        plan.notes.append(f"labels of the retention set are not used: {error.args[0]}")
+        measurement = unlabelled
     plan.measurements.append(measurement)
 
 
@@ -325,10 +331,10 @@ def _refuse_same(plan: _Plan, trained_on: str, whole: Source, scored: Source, pl
     training, pictures = plan.training, {*whole.places(), *scored.places()}
     prints = {whole.pictures_fingerprint, whole.facts.fingerprint}
     same = not prints.isdisjoint((training.pictures_fingerprint, trained_on))
-    seen = len(pictures) if same else len(pictures.intersection(training.places()))
-    if seen == len(pictures):
+    seen = len(pictures.intersection(training.places()))
+    if same or seen == len(pictures):
         raise DataError(
-            f"--retain {place} is the data adapted to: all its {seen:,} pictures are among those "
+            f"--retain {place} is the data adapted to: its {len(whole):,} pictures are among those "
             "trained on",
             hint="a second data set that the start was good at, such as what it was trained on",
         )
@@ -417,7 +423,8 @@ def _sentences(plan: _Plan) -> list[str]:
     for role in dict.fromkeys(one.role for one in plan.measurements):
         those = [one for one in plan.measurements if one.role == role]
         names = ", ".join(one.name for one in those)
-        found.append(f"{role} {those[0].request.data}: {names}")
+        similarity = "" if role == "labelled" else ", CKA with the start"
+        found.append(f"{role} {those[0].request.data}: {names}{similarity}")
     return [*found, *(f"note: {note}" for note in plan.notes)]
 
 

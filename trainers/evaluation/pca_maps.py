@@ -96,7 +96,7 @@ def _last_map(
     maps = []
     for picture in pictures:
         shown = picture.convert("L" if card.channels == 1 else "RGB")
-        pixels = torch.from_numpy(inference_view(shown, size, card.interpolation))[None]
+        pixels = torch.tensor(inference_view(shown, size, card.interpolation))[None]
         images = normalise(pixels.to(device), card.mean, card.std)
         maps.append(encoder.features(images, (encoder.depth - 1,), norm=True)[0].float().cpu())
     return torch.cat(maps)
