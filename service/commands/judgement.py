@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -11,6 +12,8 @@ from mimray.trainers.evaluation.uncertainty import Figure, around, difference
 ENCODERS = ("untrained", "start", "adapted")
 PROXIES = ("rankme", "cka")
 """Figures that need no labels, and so say what changed, not whether it is better."""
+BOUNDS = {"rankme": (1.0, math.inf), "cka": (-1.0, 1.0)}
+"""Bounds of figures; all others lie between 0 and 1."""
 PLACES = {
     "labelled": "",
     "data": "pictures adapted to, ",
@@ -46,16 +49,17 @@ def with_changes(figure: Mapping[str, Any]) -> dict[str, Any]:
             key: _change(figure["task"], known[one], known[other])
             for key, (one, other) in pairs.items()
         }
-    shown = {name: _shown(one) for name, one in known.items()}
+    shown = {name: _shown(figure["task"], one) for name, one in known.items()}
     return {**figure, "encoders": shown, **changes}
 
 
-def _shown(figure: Figure) -> dict[str, Any]:
-    error = figure.standard_error
-    return {
-        "value": figure.value,
-        "interval": None if error is None else around(figure.value, error),
-    }
+def _shown(task: str, figure: Figure) -> dict[str, Any]:
+    """A figure with its interval, which ends where the figure itself does."""
+    error, least, most = figure.standard_error, *BOUNDS.get(task, (0.0, 1.0))
+    if error is None:
+        return {"value": figure.value, "interval": None}
+    low, high = around(figure.value, error)
+    return {"value": figure.value, "interval": (max(low, least), min(high, most))}
 
 
 def _change(task: str, one: Figure, other: Figure) -> dict[str, Any]:
@@ -129,11 +133,7 @@ def line_of(figure: Mapping[str, Any]) -> str:
     change = figure["change"]
     if change is None:
         return f"{where} {values} (not comparable; {beside})"
-    interval = _interval_text(change["interval"], signed=True)
-    return (
-        f"{where} {values} ({number(change['value'], signed=True)}, {interval}; {beside}): "
-        f"{change['outcome']}"
-    )
+    return f"{where} {values} ({change_text(change)}; {beside}): {change['outcome']}"
 
 
 def _interval_text(interval: Sequence[float] | None, *, signed: bool) -> str:
@@ -149,6 +149,17 @@ def number(value: float, *, signed: bool = False) -> str:
     return f"{value:{'+' if signed else ''}.{digits}f}"
 
 
+def short(place: str) -> str:
+    """The last two names of a path, which suffice to tell a verdict's places apart."""
+    return "/".join(place.rstrip("/").rsplit("/", 2)[-2:])
+
+
+def change_text(change: Mapping[str, Any]) -> str:
+    """A difference with its interval."""
+    interval = _interval_text(change["interval"], signed=True)
+    return f"{number(change['value'], signed=True)}, {interval}"
+
+
 def verdict_markdown(verdict: Mapping[str, Any], last_lines: Sequence[str]) -> str:
     """A verdict as a page: its sentence, the table, the rule, the pictures, the notes.
 
@@ -159,7 +170,7 @@ def verdict_markdown(verdict: Mapping[str, Any], last_lines: Sequence[str]) -> s
     rows = [["pictures", "figure", *ENCODERS, "adapted less start", "outcome"]]
     rows += [["---"] * len(rows[0]), *(_cells(figure) for figure in verdict["figures"])]
     parts = [
-        f"# {verdict['adapted']} against {verdict['start']}",
+        f"# {short(verdict['adapted'])} against {short(verdict['start'])}",
         "\n".join(f"- {line}" for line in reversed(last_lines)),
         "\n".join(f"| {' | '.join(row)} |" for row in rows),
         f"{RULE} {SCOPE}",
@@ -174,10 +185,8 @@ def verdict_markdown(verdict: Mapping[str, Any], last_lines: Sequence[str]) -> s
 def _cells(figure: Mapping[str, Any]) -> list[str]:
     encoders, change = figure["encoders"], figure["change"]
     values = [number(encoders[n]["value"]) if n in encoders else "" for n in ENCODERS]
-    place = f"{figure['data']} ({figure['num_pictures']:,})"
+    place = f"{short(figure['data'])} ({figure['num_pictures']:,})"
     if change is None:
         own = _interval_text(encoders["adapted"]["interval"], signed=False)
         return [place, name_of(figure), *values, own if "start" not in encoders else "", ""]
-    interval = _interval_text(change["interval"], signed=True)
-    told = f"{number(change['value'], signed=True)}, {interval}"
-    return [place, name_of(figure), *values, told, change["outcome"]]
+    return [place, name_of(figure), *values, change_text(change), change["outcome"]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,10 +19,11 @@ from mimray.service.commands.evaluate import (
 )
 from mimray.service.commands.judgement import (
     ENCODERS,
+    change_text,
     judged,
     line_of,
     name_of,
-    number,
+    short,
     verdict_markdown,
     with_changes,
 )
@@ -178,11 +180,15 @@ def run_verdict(request: VerdictRequest) -> dict[str, Any]:
     with connected():
         for measurement in plan.measurements:
             found.append(_measured(measurement, refs, out))
-        found += [_similarity(request, role, refs, out) for role in _roles_of_similarity(request)]
+        alike = [_similarity(request, role, refs, out) for role in _roles_of_similarity(request)]
         pictures = _pca_maps(refs, plan.training)
-    figures = [with_changes(figure) for figure in found]
+    figures = [with_changes(figure) for figure in (*found, *filter(None, alike))]
     gain, reasons = judged(figures)
     notes = [*plan.notes, *_unlike(refs), *(note for f in figures for note in f["notes"])]
+    if None in alike:
+        notes.append(
+            "no CKA: an encoder gives all pictures the same features, as one that collapsed"
+        )
     verdict = {
         "gain": gain,
         "reasons": reasons,
@@ -282,11 +288,12 @@ def _plan_labelled(
         _enough(len(scored), measurement)
         plan.measurements.append(measurement)
         seen = len(scored.intersection(plan.training.places()))
-        if seen:
-            plan.notes.append(
-                f"{seen:,} of {len(scored):,} pictures of {place} to score on were adapted to, "
-                "without their labels"
-            )
+        note = (
+            f"{seen:,} of {len(scored):,} pictures of {place} to score on were adapted to, without "
+            "their labels"
+        )
+        if seen and note not in plan.notes:
+            plan.notes.append(note)
 
 
 def _plan_retention(
@@ -546,7 +553,7 @@ def _subjects(
     pictures = _listing(measurement)
     return {
         name: Subject(
-            text=ref.text if name == "untrained" else f"{name} {ref.text}",
+            text=ref.text,
             ref=ref,
             folder=out / measurement.role / name,
             identity=f"{ref.identity} {pictures}",
@@ -579,8 +586,12 @@ def _roles_of_similarity(request: VerdictRequest) -> list[Role]:
 
 def _similarity(
     request: VerdictRequest, role: Role, refs: Mapping[str, EncoderRef], out: RunDir
-) -> dict[str, Any]:
-    """The CKA of the adapted and of the untrained encoder with the start, on the same pictures."""
+) -> dict[str, Any] | None:
+    """The CKA of the adapted and of the untrained encoder with the start, on the same pictures.
+
+    Returns:
+        The figure; None where an encoder gives all pictures the same features.
+    """
     from mimray.trainers.evaluation.features.pooled import pooled_features
     from mimray.trainers.evaluation.probes.cka import cka_figure
     from mimray.trainers.evaluation.splits import pictures_to_score
@@ -608,6 +619,8 @@ def _similarity(
         name: cka_figure(start.x, found[name].x, source.facts.fingerprint, start.index)
         for name in ("adapted", "untrained")
     }
+    if not all(math.isfinite(figure.value) for figure in figures.values()):
+        return None
     return {
         "role": role,
         "data": place,
@@ -644,7 +657,7 @@ def _write(out: RunDir, verdict: Mapping[str, Any], pca: bytes) -> dict[str, str
     from mimray.trainers.evaluation.charts import dot_chart
 
     out.create()
-    title = f"{verdict['adapted']} against {verdict['start']}, with 95 % intervals"
+    title = f"{short(verdict['adapted'])} against {short(verdict['start'])}, with 95 % intervals"
     contents = {
         "pca": ("pca.png", pca),
         "png": ("verdict.png", dot_chart([_dots(f) for f in verdict["figures"]], title)),
@@ -662,11 +675,7 @@ def _dots(figure: Mapping[str, Any]) -> DotRow:
     from mimray.trainers.evaluation.charts import DotRow
 
     change, encoders = figure["change"], figure["encoders"]
-    outcome = ""
-    if change is not None:
-        outcome = f": {change['outcome']} ({number(change['value'], signed=True)})"
+    outcome = "" if change is None else f": {change['outcome']} ({change_text(change)})"
+    pictures = f"{figure['num_pictures']:,} pictures of {short(figure['data'])}"
     points = {n: (encoders[n]["value"], encoders[n]["interval"]) for n in ENCODERS if n in encoders}
-    return DotRow(
-        f"{name_of(figure)}, {figure['num_pictures']:,} pictures of {figure['data']}{outcome}",
-        points,
-    )
+    return DotRow(f"{name_of(figure)}, {pictures}{outcome}", points)

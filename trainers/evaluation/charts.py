@@ -20,6 +20,7 @@ _STRENGTHS = ((0.85, 0.95), (0.5, 0.85), (0.9, 0.6))
 # Classes that a matrix shows with names one can read.
 _MOST_CLASSES, _MOST_SHOWN, _NAME_LENGTH = 40, 30, 24
 _BAR, _UNTRAINED, _TEXT = "#1f5fae", "#a9b4c0", "#33383f"
+_DOTS = {"untrained": _UNTRAINED, "start": "#86a9d8"}
 
 
 def score_chart(
@@ -83,7 +84,7 @@ def dot_chart(rows: Sequence[DotRow], title: str) -> bytes:
     """Figures below each other, each on an axis of its own: a dot an encoder, with its interval.
 
     Args:
-        rows: the figures; points of `untrained` are drawn in grey.
+        rows: the figures; points of `untrained` are drawn in grey, of `start` paler than others.
         title: text above the chart.
 
     Returns:
@@ -95,7 +96,7 @@ def dot_chart(rows: Sequence[DotRow], title: str) -> bytes:
     for axes, row in zip(panels, rows, strict=True):
         names = list(row.points)
         for place, (name, (value, interval)) in enumerate(row.points.items()):
-            colour = _UNTRAINED if name == "untrained" else _BAR
+            colour = _DOTS.get(name, _BAR)
             if interval is not None:
                 axes.plot(interval, (place, place), color=colour, linewidth=2)
             axes.plot(value, place, color=colour, marker="o", markersize=7)
