@@ -244,14 +244,19 @@ def _planned(request: VerdictRequest, trained_on: str = "") -> _Plan:
     if request.labelled is not None:
         _plan_labelled(plan, request, request.labelled, assigned["labelled"])
     elif assigned["labelled"]:
-        raise ConfigError("--set goes with labelled pictures", hint="--labelled DATA")
+        raise ConfigError(
+            f"{assigned['labelled'][0]}: options of tasks go with labelled pictures",
+            hint="--labelled DATA",
+        )
     rankme = _unlabelled(request, "data", request.data)
     _enough(len(pictures_to_score(_setting(rankme))), rankme)
     plan.measurements.append(rankme)
     if request.retain is not None:
         _plan_retention(plan, request, request.retain, assigned["retain"], trained_on)
     elif assigned["retain"]:
-        raise ConfigError("--set retain.… goes with --retain", hint="--retain DATA")
+        raise ConfigError(
+            f"retain.{assigned['retain'][0]} goes with a retention set", hint="--retain DATA"
+        )
     return plan
 
 
@@ -316,7 +321,10 @@ def _plan_retention(
     task = RETAINED.get(kind or "")
     if task is None:
         if overrides:
-            raise ConfigError(f"--set retain.…: {place} has no labels that a task would read")
+            raise ConfigError(
+                f"retain.{overrides[0]}: {place} has no labels that a task would read",
+                hint="leave it out",
+            )
         plan.measurements.append(unlabelled)
         return
     ((task, config),) = _options((task,), overrides).items()
@@ -391,14 +399,14 @@ def _options(tasks: Sequence[str], overrides: Sequence[str]) -> dict[str, Config
         if dot and task in TASKS:
             takers, assignment = [task], assignment.removeprefix(f"{task}.")
             if task not in tasks:
-                raise ConfigError(f"--set {key}: {task} is not measured", hint=", ".join(tasks))
+                raise ConfigError(f"{key}: {task} is not measured", hint=", ".join(tasks))
         else:
             takers = [name for name in tasks if task in config_class(TASKS[name]).model_fields]
         # With one task, its own error is the better one: it knows keys that are alike.
         takers = takers or list(tasks)[: len(tasks) == 1]
         if not takers:
             raise ConfigError(
-                f"--set {key}: neither of {', '.join(tasks)} has such an option",
+                f"{key}: neither of {', '.join(tasks)} has such an option",
                 hint=f"`mimray evaluate --task {tasks[0]} --options` lists those of one",
             )
         for name in takers:

@@ -241,6 +241,19 @@ def test_verdict__encoders_of_other_sizes_and_widths_are_compared_where_they_can
     assert "encoders of the same width" in said
 
 
+def test_verdict__of_a_collapsed_encoder_is_given(place: Path, tmp_path: Path) -> None:
+    card = read_card(place / "seed1")
+    state = untrained(card).encoder.state_dict()
+    save_bundle(tmp_path / "flat", card, {name: value * 0 for name, value in state.items()})
+    found = told(
+        verdict(place, "--json", "--out", str(tmp_path / "out"), start=str(tmp_path / "flat"))
+    )
+    (rankme,) = found["figures"]
+    assert rankme["encoders"]["start"]["value"] == pytest.approx(1, abs=1e-3)
+    assert rankme["change"]["outcome"] == "rose"
+    assert any(note.startswith("no CKA") for note in found["notes"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -253,8 +266,9 @@ def test_verdict__encoders_of_other_sizes_and_widths_are_compared_where_they_can
         (["--labelled", "scenes", "--set", "knn.k=3"], "knn is not measured"),
         (["--labelled", "scenes", "--limit", "7"], "of which --limit takes 7, fewer than the 8"),
         (["--limit", "3"], "12 pictures to score rankme on, of which --limit takes 3"),
+        (["--set", "k=3"], "k=3: options of tasks go with labelled pictures"),
         (["--task", "knn"], "--task goes with labelled pictures"),
-        (["--set", "retain.k=3"], "goes with --retain"),
+        (["--set", "retain.k=3"], "retain.k=3 goes with a retention set"),
     ],
 )
 def test_verdict__refuses_in_one_line(
