@@ -208,7 +208,7 @@ def test_verdict__by_classes_and_resumed(
     def never(*_: object) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr("mimray.service.commands.verdict.evaluate_subjects", never)
+    monkeypatch.setattr("mimray.service.commands.verdict_figures.evaluate_subjects", never)
     again = told(verdict(place, *asked))
     assert again["figures"] == first["figures"]
     # Another seed is another verdict.
@@ -274,7 +274,7 @@ def test_verdict__of_a_collapsed_encoder_is_given(place: Path, tmp_path: Path) -
 def test_verdict__refuses_in_one_line(
     arguments: list[str], message: str, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mimray.service.commands.verdict.evaluate_subjects", None)
+    monkeypatch.setattr("mimray.service.commands.verdict_figures.evaluate_subjects", None)
     monkeypatch.chdir(place)
     result = verdict(place, *arguments)
     assert result.exit_code == 2, result.output

@@ -62,7 +62,7 @@ def pca_maps(
         max_side_px=_MAX_SIDE_PX,
     )
     maps = [_last_map(encoder, pictures, size, device) for encoder in (start, adapted)]
-    grid = maps[0].shape[2:]
+    grid = (maps[0].shape[2], maps[0].shape[3])
     tokens = [_on_grid(each, grid).flatten(2).transpose(1, 2) for each in maps]  # B N D each
     columns = [shades.reshape(-1, *grid, 3) for shades in aligned_colours(*tokens)]
     shown = np.stack([inference_view(p.convert("RGB"), size, "bicubic") for p in pictures])
@@ -102,7 +102,7 @@ def _last_map(
     return torch.cat(maps)
 
 
-def _on_grid(maps: Tensor, grid: torch.Size) -> Tensor:
+def _on_grid(maps: Tensor, grid: Size) -> Tensor:
     if maps.shape[2:] == grid:
         return maps
-    return F.interpolate(maps, tuple(grid), mode="bilinear", antialias=True)
+    return F.interpolate(maps, grid, mode="bilinear", antialias=True)
