@@ -29,6 +29,7 @@ from mimray.trainers.errors import ConfigError
 from mimray.trainers.methods.base import Method
 from mimray.trainers.methods.losses import mean_over_hidden
 from mimray.trainers.methods.needs import Need
+from mimray.trainers.methods.token_colours import enlarged, principal_colours
 from mimray.trainers.models import build_encoder
 from mimray.trainers.models.normalise import normalise, pixels_at
 from mimray.trainers.pictures import hide_patches, pixel_mask
@@ -287,10 +288,7 @@ class Distill(Method):
         original, stride = self.pixels(images), self.encoder.stride
         places = self.places(output.mask).cpu().numpy()
         shades = principal_colours(output.target, normalised(output.prediction))
-        theirs, ours = (
-            grid.reshape(-1, *self.recipe.grid, 3).repeat(stride, axis=1).repeat(stride, axis=2)
-            for grid in shades
-        )
+        theirs, ours = (enlarged(tokens, self.recipe.grid, stride) for tokens in shades)
         predicted = pixel_mask(places, original.shape[1:3], stride)[..., None]
         panels = [
             Panel("original", original),
@@ -306,32 +304,6 @@ class Distill(Method):
 def normalised(tokens: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
     """Layer norm without affine parameters, in fp32."""
     return F.layer_norm(tokens.float(), tokens.shape[-1:])
-
-
-def principal_colours(
-    reference: Float[Tensor, "B N D"], *others: Float[Tensor, "B N D"]
-) -> list[np.ndarray]:
-    """Tokens as colours by the first three principal components of the reference.
-
-    Args:
-        reference: the tokens that the components and the range of each colour are taken from.
-        others: tokens to colour alike.
-
-    Returns:
-        uint8 [B, N, 3], of the reference and of each of the others.
-    """
-    tokens = [t.detach().double().cpu() for t in (reference, *others)]
-    flat = tokens[0].flatten(0, 1)  # (B N) D
-    centre = flat.mean(dim=0)
-    axes = torch.linalg.eigh((flat - centre).T @ (flat - centre)).eigenvectors[:, -3:].flip(1)
-    # An eigenvector's sign is arbitrary: its largest element is made positive.
-    axes = axes * axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()
-    scores = [(t - centre) @ axes for t in tokens]  # B N 3
-    edges = torch.tensor([0.02, 0.98], dtype=torch.float64)
-    low, high = torch.quantile(scores[0].flatten(0, 1), edges, dim=0)  # 3 each
-    shades = [(s - low) / (high - low).clamp_min(1e-12) for s in scores]
-    coloured = [F.pad(s, (0, 3 - s.shape[-1])) for s in shades]  # of two channels, say
-    return [(255 * s.clamp(0, 1)).round().byte().numpy() for s in coloured]
 
 
 def _to_grid(tokens: Float[Tensor, "B n D"], old: Grid, new: Grid) -> Float[Tensor, "B N D"]:
