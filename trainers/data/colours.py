@@ -82,8 +82,8 @@ def solarise(rng: np.random.Generator, image: Image.Image, *, probability: float
 
 
 def _turn_hue(image: Image.Image, share: float) -> Image.Image:
-    """Turn the hue by a share of the circle, in steps of a 256th."""
+    """Turn the hue by a share of the circle; rounded as in torchvision."""
     hue, saturation, value = image.convert("HSV").split()
-    turned = (np.asarray(hue, dtype=np.int16) + round(share * 255)) % 256
+    turned = (np.asarray(hue, dtype=np.int16) + int(share * 255)) % 256
     hue = Image.fromarray(turned.astype(np.uint8), "L")
     return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
