@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from mimray.trainers.config.composition import check_masking, check_ratio, check_size
 from mimray.trainers.config.method import CollapseGuard, Size, num_patches_of
@@ -26,7 +33,8 @@ class IBOTConfig(CollapseGuard):
     masking: Literal["block", "random"] = Field(default="block", description="shape of the mask")
     mask_ratio: tuple[float, float] = Field(
         default=(0.1, 0.5),
-        description="least and largest share of patches hidden of a masked view, drawn uniformly",
+        description="least and largest share of patches hidden of a masked view, drawn uniformly; "
+        "one number for both",
     )
     masked_share: Share = Field(
         default=0.5, description="probability that a global view is masked at all"
@@ -102,6 +110,11 @@ class IBOTConfig(CollapseGuard):
         description="what stands for a whole view, and the bundle's pooling: the class token, or "
         "the mean of the patches",
     )
+
+    @field_validator("mask_ratio", mode="before")
+    @classmethod
+    def _one_ratio(cls, value: Any) -> Any:
+        return (value, value) if isinstance(value, int | float) else value
 
     @model_validator(mode="after")
     def _check_keys(self) -> IBOTConfig:

@@ -390,6 +390,10 @@ def test_plan__refuses_data_and_batches_that_are_too_small():
         resolve(groups, DatasetFacts("here", 99, "f"), 1)
 
 
+def test_recipe__takes_one_number_for_a_ratio_that_is_not_drawn():
+    assert recipe_of({"mask_ratio": 0.25}).method.mask_ratio == (0.25, 0.25)
+
+
 def test_advice__warns_of_a_teacher_that_is_not_sharper():
     facts = DatasetFacts("here", 99, "f")
     said = "\n".join(advice(resolve(recipe_of({"temperature": 0.1}), facts, 1)))
