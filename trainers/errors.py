@@ -15,6 +15,7 @@
     │   └── NoCheckpointError  weights of another library that cannot be read
     ├── NonFiniteLossError     training diverged
     ├── CodebookCollapseError  a tokenizer uses next to none of its codes
+    ├── CollapseError          a teacher says the same of every picture
     └── ServingError           the endpoint (its own leaves live in `mimray.serving.wire.errors`)
 
 Every error that a person can cause is one of these; the command line prints it in one line
@@ -159,6 +160,13 @@ class CodebookCollapseError(MimrayError):
     """Too few codes of a tokenizer are in use for further training to be worthwhile."""
 
     code = "codebook_collapse"
+    exit_code = 1
+
+
+class CollapseError(MimrayError):
+    """A method that learns from a teacher of its own has come to say the same of every picture."""
+
+    code = "collapse"
     exit_code = 1
 
 

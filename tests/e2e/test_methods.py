@@ -25,7 +25,11 @@ SHORT = [
     "logging.every_steps=1", "logging.num_pictures=2", "resources.num_workers=2",
 ]  # fmt: skip
 # A codebook that 16 small pictures can fill.
-FEW_CODES = {"dvae-tiny": ["method.codebook_size=32"], "beit-tiny": ["method.vocab_size=32"]}
+FEW_CODES = {
+    "dvae-tiny": ["method.codebook_size=32"],
+    "beit-tiny": ["method.vocab_size=32"],
+    "ibot-tiny": ["method.num_prototypes=16"],
+}
 
 
 Launch = Callable[..., Outcome]
@@ -75,7 +79,7 @@ def kill_a_worker(run: Path, step: int, over: threading.Event, commands: Any) ->
             pytest.param(name, marks=pytest.mark.slow)
             for name in (
                 "ae-tiny", "vae-tiny", "beit-tiny", "mae-tiny", "simmim-tiny",
-                "simmim-swin-tiny", "maskfeat-tiny", "distill-tiny",
+                "simmim-swin-tiny", "maskfeat-tiny", "distill-tiny", "ibot-tiny",
             )
         ),
     ],
@@ -116,7 +120,8 @@ def test_method__lives_through_a_kill_and_leaves_a_bundle(
     torch.testing.assert_close(encoder(images[2:3]).tokens, features.tokens[2:3])
     assert torch.equal(encoder(images).tokens, features.tokens)
     with torch.no_grad():  # attention takes another kernel where it keeps gradients
-        assert torch.equal(method.encoder(images).pooled, features.pooled)
+        exported = method.get_submodule(method.result)
+        assert torch.equal(exported(images).pooled, features.pooled)
     for layer, found in zip(encoder.card.layers, encoder.features(images), strict=True):
         height, width = method.recipe.data.image_size
         stride = encoder.strides[layer]

@@ -12,6 +12,7 @@ from mimray.trainers.config.beit import BEiTConfig
 from mimray.trainers.config.distill import DistillConfig
 from mimray.trainers.config.dvae import DVAEConfig
 from mimray.trainers.config.finetune import FinetuneConfig
+from mimray.trainers.config.ibot import IBOTConfig
 from mimray.trainers.config.mae import MAEConfig
 from mimray.trainers.config.maskfeat import MaskFeatConfig
 from mimray.trainers.config.method import MethodConfig
@@ -24,6 +25,7 @@ BUILT_IN: tuple[type[MethodConfig], ...] = (
     MaskFeatConfig,
     BEiTConfig,
     DistillConfig,
+    IBOTConfig,
     AEConfig,
     VAEConfig,
     DVAEConfig,

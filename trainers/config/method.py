@@ -183,3 +183,25 @@ class BlockMasking(MethodConfig):
     def check_block(self, num_patches: int) -> None:
         """Refuse a least block that has more patches than may be hidden."""
         check_block(self.mask_ratio, self.min_block_patches, num_patches)
+
+
+class CollapseGuard(MethodConfig):
+    """Bounds at which a method that learns from its own teacher stops as collapsed."""
+
+    min_entropy_share: float = Field(
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="entropy of the mean assignment over that of equal use, log of the number of "
+        "prototypes, below which the run stops as collapsed; 0 never",
+    )
+    min_std_share: float = Field(
+        default=0.01,
+        ge=0,
+        lt=1,
+        description="standard deviation of the teacher's normalised outputs over that of random "
+        "directions, 1 / sqrt(width), below which the run stops as collapsed; 0 never",
+    )
+    collapse_steps: PositiveInt = Field(
+        default=100, description="updates in a row below either bound after which the run stops"
+    )

@@ -29,6 +29,7 @@ from mimray.trainers.errors import ConfigError
 from mimray.trainers.methods.base import Method
 from mimray.trainers.methods.losses import mean_over_hidden
 from mimray.trainers.methods.needs import Need
+from mimray.trainers.methods.token_colours import enlarged, principal_colours
 from mimray.trainers.models import build_encoder
 from mimray.trainers.models.colours import principal_colours
 from mimray.trainers.models.normalise import normalise, pixels_at
@@ -288,10 +289,7 @@ class Distill(Method):
         original, stride = self.pixels(images), self.encoder.stride
         places = self.places(output.mask).cpu().numpy()
         shades = principal_colours(output.target, normalised(output.prediction))
-        theirs, ours = (
-            grid.reshape(-1, *self.recipe.grid, 3).repeat(stride, axis=1).repeat(stride, axis=2)
-            for grid in shades
-        )
+        theirs, ours = (enlarged(tokens, self.recipe.grid, stride) for tokens in shades)
         predicted = pixel_mask(places, original.shape[1:3], stride)[..., None]
         panels = [
             Panel("original", original),

@@ -3,6 +3,7 @@
 In order: `resize` fits weights to another size of input; `averages` follow modules; `vit`, `swin`,
 `conv` and `dalle` are encoders, `encoder` is their protocol; `decoders` predict hidden
 patches; `quantizer`, on `codebook` and `kmeans`, makes codes; `hog` makes MaskFeat's targets;
+`prototypes` score vectors for self-distillation and `sinkhorn` balances their assignments;
 `rel_pos`, `positions`, `patches` and `normalise` serve them.
 """
 

@@ -35,6 +35,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "distill-plain": {
         "name": "distill", "mask_ratio": 0, "pooled_weight": 1, "teacher_width": 16,
     },
+    "ibot": {
+        "name": "ibot", "local_px": 16, "pooling": "mean", "num_prototypes": 8, "head_width": 16,
+        "bottleneck_width": 8,
+    },
     "ae": {"name": "ae", "latent_dim": 4, **CONVOLUTIONS},
     "vae": {"name": "vae", "latent_dim": 4, **CONVOLUTIONS},
     "dvae": {"name": "dvae", "codebook_size": 8, "code_dim": 4, **CONVOLUTIONS},
@@ -42,7 +46,7 @@ METHODS: dict[str, dict[str, Any]] = {
 REFUSED = {
     ("mae", "swin"): "windows",
     ("maskfeat-decoder", "swin"): "windows",
-    **{(name, "conv"): "hides tokens" for name in ("mae", "simmim", "beit", "distill")},
+    **{(name, "conv"): "hides tokens" for name in ("mae", "simmim", "beit", "distill", "ibot")},
     ("maskfeat", "conv"): "hides tokens",
     ("maskfeat-decoder", "conv"): "hides tokens",
 }
