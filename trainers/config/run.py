@@ -153,6 +153,7 @@ NEUTRAL: dict[str, Any] = {
     "method.init": "",
     "method.init_sha256": "",
     "method.init_partial": False,
+    "method.gram_weight": 0.0,
     "lora": None,
     "optim.unfreeze_every_steps": None,
     "optim.clip_tensor_norm": None,
