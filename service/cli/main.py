@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from mimray import __version__
+from mimray.service.cli.adapt import adapt
 from mimray.service.cli.data import data
 from mimray.service.cli.demo import demo
 from mimray.service.cli.doctor import doctor
@@ -38,6 +39,7 @@ _REFUSED_BY_THE_MACHINE = frozenset(
 )
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 COMMANDS: tuple[click.Command, ...] = (
+    adapt,
     data,
     demo,
     doctor,
