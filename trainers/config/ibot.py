@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from mimray.trainers.config.composition import check_masking, check_ratio, check_size
-from mimray.trainers.config.method import CollapseGuard, Size, num_patches_of
+from mimray.trainers.config.method import CollapseGuard, GramToStart, Size, num_patches_of
 from mimray.trainers.config.model import EncoderConfig, ViTConfig
 from mimray.trainers.config.schedule import Schedule, Scheduled
 from mimray.trainers.errors import ConfigError
@@ -24,7 +24,7 @@ from mimray.trainers.types import DatasetFacts
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-class IBOTConfig(CollapseGuard):
+class IBOTConfig(CollapseGuard, GramToStart):
     """iBOT (Zhou et al. 2022): a teacher that follows, for whole views and for hidden patches."""
 
     implementation = "mimray.trainers.methods.ibot:IBOT"

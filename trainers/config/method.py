@@ -15,7 +15,7 @@ from mimray.trainers.config.base import Config
 from mimray.trainers.config.composition import (
     check_block,
 )
-from mimray.trainers.config.model import ConvConfig, DalleConfig, EncoderConfig
+from mimray.trainers.config.model import EncoderConfig
 from mimray.trainers.types import DatasetFacts
 
 Size = tuple[int, int]
@@ -179,15 +179,6 @@ class GramToStart(MethodConfig):
                 "method.gram_weight 0, or take weights that fit"
             )
         return self
-
-    def check_encoder(self, encoder: EncoderConfig) -> None:
-        """Refuse an encoder without patch tokens, where they are held on to."""
-        super().check_encoder(encoder)
-        if self.gram_weight and isinstance(encoder, ConvConfig | DalleConfig):
-            raise ValueError(
-                f"encoder {encoder.name} has no patch tokens for method.gram_weight "
-                f"{self.gram_weight:g} to hold on to; take a vit or swin"
-            )
 
     @property
     def holds_start(self) -> bool:

@@ -30,6 +30,7 @@ from mimray.trainers.models import build_encoder
 from mimray.trainers.models.averages import MovingAverages
 from mimray.trainers.models.codebook import Fp32Buffers
 from mimray.trainers.models.full_precision import full_precision
+from mimray.trainers.models.gram import gram_loss
 from mimray.trainers.models.prototypes import Prototypes
 from mimray.trainers.models.sinkhorn import sinkhorn
 from mimray.trainers.pictures import hide_patches
@@ -253,7 +254,7 @@ class IBOT(Method):
         second_mask: Bool[Tensor, "B N"] | None = None,
         local_images: Float[Tensor, "B *L C h w"] | None = None,
     ) -> MethodOutput:
-        """The loss of whole views, and that of hidden patches times its weight.
+        """The loss of whole views, and those of hidden patches and to the start by their weights.
 
         Args:
             images: first global views, normalised.
@@ -265,7 +266,7 @@ class IBOT(Method):
 
         Returns:
             As prediction and target the tokens of the first views, the student's and the teacher's;
-            the terms `view_loss` and `patch_loss`.
+            the terms `view_loss` and `patch_loss`, and `gram_loss` where the start is held on to.
         """
         first, second = (self.draw_masks(images) if m is None else m for m in (mask, second_mask))
         pairs = torch.stack([images, images if second_images is None else second_images], dim=1)
@@ -274,12 +275,13 @@ class IBOT(Method):
         predictions = self.predict(views, hidden, local_images)
         view_loss = loss_of_views(targets.views, predictions.views)
         patch_loss = loss_of_patches(targets.patches, predictions.patches, hidden)
+        loss = view_loss + self.config.patch_weight * patch_loss
+        terms = {"view_loss": view_loss, "patch_loss": patch_loss}
+        if self.start is not None:
+            terms["gram_loss"] = gram_loss(predictions.tokens, self.at_start(views).tokens)
+            loss = loss + self.config.gram_weight * terms["gram_loss"]
         return MethodOutput(
-            view_loss + self.config.patch_weight * patch_loss,
-            predictions.tokens[::NUM_GLOBAL],
-            targets.tokens[::NUM_GLOBAL],
-            first,
-            {"view_loss": view_loss, "patch_loss": patch_loss},
+            loss, predictions.tokens[::NUM_GLOBAL], targets.tokens[::NUM_GLOBAL], first, terms
         )
 
     @torch.no_grad()
