@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,6 +89,11 @@ def run_adapt(request: AdaptRequest) -> dict[str, Any]:
     """
     from mimray.trainers.storage import RunDir
 
+    if request.verdict_overrides and not (request.labelled or request.retain):
+        raise ConfigError(
+            "--verdict-set goes with pictures that the verdict has tasks on",
+            hint="--labelled DATA or --retain DATA",
+        )
     named = request.name or (request.recipe and Path(request.recipe).stem)
     card = _start(request, RunDir(request.storage) / named if named else None)
     num_parameters = _count_parameters(card)
@@ -179,25 +184,57 @@ def _count_parameters(card: BundleCard) -> int:
 def _following(card: BundleCard, recipe: str, request: AdaptRequest) -> Iterator[str]:
     """Assignments to the keys of a recipe that follow from the start and from `--lora`.
 
-    Pictures have the start's own size, but at most the recipe's, in whole patches.
+    Pictures have the start's own size, but at most the recipe's, in whole patches; small views have
+    the same share of it as in the recipe. What stands for a whole picture is what the start has.
     """
+    from mimray.trainers.config.ibot import IBOTConfig
     from mimray.trainers.config.recipes import load_recipe
+    from mimray.trainers.models.resize import for_size
 
+    asked, stride = load_recipe(recipe), card.encoder.stride
+    most = asked.data.image_size
+    size = _size_set(request.overrides) or (
+        _in_patches(min(card.image_size[0], most[0]), stride),
+        _in_patches(min(card.image_size[1], most[1]), stride),
+    )
     yield f"method.init={json.dumps(request.start)}"
-    yield from (f"encoder.{k}={json.dumps(v)}" for k, v in _shape(card.encoder).items())
-    stride = card.encoder.stride
-    sides = zip(card.image_size, load_recipe(recipe).data.image_size, strict=True)
-    size = [max(stride, min(own, most) // stride * stride) for own, most in sides]
+    encoder = for_size(card.encoder, card.image_size, size)
+    yield from (f"encoder.{k}={json.dumps(v)}" for k, v in _shape(encoder).items())
     yield f"data.image_size={json.dumps(size)}"
     yield f"data.channels={card.channels}"
+    if isinstance(asked.method, IBOTConfig):
+        small_px = asked.method.local_px * min(size) / min(most)
+        yield f"method.local_px={_in_patches(small_px, stride)}"
+        yield f"method.pooling={card.pooling}"
     if request.lora is not None:
         yield f"lora.rank={request.lora}"
 
 
+def _size_set(overrides: Sequence[str]) -> tuple[int, int] | None:
+    """The pictures' (height, width) that the user sets; None where it is left open."""
+    from mimray.trainers.config.recipes import override
+
+    key = "data.image_size"
+    made = override({}, [one for one in overrides if one.partition("=")[0] == key])
+    size = made.get("data", {}).get("image_size")
+    match size:
+        case int():
+            return size, size
+        case [int(height), int(width)]:
+            return height, width
+    return None  # not set, or refused with the recipe
+
+
+def _in_patches(side_px: float, stride: int) -> int:
+    """The largest whole number of patches in a side, one at least, in pixels."""
+    return max(1, int(side_px) // stride) * stride
+
+
 def _shape(encoder: EncoderConfig) -> dict[str, Any]:
-    """The keys of an architecture that a recipe has to name; others follow from the weights."""
-    required = {k for k, field in type(encoder).model_fields.items() if field.is_required()}
-    return encoder.model_dump(mode="json", include=required)
+    """The keys of an architecture, but those in which a recipe has its own way or may follow."""
+    return encoder.model_dump(
+        mode="json", exclude={"init", "drop_path", "positions", "rel_pos_bias"}
+    )
 
 
 def _verdict_request(request: AdaptRequest, run: RunDir) -> VerdictRequest:
