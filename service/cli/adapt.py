@@ -23,9 +23,12 @@ from mimray.service.cli.options import (
 @click.option("--data", required=True, help="Pictures to adapt to; their labels are not read.")
 @click.option("--recipe", default=None, help="A recipe; by default by the size of START.")
 @click.option("--lora", type=click.IntRange(min=1), default=None, metavar="RANK", help="Adapters.")
-@click.option("--labelled", default=None, help="Labelled pictures that the verdict scores on.")
-@click.option("--val", default=None, help="The part of them to score on; their split by default.")
-@click.option("--retain", default=None, help="Other pictures, on which nothing should be lost.")
+@click.option("--labelled", default=None, help="Labelled pictures: with masks, boxes or classes.")
+@click.option("--val", default=None, help="Pictures to score on; default: LABELLED's own split.")
+@click.option("--retain", default=None, help="A second data set, to see what was lost.")
+@click.option(
+    "--task", "tasks", multiple=True, metavar="TASK", help="A task on LABELLED; by its labels."
+)
 @label_option
 @click.option(
     "--limit", type=click.IntRange(min=1), default=None, help="Pictures of each in the verdict."
@@ -34,8 +37,8 @@ from mimray.service.cli.options import (
     "--verdict-set",
     "verdict_overrides",
     multiple=True,
-    metavar="KEY=VALUE",
-    help="An option of the verdict's tasks.",
+    metavar="[TASK.]KEY=VALUE",
+    help="An option of the tasks on LABELLED; retain.KEY=VALUE of that on RETAIN.",
 )
 @click.option("--name", default=None, help="Name of the run; the recipe's by default.")
 @click.option(

@@ -1,4 +1,4 @@
-"""`mimray adapt`: an encoder trained further on one's own pictures, and judged against its start."""
+"""`mimray adapt`: an encoder trained further on a user's pictures, and judged against its start."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ class AdaptRequest:
         labelled: the path or URI of labelled pictures for the verdict; None for none.
         val: the path or URI of those of them to score on; None for their own split.
         retain: the path or URI of pictures on which nothing should be lost; None for none.
+        tasks: the verdict's tasks on the labelled pictures; by default those their labels allow.
         label: the column of the labels; `label`, or class folders, by default.
         limit: the number of pictures of each data set in the verdict; all by default.
         verdict_overrides: assignments `key=value` to options of the verdict's tasks.
@@ -61,6 +62,7 @@ class AdaptRequest:
     labelled: str | None = None
     val: str | None = None
     retain: str | None = None
+    tasks: tuple[str, ...] = ()
     label: str | None = None
     limit: int | None = None
     verdict_overrides: tuple[str, ...] = ()
@@ -245,6 +247,7 @@ def _verdict_request(request: AdaptRequest, run: RunDir) -> VerdictRequest:
         labelled=request.labelled,
         val=request.val,
         retain=request.retain,
+        tasks=request.tasks,
         limit=request.limit,
         overrides=request.verdict_overrides,
         label=request.label,

@@ -25,10 +25,10 @@ from mimray.trainers.data.views import Inputs, Masks, View, training_view
 from mimray.trainers.methods.assignment import grouped, own_rows
 from mimray.trainers.methods.base import Method
 from mimray.trainers.methods.collapse import CollapseWatch
-from mimray.trainers.methods.token_colours import enlarged, principal_colours
 from mimray.trainers.models import build_encoder
 from mimray.trainers.models.averages import MovingAverages
 from mimray.trainers.models.codebook import Fp32Buffers
+from mimray.trainers.models.colours import enlarged, principal_colours
 from mimray.trainers.models.full_precision import full_precision
 from mimray.trainers.models.gram import gram_loss
 from mimray.trainers.models.prototypes import Prototypes

@@ -55,6 +55,21 @@ def aligned_colours(
     return [_colours(scores, *_range(scores)) for scores in (ours, theirs @ left @ right)]
 
 
+def enlarged(colours: np.ndarray, grid: tuple[int, int], stride: int) -> np.ndarray:
+    """Colours of tokens as pictures, each token a square.
+
+    Args:
+        colours: uint8 [B, N, 3], row-major over the grid.
+        grid: (rows, columns) of tokens.
+        stride: side of a square, pixels.
+
+    Returns:
+        uint8 [B, rows x stride, columns x stride, 3].
+    """
+    shades = colours.reshape(-1, *grid, 3)
+    return shades.repeat(stride, axis=1).repeat(stride, axis=2)
+
+
 def _scores(tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N 3"]:
     """The first three principal components, centred."""
     flat = tokens.flatten(0, 1)

@@ -21,7 +21,12 @@ STEPS = 4
 CASES = {
     name: {"encoder": CONV if name in ("ae", "vae", "dvae") else VIT, "method": method}
     for name, method in METHODS.items()
-} | {"simmim-swin": {"encoder": SWIN, "method": METHODS["simmim"]}}
+} | {
+    "simmim-swin": {"encoder": SWIN, "method": METHODS["simmim"]},
+    "ibot-held": {"encoder": VIT, "method": METHODS["ibot"]},
+}
+BEGUN = {"ibot-held": {"gram_weight": 1.0}}
+"""Keys of a method that go with weights to begin with alone, by case."""
 
 
 def write_donors(place: Path) -> Path:

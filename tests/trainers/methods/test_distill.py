@@ -26,7 +26,6 @@ from mimray.trainers.methods.catalogue import build_method, inputs_of
 from mimray.trainers.methods.distill import Distill
 from mimray.trainers.methods.needs import foresee, keep_needs, load_needs, with_needs
 from mimray.trainers.methods.reconstruction import reconstruct
-from mimray.trainers.methods.token_colours import principal_colours
 from mimray.trainers.models import build_encoder
 from mimray.trainers.models.normalise import normalise
 from mimray.trainers.storage import RunDir
