@@ -114,6 +114,12 @@ def test_recipe__is_no_larger_than_it_says_and_whole_in_patches(tmp_path: Path):
     assert (set_.data.image_size, set_.method.local_px) == ((56, 112), 14)
 
 
+def test_recipe__of_a_start_that_sees_grey(tmp_path: Path):
+    place = a_bundle(tmp_path / "grey", VIT, (32, 32), channels=1, mean=(0.3,), std=(0.2,))
+    found = completed(place, "adapt-tiny")
+    assert (found.data.channels, found.data.mean) == (1, (0.3,))
+
+
 def test_recipe__of_a_swin(tmp_path: Path):
     found = completed(a_bundle(tmp_path / "swin", SWIN, (64, 64)), "adapt-tiny")
     assert (found.encoder.depths, found.encoder.window_size) == ((1, 1), 4)
