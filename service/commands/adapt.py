@@ -91,11 +91,6 @@ def run_adapt(request: AdaptRequest) -> dict[str, Any]:
     """
     from mimray.trainers.storage import RunDir
 
-    if request.verdict_overrides and not (request.labelled or request.retain):
-        raise ConfigError(
-            "--verdict-set goes with pictures that the verdict has tasks on",
-            hint="--labelled DATA or --retain DATA",
-        )
     named = request.name or (request.recipe and Path(request.recipe).stem)
     card = _start(request, RunDir(request.storage) / named if named else None)
     num_parameters = _count_parameters(card)

@@ -138,7 +138,7 @@ def test_pictures__are_refused_before_anything_runs(
     given = (start, "--data", pictures, "--storage", storage)
     assert "is the data adapted to" in refusal(*given, "--retain", pictures)
     assert "has no labels" in refusal(*given, "--labelled", pictures)
-    assert "--labelled DATA or --retain DATA" in refusal(*given, "--verdict-set", "k=3")
+    assert "(--labelled DATA)" in refusal(*given, "--verdict-set", "k=3")
     small = ("--set", "optim.batch_size=8")
     assert "num_prototypes 256 is more than the 40 pictures" in refusal(*given, *small)
     assert "rank 99 is not below the full rank" in refusal(
