@@ -112,7 +112,7 @@ class Registry:
         """
         from mlflow.exceptions import MlflowException
 
-        _check(name, "--name")
+        check_word(name, "--name")
         place, folder = bundle_place(bundle), fetch_bundle(bundle)
         card = read_card(folder)
         same = [v for v in self.versions(name) if v.facts["weights_sha256"] == card.weights_sha256]
@@ -132,7 +132,7 @@ class Registry:
             ConfigError: the alias is not allowed.
             BundleError: there is no such version.
         """
-        _check(alias, "--alias")
+        check_word(alias, "--alias")
         if _NUMBERED.fullmatch(alias) or alias == "latest":
             raise ConfigError(f"--alias {alias!r} names a version already", hint="another word")
         found = self.find(reference)
@@ -332,7 +332,16 @@ def _version(entry: ModelVersion, aliases: tuple[str, ...]) -> Version:
     )
 
 
-def _check(word: str, option: str) -> None:
+def check_word(word: str, option: str) -> None:
+    """Refuse a model's name or an alias that is not allowed.
+
+    Args:
+        word: the name as given.
+        option: the option of the command line that gave it.
+
+    Raises:
+        ConfigError: it has other letters, or is too long.
+    """
     if not _NAME.fullmatch(word):
         raise ConfigError(
             f"{option} {word!r} is not allowed", hint="letters, digits and . _ - only, 128 at most"

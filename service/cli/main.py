@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from mimray import __version__
+from mimray.service.cli.adapt import adapt
 from mimray.service.cli.data import data
 from mimray.service.cli.demo import demo
 from mimray.service.cli.doctor import doctor
@@ -29,6 +30,7 @@ from mimray.service.cli.reconstruct import reconstruct
 from mimray.service.cli.serve import serve
 from mimray.service.cli.tune import tune
 from mimray.service.cli.ui import ui
+from mimray.service.cli.verdict import verdict
 from mimray.trainers.errors import MimrayError, StorageError
 
 # What no code can help: permissions, read-only places, no room, too many open files.
@@ -37,6 +39,7 @@ _REFUSED_BY_THE_MACHINE = frozenset(
 )
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 COMMANDS: tuple[click.Command, ...] = (
+    adapt,
     data,
     demo,
     doctor,
@@ -53,6 +56,7 @@ COMMANDS: tuple[click.Command, ...] = (
     serve,
     tune,
     ui,
+    verdict,
 )
 
 

@@ -22,6 +22,7 @@ from mimray.trainers.evaluation.tasks import load, task_config
 
 if TYPE_CHECKING:
     from mimray.trainers.config.base import Config
+    from mimray.trainers.data.hold_out import HoldOut
     from mimray.trainers.evaluation.features.encoders import EncoderRef, MakeEncoder
     from mimray.trainers.evaluation.score import Score, Setting
     from mimray.trainers.storage import RunDir
@@ -81,12 +82,14 @@ class Subject:
         ref: the encoder, where it is at hand.
         folder: the directory of its results.
         identity: a text that tells it from others in what is kept between runs.
+        recorded: True if its scores go onto the bundle's card, into MLflow and the registry.
     """
 
     text: str
     ref: EncoderRef | None
     folder: RunDir
     identity: str
+    recorded: bool = True
 
 
 def run_evaluate(encoders: Sequence[str], request: EvaluationRequest) -> list[dict[str, Any]]:
@@ -102,8 +105,6 @@ def run_evaluate(encoders: Sequence[str], request: EvaluationRequest) -> list[di
     Raises:
         MimrayError: a mistake of the user's, before anything heavy starts where possible.
     """
-    from mimray.trainers.data.files import absolute
-
     overrides = (*request.overrides, *(("finetune=true",) if request.finetune else ()))
     config = task_config(TASKS[request.task], overrides, request.epochs)
     _check_through(request, config)
@@ -112,14 +113,43 @@ def run_evaluate(encoders: Sequence[str], request: EvaluationRequest) -> list[di
         raise ConfigError(
             "--image-size: no encoder is named by its architecture", hint="untrained:vit_tiny"
         )
-    data, val = absolute(request.data), absolute(request.val) if request.val else None
+    return evaluate_subjects(subjects, request, config)
+
+
+def evaluate_subjects(
+    subjects: Sequence[Subject], request: EvaluationRequest, config: Config
+) -> list[dict[str, Any]]:
+    """Score encoders by a task, and keep each result in the encoder's folder.
+
+    Args:
+        subjects: the encoders.
+        request: the evaluation asked for, the same for each.
+        config: the task's options.
+
+    Returns:
+        The content of each `<task>.json`, with the places of its pictures.
+    """
     results: dict[int, dict[str, Any]] = {}
     with connected():
         run = _run_on_devices if TASKS[request.task].dense else _run_here
         # Each result is kept at once, so that a later failure does not lose it.
-        for number, score, seconds in run(subjects, request, config, data, val):
+        for number, score, seconds in run(subjects, request, config):
             results[number] = _keep(subjects[number], score, request, config, seconds)
     return [results[number] for number in range(len(subjects))]
+
+
+def kept_result(
+    subject: Subject, request: EvaluationRequest, config: Config
+) -> dict[str, Any] | None:
+    """The result that an encoder's folder has of this very evaluation; None where it has none."""
+    name = f"{request.task}.json"
+    if not subject.folder.exists(name):
+        return None
+    try:
+        found: dict[str, Any] = json.loads(subject.folder.read(name))
+    except ValueError:  # it was cut off, as by a full disk
+        return None
+    return found if found.get("asked") == _asked(subject, request, config) else None
 
 
 def _check_through(request: EvaluationRequest, config: Config) -> None:
@@ -159,8 +189,6 @@ def _run_here(
     subjects: Sequence[Subject],
     request: EvaluationRequest,
     config: Config,
-    data: str,
-    val: str | None,
 ) -> Iterator[tuple[int, Score, float]]:
     """Evaluate one after the other, in this process; the tasks use the cluster themselves."""
     evaluate = load(TASKS[request.task].evaluate)
@@ -168,7 +196,7 @@ def _run_here(
         shown = show_phases(progress)
         for number, subject in enumerate(subjects):
             assert subject.ref is not None
-            setting = _setting(request, subject, config, data, val, "auto")
+            setting = setting_of(request, subject, config, "auto")
             setting = replace(setting, progress=partial(shown, subject.text))
             began = time.monotonic()
             score = evaluate(subject.ref, setting, config)
@@ -180,8 +208,6 @@ def _run_on_devices(
     subjects: Sequence[Subject],
     request: EvaluationRequest,
     config: Config,
-    data: str,
-    val: str | None,
 ) -> Iterator[tuple[int, Score, float]]:
     """Evaluate at once as many as there are devices, each in a Ray task that holds one."""
     import ray
@@ -195,7 +221,7 @@ def _run_on_devices(
     )
     waiting = {}
     for number, subject in enumerate(subjects):
-        setting = _setting(request, subject, config, data, val, device)
+        setting = setting_of(request, subject, config, device)
         setting = replace(setting, progress=PhaseLink(recorder, number))
         encoder = _encoder_maker(subject, request, config, device)
         task = work.remote(request.task, encoder, setting, config, held.num_threads)
@@ -264,24 +290,21 @@ def _one_device() -> _Device:
     return _Device(max(1.0, free // 1), 0.0, num_threads)
 
 
-def _setting(
-    request: EvaluationRequest,
-    subject: Subject,
-    config: Config,
-    data: str,
-    val: str | None,
-    device: str,
+def setting_of(
+    request: EvaluationRequest, subject: Subject, config: Config, device: str
 ) -> Setting:
+    """The setting of a task for one encoder.
+
+    Args:
+        request: the evaluation asked for.
+        subject: the encoder.
+        config: the task's options.
+        device: the device to compute on, as torch names it, or `auto`.
+    """
     from mimray.trainers.data.cache import user_cache
-    from mimray.trainers.data.hold_out import HoldOut
     from mimray.trainers.evaluation.score import Setting
 
-    options = config.model_dump(mode="json")
-    share = HoldOut.share if request.val_share is None else request.val_share
-    rule = HoldOut(share, request.val_seed)
-    pictures = (data, val, request.limit, request.label, str(rule))
-    asked = (subject.identity, request.task, pictures, request.seed, options)
-    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:20]
+    data, val = _places(request)
     return Setting(
         data=data,
         val=val,
@@ -289,12 +312,34 @@ def _setting(
         seed=request.seed,
         skip_invalid=request.skip_invalid,
         device=device,
-        folder=user_cache("evaluation") / digest,
+        folder=user_cache("evaluation") / _asked(subject, request, config)[:20],
         progress=_silent,
         command=request.command,
         label=request.label,
-        hold_out=rule,
+        hold_out=_hold_out(request),
     )
+
+
+def _asked(subject: Subject, request: EvaluationRequest, config: Config) -> str:
+    """A digest of all that an evaluation's outcome follows from, but the pictures' bytes."""
+    options = config.model_dump(mode="json")
+    pictures = (*_places(request), request.limit, request.label, str(_hold_out(request)))
+    asked = (subject.identity, request.task, pictures, request.seed, options)
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+
+def _places(request: EvaluationRequest) -> tuple[str, str | None]:
+    """Places of the pictures to learn from and to score on, as workers find them."""
+    from mimray.trainers.data.files import absolute
+
+    return absolute(request.data), absolute(request.val) if request.val else None
+
+
+def _hold_out(request: EvaluationRequest) -> HoldOut:
+    from mimray.trainers.data.hold_out import HoldOut
+
+    share = HoldOut.share if request.val_share is None else request.val_share
+    return HoldOut(share, request.val_seed)
 
 
 def _silent(phase: str, done: int, total: int) -> None:
@@ -331,14 +376,7 @@ def _keep(
     subject: Subject, score: Score, request: EvaluationRequest, config: Config, seconds: float
 ) -> dict[str, Any]:
     """Write a result beside its bundle, onto the card, into MLflow and the registry."""
-    from mimray.trainers.evaluation.results import (
-        add_to_card,
-        card_score,
-        result_of,
-        track_score,
-        write_result,
-    )
-    from mimray.trainers.registry import Registry
+    from mimray.trainers.evaluation.results import result_of, write_result
 
     if request.val_share is not None and score.hold_out is None:
         note = "--val-share is not used: there are pictures to score on"
@@ -357,18 +395,26 @@ def _keep(
         "plan_hash": card.plan_hash if card else "",
         "weights_sha256": card.weights_sha256 if card else "",
         "through": request.through,
+        "asked": _asked(subject, request, config),
         "seconds": round(seconds, 2),
     }
     result = result_of(score, about)
     pictures = write_result(subject.folder, request.task, result, score)
-    if subject.ref is not None and subject.ref.place is not None:
-        place = subject.ref.place
-        track_score(place, add_to_card(place, request.task, result), request.task, score)
-    elif subject.ref is not None and subject.ref.registered and not subject.ref.untrained:
-        registry = Registry.open()
-        version = registry.find(subject.ref.registered)
-        registry.add_score(version, request.task, card_score(result))
+    if subject.recorded and subject.ref is not None:
+        _record(subject.ref, request.task, result, score)
     return {**result, "folder": subject.folder.uri, "pictures": pictures}
+
+
+def _record(ref: EncoderRef, task: str, result: Mapping[str, Any], score: Score) -> None:
+    """Put a score onto the bundle's card and into MLflow, or into the registry."""
+    from mimray.trainers.evaluation.results import add_to_card, card_score, track_score
+    from mimray.trainers.registry import Registry
+
+    if ref.place is not None:
+        track_score(ref.place, add_to_card(ref.place, task, result), task, score)
+    elif ref.registered and not ref.untrained:
+        registry = Registry.open()
+        registry.add_score(registry.find(ref.registered), task, card_score(result))
 
 
 def result_text(result: Mapping[str, Any]) -> str:

@@ -176,8 +176,14 @@ def _time(
 def _notes(recipe: Recipe, cost: Cost, on_gpu: bool) -> Iterator[str]:
     from mimray.trainers.methods.needs import begins_with_weights
 
-    if recipe.lora is not None and not begins_with_weights(recipe):
-        yield "lora adapts weights to begin with, which a run of this recipe has to name"
+    if not begins_with_weights(recipe):
+        if recipe.lora is not None:
+            yield "lora adapts weights to begin with, which a run of this recipe has to name"
+        if recipe.method.holds_start:
+            yield (
+                "method.gram_weight holds on to weights to begin with, which a run of this recipe "
+                "has to name"
+            )
     if cost.average_bytes:
         yield (
             f"optim.ema keeps {cost.average_bytes / 2**20:.0f} MiB a worker at every ZeRO stage, "

@@ -153,3 +153,33 @@ def test_through__an_endpoint_scores_as_the_bundle_does(
         far = evaluate("far", *asked_of(task, scenes), *through)
     assert far["headline"] == pytest.approx(near["headline"], abs=0.005)
     assert far["through"] == endpoint.url
+
+
+@pytest.mark.slow
+def test_verdict__on_masks_takes_what_is_there(
+    scenes: Path, run: Path, ray_session: str, tmp_path: Path
+) -> None:
+    other, card = tmp_path / "start", read_card(run / "bundle")
+    save_bundle(other, card, untrained(card, seed=4).encoder.state_dict())
+    options, val = TASKS["segmentation"][1][2:], str(scenes / "train")  # 6 in val are too few
+    command = [
+        "verdict", str(run), str(other), "--data", str(scenes / "train/images"),
+        "--labelled", str(scenes / "train"), "--val", val, "--set", "k=5",
+        "--set", "segmentation.epochs=2", *options, "--out", str(tmp_path / "out"), "--json",
+    ]  # fmt: skip
+
+    def verdict() -> tuple[dict[str, Any], dict[str, int]]:
+        result = CliRunner().invoke(cli, command, catch_exceptions=False)
+        assert result.exit_code == 0, result.stderr
+        files = (tmp_path / "out").rglob("*/*/*.json")
+        return json.loads(result.stdout), {str(file): file.stat().st_mtime_ns for file in files}
+
+    first, written = verdict()
+    gone = tmp_path / "out/labelled/start/dense-knn.json"
+    gone.unlink()  # as after a kill
+    second, again = verdict()
+    assert {file for file, at in again.items() if written[file] != at} == {str(gone)}
+    assert first["figures"] == second["figures"]
+    names = [figure["name"] for figure in first["figures"]]
+    assert names == ["dense kNN", "linear segmentation", "RankMe", ""]
+    assert all(figure["change"]["paired"] for figure in first["figures"][:3])

@@ -29,6 +29,7 @@ FEW_CODES = {
     "dvae-tiny": ["method.codebook_size=32"],
     "beit-tiny": ["method.vocab_size=32"],
     "capi-tiny": ["method.num_clusters=32", "method.assignment_group=16"],
+    "ibot-tiny": ["method.num_prototypes=16"],
 }
 
 
@@ -80,6 +81,7 @@ def kill_a_worker(run: Path, step: int, over: threading.Event, commands: Any) ->
             for name in (
                 "ae-tiny", "vae-tiny", "beit-tiny", "mae-tiny", "simmim-tiny",
                 "simmim-swin-tiny", "maskfeat-tiny", "distill-tiny", "capi-tiny",
+                "ibot-tiny",
             )
         ),
     ],

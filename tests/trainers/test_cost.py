@@ -38,7 +38,7 @@ from mimray.trainers.types import DatasetFacts
 TOLERANCE = 0.15
 TINY = (
     "ae-tiny", "ae-vit-tiny", "vae-tiny", "dvae-tiny", "beit-tiny", "mae-tiny", "simmim-tiny",
-    "simmim-swin-tiny", "maskfeat-tiny", "distill-tiny", "capi-tiny",
+    "simmim-swin-tiny", "maskfeat-tiny", "distill-tiny", "ibot-tiny", "capi-tiny",
 )  # fmt: skip
 
 
@@ -157,8 +157,17 @@ def test_flops__of_mae_are_those_of_its_dimensions(
 
 
 @pytest.mark.parametrize(
-    "name", ["ae-tiny", "dvae-tiny", "beit-tiny", "maskfeat-tiny", "distill-tiny", "capi-tiny"]
-)
+    "name",
+    [
+        "ae-tiny",
+        "dvae-tiny",
+        "beit-tiny",
+        "maskfeat-tiny",
+        "distill-tiny",
+        "ibot-tiny",
+        "capi-tiny",
+    ],
+)  # fmt: skip
 def test_flops__are_what_the_profiler_sees(name: str) -> None:
     recipe, batch = load_recipe(name), 2
     method = real_method(recipe)

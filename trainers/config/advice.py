@@ -53,7 +53,8 @@ def _on_lr(plan: Plan) -> list[str]:
         f"batch {plan.global_batch} / 256"
     )
     published = f"published recipes peak between {low:g} and {high:g}"
-    if plan.lr < LOWEST_LR:
+    # Weights to begin with want lower rates than any of the published runs from nothing.
+    if plan.lr < LOWEST_LR and not plan.recipe.method.init:
         return [
             f"{reached}; {published}. The batch is too small for this base_lr and little will be "
             f"learnt: a larger optim.batch_size, or --set optim.base_lr={_base_lr(plan, low)}"

@@ -13,6 +13,7 @@ from mimray.trainers.config.capi import CAPIConfig
 from mimray.trainers.config.distill import DistillConfig
 from mimray.trainers.config.dvae import DVAEConfig
 from mimray.trainers.config.finetune import FinetuneConfig
+from mimray.trainers.config.ibot import IBOTConfig
 from mimray.trainers.config.mae import MAEConfig
 from mimray.trainers.config.maskfeat import MaskFeatConfig
 from mimray.trainers.config.method import MethodConfig
@@ -26,6 +27,7 @@ BUILT_IN: tuple[type[MethodConfig], ...] = (
     BEiTConfig,
     DistillConfig,
     CAPIConfig,
+    IBOTConfig,
     AEConfig,
     VAEConfig,
     DVAEConfig,

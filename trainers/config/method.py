@@ -148,6 +148,14 @@ class MethodConfig(Config):
         return False
 
     @property
+    def holds_start(self) -> bool:
+        """True if the loss calls the encoder as it began, frozen (`Method.start`).
+
+        There must then be weights to begin with.
+        """
+        return False
+
+    @property
     def pooled_by(self) -> Literal["mean", "cls"]:
         """Pooling that the exported bundle uses for a whole picture: patch mean or class token."""
         return "mean"
@@ -156,6 +164,32 @@ class MethodConfig(Config):
 def num_patches_of(encoder: EncoderConfig, image_size: Size) -> int:
     """The encoder's output tokens of one picture, given (height, width) in pixels."""
     return (image_size[0] // encoder.stride) * (image_size[1] // encoder.stride)
+
+
+class GramToStart(MethodConfig):
+    """A Gram loss to the weights to begin with, which stay beside the method, frozen."""
+
+    gram_weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="weight of the Gram loss, by which patches keep the similarities to each other "
+        "that the weights to begin with give them; 0: none",
+    )
+
+    @model_validator(mode="after")
+    def _check_whole(self) -> Self:
+        if self.gram_weight and self.init_partial:
+            raise ValueError(
+                f"method.gram_weight {self.gram_weight:g} holds on to whole weights to begin with, "
+                "and method.init_partial (--partial) takes a part of them; set "
+                "method.gram_weight 0, or take weights that fit"
+            )
+        return self
+
+    @property
+    def holds_start(self) -> bool:
+        """True where the Gram loss counts."""
+        return self.gram_weight > 0
 
 
 class TransformerDecoder(MethodConfig):

@@ -85,6 +85,11 @@ class OptimConfig(Config):
     clip_grad_norm: PositiveFloat | None = Field(
         default=None, description="largest global gradient norm; off by default, as in MAE"
     )
+    clip_tensor_norm: PositiveFloat | None = Field(
+        default=None,
+        description="largest gradient norm of each parameter tensor by itself, as in DINO; off by "
+        "default",
+    )
 
     ema: Scheduled | None = Field(
         default=None,
@@ -99,6 +104,11 @@ class OptimConfig(Config):
             raise ValueError("optim: give exactly one of 'epochs' and 'steps'")
         if self.warmup_epochs is not None and self.warmup_steps is not None:
             raise ValueError("optim: give only one of 'warmup_epochs' and 'warmup_steps'")
+        if self.clip_grad_norm is not None and self.clip_tensor_norm is not None:
+            raise ValueError(
+                "optim: give only one of 'clip_grad_norm', of all gradients together, and "
+                "'clip_tensor_norm', of each parameter's"
+            )
         for decay in (self.weight_decay, *(group.weight_decay for group in self.groups)):
             if decay is not None and min(decay.start, decay.end or 0, decay.warmup_start or 0) < 0:
                 raise ValueError("optim.weight_decay must not be negative")

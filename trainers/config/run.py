@@ -153,8 +153,10 @@ NEUTRAL: dict[str, Any] = {
     "method.init": "",
     "method.init_sha256": "",
     "method.init_partial": False,
+    "method.gram_weight": 0.0,
     "lora": None,
     "optim.unfreeze_every_steps": None,
+    "optim.clip_tensor_norm": None,
 }
 """Keys that recipes of earlier versions lack, with the value at which each has no effect.
 
@@ -247,15 +249,17 @@ def resolve(recipe: Recipe, facts: DatasetFacts, world_size: int) -> Plan:
         The frozen plan: learning rate = base_lr x global batch / 256, steps and warm-up steps.
 
     Raises:
-        ConfigError: the ZeRO stage does not go with precision or offload, the raw DeepSpeed block
-            has a key of the recipe's; the global batch cannot be split over the workers or into
-            micro batches, is larger than the dataset, the method refuses the data, or the warm-up
-            is not shorter than the run.
+        ConfigError: the ZeRO stage or a clipping does not go with precision or offload, the raw
+            DeepSpeed block has a key of the recipe's; the global batch cannot be split over the
+            workers or into micro batches, is larger than the dataset, the method refuses the data,
+            or the warm-up is not shorter than the run.
 
     Source: Goyal et al. 2017, sec. 2.1; He et al. 2022, Table 8.
     """
     optim, engine = recipe.optim, recipe.engine
     _check_engine(engine)
+    if optim.clip_tensor_norm is not None:
+        _check_tensor_clipping(engine)
     batch = optim.batch_size
     if batch % world_size:
         raise ConfigError(
@@ -331,6 +335,22 @@ def _check_engine(engine: EngineConfig) -> None:
             hint="--set engine.zero_stage=3, or engine.offload=optimizer for stages 1 to 3",
         )
     check_block(engine.deepspeed, engine.precision)
+
+
+def _check_tensor_clipping(engine: EngineConfig) -> None:
+    """Refuse engines whose gradients, between backward and step, are not those of the update."""
+    if engine.precision == "fp16":
+        raise ConfigError(
+            "optim.clip_tensor_norm bounds gradients themselves, and engine.precision fp16 holds "
+            "them times a scale that changes",
+            hint="--set engine.precision=bf16, or optim.clip_grad_norm",
+        )
+    if engine.offload != "none":
+        raise ConfigError(
+            f"optim.clip_tensor_norm needs gradients on the device, and engine.offload "
+            f"{engine.offload} moves them to the host as they come",
+            hint="--set engine.offload=none, or optim.clip_grad_norm",
+        )
 
 
 def essential(recipe: Recipe) -> dict[str, Any]:

@@ -77,6 +77,8 @@ def shape_of(recipe: Recipe, dtype: torch.dtype, networks: Mapping[str, BundleCa
     """
     with torch.device("meta"):
         method = build_method(recipe)
+        if recipe.method.holds_start:
+            method.hold_start()
         adapt(method)
         with_average(method)
         for parameter in method.parameters():

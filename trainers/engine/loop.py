@@ -22,6 +22,7 @@ from mimray.trainers.data.sources import Source
 from mimray.trainers.data.views import Inputs
 from mimray.trainers.engine import checkpoints
 from mimray.trainers.engine.average import with_average
+from mimray.trainers.engine.clipping import clip_each
 from mimray.trainers.engine.deepspeed import (
     Engine,
     choose_precision,
@@ -284,6 +285,8 @@ def _update(
             sums.reduce()
             if sums.not_finite:
                 _refuse_update(step, suspects, sums.not_finite)
+            if plan.recipe.optim.clip_tensor_norm is not None:
+                clip_each(engine, plan.recipe.optim.clip_tensor_norm)
         plain = _plain_grad_norm(engine) if engine.is_gradient_accumulation_boundary() else None
         engine.step()
     norm = plain if plain is not None else engine.get_global_grad_norm()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import colorsys
 import io
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,7 @@ _STRENGTHS = ((0.85, 0.95), (0.5, 0.85), (0.9, 0.6))
 # Classes that a matrix shows with names one can read.
 _MOST_CLASSES, _MOST_SHOWN, _NAME_LENGTH = 40, 30, 24
 _BAR, _UNTRAINED, _TEXT = "#1f5fae", "#a9b4c0", "#33383f"
+_DOTS = {"untrained": _UNTRAINED, "start": "#86a9d8"}
 
 
 def score_chart(
@@ -64,6 +65,49 @@ def score_chart(
     axes.spines[["top", "right", "bottom"]].set_visible(False)
     axes.tick_params(colors=_TEXT, length=0, labelsize=9)
     axes.xaxis.set_visible(False)
+    return png_of(figure)
+
+
+class DotRow(NamedTuple):
+    """One figure of several encoders.
+
+    Attributes:
+        title: name of the figure, and its outcome.
+        points: value and bounds of the interval, which may be unknown, by the encoder's name.
+    """
+
+    title: str
+    points: Mapping[str, tuple[float, tuple[float, float] | None]]
+
+
+def dot_chart(rows: Sequence[DotRow], title: str) -> bytes:
+    """Figures below each other, each on an axis of its own: a dot an encoder, with its interval.
+
+    Args:
+        rows: the figures; points of `untrained` are drawn in grey, of `start` paler than others.
+        title: text above the chart.
+
+    Returns:
+        A PNG.
+    """
+    figure = new_figure(8, 0.6 + sum(0.75 + 0.28 * len(row.points) for row in rows))
+    heights = [1 + 0.6 * len(row.points) for row in rows]
+    panels = figure.subplots(len(rows), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, row in zip(panels, rows, strict=True):
+        names = list(row.points)
+        for place, (name, (value, interval)) in enumerate(row.points.items()):
+            colour = _DOTS.get(name, _BAR)
+            if interval is not None:
+                axes.plot(interval, (place, place), color=colour, linewidth=2)
+            axes.plot(value, place, color=colour, marker="o", markersize=7)
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        axes.set_title(row.title, loc="left", fontsize=9, color=_TEXT)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.grid(axis="x", color="#e6e8eb", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.tick_params(colors=_TEXT, length=0, labelsize=8)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10, color=_TEXT)
     return png_of(figure)
 
 

@@ -1,11 +1,13 @@
-"""Scores of an encoder in the process that has trained it: for sweeps and running probes."""
+"""Scores of an encoder in this process, for sweeps and running probes, and checks before them."""
 
 from __future__ import annotations
 
 import shutil
 from functools import partial
+from typing import Literal
 
 from mimray.trainers.config.base import Config
+from mimray.trainers.data.files import absolute
 from mimray.trainers.data.selection import labels_of
 from mimray.trainers.data.sources import open_source
 from mimray.trainers.errors import DataError
@@ -14,6 +16,9 @@ from mimray.trainers.evaluation.features.map_cache import CachedEncoder
 from mimray.trainers.evaluation.score import Score, Setting
 from mimray.trainers.evaluation.splits import open_splits, pictures_to_score
 from mimray.trainers.evaluation.tasks import TASKS, load
+
+LabelKind = Literal["masks", "instances", "boxes", "classes"]
+"""A class a pixel; objects with masks; objects with boxes alone; a class a picture."""
 
 
 def check_pictures(
@@ -45,6 +50,14 @@ def check_pictures(
             ) from None
         splits = open_splits(setting)
         return frozenset(splits.train.places()), frozenset(splits.val.places())
+    if task == "detection":
+        from mimray.trainers.evaluation.annotations.base import InvalidLabels
+        from mimray.trainers.evaluation.annotations.detection import open_detection_splits
+
+        invalid_labels = InvalidLabels(setting.skip_invalid)
+        parts = open_detection_splits(setting, invalid_labels)
+        boxes = [frozenset(map(part.name, range(len(part)))) for part in (parts.train, parts.val)]
+        return boxes[0], boxes[1]
     if task in ("segmentation", "dense-knn"):
         from mimray.trainers.config.evaluation.pixel_labels import PixelLabelsConfig
         from mimray.trainers.evaluation.annotations.segmentation import check_segmentation_splits
@@ -52,6 +65,30 @@ def check_pictures(
         assert isinstance(options, PixelLabelsConfig)
         return check_segmentation_splits(setting, options)
     return frozenset(), frozenset(pictures_to_score(setting).places())
+
+
+def label_kind(uri: str, label: str | None = None) -> LabelKind | None:
+    """The kind of labels at a place; None where there are none.
+
+    Args:
+        uri: URI of a folder, or of a file of annotations or Parquet.
+        label: column of the classes; None for `label`, or class folders.
+
+    Raises:
+        DataError: there is nothing at the place, or it cannot be read.
+    """
+    from mimray.trainers.evaluation.annotations.base import InvalidLabels
+    from mimray.trainers.evaluation.annotations.detection import find_detection
+    from mimray.trainers.evaluation.annotations.segmentation import has_pixel_masks
+
+    place = absolute(uri)
+    if has_pixel_masks(place):
+        return "masks"
+    try:
+        opened = find_detection(place, "train")
+    except DataError:  # no such file; what is in one is looked at below
+        return None if open_source(uri, label=label).labels() is None else "classes"
+    return "instances" if opened(InvalidLabels(skip=True), None).has_masks else "boxes"
 
 
 def measure(task: str, ref: EncoderRef, setting: Setting, options: Config) -> Score:

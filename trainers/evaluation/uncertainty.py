@@ -214,12 +214,15 @@ class Difference:
         paired: True if both are of the same pictures and were compared picture by picture.
         told_apart: True if chance over pictures alone explains it in fewer than 5 % of cases;
             None where that is not known.
+        interval: the bounds of the difference's 95 % interval, which leaves 0 out where the scores
+            are told apart; None where it is not known.
     """
 
     value: float
     standard_error: float | None
     paired: bool
     told_apart: bool | None
+    interval: tuple[float, float] | None = None
 
     def text(self) -> str:
         """The difference for people: `-0.0334 ± 0.0478, not told apart`."""
@@ -250,7 +253,7 @@ def difference(first: Figure, second: Figure) -> Difference:
     if first.standard_error is None or second.standard_error is None:
         return Difference(value, None, paired=False, told_apart=None)
     error = math.hypot(first.standard_error, second.standard_error)
-    return Difference(value, error, paired=False, told_apart=abs(value) > _Z * error)
+    return _by_normal(value, error, paired=False)
 
 
 def _paired(value: float, one: Evidence, other: Evidence) -> Difference:
@@ -259,15 +262,50 @@ def _paired(value: float, one: Evidence, other: Evidence) -> Difference:
         error = float(np.std(ours - theirs))
         if one.standard_error is None and other.standard_error is None:
             return Difference(value, None, paired=True, told_apart=None)
-        return Difference(value, error, paired=True, told_apart=abs(value) > _Z * error)
-    from scipy.stats import binomtest
-
+        return _by_normal(value, error, paired=True)
     gained = int((ours & ~theirs).sum())
     lost = int((theirs & ~ours).sum())
     unlike, count = gained + lost, one.num_pictures
     error = math.sqrt(max(0.0, unlike - (gained - lost) ** 2 / count)) / count
-    chance = binomtest(gained, unlike).pvalue if unlike else 1.0
-    return Difference(value, error, paired=True, told_apart=bool(chance < SIGNIFICANCE))
+    low, high = paired_interval(gained, lost, count)
+    told_apart = not low <= 0 <= high
+    return Difference(value, error, paired=True, told_apart=told_apart, interval=(low, high))
+
+
+def _by_normal(value: float, error: float, *, paired: bool) -> Difference:
+    return Difference(value, error, paired, abs(value) > _Z * error, around(value, error))
+
+
+def around(value: float, standard_error: float) -> tuple[float, float]:
+    """The 95 % interval of an estimate that is normally distributed."""
+    return value - _Z * standard_error, value + _Z * standard_error
+
+
+def paired_interval(gained: int, lost: int, num_pictures: int) -> tuple[float, float]:
+    """The exact 95 % interval of the difference of two accuracies on the same pictures.
+
+    It is conditional on the number of pictures that only one of the two has right: Clopper and
+    Pearson's interval of the share of these that the first has right. It leaves 0 out exactly where
+    McNemar's exact test tells the two apart. Where they are right on the same pictures, the bounds
+    are those of the share of pictures on which they differ.
+
+    Args:
+        gained: number of pictures that the first alone has right.
+        lost: number of pictures that the second alone has right.
+        num_pictures: number of pictures, N.
+
+    Source: Newcombe 1998, "Improved confidence intervals for the difference between binomial
+        proportions based on paired data", the exact conditional method; Clopper & Pearson 1934.
+    """
+    from scipy.stats import binomtest
+
+    unlike = gained + lost
+    if not unlike:
+        most = binomtest(0, num_pictures).proportion_ci(1 - SIGNIFICANCE).high
+        return -float(most), float(most)
+    share = binomtest(gained, unlike).proportion_ci(1 - SIGNIFICANCE, method="exact")
+    scale = unlike / num_pictures
+    return float((2 * share.low - 1) * scale), float((2 * share.high - 1) * scale)
 
 
 def figure_text(value: float, standard_error: float | None) -> str:

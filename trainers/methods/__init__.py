@@ -2,5 +2,6 @@
 
 In order: `reconstruction` draws predictions; `load` reads a trained method; the methods; `base` is
 their protocol, `inputs` makes their arguments, `needs` provides bundles they need, `lora` adapts
-their encoders, `assignment` groups pictures; `catalogue` finds a method by its name.
+their encoders, `assignment` groups pictures, `collapse` watches teachers; `catalogue` finds a
+method by its name.
 """

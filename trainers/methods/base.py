@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -24,7 +25,7 @@ from mimray.trainers.models.noise import SampleNoise
 from mimray.trainers.models.normalise import denormalise
 from mimray.trainers.models.patches import unpatchify
 from mimray.trainers.pictures import hide_patches, paste_visible
-from mimray.trainers.types import MethodOutput, Panel
+from mimray.trainers.types import Features, MethodOutput, Panel
 
 # Names, within a method, of modules that turn the last tokens or maps into predictions.
 HEADS = ("head", "decoder.pred", "decoder.to_pixels")
@@ -58,6 +59,9 @@ class Method(nn.Module, ABC):
         averages: moving averages of modules, such as a teacher; None for none.
         ema: the average that the recipe's `optim.ema` asks for; the engine adds it, and it takes no
             part in the loss. None for none.
+        start: the encoder as it began, frozen; None unless the config `holds_start`, and in a
+            method that was loaded after its training. It is attached, not owned: it is in no state
+            dict, checkpoint, optimiser or bundle.
         result: name of the encoder to export: `encoder`, or its moving average,
             `averages.encoder`.
         within: makes a context whose operations are attributed to one of the `parts` when costs are
@@ -69,6 +73,7 @@ class Method(nn.Module, ABC):
     encoder: Encoder
     averages: MovingAverages | None
     ema: MovingAverages | None
+    start: Encoder | None
     within: Callable[[str], AbstractContextManager[None]]
 
     def __init__(self, recipe: Recipe) -> None:
@@ -76,6 +81,7 @@ class Method(nn.Module, ABC):
         self.recipe = recipe
         self.averages = None
         self.ema = None
+        self.start = None
         self.within = _unmarked
 
     @abstractmethod
@@ -127,6 +133,26 @@ class Method(nn.Module, ABC):
         if self.averages is not None:
             self.averages.begin(self)
 
+    def hold_start(self) -> None:
+        """Attach a frozen copy of the encoder as it is now; called once it has its weights."""
+        frozen = copy.deepcopy(self.encoder).eval().requires_grad_(False)
+        # Around nn.Module, which would register it as a submodule.
+        self.__dict__["start"] = frozen
+
+    @torch.no_grad()
+    def at_start(self, images: Float[Tensor, "B C H W"]) -> Features:
+        """Features of pictures by the encoder as it began, in the method's precision.
+
+        Args:
+            images: normalised pictures.
+        """
+        assert self.start is not None, "the config does not hold on to the start"
+        dtype = next(self.encoder.parameters()).dtype
+        lower = dtype != torch.float32 and not images.is_meta
+        with torch.autocast(images.device.type, dtype) if lower else nullcontext():
+            found: Features = self.start.to(images.device)(images)
+        return found
+
     def expect(self, name: str, card: BundleCard | None) -> None:
         """Build a needed network that the method calls without its weights, to count costs.
 
@@ -146,6 +172,8 @@ class Method(nn.Module, ABC):
         if self.averages is not None:
             averages = self.averages
             parts["teacher"] = [averages.get_submodule(name) for name in averages.names]
+        if self.start is not None:
+            parts["start"] = [self.start]
         return parts
 
     @staticmethod

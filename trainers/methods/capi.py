@@ -23,9 +23,9 @@ from mimray.trainers.data.views import Inputs, Masks, Numbers, training_view
 from mimray.trainers.methods.assignment import SharedPlaces
 from mimray.trainers.methods.base import Method
 from mimray.trainers.methods.collapse import CollapseWatch
-from mimray.trainers.methods.token_colours import enlarged, principal_colours
 from mimray.trainers.models import build_encoder
 from mimray.trainers.models.averages import MovingAverages
+from mimray.trainers.models.colours import enlarged, principal_colours
 from mimray.trainers.models.predictor import PlacePredictor
 from mimray.trainers.models.prototypes import Prototypes
 from mimray.trainers.models.sinkhorn import sinkhorn

@@ -29,8 +29,8 @@ from mimray.trainers.errors import ConfigError
 from mimray.trainers.methods.base import Method
 from mimray.trainers.methods.losses import mean_over_hidden
 from mimray.trainers.methods.needs import Need
-from mimray.trainers.methods.token_colours import enlarged, principal_colours
 from mimray.trainers.models import build_encoder
+from mimray.trainers.models.colours import enlarged, principal_colours
 from mimray.trainers.models.normalise import normalise, pixels_at
 from mimray.trainers.pictures import hide_patches, pixel_mask
 from mimray.trainers.types import MethodOutput, Panel

@@ -78,6 +78,8 @@ def begin(method: Method, folder: Path) -> None:
     """
     found = beginning(method, folder)
     method.begin_with(found.encoder, found.rest)
+    if method.recipe.method.holds_start:
+        method.hold_start()
 
 
 def beginning(method: Method, folder: Path) -> Beginning:

@@ -191,14 +191,21 @@ def with_needs(recipe: Recipe, fetch: Fetch = fetch_bundle, run: RunDir | None =
 
     Raises:
         ConfigError: the recipe names no bundle although it needs one, or one that does not fit; or
-            it adapts weights and names none.
+            it adapts or holds on to weights and names none.
         BundleError: a bundle is missing or damaged, or does not match the recipe's digest.
     """
-    if recipe.lora is not None and not begins_with_weights(recipe):
-        raise ConfigError(
-            "lora adapts an encoder's weights, and the recipe names none to begin with",
-            hint="--init BUNDLE, or --set lora=null",
-        )
+    if not begins_with_weights(recipe):
+        if recipe.lora is not None:
+            raise ConfigError(
+                "lora adapts an encoder's weights, and the recipe names none to begin with",
+                hint="--init BUNDLE, or --set lora=null",
+            )
+        if recipe.method.holds_start:
+            raise ConfigError(
+                f"{recipe.method.name} holds on to weights to begin with (method.gram_weight), "
+                "and the recipe names none",
+                hint="--init BUNDLE, or --set method.gram_weight=0",
+            )
     return _filled(recipe, fetch, run)
 
 

@@ -4,8 +4,8 @@ In order: `resize` fits weights to another size of input; `averages` follow modu
 `conv` and `dalle` are encoders, `encoder` is their protocol; `decoders` and `predictor`, on
 `cross_attention`, predict hidden patches; `quantizer`, on `codebook` and `kmeans`, makes codes;
 `hog` makes MaskFeat's targets; `prototypes` score vectors for self-distillation and `sinkhorn`
-balances their assignments;
-`rel_pos`, `positions`, `patches` and `normalise` serve them.
+balances their assignments; `gram` holds patches to the similarities of others; `colours` shows
+tokens; `rel_pos`, `positions`, `patches` and `normalise` serve them.
 """
 
 from __future__ import annotations

@@ -20,6 +20,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "vae": {"latent_dim": 4, **DECODER},
     "dvae": {"codebook_size": 16, "code_dim": 4, "decoder_blocks": 1, "min_usage": 0, **DECODER},
     "distill": {"teacher_image_size": 16, **BLOCKS},
+    "ibot": {"num_local": 1, "local_px": 8, "head_width": 16, "bottleneck_width": 8,
+             "num_prototypes": 8},
     "finetune": {"num_classes": 2},
-}
+}  # fmt: skip
 METHODS = {name: {"name": name, **section} for name, section in METHODS.items()}

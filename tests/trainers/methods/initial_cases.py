@@ -26,7 +26,10 @@ CASES = {
     "capi": {"encoder": VIT, "method": {"name": "capi", "num_clusters": 12, "assignment_group": 4,
                                         "momentum": 0.9, "decoder_width": 16, "decoder_depth": 1,
                                         "decoder_num_heads": 2}},
+    "ibot-held": {"encoder": VIT, "method": METHODS["ibot"]},
 }  # fmt: skip
+BEGUN = {"ibot-held": {"gram_weight": 1.0}}
+"""Keys of a method that go with weights to begin with alone, by case."""
 
 
 def write_donors(place: Path) -> Path:

@@ -36,6 +36,10 @@ METHODS: dict[str, dict[str, Any]] = {
         "name": "distill", "mask_ratio": 0, "pooled_weight": 1, "teacher_width": 16,
     },
     "capi": {"name": "capi", "num_clusters": 8, "assignment_group": 2, **DECODER},
+    "ibot": {
+        "name": "ibot", "local_px": 16, "pooling": "mean", "num_prototypes": 8, "head_width": 16,
+        "bottleneck_width": 8,
+    },
     "ae": {"name": "ae", "latent_dim": 4, **CONVOLUTIONS},
     "vae": {"name": "vae", "latent_dim": 4, **CONVOLUTIONS},
     "dvae": {"name": "dvae", "codebook_size": 8, "code_dim": 4, **CONVOLUTIONS},
@@ -44,7 +48,10 @@ REFUSED = {
     ("mae", "swin"): "windows",
     ("capi", "swin"): "windows",
     ("maskfeat-decoder", "swin"): "windows",
-    **{(name, "conv"): "hides tokens" for name in ("mae", "simmim", "beit", "distill", "capi")},
+    **{
+        (name, "conv"): "hides tokens"
+        for name in ("mae", "simmim", "beit", "distill", "ibot", "capi")
+    },
     ("maskfeat", "conv"): "hides tokens",
     ("maskfeat-decoder", "conv"): "hides tokens",
 }

@@ -26,7 +26,6 @@ from mimray.trainers.methods.catalogue import build_method, inputs_of
 from mimray.trainers.methods.distill import Distill
 from mimray.trainers.methods.needs import foresee, keep_needs, load_needs, with_needs
 from mimray.trainers.methods.reconstruction import reconstruct
-from mimray.trainers.methods.token_colours import principal_colours
 from mimray.trainers.models import build_encoder
 from mimray.trainers.models.normalise import normalise
 from mimray.trainers.storage import RunDir
@@ -371,18 +370,6 @@ def test_plan__counts_the_teacher(tmp_path: Path) -> None:
 
 
 # Pictures
-
-
-def test_colours__are_the_teachers_principal_components() -> None:
-    rng = torch.Generator().manual_seed(0)
-    tokens = torch.randn(2, 50, 6, generator=rng) * torch.tensor([9.0, 4, 2, 0.1, 0.1, 0.1])
-    same, alike = principal_colours(tokens, tokens)
-    assert np.array_equal(same, alike)
-    assert same.shape == (2, 50, 3)
-    for axis in range(3):
-        colour, value = same[..., axis].ravel().astype(float), tokens[..., axis].numpy().ravel()
-        assert np.corrcoef(colour, value)[0, 1] > 0.9  # the sign, too
-    assert principal_colours(tokens[..., :2])[0].shape == (2, 50, 3)
 
 
 def test_panels__leave_grey_what_is_not_predicted(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from mimray.trainers.methods.needs import (
     with_needs,
 )
 from mimray.trainers.storage import RunDir
-from tests.trainers.methods.initial_cases import CASES, STEPS, plan_of, recipe_of
+from tests.trainers.methods.initial_cases import BEGUN, CASES, STEPS, plan_of, recipe_of
 from tests.trainers.runs import Observer, group_of_two, run_of
 
 
@@ -29,7 +29,8 @@ def learn(
 ) -> dict[str, Any]:
     """The rows of metrics and the weights of a short run, in the process group there is."""
     place = donors / run_name
-    recipe = recipe_of(case, donors, stage=stage, init=str(donors / case))
+    begins = {"init": str(donors / case), **BEGUN.get(case, {})}
+    recipe = recipe_of(case, donors, stage=stage, **begins)
     recipe = with_needs(recipe, run=RunDir(str(place)))
     plan = plan_of(recipe, donors, dist.get_world_size())
     trained = run_of(plan, place, Observer(cut_at))

@@ -40,6 +40,8 @@ CONV = {"name": "conv", "widths": [8, 12], "depth": 1}
 BLOCKS = {"min_block_patches": 2, "mask_ratio": 0.5}
 DVAE = {"name": "dvae", "codebook_size": 16, "code_dim": 4, "decoder_widths": [12, 8, 8],
         "decoder_blocks": 1}  # fmt: skip
+IBOT = {"name": "ibot", "local_px": 8, "head_width": 16, "bottleneck_width": 8,
+        "num_prototypes": 12, "momentum": 0.9, "min_std_share": 0}  # fmt: skip
 MIXED = {"name": "finetune", "mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1}
 CASES: dict[str, dict[str, Any]] = {
     "mae": {"encoder": VIT, "method": {"name": "mae", "decoder_width": 16, "decoder_depth": 1,
@@ -51,6 +53,10 @@ CASES: dict[str, dict[str, Any]] = {
                                            "pooled_weight": 0.5, "last_layers": 2, **BLOCKS}},
     "distill-visible": {"encoder": SWIN, "method": {"name": "distill", "predict": "visible",
                                                     "loss": "smooth_l1", **BLOCKS}},
+    "ibot": {"encoder": VIT, "method": IBOT | {"num_local": 3}},
+    "ibot-sinkhorn": {"encoder": SWIN, "method": IBOT | {
+        "pooling": "mean", "shared_head": False, "centring": "sinkhorn", "assignment_group": 4,
+        "num_local": 1, "masking": "random"}},
     "ae": {"encoder": CONV, "method": {"name": "ae", "latent_dim": 4,
                                        "decoder_widths": [12, 8, 8]}},
     "vq": {"encoder": CONV, "method": DVAE | {"kmeans_init": True, "ema_decay": 0.9,
@@ -80,7 +86,8 @@ def uneven_mask(rng: np.random.Generator, grid: tuple[int, int], **_: Any) -> np
 
 
 UNEVEN = [
-    f"mimray.trainers.methods.{method}.block_mask" for method in ("beit", "maskfeat", "distill")
+    f"mimray.trainers.methods.{method}.block_mask"
+    for method in ("beit", "maskfeat", "distill", "ibot")
 ]
 
 
@@ -196,12 +203,12 @@ def whole(place: Path, process_group: None) -> Callable[[str], dict[str, Any]]:
     return of
 
 
-# Micro batches of capi hold whole assignment groups.
 SIZES = [
     (case, micro)
     for case in CASES
-    for micro in ((4,) if case == "capi" else (1, 2, 4))
-    if case != "finetune-odd"
+    for micro in (1, 2, 4)
+    # A worker's micro batch holds whole assignment groups; two workers share one.
+    if case != "finetune-odd" and (case not in ("ibot-sinkhorn", "capi") or micro == 4)
 ]
 
 

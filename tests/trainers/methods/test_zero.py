@@ -28,12 +28,13 @@ pytestmark = pytest.mark.slow
 
 RECIPES = (
     "ae-tiny", "vae-tiny", "dvae-tiny", "beit-tiny", "mae-tiny", "simmim-tiny",
-    "simmim-swin-tiny", "maskfeat-tiny", "distill-tiny", "capi-tiny",
+    "simmim-swin-tiny", "maskfeat-tiny", "distill-tiny", "ibot-tiny", "capi-tiny",
 )  # fmt: skip
 BATCH, STEPS = 8, 3
 SMALL = {
     "dvae-tiny": ["method.codebook_size=32"],
     "beit-tiny": ["method.vocab_size=16"],
+    "ibot-tiny": ["method.num_prototypes=32"],
     "distill-tiny": ["method.teacher_width=32", "method.pooled_weight=1"],
     "capi-tiny": ["method.num_clusters=16", "method.assignment_group=8"],
 }

@@ -49,6 +49,21 @@ _SPLIT_FILES = (
 )
 
 
+def has_pixel_masks(uri: str) -> bool:
+    """True if index masks or COCO panoptic files lie at a place; masks of objects do not count.
+
+    Raises:
+        DataError: there is nothing at the place, or it cannot be read.
+    """
+    if uri.endswith(".json"):
+        return is_panoptic(uri)
+    if pair_folders(uri):
+        return True
+    names = (*SPLIT_NAMES["train"], *SPLIT_NAMES["val"])
+    files = [pattern.format(name) for name in names for pattern in _SPLIT_FILES]
+    return any(is_file(join(uri, file)) for file in (*files, "panoptic.json"))
+
+
 def open_segmentation(
     uri: str,
     split: Split,
