@@ -147,23 +147,34 @@ class Family:
         os.replace(part, self._file)
         tables(self.found, self.out)
 
-    def measure_speeds(self, members: Sequence[Member]) -> None:
-        """Measure the speeds that are missing, one after the other, forwards and then backwards."""
+    def measure_speeds(self, members: Sequence[Member]) -> dict[str, str]:
+        """Measure the speeds that are missing, one after the other, forwards and then backwards.
+
+        Returns:
+            The error of each member that could not be trained.
+        """
         known = self.found["speeds"]
         missing = [member for member in members if member.name not in known]
         needed = [TOKENIZER for member in missing if member.needs == "dvae"]
         missing = [*(one for one in needed if one.name not in known), *missing]
         if not missing:
-            return
+            return {}
         # MAE always: it tells how fast the machine is by now, and the others have its encoder.
         missing = list({m.name: m for m in (MEMBERS[REFERENCE], *missing)}.values())
         measured: dict[str, list[Speed]] = {member.name: [] for member in missing}
+        failed: dict[str, str] = {}
         for number in range(ROUNDS):
             for member in missing[:: -1 if number % 2 else 1]:
                 needs = self.out / "speed" / member.needs if member.needs else None
                 training = member.arguments(self.data / PICTURES, needs)
                 run = self.out / "speed" / (member.name + "-again" * bool(number))
-                measured[member.name].append(speed_of(training, run, anew=True))
+                try:
+                    measured[member.name].append(speed_of(training, run, anew=True))
+                except CommandFailedError as error:
+                    failed[member.name] = str(error)
+                    print(f"{member.name}: {error}", flush=True)
+        if REFERENCE in failed:
+            raise SystemExit(f"{REFERENCE}, which others are held against: {failed[REFERENCE]}")
         speeds = {
             name: {
                 "images_per_s": sum(one.images_per_s for one in found) / len(found),
@@ -171,6 +182,7 @@ class Family:
                 "measured": [one.images_per_s for one in found],
             }
             for name, found in measured.items()
+            if name not in failed
         }
         drift = 1.0
         if REFERENCE in known:
@@ -178,11 +190,13 @@ class Family:
         for name, speed in speeds.items():
             known.setdefault(name, {**speed, "images_per_s": speed["images_per_s"] * drift})
         self.keep()
+        return failed
 
     def train(self, member: Member) -> None:
         """Train a member, and before it what it needs, as long as its minutes allow."""
-        minutes, needed = self.asked["minutes"], None
-        before = 0.0
+        if member.name in self.found["runs"]:
+            return
+        minutes, needed, before = self.asked["minutes"], None, 0.0
         if member.needs:
             other = TOKENIZER if member.needs == "dvae" else MEMBERS[member.needs]
             needed = self.out / f"{member.name}-{other.name}"
@@ -202,12 +216,15 @@ class Family:
         steps = steps_in(minutes, speed)
         every = max(1, steps // PROBES)
         training = member.arguments(self.data / PICTURES, needed)
+        probe: dict[str, Any] = {
+            "every_steps": every,
+            "task": "knn",
+            "data": str(self.data / PICTURES),
+        }
+        probe["limit"] = self.asked["limit"] or 2000
         mimray(
             *training, "--storage", str(run.parent), "--name", run.name, "--steps", str(steps),
-            *settings(
-                f"evaluation={{every_steps: {every}, task: knn, data: {self.data / PICTURES}, "
-                f"limit: {self.asked['limit'] or 2000}}}"
-            ),
+            *settings(f"evaluation={json.dumps(probe)}"),
         )  # fmt: skip
         cost = mimray("plan", *training[1:])
         a_picture = cost["training_flops"]["plain"]
@@ -386,9 +403,11 @@ def available() -> dict[str, Member]:
 def run(family: Family, chosen: Sequence[str]) -> list[str]:
     """Run the parts chosen; returns the errors of those that failed."""
     members = [MEMBERS[name] for name in chosen if name in MEMBERS]
-    family.measure_speeds(members or [MEMBERS[REFERENCE]])
-    failed = []
+    without_speed = family.measure_speeds(members or [MEMBERS[REFERENCE]])
+    failed = [f"{name}: {error}" for name, error in without_speed.items()]
     for name in chosen:
+        if name in without_speed:
+            continue
         try:
             if name == UNTRAINED:
                 family.score(name, f"untrained:{family.out / 'speed' / REFERENCE}")

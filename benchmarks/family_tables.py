@@ -214,8 +214,15 @@ def _adaptation(found: Found) -> str:
                     paired_text([adapted - start for adapted, start in pairs]),
                 ]
             )
+    if not body:
+        return ""
     head = ("pictures", "way", "score", "start", "adapted", "difference, 95 % over seeds")
-    return _table("Adaptation, from half of the classes", head, body) if body else ""
+    verdicts = [
+        f"- {one['on']}, {one['way']}, seed {one['seed']}: {line}"
+        for one in found["adapted"]
+        for line in one.get("verdict", {}).get("lines", ())
+    ]
+    return "\n".join([_table("Adaptation, from half of the classes", head, body), "", *verdicts])
 
 
 def paired_text(differences: Sequence[float]) -> str:
