@@ -30,7 +30,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from family_tables import guide, tables
+from family_tables import chart, guide, tables
 from measuring import (
     DECODER,
     SHAPE,
@@ -417,6 +417,7 @@ def run(family: Family, chosen: Sequence[str]) -> list[str]:
                 family.adapt()
             else:
                 family.train(MEMBERS[name])
+                chart(family.found, family.out)
                 family.score(name, str(family.out / name))
         except CommandFailedError as error:
             failed.append(f"{name}: {error}")
@@ -446,6 +447,7 @@ def main() -> None:
     family = Family(arguments.data.resolve(), arguments.out.resolve(), asked)
     failed = run(family, chosen)
     family.keep()
+    chart(family.found, family.out)
     print((family.out / "family.md").read_text())
     if arguments.json:
         arguments.json.write_text(json.dumps(family.found, indent=1) + "\n")

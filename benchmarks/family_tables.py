@@ -55,7 +55,7 @@ _T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 
 
 def tables(found: Found, out: Path) -> None:
-    """Write all tables as OUT/family.md, and the chart as OUT/family.png.
+    """Write all tables as OUT/family.md.
 
     Args:
         found: the figures so far.
@@ -69,8 +69,6 @@ def tables(found: Found, out: Path) -> None:
         _speeds(found),
     ]
     (out / "family.md").write_text("\n\n".join(part for part in parts if part) + "\n")
-    if any(run["curve"] for run in found["runs"].values()):
-        _chart(found, out / "family.png")
 
 
 def guide(found: Found) -> str:
@@ -253,8 +251,15 @@ def _points(found: Found) -> Iterator[tuple[str, list[float], list[float], list[
         yield name, minutes, pflop, [accuracy for _, _, accuracy in run["curve"]]
 
 
-def _chart(found: Found, file: Path) -> None:
-    """Accuracy by kNN over minutes and over PFLOP of training, a line a method."""
+def chart(found: Found, out: Path) -> None:
+    """Draw kNN over minutes and over PFLOP of training, a line a method, as OUT/family.png.
+
+    Args:
+        found: the figures so far.
+        out: the benchmark's directory.
+    """
+    if not any(run["curve"] for run in found["runs"].values()):
+        return
     import matplotlib
 
     matplotlib.use("agg")
@@ -284,5 +289,5 @@ def _chart(found: Found, file: Path) -> None:
     by_flops.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     figure.suptitle("Frozen encoders by compute, tiny-imagenet-50 at 64 px", x=0.02, ha="left")
     figure.tight_layout()
-    figure.savefig(file, dpi=120)
+    figure.savefig(out / "family.png", dpi=120)
     pyplot.close(figure)

@@ -130,24 +130,27 @@ def check_owned(key: str, names: Iterable[str], section: str, cure: str) -> None
 
 
 def _check_methods(config: SweepConfig) -> None:
-    """Refuse names that are no methods, and a method that is chosen twice."""
-    for name in config.methods:
+    """Refuse names that are no methods, and a method that is chosen twice.
+
+    Recipes of methods that are not searched may stay, so that a space can be made smaller.
+    """
+    if config.base.methods and not config.methods:
+        raise ConfigError(
+            f"base.methods goes with space.{METHOD}, which lists the methods",
+            hint="leave it out, or search methods",
+        )
+    named = [(f"space.{METHOD}", name) for name in config.methods]
+    for place, name in [*named, *(("base.methods", name) for name in config.base.methods)]:
         if not isinstance(name, str) or name not in METHODS:
             close = difflib.get_close_matches(str(name), METHODS, n=1)
             raise ConfigError(
-                f"space.{METHOD}: {name!r} is no method"
+                f"{place}: {name!r} is no method"
                 + (f", did you mean {close[0]!r}?" if close else ""),
                 hint=f"known: {', '.join(METHODS)}",
             )
         if METHODS[name].learns_classes:
             raise ConfigError(
-                f"space.{METHOD}: a sweep searches pre-training; {name} has the labels already"
-            )
-    for name in config.base.methods:
-        if name not in config.methods:
-            raise ConfigError(
-                f"base.methods.{name}: {name} is not one of the methods searched",
-                hint=f"space.{METHOD}: {{choice: […, {name}]}}, or leave it out",
+                f"{place}: a sweep searches pre-training; {name} has the labels already"
             )
     places = {f"base.set.{key}": key for key in config.base.set}
     places |= {f"space.{key}": key for key in config.space if key != METHOD}

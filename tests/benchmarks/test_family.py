@@ -69,6 +69,7 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> Commands:
     monkeypatch.setattr(measuring, "mimray", fake)
     monkeypatch.setattr(family, "mimray", fake)
     monkeypatch.setattr(family, "has_command", lambda name: False)
+    monkeypatch.setattr(family, "chart", lambda found, out: None)  # a second each
     return fake
 
 
@@ -117,6 +118,9 @@ def test_methods__get_as_much_time_each(
     assert all(len(scores) == 6 for scores in found["scores"].values())
     text = (out / "family.md").read_text()
     assert "| linear probe, % |" in text
+    from family_tables import chart
+
+    chart(found, out)
     assert (out / "family.png").stat().st_size > 1000
     rows = yaml.safe_load((tmp_path / "guide.yaml").read_text())["rows"]
     assert [row["detection"] for row in rows] == ["50.0"] * 4

@@ -75,6 +75,11 @@ def test_methods__have_sets_of_their_own(planned: Planned) -> None:
     assert mae.data.hflip == simmim.data.hflip == 0.0
 
 
+def test_recipes__of_methods_that_are_not_searched_change_nothing(planned: Planned) -> None:
+    plan = planned("base.methods.beit.recipe=beit-tiny")
+    assert plan.config == planned().config
+
+
 def test_equal_flops__give_methods_steps_by_their_cost(planned: Planned) -> None:
     plan = planned("budget.unit=flops", "budget.steps=400")
     trials = {name: plan.trial({"method.name": name}) for name in plan.config.methods}
@@ -108,7 +113,8 @@ def test_equal_pictures__whatever_batch_a_methods_recipe_has(planned: Planned) -
         (["base.set.method.decoder_depth=2"], "base.set.method.decoder_depth: method simmim has"),
         (["base.set.method.name=simmim"], "both choose the method"),
         (["space.method={choice: [{name: mae}]}"], "both choose the method"),
-        (["base.methods.beit.recipe=beit-tiny"], "beit is not one of the methods searched"),
+        (["base.methods.biet.recipe=beit-tiny"], "'biet' is no method, did you mean 'beit'"),
+        (["space.method.name=null", "base.methods.mae.recipe=mae-tiny"], "goes with space.method"),
         (["base.methods.mae.recipe=simmim-tiny"], "a recipe of simmim, not of mae"),
         (["base.methods.mae.recipes=mae-tiny"], "unknown key"),
         (["base.methods.simmim.set.data.limit=10"], "unlike data cannot be ranked"),
