@@ -146,7 +146,7 @@ def _check_methods(config: SweepConfig) -> None:
             raise ConfigError(
                 f"{place}: {name!r} is no method"
                 + (f", did you mean {close[0]!r}?" if close else ""),
-                hint=f"known: {', '.join(METHODS)}",
+                hint=f"known: {', '.join(n for n, m in METHODS.items() if not m.learns_classes)}",
             )
         if METHODS[name].learns_classes:
             raise ConfigError(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mimray.trainers.config.recipes import shipped_recipes
 from mimray.trainers.errors import ConfigError, MimrayError, RunConflictError
 from mimray.tuning.compute import training_flops
 from mimray.tuning.config import SweepConfig
@@ -135,7 +136,7 @@ def test_bad_sweeps__are_refused_with_the_reason(
 
 def test_recipes_of_ones_own__need_names(planned: Planned, tmp_path: Path) -> None:
     own = tmp_path / "own.yaml"
-    recipe = Path("trainers/recipes/mae-tiny.yaml").read_text()
+    recipe = shipped_recipes()["mae-tiny"].read_text()
     own.write_text(recipe)
     with pytest.raises(ConfigError, match="method simmim needs a recipe to begin with"):
         planned(f"base.recipe={own}")
