@@ -221,7 +221,7 @@ class Family:
             "task": "knn",
             "data": str(self.data / PICTURES),
         }
-        probe["limit"] = self.asked["limit"] or 2000
+        probe["limit"] = self._probe_limit
         mimray(
             *training, "--storage", str(run.parent), "--name", run.name, "--steps", str(steps),
             *settings(f"evaluation={json.dumps(probe)}"),
@@ -266,6 +266,21 @@ class Family:
                 epochs=self.asked["epochs"], limit=self.asked["limit"],
             )  # fmt: skip
             self.keep()
+
+    def score_untrained(self, bundle: str) -> None:
+        """Score an untrained encoder, and by kNN as running probes do, on fewer pictures."""
+        self.score(UNTRAINED, bundle)
+        if "untrained_probe" not in self.found:
+            results = self.out / "scores/untrained-probe"
+            self.found["untrained_probe"] = scored(
+                TESTS["knn"], self.data, bundle, results, limit=self._probe_limit
+            )
+            self.keep()
+
+    @property
+    def _probe_limit(self) -> int:
+        """Pictures that running probes learn from, and that they score on."""
+        return int(self.asked["limit"] or 2000)
 
     def score_pixels(self) -> None:
         """Score raw pixels by the tests that train no encoder."""
@@ -410,7 +425,7 @@ def run(family: Family, chosen: Sequence[str]) -> list[str]:
             continue
         try:
             if name == UNTRAINED:
-                family.score(name, f"untrained:{family.out / 'speed' / REFERENCE}")
+                family.score_untrained(f"untrained:{family.out / 'speed' / REFERENCE}")
             elif name == PIXELS:
                 family.score_pixels()
             elif name == ADAPT:

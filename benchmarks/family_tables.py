@@ -277,7 +277,7 @@ def chart(found: Found, out: Path) -> None:
         }
         by_time.plot(minutes, accuracy, label=name, **style)
         by_flops.plot(pflop, accuracy, label=name, **style)
-    untrained = found["scores"].get("untrained", {}).get("knn")
+    untrained = found.get("untrained_probe")
     for axes, label in ((by_time, "minutes on two CPU cores"), (by_flops, "PFLOP of training")):
         if untrained is not None:
             axes.axhline(untrained["headline"], color="#a9b4c0", linestyle=":", label="untrained")

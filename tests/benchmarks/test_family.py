@@ -194,3 +194,17 @@ def test_paired_text__is_students_interval(commands: Commands) -> None:
     # Of scipy 1.17: ttest_1samp([0.01, 0.03, 0.026], 0).confidence_interval(0.95).
     assert paired_text([0.01, 0.03, 0.026]) == "+0.0220 (-0.0043 to +0.0483; 3 seeds)"
     assert paired_text([0.5]) == "+0.5000 (one seed)"
+
+
+def test_recipes__take_what_the_benchmark_sets(commands: Commands) -> None:
+    from family import TOKENIZER, available
+
+    from mimray.trainers.config.recipes import load_recipe
+
+    for member in (*available().values(), TOKENIZER):
+        words = member.arguments(Path("pictures"), Path("needed"))
+        sets = [value for key, value in zip(words, words[1:], strict=False) if key == "--set"]
+        recipe = load_recipe(member.recipe, sets)
+        assert recipe.data.image_size == (64, 64)
+        if not member.own_encoder:
+            assert (recipe.encoder.out_width, recipe.encoder.num_layers) == (192, 6)
