@@ -61,7 +61,7 @@ class Commands:
 
 @pytest.fixture
 def commands(monkeypatch: pytest.MonkeyPatch) -> Commands:
-    monkeypatch.syspath_prepend("benchmarks")
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
     import family
     import measuring
 

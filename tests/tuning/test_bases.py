@@ -86,7 +86,7 @@ def test_equal_flops__give_methods_steps_by_their_cost(planned: Planned) -> None
     trials = {name: plan.trial({"method.name": name}) for name in plan.config.methods}
     spent = {name: training_flops(trial) * trial.num_samples for name, trial in trials.items()}
     assert trials["mae"].steps == 400
-    assert len({trial.steps for trial in trials.values()}) == 3
+    assert trials["simmim"].steps != 400
     for name, flops in spent.items():
         assert flops == pytest.approx(spent["mae"], rel=1 / trials[name].steps)
     # The warm-up keeps its share of the length: a tenth.
