@@ -58,12 +58,32 @@ class About(Config):
     source: str = ""
 
 
+METHOD = "method.name"
+"""The key of the space by which trials are of several methods."""
+
+
+class MethodBase(Config):
+    """The recipe that trials of one method begin with, where the space has `method.name`."""
+
+    recipe: str = Field(
+        default="",
+        description="name of a shipped recipe, or a path ending in .yaml; by default the shipped "
+        "one that is named as the base recipe is, such as simmim-tiny beside mae-tiny",
+    )
+    set: dict[str, Any] = Field(
+        default_factory=dict, description="recipe keys changed in every trial of the method"
+    )
+
+
 class BaseConfig(Config):
     """The recipe that every trial begins with."""
 
     recipe: str = Field(description="name of a shipped recipe, or a path ending in .yaml")
     set: dict[str, Any] = Field(
         default_factory=dict, description="recipe keys changed in every trial"
+    )
+    methods: dict[str, MethodBase] = Field(
+        default_factory=dict, description="recipes of methods, where the space has method.name"
     )
 
 
@@ -305,8 +325,18 @@ class SweepConfig(Config):
     study: str = Field(default="", description="name of Optuna's study; the sweep's by default")
     seed: int = Field(default=0, ge=0, description="the seed of the search and of every trial")
 
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods that trials are of; empty where all are of the base recipe's."""
+        match self.space.get(METHOD):
+            case Grid(grid=names) | Choice(choice=names):
+                return names
+        return ()
+
     @model_validator(mode="after")
     def _check(self) -> SweepConfig:
+        if METHOD in self.space and not self.methods:
+            raise ValueError(f"space.{METHOD}: methods are listed, by grid: […] or choice: […]")
         grids = [key for key, domain in self.space.items() if isinstance(domain, Grid)]
         others = [key for key in self.space if key not in grids]
         if self.searcher.name == "grid" and others:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -15,7 +16,14 @@ from pydantic import ValidationError
 from mimray.trainers.config.explain import explain
 from mimray.trainers.config.names import check_name
 from mimray.trainers.config.recipes import override, read_tree
-from mimray.trainers.config.run import OTHER_FORMAT, PLAN_FORMAT, Plan, Recipe, resolve
+from mimray.trainers.config.run import (
+    OTHER_FORMAT,
+    PLAN_FORMAT,
+    Plan,
+    Recipe,
+    parse_recipe,
+    resolve,
+)
 from mimray.trainers.data.files import absolute
 from mimray.trainers.data.selection import open_training, with_classes
 from mimray.trainers.errors import ConfigError, RunConflictError
@@ -23,12 +31,16 @@ from mimray.trainers.methods.needs import with_needs
 from mimray.trainers.storage import RunDir
 from mimray.trainers.types import DatasetFacts
 from mimray.trainers.weights import fetcher
+from mimray.tuning.bases import Bases, Params, Tree, read_bases, with_recipes
 from mimray.tuning.compute import training_flops
-from mimray.tuning.config import Asha, SweepConfig
+from mimray.tuning.config import METHOD, Asha, SweepConfig
 from mimray.tuning.record import SWEEP, SweepRecord, trial_place
 from mimray.tuning.score import check_score, metric_of, without_held_out
 from mimray.tuning.search import check_storable
-from mimray.tuning.space import Params, base_tree, check_space, listed, trial_recipe
+from mimray.tuning.space import check_space, listed
+
+# Sections of which the keys are those of a recipe, with dots in them.
+_ABOVE_A_KEY = re.compile(r"space\.|base\.set\.|base\.methods\.[^.=]+\.set\.")
 
 # These may differ when a sweep is continued: they change no trial, only the number and the place.
 _OPERATIONAL = ("about", "storage", "study", "repeats")
@@ -46,7 +58,7 @@ class SweepPlan:
         uri: the URI of the sweep's directory.
         name: the sweep's name.
         config: the sweep as the user wrote it, with defaults.
-        tree: the recipe that every trial begins with.
+        bases: the recipes that trials begin with.
         facts: the dataset trained on.
         rung_samples: pictures seen at each scoring, ascending; the last is a whole trial.
         command: the command line, for the record.
@@ -57,7 +69,7 @@ class SweepPlan:
     uri: str
     name: str
     config: SweepConfig
-    tree: dict[str, Any]
+    bases: Bases
     facts: DatasetFacts
     rung_samples: tuple[int, ...]
     command: str
@@ -75,7 +87,7 @@ class SweepPlan:
             ConfigError: its values do not fit each other, the data or the workers, or the budget's
                 FLOPs are too few for its rungs.
         """
-        recipe = trial_recipe(self.tree, params)
+        recipe = self.bases.recipe(params)
         samples = self.rung_samples[-1]
         if self.flops is not None:
             samples = int(samples * self.flops / training_flops(self._resolved(recipe)))
@@ -87,7 +99,8 @@ class SweepPlan:
                 f"{len(self.rung_samples)} rungs",
                 hint="a larger budget.steps, or fewer scheduler.num_rungs",
             )
-        return self._resolved(trial_recipe(self.tree, {**params, "optim.steps": steps}))
+        length = {"optim.steps": steps, **self._warm_up(params, recipe, steps)}
+        return self._resolved(self.bases.recipe({**params, **length}))
 
     def pauses(self, plan: Plan) -> dict[int, int]:
         """The rung at each step at which a trial is scored."""
@@ -99,6 +112,22 @@ class SweepPlan:
             # At least one step a rung.
             steps = [max(n, plan.steps * samples // whole) for n, samples in shares]
         return {step: rung for rung, step in enumerate([*steps, plan.steps])}
+
+    def methods_text(self) -> list[str]:
+        """A line for each method that is searched: its recipe and the length of its trials."""
+        return [
+            f"method {name}: recipe {self.config.base.methods[name].recipe}, encoder "
+            f"{plan.recipe.encoder.name}, {plan.steps} steps of {plan.global_batch} pictures"
+            for name in self.bases.methods
+            for plan in [self.trial({METHOD: name})]
+        ]
+
+    def _warm_up(self, params: Params, recipe: Recipe, steps: int) -> Params:
+        """Where methods have recipes of unlike lengths, each keeps its own share of warm-up."""
+        if METHOD not in params or any(key.startswith("optim.warmup") for key in params):
+            return {}
+        own = self._resolved(recipe)
+        return {"optim.warmup_steps": min(round(steps * own.warmup_steps / own.steps), steps - 1)}
 
     def _resolved(self, recipe: Recipe) -> Plan:
         recipe = with_needs(recipe, fetcher(recipe))
@@ -172,16 +201,15 @@ def make_plan(
 
     check_name("sweep", name)
     config = _placed(config)
-    tree = without_held_out(base_tree(config), config.score, absolute(data))
-    check_space(config, tree)
+
+    def placed(tree: Tree) -> Tree:
+        return _with_places(without_held_out(tree, config.score, absolute(data)), storage)
+
     check_storable(config)
-    recipe = trial_recipe(tree, {})
-    for key in recipe.method.bundle_keys:
-        if place := tree["method"].get(key):
-            place = trial_place(place, storage)
-            if Path(place).expanduser().exists():  # else it is a name
-                tree["method"][key] = absolute(place)
-    recipe = trial_recipe(tree, {})
+    config = with_recipes(config)
+    bases = read_bases(config).changed(placed)
+    check_space(config, bases)
+    recipe = bases.recipe({})
     source = open_training(data, recipe)
     base = resolve(
         with_classes(with_needs(recipe, fetcher(recipe)), source),
@@ -194,13 +222,13 @@ def make_plan(
         uri=(RunDir(storage) / name).uri,
         name=name,
         config=config,
-        tree=tree,
+        bases=bases,
         facts=source.facts,
         rung_samples=tuple(step * base.global_batch for step in rung_steps(config, base.steps)),
         command=command,
         flops=training_flops(base) if config.budget.unit == "flops" else None,
     )
-    trials = listed(config) or [{}]
+    trials = listed(config) or [{METHOD: name} for name in config.methods] or [{}]
     for params in trials:
         trial = plan.trial(params)
         check_known(trial)
@@ -214,6 +242,19 @@ def make_plan(
         )
     check_score(config.score, source.facts.uri, config.seed)
     return plan
+
+
+def _with_places(tree: Tree, storage: str) -> Tree:
+    """A recipe's tree with absolute places of the bundles that its method needs."""
+    method = parse_recipe(tree).method
+    places = {
+        key: trial_place(place, storage)
+        for key in method.bundle_keys
+        if (place := getattr(method, key))
+    }
+    # One that does not exist here is a name, or an address.
+    here = {key: absolute(p) for key, p in places.items() if Path(p).expanduser().exists()}
+    return {**tree, "method": {**tree["method"], **here}}
 
 
 def new_record(plan: SweepPlan, study: tuple[str, str]) -> SweepRecord:
@@ -320,7 +361,8 @@ def _essential(config: dict[str, Any]) -> dict[str, Any]:
             flat |= {f"{section}.{k}": v for k, v in value.items() if k not in spared}
         else:
             flat[section] = value
-    return flat
+    methods = flat.pop("base.methods", {})
+    return flat | {f"base.methods.{name}": base for name, base in methods.items()}
 
 
 def _shown(value: Any) -> str:
@@ -329,21 +371,22 @@ def _shown(value: Any) -> str:
 
 
 def _override(tree: dict[str, Any], assignment: str) -> dict[str, Any]:
-    """Apply one `a.b=value`; below `space` and `base.set` the rest is one key of a recipe."""
-    for section in ("space.", "base.set."):
-        if assignment.startswith(section):
-            key, equals, text = assignment.removeprefix(section).partition("=")
-            if not equals:
-                raise ConfigError(f"--set {assignment!r} is not of the form a.b=value")
-            parts = section.rstrip(".").split(".")
-            tree = json.loads(json.dumps(tree))
-            node = tree
-            for part in parts:
-                node = node.setdefault(part, {})
-            value = override({}, [f"value={text}"])["value"]
-            if value is None and section == "space.":
-                node.pop(key, None)
-            else:
-                node[key] = value
-            return tree
-    return override(tree, [assignment])
+    """Apply one `a.b=value`; below `space` and each `set` the rest is one key of a recipe."""
+    found = _ABOVE_A_KEY.match(assignment)
+    if found is None:
+        return override(tree, [assignment])
+    section = found.group()
+    key, equals, text = assignment.removeprefix(section).partition("=")
+    if not equals:
+        raise ConfigError(f"--set {assignment!r} is not of the form a.b=value")
+    parts = section.rstrip(".").split(".")
+    tree = json.loads(json.dumps(tree))
+    node = tree
+    for part in parts:
+        node = node.setdefault(part, {})
+    value = override({}, [f"value={text}"])["value"]
+    if value is None and section == "space.":
+        node.pop(key, None)
+    else:
+        node[key] = value
+    return tree

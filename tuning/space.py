@@ -15,13 +15,19 @@ from typing import Any
 
 import numpy as np
 
-from mimray.trainers.config.recipes import NAMES_FIRST, assign, recipe_tree
-from mimray.trainers.config.run import Recipe, parse_recipe
 from mimray.trainers.data.rng import Stream, generator
 from mimray.trainers.errors import ConfigError
-from mimray.tuning.config import Choice, Domain, Grid, Int, LogUniform, SweepConfig, Uniform
-
-Params = dict[str, Any]
+from mimray.tuning.bases import Bases, Params, check_owned
+from mimray.tuning.config import (
+    METHOD,
+    Choice,
+    Domain,
+    Grid,
+    Int,
+    LogUniform,
+    SweepConfig,
+    Uniform,
+)
 
 # Keys that must be alike in all trials, or change nothing that is learnt.
 _FIXED = {
@@ -37,52 +43,36 @@ _FIXED_SECTIONS = {
 }
 
 
-def base_tree(config: SweepConfig) -> dict[str, Any]:
-    """The recipe that every trial begins with, as a tree.
-
-    Raises:
-        ConfigError: there is no such recipe, or no such key.
-    """
-    tree = recipe_tree(config.base.recipe, config.budget.steps)
-    tree = _assigned(tree, config.base.set)
-    tree = assign(tree, "seed", config.seed)
-    parse_recipe(tree, f"base {config.base.recipe}")
-    return tree
-
-
-def trial_recipe(tree: Mapping[str, Any], params: Params, origin: str = "trial") -> Recipe:
-    """The checked recipe of one trial.
-
-    Args:
-        tree: the base recipe, from `base_tree`.
-        params: recipe keys and the trial's values.
-        origin: the recipe's name in errors.
-
-    Raises:
-        ConfigError: a key or a value that a recipe does not allow, alone or with the others.
-    """
-    return parse_recipe(_assigned(dict(tree), params), origin)
-
-
-def check_space(config: SweepConfig, tree: Mapping[str, Any]) -> None:
+def check_space(config: SweepConfig, bases: Bases) -> None:
     """Hold every value of the space against the recipe's schema.
 
-    Each value is tried alone, and a grid in every combination too.
+    Each value is tried alone, with every method that is searched, and a grid in every combination.
+
+    Args:
+        config: the sweep's configuration.
+        bases: the recipes that its trials begin with.
 
     Raises:
-        ConfigError: a value is not allowed; the message names the key.
+        ConfigError: a value is not allowed, or one of the methods has no such key; the message
+            names the key.
     """
+    sections = "{choice: [{name: …, …}, …]}"
+    methods: list[Params] = [{METHOD: name} for name in config.methods] or [{}]
     for key, domain in config.space.items():
         for name in (key, *_keys_within(domain, key)):
             reason = _FIXED.get(name) or _FIXED_SECTIONS.get(name.partition(".")[0])
             if reason:
                 raise ConfigError(f"space.{name} cannot be searched: {reason}")
-        for value in _ends(domain):
-            trial_recipe(tree, {key: value}, f"space.{key}")
+        cure = f"search whole sections instead of {METHOD}: space.method={sections}"
+        check_owned(key, config.methods, "space", cure)
+        for method in methods:
+            of = "".join(f" of method {name}" for name in method.values())
+            for value in _ends(domain):
+                bases.recipe({**method, key: value}, f"space.{key}{of}")
     if config.searcher.name == "grid":
         for params in combinations(config):
             shown = ", ".join(f"{key}={value}" for key, value in params.items())
-            trial_recipe(tree, params, f"space, {shown}")
+            bases.recipe(params, f"space, {shown}")
 
 
 def combinations(config: SweepConfig) -> list[Params]:
@@ -123,22 +113,6 @@ def space_digest(config: SweepConfig) -> str:
     """A digest of the space, which does not depend on the searcher."""
     tree = {key: domain.model_dump(mode="json") for key, domain in config.space.items()}
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _assigned(tree: dict[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
-    for key in sorted(params, key=lambda key: key not in NAMES_FIRST):
-        value = params[key]
-        tree = assign(tree, key, _listed(value))
-    return tree
-
-
-def _listed(value: Any) -> Any:
-    """A value with lists for tuples, as a recipe's file has it."""
-    if isinstance(value, tuple | list):
-        return [_listed(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _listed(item) for key, item in value.items()}
-    return value
 
 
 def _keys_within(domain: Domain, key: str) -> list[str]:

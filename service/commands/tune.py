@@ -173,6 +173,8 @@ def _announce(plan: SweepPlan, earlier: SweepRecord | None) -> None:
         f"scored by {config.score.task} after {rungs} pictures; searcher {config.searcher.name}, "
         f"scheduler {config.scheduler.name}"
     )
+    for line in plan.methods_text():
+        say(line)
     if earlier is not None:
         done = sum(trial.state in ENDED for trial in earlier.trials)
         say(f"goes on: {done} trials are done, {len(earlier.trials) - done} were under way")
@@ -193,9 +195,8 @@ def _cache_mib(plan: SweepPlan) -> int:
 
     from mimray.trainers.data.decoded import decoded_bytes
     from mimray.trainers.data.selection import open_training
-    from mimray.tuning.space import trial_recipe
 
-    needed = decoded_bytes(open_training(plan.facts.uri, trial_recipe(plan.tree, {})))
+    needed = decoded_bytes(open_training(plan.facts.uri, plan.bases.recipe({})))
     room = psutil.virtual_memory().available // 4
     mib = -(-needed // 2**20) + 1
     if needed > room:
@@ -218,10 +219,9 @@ def _speed(plan: SweepPlan) -> dict[float, float] | None:
     from mimray.tuning.config import Choice, Grid
     from mimray.tuning.report.speed import encoder_speed
     from mimray.tuning.report.values import is_number
-    from mimray.tuning.space import trial_recipe
 
     domain = plan.config.space.get("method.mask_ratio")
-    recipe = trial_recipe(plan.tree, {})
+    recipe = plan.bases.recipe({})
     if recipe.method.name != "mae" or not isinstance(domain, Grid | Choice):
         return None
     values = domain.grid if isinstance(domain, Grid) else domain.choice

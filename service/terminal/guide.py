@@ -2,22 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypedDict
 
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-Row = Mapping[str, str]
-Guide = dict[str, list[dict[str, str]]]
+Row = dict[str, str]
+
+
+class Measured(TypedDict):
+    """Figures measured with mimray itself.
+
+    Attributes:
+        conditions: what they were measured on.
+        rows: a method and its figures each; `-` for one that is missing.
+    """
+
+    conditions: str
+    rows: list[Row]
+
+
+class Guide(TypedDict):
+    """The guide to methods.
+
+    Attributes:
+        choices: a need and the method for it each.
+        profiles: methods side by side.
+        figures: published scores.
+        corrections: what circulates wrongly.
+        measured: scores measured with mimray.
+    """
+
+    choices: list[Row]
+    profiles: list[Row]
+    figures: list[Row]
+    corrections: list[Row]
+    measured: Measured
 
 
 def guide_view(guide: Guide) -> RenderableType:
-    """The guide for people.
-
-    Args:
-        guide: rows by section: choices, profiles, figures, corrections.
-    """
+    """The guide for people."""
     figures = guide["figures"]
     return Group(
         "Which method for what. `mimray plan RECIPE` counts what one costs.\n",
@@ -28,9 +54,17 @@ def guide_view(guide: Guide) -> RenderableType:
             [{name: row[name] for name in row if name != "source"} for row in figures],
         ),
         _grid((f"{row['method']} {row['model']}", row["source"]) for row in figures),
+        *_measured(guide["measured"]),
         "\nWhat circulates wrongly\n",
         *(_listed(correction) for correction in guide["corrections"]),
     )
+
+
+def _measured(measured: Measured) -> Iterator[RenderableType]:
+    """The table of what was measured, and on what; nothing where nothing was."""
+    if measured["rows"]:
+        yield _table("\nMeasured with mimray", measured["rows"])
+        yield measured["conditions"]
 
 
 def _listed(row: Row) -> Table:

@@ -155,6 +155,39 @@ def test_same_seed__same_trials_and_scores_however_many_at_once(
         assert losses(storage / trials[0] / name) == losses(storage / trials[1] / name)
 
 
+@pytest.mark.slow
+def test_methods__are_searched_as_any_key(commands: Any, labelled: Path, storage: Path) -> None:
+    sets = [
+        "base.set.encoder.depth=1", "base.set.encoder.width=32", "base.set.encoder.num_heads=2",
+        "base.set.data.image_size=32", "base.set.optim.batch_size=8",
+        "base.set.logging.every_steps=1", "base.set.logging.num_pictures=2",
+        f"budget.steps={STEPS}",
+        "space.method.name={grid: [mae, simmim]}", "space.optim.base_lr=null", "repeats=1",
+        "base.methods.mae.set.method.decoder_width=16", "score.limit=16",
+    ]  # fmt: skip
+    found = json.loads(
+        commands.finish(
+            commands.call(
+                "tune", "methods-tiny", "--data", str(labelled), "--storage", str(storage),
+                "--json", *[word for item in sets for word in ("--set", item)],
+            )
+        )
+    )  # fmt: skip
+    assert found["ended"]
+    assert [t["params"] for t in found["trials"][:2]] == [
+        {"method.name": "mae"},
+        {"method.name": "simmim"},
+    ]
+    folder = storage / "methods-tiny"
+    kept = [load_bundle(folder / "trials" / f"000{number}").card for number in range(2)]
+    assert [card.method for card in kept] == ["mae", "simmim"]
+    repeated = {trial["params"]["method.name"] for trial in found["trials"][2:]}
+    assert repeated == {"mae", "simmim"}
+    text = (folder / "report.md").read_text()
+    assert "method.name" in text
+    assert "as many FLOPs of training" in text
+
+
 # One by one, the same is asked of the sweep whose driver is killed, too.
 @pytest.mark.slow
 def test_killed_trial_processes__resume_and_change_nothing(

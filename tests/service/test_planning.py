@@ -204,6 +204,33 @@ def test_guide__rows_are_for_machines_too() -> None:
     assert all(row["source"] for row in rows["figures"] + rows["corrections"])
 
 
+def measured_as(monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, str]]) -> None:
+    """Put figures in the place of those that were measured."""
+    read, found = guide._read, {"conditions": "ten minutes each", "rows": rows}
+    monkeypatch.setattr(guide, "_read", lambda name: found if "measured" in name else read(name))
+
+
+def test_guide__speaks_from_measured_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        {"method": "mae", "linear": "35.2", "knn": "23.0", "fine_tuned": "-"},
+        {"method": "ibot", "linear": "9.5", "knn": "24.0", "fine_tuned": "-"},
+    ]
+    measured_as(monkeypatch, rows)
+    found = {choice["need"]: choice for choice in guide.read_guide()["choices"]}
+    (frozen,) = (choice for need, choice in found.items() if need.startswith("A frozen encoder"))
+    assert frozen["measured"] == "knn: ibot 24.0, mae 23.0; linear: mae 35.2, ibot 9.5"
+    assert "measured" not in found["Fine-tune the whole encoder on labels"]
+    shown = CliRunner().invoke(cli, ["plan"]).stdout
+    assert "ten minutes each" in shown
+    assert "knn: ibot 24.0, mae 23.0" in shown
+
+
+def test_guide__says_nothing_of_figures_that_there_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured_as(monkeypatch, [])
+    assert "easured with" not in CliRunner().invoke(cli, ["plan"]).stdout
+    assert all("measured" not in choice for choice in guide.read_guide()["choices"])
+
+
 def test_guide__starts_from_recipes_that_exist_and_knows_every_method() -> None:
     shipped = shipped_recipes()
     for choice in guide.read_guide()["choices"]:

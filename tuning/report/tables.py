@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from mimray.trainers.data.files import join, parent
 from mimray.trainers.evaluation.uncertainty import Difference, described
+from mimray.tuning.config import METHOD, SweepConfig
 from mimray.tuning.record import SweepRecord, TrialRecord
 from mimray.tuning.report.summary import Cell, Heatmap, SweepSummary, rungs_of
 from mimray.tuning.report.values import duration, params_text, score_text, short_names, shown
@@ -265,6 +266,18 @@ def commands(record: SweepRecord, best: TrialRecord | None) -> list[tuple[str, s
     ]
 
 
+def _methods_note(record: SweepRecord) -> str:
+    """The recipes that methods began with, and what their trials had in common."""
+    config = SweepConfig.model_validate(record.config)
+    recipes = (f"{name} of {base.recipe}" for name, base in config.base.methods.items())
+    alike = (
+        "as many FLOPs of training, a tokenizer's or teacher's own training not counted"
+        if config.budget.unit == "flops"
+        else "as many pictures, which cost each method another time; device-s is that of each"
+    )
+    return f"Methods begin with recipes of their own: {', '.join(recipes)}. Trials had {alike}."
+
+
 def notes(summary: SweepSummary) -> list[str]:
     """Caveats of the figures.
 
@@ -283,6 +296,8 @@ def notes(summary: SweepSummary) -> list[str]:
         "Trials are ranked by the score and never by the loss: at another mask ratio the network "
         "solves another task, so that reconstruction losses cannot be compared."
     )
+    if METHOD in record.keys:
+        found.append(_methods_note(record))
     if summary.ranked and record.final is None:
         found.append(
             f"The best {record.metric} is the largest of {len(summary.ranked)} scores on the "
