@@ -153,6 +153,9 @@ NEUTRAL: dict[str, Any] = {
     "method.init": "",
     "method.init_sha256": "",
     "method.init_partial": False,
+    "method.decoder": "self",
+    "method.decode_ratio": 1.0,
+    "method.encoder_layers": [],
     "lora": None,
     "optim.unfreeze_every_steps": None,
 }
