@@ -21,7 +21,14 @@ STEPS = 4
 CASES = {
     name: {"encoder": CONV if name in ("ae", "vae", "dvae") else VIT, "method": method}
     for name, method in METHODS.items()
-} | {"simmim-swin": {"encoder": SWIN, "method": METHODS["simmim"]}}
+} | {
+    "simmim-swin": {"encoder": SWIN, "method": METHODS["simmim"]},
+    "mae-cross": {
+        "encoder": VIT,
+        "method": METHODS["mae"]
+        | {"decoder": "cross", "decode_ratio": 0.5, "encoder_layers": [0, 1]},
+    },
+}
 
 
 def write_donors(place: Path) -> Path:
