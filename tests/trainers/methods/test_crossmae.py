@@ -96,8 +96,8 @@ def written_out(decoder: CrossDecoder, layers: tuple[Tensor, ...], places: Tenso
         context = layers[0]
         if decoder.weighted is not None:
             weights = decoder.weighted.weights[number]
-            context = sum(w * layer for w, layer in zip(weights, layers, strict=True))  # type: ignore[assignment]
-            context = decoder.weighted.norms[number](context)
+            scaled = [w * layer for w, layer in zip(weights, layers, strict=True)]
+            context = decoder.weighted.norms[number](torch.stack(scaled).sum(dim=0))
         x = x + attention(block, block.norm1(x), context)
         hidden = F.gelu(F.linear(block.norm2(x), block.mlp.fc1.weight, block.mlp.fc1.bias))
         x = x + F.linear(hidden, block.mlp.fc2.weight, block.mlp.fc2.bias)
