@@ -1,9 +1,11 @@
 """The table of docs/methods.md: cost of each recipe, beside MAE on the same machine.
 
-    python benchmarks/methods.py [--batch 4] [--rounds 3] [RECIPE…]
+    python benchmarks/methods.py [--batch 4] [--rounds 3] [--beside RECIPE] [RECIPE…]
 
 Parameters and FLOPs are counted; speed is measured: forward, backward and fused AdamW in fp32,
-the recipe and its MAE (mae-vit-b, or mae-tiny for the tiny ones) taking turns in one process.
+the recipe and its MAE (mae-vit-b, or mae-tiny for the tiny ones, unless `--beside` names another
+recipe) taking turns in one process. Seconds are those of the process, so that other work on the
+machine changes little; OMP_NUM_THREADS=1 for one core.
 Prints rows of Markdown: encoder and other parameters, forward GFLOPs a picture, and images a
 second as a share of MAE's (median of the pairs).
 """
@@ -98,11 +100,11 @@ def counts(name: str) -> tuple[float, float, float]:
     return encoder / 1e6, rest / 1e6, sum(flops.values()) / 1e9
 
 
-def speed(name: str, batch: int, rounds: int) -> tuple[float, float, float]:
-    """Images per second over those of MAE: median, least and most of the pairs."""
+def speed(name: str, batch: int, rounds: int, beside: str) -> tuple[float, float, float]:
+    """Images per second over those of another recipe: median, least and most of the pairs."""
     tiny = name.endswith("-tiny")
     batch *= 8 if tiny else 1
-    reference = "mae-tiny" if tiny else "mae-vit-b"
+    reference = beside or ("mae-tiny" if tiny else "mae-vit-b")
     if name == reference:
         return 1.0, 1.0, 1.0
     steps = step_of(reference, batch), step_of(name, batch)
@@ -112,9 +114,9 @@ def speed(name: str, batch: int, rounds: int) -> tuple[float, float, float]:
     for _ in range(rounds):
         seconds = []
         for step in steps:
-            began = time.perf_counter()
+            began = time.process_time()
             step()
-            seconds.append(time.perf_counter() - began)
+            seconds.append(time.process_time() - began)
         ratios.append(seconds[0] / seconds[1])
     return statistics.median(ratios), min(ratios), max(ratios)
 
@@ -124,12 +126,13 @@ def main() -> None:
     parser.add_argument("recipes", nargs="*", default=list(shipped_recipes()))
     parser.add_argument("--batch", type=int, default=4, help="pictures; the tiny recipes take 8 x")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--beside", default="", help="recipe to hold the speed against")
     arguments = parser.parse_args()
     print("| recipe | encoder, M | rest, M | GFLOPs a picture | images/s over MAE's |")
     print("|---|---|---|---|---|")
     for name in arguments.recipes:
         encoder, rest, gflops = counts(name)
-        ratio, least, most = speed(name, arguments.batch, arguments.rounds)
+        ratio, least, most = speed(name, arguments.batch, arguments.rounds, arguments.beside)
         print(
             f"| `{name}` | {encoder:.2f} | {rest:.2f} | {gflops:.3g} "
             f"| {ratio:.2f} ({least:.2f} to {most:.2f}) |",

@@ -101,12 +101,15 @@ class Features(NamedTuple):
         prefix: float [B, T, D], tokens without a place in the grid, such as the class token.
         pooled: float [B, D], mean of the patch tokens.
         grid: (rows, columns) of patches, (h, w); h * w == N if nothing is hidden.
+        layers: float [B, T + N, D] each, all tokens after the layers that were asked for, the
+            prefix first.
     """
 
     tokens: Tensor
     prefix: Tensor
     pooled: Tensor
     grid: tuple[int, int]
+    layers: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,7 @@ def forecast(
         "tokens": _tokens(plan, cost),
         "memory": list(_memory(recipe, cost)),
         "time": list(_time(plan, cost, precision, on_gpu, tflops)),
-        "notes": [*notes, *_notes(recipe, cost, on_gpu)],
+        "notes": [*notes, *_saving(plan, cost, precision, on_gpu), *_notes(recipe, cost, on_gpu)],
         "warnings": advice(plan),
     }
 
@@ -171,6 +171,28 @@ def _time(
             "hours": device_s / 3600 / plan.world_size,
             "images_per_s_a_device": speed * 1e12 / step.training_flops,
         }
+
+
+def _saving(plan: Plan, cost: Cost, precision: str, on_gpu: bool) -> Iterator[str]:
+    """The saving of a method that spares computation, against itself in full."""
+    from mimray.trainers.cost import estimate
+
+    method, in_full = plan.recipe.method, plan.recipe.method.in_full
+    if in_full is None:
+        return
+    before = method.model_dump(mode="json")
+    changed = {k: v for k, v in in_full.model_dump(mode="json").items() if v != before[k]}
+    recipe = plan.recipe.model_copy(update={"method": in_full})
+    full = estimate(plan.model_copy(update={"recipe": recipe}), precision, on_gpu=on_gpu)
+    ours, theirs = cost.plain, full.plain
+    yield (
+        f"{ours.training_flops / 1e9:.3g} GFLOPs a picture, forward and backward, and "
+        f"{ours.activations / 2**20:,.0f} MiB of activations, in place of "
+        f"{theirs.training_flops / 1e9:.3g} and {theirs.activations / 2**20:,.0f} with "
+        f"{' '.join(f'method.{key}={value}' for key, value in changed.items())}: "
+        f"{theirs.training_flops / ours.training_flops:.2f} and "
+        f"{theirs.activations / ours.activations:.2f} times as much"
+    )
 
 
 def _notes(recipe: Recipe, cost: Cost, on_gpu: bool) -> Iterator[str]:

@@ -79,7 +79,7 @@ def kill_a_worker(run: Path, step: int, over: threading.Event, commands: Any) ->
         *(
             pytest.param(name, marks=pytest.mark.slow)
             for name in (
-                "ae-tiny", "vae-tiny", "beit-tiny", "mae-tiny", "simmim-tiny",
+                "ae-tiny", "vae-tiny", "beit-tiny", "mae-tiny", "mae-cross-tiny", "simmim-tiny",
                 "simmim-swin-tiny", "maskfeat-tiny", "distill-tiny", "capi-tiny",
                 "ibot-tiny",
             )

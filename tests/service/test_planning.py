@@ -102,6 +102,25 @@ def test_plan__counts_the_bucket_as_it_is_set() -> None:
     assert "zero_optimization.overlap_comm; its effect on memory is not counted" in note
 
 
+def test_plan__of_a_share_that_is_decoded_says_what_that_saves() -> None:
+    found = plan("mae-cross-tiny", *FAST)
+    sets = ("decoder=self", "decode_ratio=1.0", "encoder_layers=[]")
+    full = plan("mae-cross-tiny", *FAST, *(x for s in sets for x in ("--set", f"method.{s}")))
+
+    costs = [f["training_flops"]["plain"] for f in (full, found)]
+    memory = [f["memory"][0]["activations"] for f in (full, found)]
+    assert found["notes"][0] == (
+        f"{costs[1] / 1e9:.3g} GFLOPs a picture, forward and backward, and "
+        f"{memory[1] / 2**20:,.0f} MiB of activations, in place of {costs[0] / 1e9:.3g} and "
+        f"{memory[0] / 2**20:,.0f} with {' '.join(f'method.{s}' for s in sets)}: "
+        f"{costs[0] / costs[1]:.2f} and {memory[0] / memory[1]:.2f} times as much"
+    )
+    assert costs[0] > costs[1]
+    assert memory[0] > memory[1]
+    assert (full["tokens"]["decoder"], found["tokens"]["decoder"]) == (65, 16)
+    assert not any("in place of" in note for note in full["notes"])
+
+
 def test_plan__without_its_tokenizer_says_so() -> None:
     found = plan("beit-tiny", *FAST, "--set", "method.tokenizer=nowhere")
     assert "there is no tokenizer at nowhere yet" in found["notes"][0]

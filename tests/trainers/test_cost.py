@@ -24,6 +24,8 @@ from torch.profiler import ProfilerActivity, profile
 from mimray.trainers.bundles import BundleCard
 from mimray.trainers.config.beit import BEiTConfig
 from mimray.trainers.config.distill import DistillConfig
+from mimray.trainers.config.mae import MAEConfig
+from mimray.trainers.config.model import ViTConfig
 from mimray.trainers.config.recipes import load_recipe
 from mimray.trainers.config.run import Plan, Recipe, resolve
 from mimray.trainers.cost import estimate
@@ -38,7 +40,7 @@ from mimray.trainers.types import DatasetFacts
 TOLERANCE = 0.15
 TINY = (
     "ae-tiny", "ae-vit-tiny", "vae-tiny", "dvae-tiny", "beit-tiny", "mae-tiny", "simmim-tiny",
-    "simmim-swin-tiny", "maskfeat-tiny", "distill-tiny", "ibot-tiny", "capi-tiny",
+    "simmim-swin-tiny", "maskfeat-tiny", "distill-tiny", "ibot-tiny", "capi-tiny", "mae-cross-tiny",
 )  # fmt: skip
 
 
@@ -156,16 +158,37 @@ def test_flops__of_mae_are_those_of_its_dimensions(
     assert (step.encoder_tokens, step.decoder_tokens) == (visible + 1, patches + 1)
 
 
+@pytest.mark.parametrize(("name", "decoded"), [("mae-cross-tiny", 16), ("mae-cross-vit-s", 49)])
+def test_flops__of_a_cross_decoder_are_those_of_what_it_decodes(name: str, decoded: int) -> None:
+    recipe = load_recipe(name)
+    encoder, method = recipe.encoder, recipe.method
+    assert isinstance(encoder, ViTConfig)
+    assert isinstance(method, MAEConfig)
+    width, depth, pixels = method.decoder_width, method.decoder_depth, 3 * encoder.patch_size**2
+    seen = recipe.grid[0] * recipe.grid[1] // 4 + 1
+    queries = 2 * decoded * 10 * width**2  # to them and from them D^2 each, the MLP 8 D^2
+    context = 2 * seen * encoder.width * 2 * width
+    mixing = 2 * 2 * decoded * seen * width
+    weighing = 2 * depth * len(method.encoder_layers) * seen * encoder.width
+
+    step = trace(shape_of(recipe, torch.bfloat16, {}), 2, checkpointing=False, on_gpu=True)
+
+    expected = depth * (queries + context + mixing) + weighing
+    assert step.forward_flops["decoder"] == pytest.approx(expected)
+    assert step.forward_flops["head"] == pytest.approx(2 * decoded * width * pixels)
+    assert (step.encoder_tokens, step.decoder_tokens) == (seen, decoded)
+    whole = load_recipe(name, ["method.decode_ratio=1"])
+    all_decoded = trace(shape_of(whole, torch.bfloat16, {}), 2, checkpointing=False, on_gpu=True)
+    assert all_decoded.decoder_tokens == 3 * decoded
+    assert all_decoded.training_flops > step.training_flops
+    assert all_decoded.activations > step.activations
+
+
 @pytest.mark.parametrize(
     "name",
     [
-        "ae-tiny",
-        "dvae-tiny",
-        "beit-tiny",
-        "maskfeat-tiny",
-        "distill-tiny",
-        "ibot-tiny",
-        "capi-tiny",
+        "ae-tiny", "dvae-tiny", "beit-tiny", "mae-cross-tiny", "maskfeat-tiny", "distill-tiny",
+        "ibot-tiny", "capi-tiny",
     ],
 )  # fmt: skip
 def test_flops__are_what_the_profiler_sees(name: str) -> None:

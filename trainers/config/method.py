@@ -126,6 +126,14 @@ class MethodConfig(Config):
         return False
 
     @property
+    def in_full(self) -> MethodConfig | None:
+        """The configuration without what spares computation, for costs to be held against.
+
+        None if nothing is spared.
+        """
+        return None
+
+    @property
     def assignment_pictures(self) -> int:
         """Pictures over which targets are normalised together, by position in the global batch.
 

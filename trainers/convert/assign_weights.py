@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from mimray.trainers.config.beit import BEiTConfig
 from mimray.trainers.config.mae import MAEConfig
 from mimray.trainers.config.maskfeat import MaskFeatConfig
-from mimray.trainers.config.model import ConvConfig, DalleConfig, EncoderConfig, ViTConfig
+from mimray.trainers.config.model import ConvConfig, DalleConfig, EncoderConfig
 from mimray.trainers.config.run import Recipe
 from mimray.trainers.config.simmim import SimMIMConfig
 from mimray.trainers.models import build_encoder
-from mimray.trainers.models.decoders import MAEDecoder
+from mimray.trainers.models.decoders import mae_decoder
 from mimray.trainers.models.hog import HOG
 
 Shapes = Mapping[str, torch.Size]
@@ -41,17 +41,8 @@ def method_shapes(recipe: Recipe) -> Shapes:
     """
     encoder, method, channels = recipe.encoder, recipe.method, recipe.data.channels
     if isinstance(method, MAEConfig):
-        assert isinstance(encoder, ViTConfig)
         with torch.device("meta"):
-            decoder = MAEDecoder(
-                encoder_width=encoder.width,
-                width=method.decoder_width,
-                depth=method.decoder_depth,
-                num_heads=method.decoder_num_heads,
-                grid=recipe.grid,
-                out_dim=encoder.stride**2 * channels,
-                num_prefix=encoder.num_prefix_tokens,
-            )
+            decoder = mae_decoder(recipe)
         return _shapes(nn.ModuleDict({"decoder": decoder}))
     if isinstance(method, BEiTConfig):
         out_dim = method.vocab_size

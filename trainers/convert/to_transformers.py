@@ -51,8 +51,9 @@ class _Model(NamedTuple):
 def export_transformers(bundle: Path, out: Path) -> str:
     """Write a folder that `from_pretrained(OUT)` of a class of transformers loads.
 
-    mae becomes ViTMAEForPreTraining, decoder included; beit BeitForMaskedImageModeling; simmim
-    SwinForMaskedImageModeling or, with absolute positions alone, ViTForMaskedImageModeling.
+    mae with its decoder of self-attention becomes ViTMAEForPreTraining; beit
+    BeitForMaskedImageModeling; simmim SwinForMaskedImageModeling or, with absolute positions alone,
+    ViTForMaskedImageModeling.
     Everything else, and what these cannot hold, becomes its encoder alone: ViTModel, BeitModel,
     SwinModel, Dinov2Model, Dinov2WithRegistersModel, DINOv3ViTModel or SiglipVisionModel.
 
@@ -71,7 +72,7 @@ def export_transformers(bundle: Path, out: Path) -> str:
     card, folder = frozen.card, bundle_folder(bundle)
     recipe, rest = _method(folder, card)
     state, shape = frozen.encoder.state_dict(), card.encoder
-    if card.method == "mae":
+    if card.method == "mae" and not _crosses(recipe):
         model = _vit_mae(card, state, recipe, rest, folder)
     elif isinstance(shape, SwinConfig):
         model = _swin(card, shape, state, recipe, rest)
@@ -294,6 +295,12 @@ def _swin(
 def _is_plain(shape: ViTConfig) -> bool:
     """True if transformers' ViT can hold it; its Beit can hold the rest."""
     return shape.positions != "none" and shape.rel_pos_bias == "none" and shape.layer_scale is None
+
+
+def _crosses(recipe: Recipe | None) -> bool:
+    """True of a decoder that transformers does not have."""
+    method = None if recipe is None else recipe.method
+    return isinstance(method, MAEConfig) and method.decoder == "cross"
 
 
 def _is_simmim(recipe: Recipe | None) -> bool:

@@ -6,7 +6,6 @@ shapes depend on them. So a ViT-H takes seconds and no memory, at its real batch
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -30,7 +29,7 @@ from mimray.trainers.methods.base import Method
 from mimray.trainers.methods.catalogue import build_method, inputs_of
 from mimray.trainers.methods.inputs import placeholders
 from mimray.trainers.methods.lora import adapt
-from mimray.trainers.models.decoders import MAEDecoder
+from mimray.trainers.models.decoders import CrossDecoder, MAEDecoder
 
 aten = torch.ops.aten
 
@@ -52,7 +51,8 @@ class Step:
         forward_flops: forward FLOPs per picture, by part; a multiply-add counts as 2.
         training_flops: forward and backward FLOPs per picture, recomputation included.
         encoder_tokens: tokens that leave the encoder per picture, class token included.
-        decoder_tokens: tokens in a transformer decoder, class token included; 0 without one.
+        decoder_tokens: tokens in a transformer decoder, class token included where it is decoded;
+            0 without one.
         activations: peak of bytes held beside parameters and their gradients.
         with_gradients: peak of bytes held beside parameters; gradients are allocated while
             activations are freed.
@@ -121,10 +121,15 @@ def trace(
     weights = [t for m in (method, *called) for t in (*m.parameters(), *m.buffers())]
     ledger = _Ledger(part_names(method), ignored=weights)
     ledger.hold(inputs)
+    decoder = getattr(method, "decoder", None)
     tokens: list[int] = []
+    decoded: list[int] = []
 
     def count_tokens(_: nn.Module, __: Any, output: Any) -> None:
         tokens.append(output.tokens.shape[:2].numel() + output.prefix.shape[:2].numel())
+
+    def count_decoded(module: Any, _: Any, prediction: Tensor) -> None:
+        decoded.append(prediction.shape[1] + module.num_prefix)
 
     with ExitStack() as stack:
         stack.callback(method.zero_grad, set_to_none=True)
@@ -134,6 +139,8 @@ def trace(
             *_watch_gradients(method, ledger),
         ):
             stack.callback(handle.remove)
+        if isinstance(decoder, MAEDecoder | CrossDecoder):
+            stack.callback(decoder.register_forward_hook(count_decoded).remove)
         attention = _fused_attention(on_gpu)
         stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", attention))
         stack.enter_context(mock.patch.object(method, "within", ledger.within))
@@ -145,16 +152,11 @@ def trace(
             output = method(**inputs)
             forward = {part: flops / batch for part, flops in ledger.flops.items()}
             _backward(output.loss)
-    decoder = getattr(method, "decoder", None)
     return Step(
         forward_flops=forward,
         training_flops=sum(ledger.flops.values()) / batch,
         encoder_tokens=sum(tokens) // batch,
-        decoder_tokens=(
-            math.prod(method.recipe.grid) + decoder.num_prefix
-            if isinstance(decoder, MAEDecoder)
-            else 0
-        ),
+        decoder_tokens=sum(decoded),
         activations=ledger.most_beside_gradients,
         with_gradients=ledger.most,
     )

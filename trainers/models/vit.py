@@ -244,16 +244,28 @@ class ViT(Encoder):
         mask: Bool[Tensor, "B N"] | None = None,
         mask_token: Float[Tensor, "1 1 D"] | None = None,
         norm: bool = True,
+        layers: Sequence[int] = (),
     ) -> Features:
-        """Encode pictures; without a mask token, hidden patches are not even projected."""
+        """Encode pictures; without a mask token, hidden patches are not even projected.
+
+        Args:
+            images: normalised pictures.
+            mask: as in every encoder.
+            mask_token: as in every encoder.
+            norm: True to apply the final norm to the tokens, and to those of each layer.
+            layers: blocks whose tokens are returned as well, counted as for `features`.
+        """
+        wanted = self._wanted(layers) if layers else []
         grid = self._grid_of((images.shape[2], images.shape[3]))
         x, keep = self._embed(images, grid, mask, mask_token)
         places = self._places(grid, x, keep)
-        for block in self.blocks:
+        after: dict[int, Tensor] = {}
+        for i, block in enumerate(self.blocks):
             x = self._run(block, x, places)
-        if norm:
-            x = self.norm(x)  # B P+N D
-        return self._features(x, grid)
+            if i in wanted or i == self.depth - 1:
+                after[i] = self.norm(x) if norm else x  # B P+N D
+        last = self._features(after[self.depth - 1], grid)
+        return last._replace(layers=tuple(after[i] for i in wanted))
 
     def features(
         self, images: Float[Tensor, "B C H W"], layers: Sequence[int], norm: bool = True

@@ -248,6 +248,26 @@ def test_export_transformers__refuses_what_vitmae_cannot_hold(tmp_path: Path, zo
     assert sorted(p.name for p in tmp_path.iterdir()) == ["alone", "scaled", "wide"]
 
 
+def test_export_transformers__a_decoder_of_ours_alone_is_left_out(tmp_path: Path, zoo: Any):
+    import transformers
+
+    tree = recipe_of("mae", VIT).model_dump()
+    tree["method"] |= {"decoder": "cross", "encoder_layers": [0, 2]}
+    method = zoo.trained_like(build_method(parse_recipe(tree)))
+    bundle = bundle_of(method, tmp_path / "bundle")
+
+    assert export_transformers(bundle, tmp_path / "out") == "ViTModel"
+
+    theirs = transformers.ViTModel.from_pretrained(tmp_path / "out", add_pooling_layer=False)
+    images = zoo.images((32, 32))
+    ours = method.encoder(images)
+    tokens = theirs.eval()(images).last_hidden_state
+    zoo.close(tokens, torch.cat([ours.prefix, ours.tokens], dim=1))
+    export_timm(bundle, tmp_path / "timm")
+    model = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
+    zoo.close(model.forward_features(images), tokens)
+
+
 def test_export__refuses_encoders_of_ours_alone(tmp_path: Path, zoo: Any):
     conv = bundle_of(trained(zoo, "ae", {"name": "conv", "widths": [8, 8]}), tmp_path / "conv")
     other = bundle_of(trained(zoo, "mae", VIT | {"norm_eps": 1e-5}), tmp_path / "eps")

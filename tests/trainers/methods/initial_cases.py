@@ -26,6 +26,11 @@ CASES = {
     "capi": {"encoder": VIT, "method": {"name": "capi", "num_clusters": 12, "assignment_group": 4,
                                         "momentum": 0.9, "decoder_width": 16, "decoder_depth": 1,
                                         "decoder_num_heads": 2}},
+    "mae-cross": {
+        "encoder": VIT,
+        "method": METHODS["mae"]
+        | {"decoder": "cross", "decode_ratio": 0.5, "encoder_layers": [0, 1]},
+    },
     "ibot-held": {"encoder": VIT, "method": METHODS["ibot"]},
 }  # fmt: skip
 BEGUN = {"ibot-held": {"gram_weight": 1.0}}

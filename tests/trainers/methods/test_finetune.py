@@ -431,7 +431,7 @@ def test_recipes__large_ones_are_the_base_ones_of_another_size(name: str, lr: fl
     assert large.data == small.data
 
 
-@pytest.mark.parametrize("name", ["mae-vit-s", "simmim-vit-s"])
+@pytest.mark.parametrize("name", ["mae-vit-s", "mae-cross-vit-s", "simmim-vit-s"])
 @pytest.mark.parametrize("pictures", [10_000, 200_000])
 def test_recipes__for_small_jobs_are_as_long_whatever_the_data(name: str, pictures: int):
     recipe = load_recipe(name)

@@ -128,6 +128,30 @@ def test_begin__a_head_that_does_not_fit_is_fresh_as_a_whole(donors: Path, tmp_p
     assert "is fresh; --partial takes what fits" in text
 
 
+@pytest.mark.parametrize(("ours", "theirs"), [("mae-cross", "mae"), ("mae", "mae-cross")])
+def test_begin__the_other_decoder_of_mae_is_left_out(
+    ours: str, theirs: str, donors: Path, tmp_path: Path
+):
+    donor = donate(theirs, donors, f"{theirs}-donor")
+    asked = recipe_of(ours, donors, init=str(donors / f"{theirs}-donor"))
+    recipe = with_needs(asked)
+
+    found = begun(recipe, tmp_path / "run").state_dict()
+
+    torch.manual_seed(0)
+    fresh = build_method(recipe).state_dict()
+    for name, value in found.items():
+        wanted = donor if name.startswith("encoder.") else fresh
+        assert torch.equal(value, wanted[name]), name
+    text = "\n".join(initial_lines(recipe, asked, fetch_weights, None))
+    assert "its mae head or decoder does not fit (decoder." in text
+    assert "is fresh; --partial takes what fits" in text
+    method = recipe.method.model_copy(update={"init_partial": True})
+    partly = begun(recipe.model_copy(update={"method": method}), tmp_path / "partly").state_dict()
+    for name in ("decoder.pred.weight", "decoder.mask_token", "decoder.blocks.0.mlp.fc1.weight"):
+        assert torch.equal(partly[name], donor[name]), name
+
+
 def test_begin__the_head_of_another_tokenizer_is_left_out(donors: Path, tmp_path: Path):
     donate("dvae", donors, "dvae-other", ema_decay=0.5)
     file = donors / "dvae-other" / "bundle" / "bundle.json"

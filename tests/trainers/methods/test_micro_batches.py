@@ -46,6 +46,9 @@ MIXED = {"name": "finetune", "mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1
 CASES: dict[str, dict[str, Any]] = {
     "mae": {"encoder": VIT, "method": {"name": "mae", "decoder_width": 16, "decoder_depth": 1,
                                        "decoder_num_heads": 2}},
+    "mae-cross": {"encoder": VIT, "method": {"name": "mae", "decoder_width": 16, "decoder_depth": 2,
+                                             "decoder_num_heads": 2, "decoder": "cross",
+                                             "decode_ratio": 0.5, "encoder_layers": [0, 1]}},
     "simmim": {"encoder": VIT, "method": {"name": "simmim", "mask_unit_px": 8}},
     "maskfeat": {"encoder": VIT, "method": {"name": "maskfeat", "hog_cell_px": 4, **BLOCKS}},
     "beit": {"encoder": VIT, "method": {"name": "beit", "tokenizer_image_size": 16, **BLOCKS}},

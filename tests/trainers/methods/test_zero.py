@@ -27,7 +27,7 @@ from mimray.trainers.types import DatasetFacts
 pytestmark = pytest.mark.slow
 
 RECIPES = (
-    "ae-tiny", "vae-tiny", "dvae-tiny", "beit-tiny", "mae-tiny", "simmim-tiny",
+    "ae-tiny", "vae-tiny", "dvae-tiny", "beit-tiny", "mae-tiny", "mae-cross-tiny", "simmim-tiny",
     "simmim-swin-tiny", "maskfeat-tiny", "distill-tiny", "ibot-tiny", "capi-tiny",
 )  # fmt: skip
 BATCH, STEPS = 8, 3
