@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ray.tune.search import Searcher
 
 from mimray.trainers.errors import ConfigError, MimrayError, RunConflictError, StorageError
+from mimray.tuning.bases import Params
 from mimray.tuning.config import (
     Choice,
     Domain,
@@ -28,7 +29,7 @@ from mimray.tuning.config import (
     Uniform,
 )
 from mimray.tuning.record import ENDED, SweepRecord, TrialRecord, repeat_number
-from mimray.tuning.space import Params, listed, space_digest, word_of
+from mimray.tuning.space import listed, space_digest, word_of
 
 if TYPE_CHECKING:
     import optuna

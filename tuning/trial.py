@@ -27,13 +27,13 @@ from mimray.trainers.launch import WorkerResources, last_line, workers
 from mimray.trainers.methods.needs import keep_needs
 from mimray.trainers.storage import RunDir, check_seen, claim
 from mimray.trainers.weights import fetcher
+from mimray.tuning.bases import Params
 from mimray.tuning.capacity import Capacity
 from mimray.tuning.plan import SweepPlan
 from mimray.tuning.record import Rung, TrialRecord, trial_dir
 from mimray.tuning.recorder import TrialLink
 from mimray.tuning.score import score_bundle
 from mimray.tuning.search import SAMPLES, SCORE
-from mimray.tuning.space import Params
 
 logger = logging.getLogger(__name__)
 

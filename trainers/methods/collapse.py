@@ -92,7 +92,7 @@ class CollapseWatch(Fp32Buffers):
         totals = torch.cat([total.flatten() for total in own])
         if dist.is_initialized():
             dist.all_reduce(totals)
-        parts = totals.split([total.numel() for total in own])
+        parts = torch.split(totals, [total.numel() for total in own])
         assigned, num_assigned, sums, squares, num_outputs = parts
         entropy = float(torch.special.entr(assigned / num_assigned).sum())
         variance = squares / num_outputs - (sums / num_outputs).square()  # D

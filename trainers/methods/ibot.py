@@ -299,7 +299,7 @@ class IBOT(Method):
         whole = self._whole(features)
         scores: Scores = self.averages("head", whole, features.tokens.flatten(0, 1))
         of_views = scores.views.float()  # R K
-        of_patches = scores.patches.unflatten(0, hidden.shape)  # R N K
+        of_patches = torch.unflatten(scores.patches, 0, hidden.shape)  # R N K
         temperature, patch_temperature = self.temperatures
         if self.config.centring == "sinkhorn":
             assigned = self._balanced(of_views, temperature)
@@ -312,7 +312,7 @@ class IBOT(Method):
             self.centre.add(of_views)
             self.patch_centre.add(of_patches)
             self.watch.add(assigned, whole)
-        return Targets(assigned.unflatten(0, (-1, NUM_GLOBAL)), patches, features.tokens)
+        return Targets(torch.unflatten(assigned, 0, (-1, NUM_GLOBAL)), patches, features.tokens)
 
     def predict(
         self,
@@ -329,16 +329,18 @@ class IBOT(Method):
         """
         num_pictures = len(views) // NUM_GLOBAL
         features: Features = self.encoder(views, hidden, self.mask_token)
-        whole = [self._whole(features).unflatten(0, (num_pictures, NUM_GLOBAL))]
+        whole = [torch.unflatten(self._whole(features), 0, (num_pictures, NUM_GLOBAL))]
         if local_images is not None:
             local = self._whole(self.encoder(local_images.flatten(0, -4)))
-            whole.append(local.unflatten(0, (num_pictures, -1)))
+            whole.append(torch.unflatten(local, 0, (num_pictures, -1)))
         seen = torch.cat(whole, dim=1)  # B 2+L D
         scores: Scores = self.head(seen.flatten(0, 1), features.tokens[hidden])
         of_views, of_patches = (
             F.log_softmax(s.float() / self.config.student_temperature, dim=-1) for s in scores
         )
-        return Predictions(of_views.unflatten(0, seen.shape[:2]), of_patches, features.tokens)
+        return Predictions(
+            torch.unflatten(of_views, 0, seen.shape[:2]), of_patches, features.tokens
+        )
 
     def _whole(self, features: Features) -> Float[Tensor, "R D"]:
         """The vector that stands for a whole view."""
@@ -347,10 +349,10 @@ class IBOT(Method):
     def _balanced(self, scores: Float[Tensor, "R *N K"], temperature: float) -> Tensor:
         """Sinkhorn's assignments over the vectors of a group's pictures, of all workers."""
         num_pictures = len(scores) // NUM_GLOBAL
-        by_picture = scores.unflatten(0, (num_pictures, NUM_GLOBAL)).flatten(1, -2)  # B V K
+        by_picture = torch.unflatten(scores, 0, (num_pictures, NUM_GLOBAL)).flatten(1, -2)  # B V K
         groups = grouped(by_picture, self.config.assignment_pictures)  # G P V K
         assigned = sinkhorn(groups.flatten(1, 2), temperature, self.config.sinkhorn_rounds)
-        own = own_rows(assigned.unflatten(1, groups.shape[1:3]), num_pictures)  # B V K
+        own = own_rows(torch.unflatten(assigned, 1, groups.shape[1:3]), num_pictures)  # B V K
         return own.reshape(scores.shape)
 
     def reconstruct(

@@ -115,7 +115,7 @@ class WeightedLayers(nn.Module):
         """
         stacked = torch.stack(list(layers))  # L B V D
         mixed = self.weights @ stacked.flatten(1)  # K (B V D), one product for all blocks
-        contexts = mixed.unflatten(1, stacked.shape[1:]).unbind(0)  # B V D each
+        contexts = torch.unflatten(mixed, 1, stacked.shape[1:]).unbind(0)  # B V D each
         return [norm(context) for norm, context in zip(self.norms, contexts, strict=True)]
 
 
