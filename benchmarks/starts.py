@@ -28,19 +28,19 @@ CALIBRATION_STEPS = 30
 PICTURES = {"camvid": "train", "bccd": "JPEGImages"}
 SCORES = {
     "camvid": {
-        "dense kNN, mIoU": ("dense-knn", "ignore_index=11", "image_size=[264,352]"),
-        "linear, mIoU": ("segmentation", "ignore_index=11", "image_size=[264,352]"),
+        "dense kNN": ("dense-knn", "ignore_index=11", "image_size=[184,240]"),
+        "linear": ("segmentation", "ignore_index=11", "image_size=[184,240]"),
     },
     "bccd": {
-        "Faster R-CNN, AP50": (
+        "Faster R-CNN": (
             "detection",
-            "image_size=[240,320]",
-            "num_proposals=128",
+            "image_size=[160,208]",
+            "num_proposals=64",
             "pyramid_width=64",
         ),
     },
 }
-EPOCHS = {"segmentation": 20, "detection": 8}
+EPOCHS = {"segmentation": 6, "detection": 8}
 
 
 def mimray(*arguments: str) -> dict[str, Any]:
@@ -81,14 +81,15 @@ def steps_in(minutes: float, pretrain: list[str], run: Path) -> int:
 
 
 def scored(task: str, options: tuple[str, ...], data: Path, bundle: str, out: Path) -> Any:
-    """The headline of an encoder, with its standard error."""
+    """The headline of an encoder with its standard error, and AP50 where there is one."""
     epochs = ["--epochs", str(EPOCHS[task])] if task in EPOCHS else []
     strict = ["--skip-invalid"] if task == "detection" else []
     found = mimray(
         "evaluate", bundle, "--task", task, "--data", str(data), "--out", str(out),
         *epochs, *strict, *settings(*options),
     )  # fmt: skip
-    return {key: found.get(key) for key in ("metric", "headline", "standard_error", "num_val")}
+    score = {key: found[key] for key in ("metric", "headline", "standard_error", "num_val")}
+    return {**score, "AP50": found["metrics"].get("AP50")}
 
 
 def main() -> None:
@@ -128,7 +129,7 @@ def main() -> None:
             encoders[way] = str(run)
         for encoder, bundle in encoders.items():
             for metric, (task, *options) in SCORES[name].items():
-                results = out / f"{name}-{Path(bundle).name.replace(':', '-')}-{task}"
+                results = out / "scores" / name / encoder.replace(" ", "-") / task
                 score = scored(task, tuple(options), data / name, bundle, results)
                 rows.append({"pictures": name, "start": encoder, "what": metric, **score})
                 rows[-1]["steps"] = steps.get(encoder)
@@ -136,7 +137,9 @@ def main() -> None:
     print("\n| pictures | start | steps | score | value |\n|---|---|---|---|---|")
     for row in rows:
         error = row["standard_error"]
-        value = f"{row['headline']:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+        value = f"{row['metric']} {row['headline']:.4f} ± {error:.4f}"
+        if row["AP50"] is not None:
+            value += f", AP50 {row['AP50']:.4f}"
         steps_made = row["steps"] or ""
         print(f"| {row['pictures']} | {row['start']} | {steps_made} | {row['what']} | {value} |")
     if arguments.json:
