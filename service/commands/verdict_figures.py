@@ -42,6 +42,9 @@ def measured(
     known = {name: result for name, result in results.items() if result is not None}
     assert known.keys() == refs.keys()
     comparable = request.task != NO_LABELS or _same_width(refs)
+    notes = list(known["adapted"]["notes"])
+    if measurement.role == "retain":
+        notes = [f"retention set: {note}" for note in notes]
     width = "RankMe compares encoders of the same width alone: there is no difference to judge"
     return {
         "role": measurement.role,
@@ -59,7 +62,7 @@ def measured(
         "results": {
             name: (one.folder / f"{request.task}.json").uri for name, one in subjects.items()
         },
-        "notes": [*known["adapted"]["notes"], *([] if comparable else [width])],
+        "notes": [*notes, *([] if comparable else [width])],
     }
 
 
