@@ -105,8 +105,8 @@ def test_shipped_recipe__parses_and_says_what_it_is(name: str):
     assert recipe.about is not None
     assert all(recipe.about.model_dump().values())
     # `mimray adapt` takes the recipe that fits the size of the encoder it is given.
-    adapts = name.startswith("adapt-")
-    assert recipe.about.command.startswith("mimray adapt " if adapts else f"mimray pretrain {name} ")
+    begins = "mimray adapt " if name.startswith("adapt-") else f"mimray pretrain {name} "
+    assert recipe.about.command.startswith(begins)
 
 
 def test_shipped_recipe__mae_vit_b_is_the_paper():
