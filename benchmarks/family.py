@@ -103,7 +103,7 @@ MEMBERS = {
         ),
         Member("beit", "beit-tiny", needs="dvae", key="method.tokenizer", share=0.25),
         Member("mae", "mae-tiny", DECODER),
-        Member("mae-cross", "mae-cross-tiny", DECODER),
+        Member("mae-cross", "mae-cross-tiny", (*DECODER, "method.encoder_layers=[0,1,2,3,4,5]")),
         Member("simmim", "simmim-tiny"),
         Member("maskfeat", "maskfeat-tiny"),
         Member("maskfeat-mae", "maskfeat-tiny", (*_VISIBLE, *DECODER)),

@@ -64,12 +64,14 @@ class Against(Config):
         standard_error: the difference's standard error; None where it is not known.
         paired: True if both were compared picture by picture.
         told_apart: True if chance over pictures alone explains it in fewer than 5 % of cases.
+        interval: the bounds of the difference's 95 % interval; None where it is not known.
     """
 
     value: float
     standard_error: float | None
     paired: bool
     told_apart: bool | None
+    interval: tuple[float, float] | None = None
 
 
 class Seeds(Config):
