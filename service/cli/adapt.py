@@ -9,10 +9,10 @@ import click
 from mimray.service.cli.options import (
     command_line,
     json_option,
-    label_option,
     print_result,
     set_option,
     steps_option,
+    verdict_options,
     with_workers,
     workers_option,
 )
@@ -23,16 +23,7 @@ from mimray.service.cli.options import (
 @click.option("--data", required=True, help="Pictures to adapt to; their labels are not read.")
 @click.option("--recipe", default=None, help="A recipe; by default by the size of START.")
 @click.option("--lora", type=click.IntRange(min=1), default=None, metavar="RANK", help="Adapters.")
-@click.option("--labelled", default=None, help="Labelled pictures: with masks, boxes or classes.")
-@click.option("--val", default=None, help="Pictures to score on; default: LABELLED's own split.")
-@click.option("--retain", default=None, help="A second data set, to see what was lost.")
-@click.option(
-    "--task", "tasks", multiple=True, metavar="TASK", help="A task on LABELLED; by its labels."
-)
-@label_option
-@click.option(
-    "--limit", type=click.IntRange(min=1), default=None, help="Pictures of each in the verdict."
-)
+@verdict_options
 @click.option(
     "--verdict-set",
     "verdict_overrides",

@@ -104,3 +104,35 @@ def print_result(result: Any, as_json: bool, text: Callable[[Any], str] | None =
         click.echo(json.dumps(result))
     elif text is not None:
         click.echo(text(result))
+
+
+def verdict_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of a verdict: the pictures that an encoder is judged by, and how many of them."""
+    options = (
+        click.option(
+            "--labelled", default=None, help="Labelled pictures: with masks, boxes or classes."
+        ),
+        click.option(
+            "--val", default=None, help="Pictures to score on; default: LABELLED's own split."
+        ),
+        click.option("--retain", default=None, help="A second data set, to see what was lost."),
+        click.option(
+            "--task",
+            "tasks",
+            multiple=True,
+            metavar="TASK",
+            help="A task on LABELLED; by its labels.",
+        ),
+        hold_out_options,
+        label_option,
+        click.option(
+            "--limit",
+            type=click.IntRange(min=1),
+            default=None,
+            help="N pictures of each data set only, in the verdict.",
+        ),
+        click.option("--skip-invalid", is_flag=True, help="Leave out wrong labels and list them."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command

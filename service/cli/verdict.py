@@ -8,10 +8,9 @@ import click
 
 from mimray.service.cli.options import (
     command_line,
-    hold_out_options,
     json_option,
-    label_option,
     print_result,
+    verdict_options,
 )
 
 
@@ -19,17 +18,7 @@ from mimray.service.cli.options import (
 @click.argument("adapted")
 @click.argument("start")
 @click.option("--data", required=True, help="The pictures adapted to; no labels are read.")
-@click.option("--labelled", default=None, help="Labelled pictures: with masks, boxes or classes.")
-@click.option("--val", default=None, help="Pictures to score on; default: LABELLED's own split.")
-@click.option("--retain", default=None, help="A second data set, to see what was lost.")
-@click.option(
-    "--task", "tasks", multiple=True, metavar="TASK", help="A task on LABELLED; by its labels."
-)
-@hold_out_options
-@label_option
-@click.option(
-    "--limit", type=click.IntRange(min=1), default=None, help="N pictures of each data set only."
-)
+@verdict_options
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option(
     "--set",
@@ -38,7 +27,6 @@ from mimray.service.cli.options import (
     metavar="[TASK.]KEY=VALUE",
     help="An option of the tasks on LABELLED; retain.KEY=VALUE of that on RETAIN.",
 )
-@click.option("--skip-invalid", is_flag=True, help="Leave out wrong labels and list them.")
 @click.option("--out", default=None, help="Where the verdict goes; verdict/ of ADAPTED's run.")
 @json_option
 def verdict(as_json: bool, **asked: Any) -> None:

@@ -43,6 +43,9 @@ class AdaptRequest:
         retain: the path or URI of pictures on which nothing should be lost; None for none.
         tasks: the verdict's tasks on the labelled pictures; by default those their labels allow.
         label: the column of the labels; `label`, or class folders, by default.
+        val_share: the share of each class that the verdict holds out; None for the default.
+        val_seed: the seed that chooses these.
+        skip_invalid: leave wrong labels out of the verdict and list them.
         limit: the number of pictures of each data set in the verdict; all by default.
         verdict_overrides: assignments `key=value` to options of the verdict's tasks.
         name: the run's name; the recipe's by default.
@@ -64,6 +67,9 @@ class AdaptRequest:
     retain: str | None = None
     tasks: tuple[str, ...] = ()
     label: str | None = None
+    val_share: float | None = None
+    val_seed: int = 0
+    skip_invalid: bool = False
     limit: int | None = None
     verdict_overrides: tuple[str, ...] = ()
     name: str | None = None
@@ -246,6 +252,9 @@ def _verdict_request(request: AdaptRequest, run: RunDir) -> VerdictRequest:
         limit=request.limit,
         overrides=request.verdict_overrides,
         label=request.label,
+        val_share=request.val_share,
+        val_seed=request.val_seed,
+        skip_invalid=request.skip_invalid,
         command=request.command,
     )
 
