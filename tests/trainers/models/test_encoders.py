@@ -27,11 +27,17 @@ SWIN_ELSEWHERE: dict[str, Any] = {k if k != "width" else "embed_dim": v for k, v
 def vit(size: tuple[int, int] = (32, 48), in_chans: int = 3, **changes: Any) -> Encoder:
     shape = {"patch_size": PATCH, "width": WIDTH, "depth": DEPTH, "num_heads": HEADS}
     config = ViTConfig.model_validate({"name": "vit", **shape, **changes})
-    return randomise(build_encoder(config, size, in_chans))
+    return built(config, size, in_chans)
 
 
 def swin(size: tuple[int, int] = (24, 48), in_chans: int = 3, **changes: Any) -> Encoder:
     config = SwinConfig.model_validate({"name": "swin", **SWIN, "window_size": 3, **changes})
+    return built(config, size, in_chans)
+
+
+def built(config: Any, size: tuple[int, int], in_chans: int) -> Encoder:
+    """An encoder of the same weights whatever ran before."""
+    torch.manual_seed(0)
     return randomise(build_encoder(config, size, in_chans))
 
 
