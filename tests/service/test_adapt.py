@@ -242,7 +242,7 @@ def test_adapt__trains_judges_and_goes_on_from_what_is_there(
     for name in ("verdict.md", "verdict.json", "verdict.png", "pca.png"):
         assert (run / "verdict" / name).is_file(), name
 
-    monkeypatch.setattr("mimray.service.commands.verdict.evaluate_subjects", _full)
+    monkeypatch.setattr("mimray.service.commands.verdict_figures.evaluate_subjects", _full)
     again = json.loads(adapt(*given, "--name", "adapt-tiny").stdout)
     assert again["verdict"]["figures"] == verdict["figures"]
 
