@@ -15,7 +15,7 @@ Found = dict[str, Any]
 
 
 class Facts(NamedTuple):
-    """What a method is, apart from any figure.
+    """The properties of a method in the document's table, which no run measures.
 
     Attributes:
         year: the year of its paper.

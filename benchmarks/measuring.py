@@ -1,4 +1,4 @@
-"""What benchmarks of pre-training share: the commands, the speed of a recipe, the scores."""
+"""Commands, the speed of a recipe and scores, for benchmarks of pre-training."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ class VerdictPlan:
 
     @property
     def sentences(self) -> list[str]:
-        """What will be measured, and what is to be known about the pictures."""
+        """Sentences on the tasks of each data set, and the notes on its pictures."""
         found = []
         for role in dict.fromkeys(one.role for one in self.measurements):
             those = [one for one in self.measurements if one.role == role]

@@ -50,3 +50,14 @@ def test_advice__on_a_batch_that_is_most_of_the_data() -> None:
     (warning,) = given("mae-tiny", pictures=128)
     assert "a global batch of 64 is 50% of the 128 pictures" in warning
     assert "2.0 updates" in warning
+
+
+def test_advice__on_a_teacher_that_keeps_its_start() -> None:
+    short = "optim.steps=60", "optim.warmup_steps=6"
+
+    (warning,) = given("adapt-tiny", "method.init=start", *short)
+
+    # The product of .98 + .02 x (1 - cos(pi k / 60)) / 2 over k = 0 to 59 is .543.
+    assert "54% of the exported weights are the start's" in warning
+    assert "--set method.momentum=0.833333" in warning
+    assert given("adapt-tiny", "method.init=start", *short, "method.momentum=0.833333") == []

@@ -227,6 +227,11 @@ class IBOTConfig(CollapseGuard, GramToStart):
         ]
 
     @property
+    def exported_momentum(self) -> Schedule:
+        """The teacher's momentum."""
+        return self.momentum
+
+    @property
     def assignment_pictures(self) -> int:
         """Pictures over which Sinkhorn balances; 1 where a mean is subtracted."""
         return self.assignment_group or 1
