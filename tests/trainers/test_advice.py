@@ -57,7 +57,7 @@ def test_advice__on_a_teacher_that_keeps_its_start() -> None:
 
     (warning,) = given("adapt-tiny", "method.init=start", *short)
 
-    # The product of .98 + .02 x (1 - cos(pi k / 60)) / 2 over k = 0 to 59 is .543.
+    # The product of .98 + .02 x (1 - cos(pi k / 60)) / 2 over k = 0 to 59 is .541.
     assert "54% of the exported weights are the start's" in warning
     assert "--set method.momentum=0.833333" in warning
     assert given("adapt-tiny", "method.init=start", *short, "method.momentum=0.833333") == []

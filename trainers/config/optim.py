@@ -88,7 +88,7 @@ class OptimConfig(Config):
     clip_tensor_norm: PositiveFloat | None = Field(
         default=None,
         description="largest gradient norm of each parameter tensor by itself, as in DINO; off by "
-        "default",
+        "default; grad_norm in the metrics is then of the clipped gradients",
     )
 
     ema: Scheduled | None = Field(
