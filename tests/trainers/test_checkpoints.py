@@ -233,6 +233,20 @@ def test_load_newest__passes_over_an_unreadable_manifest(run: RunDir, engine: An
     assert loaded.step == 1
 
 
+@pytest.mark.parametrize("text", ["", "[]", '{"format": 99}'])
+def test_load_newest__refuses_to_start_over_where_no_manifest_can_be_read(
+    run: RunDir, engine: Any, text: str
+):
+    manifests = [run / f"checkpoints/{checkpoint.name}" for checkpoint in find(run)]
+    for folder in manifests:
+        folder.write(MANIFEST, text.encode())
+
+    with pytest.raises(CheckpointError, match=r"none of the 2 checkpoints.*--fresh"):
+        load_newest(run, engine, identity_of())
+
+    assert all(folder.read(MANIFEST) == text.encode() for folder in manifests)
+
+
 @pytest.mark.parametrize(
     ("other", "message"),
     [

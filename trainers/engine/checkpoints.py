@@ -3,7 +3,8 @@
 Ranks write their files into `checkpoints/step-NNNNNNNN/`; when all are there, rank 0 writes
 `manifest.json` with every file's size and SHA-256, atomically and last. A directory without a
 manifest is no checkpoint and is removed. Before loading, the files are verified against the
-manifest; a damaged checkpoint is skipped with a warning, and the one before it is tried.
+manifest; a damaged checkpoint is skipped with a warning, and the one before it is tried. Where all
+are damaged the run is not started over: that takes `--fresh`.
 
 A checkpoint fits any number of workers: ZeRO's shards are cut anew for another number.
 """
@@ -166,14 +167,19 @@ def save(
 
 
 def find(run: RunDir, *, sweep: bool = False) -> list[Checkpoint]:
-    """Find the checkpoints of a run, newest first.
+    """Find the checkpoints of a run that have a readable manifest, newest first.
 
     Args:
         run: the run's directory.
         sweep: True to remove directories without a manifest, which interrupted saves leave.
     """
+    return _found(run, sweep=sweep)[0]
+
+
+def _found(run: RunDir, *, sweep: bool) -> tuple[list[Checkpoint], list[CheckpointError]]:
+    """The checkpoints of a run, newest first, and the errors of the manifests not read."""
     root = run / "checkpoints"
-    found = []
+    found, unreadable = [], []
     for name in root.folders():
         if not name.startswith("step-"):
             continue
@@ -187,7 +193,8 @@ def find(run: RunDir, *, sweep: bool = False) -> list[Checkpoint]:
             found.append(_read_manifest(folder, name))
         except CheckpointError as error:
             logger.warning("%s", error)
-    return sorted(found, key=lambda c: c.step, reverse=True)
+            unreadable.append(error)
+    return sorted(found, key=lambda c: c.step, reverse=True), unreadable
 
 
 def steps_made(run: RunDir) -> int:
@@ -209,8 +216,8 @@ def load_newest(run: RunDir, engine: Engine, identity: Identity) -> Checkpoint |
         The loaded checkpoint, or None if the run has none yet.
 
     Raises:
-        CheckpointError: all checkpoints are damaged, or the newest undamaged one has another
-            plan, ZeRO stage or precision.
+        CheckpointError: there are checkpoints and none can be loaded, or the newest that can be
+            has another plan, ZeRO stage or precision.
     """
     choice: list[Any] = [None]
 
@@ -291,9 +298,9 @@ def newest_whole(run: RunDir, *, sweep: bool = False) -> Checkpoint | None:
         sweep: True to remove directories that interrupted saves left.
 
     Raises:
-        CheckpointError: all checkpoints are damaged.
+        CheckpointError: there are checkpoints, and all are damaged or of another version.
     """
-    found = find(run, sweep=sweep)
+    found, unreadable = _found(run, sweep=sweep)
     for checkpoint in found:
         damage = _damage(run / f"checkpoints/{checkpoint.name}", checkpoint)
         if damage is None:
@@ -301,10 +308,13 @@ def newest_whole(run: RunDir, *, sweep: bool = False) -> Checkpoint | None:
         logger.warning(
             "checkpoint %s is damaged (%s); trying the one before", checkpoint.name, damage
         )
-    if found:
+    count = len(found) + len(unreadable)
+    if count:
+        reason = f": {unreadable[-1].args[0]}" if unreadable else ""
         raise CheckpointError(
-            f"none of the {len(found)} checkpoints of {run} is whole",
-            hint="restore one from a backup, or start over with --fresh",
+            f"none of the {count} checkpoints of {run} can be loaded{reason}",
+            hint="restore one from a backup, continue with the version of mimray that wrote them, "
+            "or start over with --fresh",
         )
     return None
 

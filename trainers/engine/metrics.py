@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,7 +11,11 @@ from typing import Any, NamedTuple
 
 from mimray.trainers.storage import RunDir
 
+logger = logging.getLogger(__name__)
+
 METRICS = "metrics.jsonl"
+DAMAGED = "metrics.damaged.jsonl"
+"""The metrics as they were found, where lines of them could not be read."""
 PROBE = "probe_"
 """The prefix of a running probe's figures in rows of metrics."""
 PROBE_SECONDS = f"{PROBE}seconds"
@@ -19,23 +24,54 @@ STANDARD_ERROR = "_standard_error"
 
 
 def read_metrics(run: RunDir) -> list[dict[str, Any]]:
-    """All rows of a run; a half-written last line, which a crash may leave, is dropped."""
-    if not run.exists(METRICS):
-        return []
-    rows = []
-    for line in run.read(METRICS).decode("utf-8", errors="replace").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    """All rows of a run that can be read.
+
+    A half-written last line, which a crash may leave, is dropped; any other line that is no row is
+    left out with a warning.
+    """
+    rows, damaged = _read(run)
+    if damaged:
+        logger.warning(
+            "%s/%s: line%s %s cannot be read and %s left out",
+            run, METRICS, "s" * (len(damaged) > 1), ", ".join(map(str, damaged)),
+            "are" if len(damaged) > 1 else "is",
+        )  # fmt: skip
     return rows
 
 
 def rewind_metrics(run: RunDir, step: int) -> list[dict[str, Any]]:
-    """Drop rows after a step, which a continued run writes again; returns the rest."""
+    """Drop rows after a step, which a continued run writes again; returns the rest.
+
+    Where lines cannot be read, the file as it was is kept beside it.
+    """
+    if _read(run)[1]:
+        run.write(DAMAGED, run.read(METRICS))
     rows = [row for row in read_metrics(run) if row["step"] <= step]
     run.write(METRICS, _lines(rows))
     return rows
+
+
+def _read(run: RunDir) -> tuple[list[dict[str, Any]], list[int]]:
+    """Rows, and the numbers of the lines that are none, the last one's aside if it has no end."""
+    if not run.exists(METRICS):
+        return [], []
+    rows, damaged = [], []
+    lines = run.read(METRICS).split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        row = _row_in(line)
+        if row is not None:
+            rows.append(row)
+        elif line.strip() and number < len(lines):
+            damaged.append(number)
+    return rows, damaged
+
+
+def _row_in(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:  # UnicodeDecodeError, too
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def append_metrics(run: RunDir, row: dict[str, Any]) -> None:
