@@ -17,8 +17,7 @@ kNN over time. `mae-15`, `mae-50` and `mae-90` are MAE at other masking ratios.
 continues on the unlabelled pictures of CamVid and of BCCD for a sixth each: by MAE, and by `mimray
 adapt` where there is that command. Differences from the start are paired by seed.
 
-With 60 minutes it takes about 24 hours on two CPU cores (estimate): the training, and half an hour
-of scoring for each method, most of it fine-tuning.
+Beside the training, the scores of a method take some minutes on two CPU cores.
 """
 
 from __future__ import annotations

@@ -44,6 +44,7 @@ class Test(NamedTuple):
         epochs: the length of what is trained; None where nothing is.
         flags: further arguments.
         figure: the figure of the result that counts, if not its headline.
+        limit: the most pictures of each part, for the sake of time; None for all.
     """
 
     title: str
@@ -53,6 +54,7 @@ class Test(NamedTuple):
     epochs: int | None = None
     flags: tuple[str, ...] = ()
     figure: str = ""
+    limit: int | None = None
 
     def value(self, result: dict[str, Any]) -> dict[str, Any]:
         """The figure, with the standard error that a headline has, and the number of pictures.
@@ -75,7 +77,7 @@ _BCCD = ("image_size=[160,208]", "num_proposals=64", "pyramid_width=64")
 TESTS = {
     "knn": Test("kNN", "tiny-imagenet-50", "knn"),
     "linear": Test("linear", "tiny-imagenet-50", "linear"),
-    "finetune": Test("fine-tuned", "tiny-imagenet-50", "finetune", epochs=5),
+    "finetune": Test("fine-tuned", "tiny-imagenet-50", "finetune", epochs=5, limit=5000),
     "camvid-knn": Test("CamVid dense kNN, mIoU", "camvid", "dense-knn", _CAMVID),
     "camvid-linear": Test("CamVid linear, mIoU", "camvid", "segmentation", _CAMVID, 6),
     "bccd": Test(
@@ -152,9 +154,10 @@ def scored(
         out: the directory of the results.
         options: options of the task beside the test's own.
         epochs: the length of what is trained, if not the test's.
-        limit: the most pictures of each part; None for all.
+        limit: the most pictures of each part, if not the test's.
     """
     length = test.epochs and (epochs or test.epochs)
+    limit = limit or test.limit
     found = mimray(
         "evaluate", bundle, "--task", test.task, "--data", str(data / test.data), "--out", str(out),
         *(["--epochs", str(length)] if length else []),
