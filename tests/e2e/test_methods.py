@@ -29,7 +29,7 @@ FEW_CODES = {
     "dvae-tiny": ["method.codebook_size=32"],
     "beit-tiny": ["method.vocab_size=32"],
     "capi-tiny": ["method.num_clusters=32", "method.assignment_group=16"],
-    "ibot-tiny": ["method.num_prototypes=16"],
+    "ibot-tiny": ["method.num_prototypes=16", "method.assignment_group=16"],
 }
 
 

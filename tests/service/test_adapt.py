@@ -28,7 +28,8 @@ SWIN = {"name": "swin", "width": 16, "depths": [1, 1], "num_heads": [1, 2], "pat
         "window_size": 4}  # fmt: skip
 CONV = {"name": "conv", "widths": [8, 12], "depth": 1}
 SETS = [
-    "optim.batch_size=8", "method.num_prototypes=16", "method.head_width=16", "data.num_workers=0",
+    "optim.batch_size=8", "method.num_prototypes=16", "method.assignment_group=8",
+    "method.head_width=16", "data.num_workers=0",
     "logging.num_pictures=2", "logging.every_steps=1", "resources.cpus_per_worker=1",
 ]  # fmt: skip
 
@@ -139,7 +140,7 @@ def test_pictures__are_refused_before_anything_runs(
     assert "is the data adapted to" in refusal(*given, "--retain", pictures)
     assert "has no labels" in refusal(*given, "--labelled", pictures)
     assert "(--labelled DATA)" in refusal(*given, "--verdict-set", "k=3")
-    small = ("--set", "optim.batch_size=8")
+    small = ("--set", "optim.batch_size=8", "--set", "method.assignment_group=8")
     assert "num_prototypes 256 is more than the 40 pictures" in refusal(*given, *small)
     assert "rank 99 is not below the full rank" in refusal(
         *given, *small, "--lora", 99, "--set", "method.num_prototypes=16"

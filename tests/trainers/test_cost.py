@@ -484,8 +484,8 @@ def test_memory__is_what_a_training_step_takes(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_memory__is_what_any_method_takes(name: str, tmp_path: Path) -> None:
-    # A small batch comes first (`measure`), which capi's groups must divide.
-    groups = ("method.assignment_group=8",) if name == "capi-tiny" else ()
+    # A small batch comes first (`measure`), which the groups must divide.
+    groups = ("method.assignment_group=8",) if name in ("capi-tiny", "ibot-tiny") else ()
     overrides = ("optim.batch_size=48", *groups)
     cases = [Case(name, overrides, 1, again) for again in (False, True)]
     check(cases, tmp_path / "out")

@@ -34,7 +34,7 @@ BATCH, STEPS = 8, 3
 SMALL = {
     "dvae-tiny": ["method.codebook_size=32"],
     "beit-tiny": ["method.vocab_size=16"],
-    "ibot-tiny": ["method.num_prototypes=32"],
+    "ibot-tiny": ["method.num_prototypes=32", "method.assignment_group=8"],
     "distill-tiny": ["method.teacher_width=32", "method.pooled_weight=1"],
     "capi-tiny": ["method.num_clusters=16", "method.assignment_group=8"],
 }
