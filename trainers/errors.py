@@ -16,6 +16,7 @@
     ├── NonFiniteLossError     training diverged
     ├── CodebookCollapseError  a tokenizer uses next to none of its codes
     ├── CollapseError          a teacher says the same of every picture
+    ├── StoppedError           ended from outside; the same command goes on
     └── ServingError           the endpoint (its own leaves live in `mimray.serving.wire.errors`)
 
 Every error that a person can cause is one of these; the command line prints it in one line
@@ -168,6 +169,13 @@ class CollapseError(MimrayError):
 
     code = "collapse"
     exit_code = 1
+
+
+class StoppedError(MimrayError):
+    """A training was asked to end; the same command goes on from its last checkpoint."""
+
+    code = "stopped"
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: not done, try again
 
 
 class ServingError(MimrayError):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import ray
 import ray.train
@@ -20,7 +21,14 @@ from mimray.trainers.config.names import check_name
 from mimray.trainers.config.run import Plan, Recipe, continued, differences, parse_plan, resolve
 from mimray.trainers.data.account import Account
 from mimray.trainers.data.selection import open_training, with_classes
-from mimray.trainers.errors import DataError, MimrayError, ResourceError, RunConflictError
+from mimray.trainers.errors import (
+    DataError,
+    MimrayError,
+    ResourceError,
+    RunConflictError,
+    StoppedError,
+)
+from mimray.trainers.lifeline import WorkerLifeline
 from mimray.trainers.methods.needs import (
     check_outside,
     initial_lines,
@@ -28,13 +36,17 @@ from mimray.trainers.methods.needs import (
     with_needs,
 )
 from mimray.trainers.recorder import RunLink, RunRecorder, RunState
+from mimray.trainers.stopping import interruptible
 from mimray.trainers.storage import RunDir, check_seen, claim
 from mimray.trainers.weights import fetcher
 
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.5
+# The words of torch on GPUs and CPUs, and of Ray where it ends a worker to save its node.
+_MEMORY = re.compile(r"out of memory|OutOfMemory|MemoryError|allocate memory|low on memory", re.I)
 COLLECTIVE_TIMEOUT_S = 1800
+STORAGE_PATIENCE_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -178,6 +190,8 @@ def pretrain(
 ) -> Outcome:
     """Run a job on the connected Ray cluster, continuing an existing run.
 
+    In the main thread, SIGINT and SIGTERM end it: the first after a checkpoint, the next at once.
+
     Args:
         job: the job to run.
         plan: a result of `prepare`.
@@ -185,6 +199,7 @@ def pretrain(
 
     Raises:
         ResourceError: the cluster can never provide the plan's resources.
+        StoppedError: a signal ended it.
         MimrayError: a worker raised it, or the run gave up after too many failures.
     """
     run = job.run
@@ -211,18 +226,17 @@ def pretrain(
     failure: BaseException | None = None
     try:
         with watcher:
-            trainer.fit()
+            interruptible(trainer.fit, lambda signal: ray.get(recorder.stop.remote(signal)))
     except ray.train.TrainingFailedError as error:
         failure = error
+    except StoppedError:
+        ray.get(recorder.close.remote("KILLED"))
+        raise
     state: RunState = ray.get(recorder.state.remote())
     if state.error is None and failure is not None:
-        state.error = MimrayError(
-            f"the run gave up after {plan.recipe.resources.max_failures} failures: "
-            f"{last_line(failure)}",
-            hint=f"the same command continues from the last checkpoint in {run}",
-        )
-        state.error.exit_code = 1
-    ray.get(recorder.close.remote("FAILED" if state.error else "FINISHED"))
+        state.error = _gave_up(failure, plan, run)
+    if not isinstance(state.error, RunConflictError):  # the tracked run is the other launch's
+        ray.get(recorder.close.remote(_status(state.error)))
     ray.kill(recorder)
     if state.error is not None:
         raise state.error from failure
@@ -297,7 +311,7 @@ def preflight(plan: Plan) -> WorkerResources:
             hint=f"--workers {max(1, most_gpus)}, or --set resources.device=cpu",
         )
     per_node = [min(n.get("CPU", 0), n.get("GPU", 0)) if on_gpu else n.get("CPU", 0) for n in nodes]
-    cpus = wanted.cpus_per_worker or _fair_cpus(nodes, plan.world_size, on_gpu)
+    cpus = wanted.cpus_per_worker or _fair_cpus(nodes, limits, plan.world_size, on_gpu)
     fits = sum(
         int(min(n.get("CPU", 0) // cpus, n.get("GPU", 0) if on_gpu else 1_000_000)) for n in nodes
     )
@@ -311,13 +325,20 @@ def preflight(plan: Plan) -> WorkerResources:
     return WorkerResources(gpus=int(on_gpu), cpus=cpus)
 
 
-def _fair_cpus(nodes: list[dict[str, float]], num_workers: int, on_gpu: bool) -> int:
-    """The largest whole number of CPUs that all workers can have at once."""
+def _fair_cpus(
+    nodes: list[dict[str, float]], limits: Mapping[str, float], num_workers: int, on_gpu: bool
+) -> int:
+    """The largest whole number of CPUs that all workers can have at once.
+
+    Where the nodes there are do not hold them all, it is an equal share of what the cluster may
+    grow to.
+    """
     slots = [(int(n.get("CPU", 0)), int(n.get("GPU", 0)) if on_gpu else 1_000_000) for n in nodes]
-    for cpus in range(max((c for c, _ in slots), default=1), 1, -1):
+    for cpus in range(max((c for c, _ in slots), default=1), 0, -1):
         if sum(min(c // cpus, g) for c, g in slots) >= num_workers:
             return cpus
-    return 1
+    shares = limits.get("GPU", 0) if on_gpu else num_workers
+    return max(1, int(limits.get("CPU", 0) // max(1, shares)))
 
 
 def autoscaler_limits() -> dict[str, float]:
@@ -358,7 +379,7 @@ def _work(config: dict[str, Any]) -> None:
     if link.failed():
         return  # trying again cannot mend this failure; let the group end
     plan = Plan.model_validate_json(config["plan"])
-    run = RunDir(config["run"])
+    run = RunDir(config["run"], STORAGE_PATIENCE_S)
     rank = ray.train.get_context().get_world_rank()
     try:
         check_seen(run)
@@ -371,7 +392,7 @@ def _work(config: dict[str, Any]) -> None:
         device = ray.train.torch.get_device()
         probed = plan.recipe.evaluation.every_steps > 0
         probe = RunningProbe(plan, run, device, link.scoring) if probed else None
-        with link.warnings():
+        with link.warnings(), WorkerLifeline(config["recorder"], rank) as lifeline:
             trained = train(
                 plan,
                 run,
@@ -380,16 +401,18 @@ def _work(config: dict[str, Any]) -> None:
                 observer=link,
                 launch_id=config["launch_id"],
                 probe=probe,
+                lifeline=lifeline,
             )
             if rank == 0:
-                card = write_bundle(
-                    run,
-                    plan,
-                    trained.state,
-                    step=plan.steps,
-                    name=config["name"],
-                    command=config["command"],
-                )
+                with lifeline.pause("export"):
+                    card = write_bundle(
+                        run,
+                        plan,
+                        trained.state,
+                        step=plan.steps,
+                        name=config["name"],
+                        command=config["command"],
+                    )
                 for warning in card.warnings:
                     logger.warning("%s", warning)
         if rank == 0:
@@ -398,31 +421,79 @@ def _work(config: dict[str, Any]) -> None:
         link.fail(error)
         if plan.world_size > 1 and not error.on_every_rank:
             raise  # other ranks may be waiting for this one; Ray Train ends the group
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if _MEMORY.search(f"{type(error).__name__}: {error}"):
+            link.fail(_out_of_memory(plan, f"rank {rank} ran out of memory"))
+        raise
+
+
+def _status(error: MimrayError | None) -> Literal["FINISHED", "FAILED", "KILLED"]:
+    """The end of a run, in MLflow's terms."""
+    if error is None:
+        return "FINISHED"
+    return "KILLED" if isinstance(error, StoppedError) else "FAILED"
+
+
+def _gave_up(failure: BaseException, plan: Plan, run: RunDir) -> MimrayError:
+    """The end of a run whose workers were lost too often."""
+    if _MEMORY.search(str(failure)):
+        return _out_of_memory(plan, "a worker's node ran out of memory")
+    error = MimrayError(
+        f"the run gave up after {plan.recipe.resources.max_failures} failures: "
+        f"{last_line(failure)}",
+        hint=f"the same command continues from the last checkpoint in {run}",
+    )
+    error.exit_code = 1
+    return error
+
+
+def _out_of_memory(plan: Plan, what: str) -> ResourceError:
+    """The end of a run that does not fit, which another start cannot mend.
+
+    Args:
+        plan: the run's plan.
+        what: what ran out, in a few words.
+    """
+    half = max(1, plan.micro_batch_size // 2)
+    cures = ["engine.activation_checkpointing=true"]
+    if half < plan.micro_batch_size:
+        cures.insert(0, f"engine.micro_batch_size={half}")
+    return ResourceError(
+        f"{what} with micro batches of {plan.micro_batch_size} pictures",
+        hint=" or ".join(f"--set {cure}" for cure in cures)
+        + ", from the last checkpoint; `mimray plan` forecasts the memory of each",
+    )
 
 
 class _Watcher:
-    """Polls the recorder while the driver waits in `fit`."""
+    """Polls the recorder while the driver waits in `fit`: for progress, and for workers that hang.
+
+    Args:
+        recorder: the handle of the recorder's actor.
+        on_progress: called with the run's state at every poll and at the end.
+    """
 
     def __init__(self, recorder: Any, on_progress: Callable[[RunState], None] | None) -> None:
-        self.recorder = recorder
-        self.on_progress = on_progress
+        self._recorder = recorder
+        self._on_progress = on_progress or (lambda state: None)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._poll, daemon=True)
 
     def __enter__(self) -> None:
-        if self.on_progress is not None:
-            self._thread.start()
+        self._thread.start()
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        if self.on_progress is not None:
-            self._thread.join()
-            self.on_progress(ray.get(self.recorder.state.remote()))
+        self._thread.join()
+        self._tell()
 
     def _poll(self) -> None:
-        assert self.on_progress is not None
         while not self._stop.wait(POLL_S):
-            self.on_progress(ray.get(self.recorder.state.remote()))
+            ray.get(self._recorder.look_after.remote())
+            self._tell()
+
+    def _tell(self) -> None:
+        self._on_progress(ray.get(self._recorder.state.remote()))
 
 
 def last_line(error: BaseException) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,12 +17,14 @@ from typing import Any, Literal
 from mimray.trainers.config.run import Plan
 from mimray.trainers.engine.metrics import ProbeCurve, probe_curve, read_metrics
 from mimray.trainers.errors import MimrayError
+from mimray.trainers.lifeline import Beat, Roster
 from mimray.trainers.pictures import panel_sheet, png
 from mimray.trainers.storage import RunDir
 from mimray.trainers.tracking import Tracker
-from mimray.trainers.types import Panel
+from mimray.trainers.types import Notice, Panel
 
 RECONSTRUCTION = "reconstruction.png"
+HANG_LOG = "hang.log"
 
 
 @dataclass
@@ -37,6 +40,7 @@ class RunState:
         tracking: the MLflow tracking URI in use.
         probe: the scores of the running probe; None while there are none.
         phase: the work under way between two updates, such as a score; empty while it trains.
+        stopping: the signal for which the workers are asked to stop; empty for none.
     """
 
     started_at: int | None = None
@@ -47,6 +51,7 @@ class RunState:
     tracking: str = ""
     probe: ProbeCurve | None = None
     phase: str = ""
+    stopping: str = ""
 
 
 class RunRecorder:
@@ -68,6 +73,8 @@ class RunRecorder:
         self._plan = Plan.model_validate_json(plan)
         self._state = RunState()
         self._scored: list[dict[str, Any]] = []
+        self._roster = Roster(self._plan.recipe.resources.hang_timeout_s)
+        self._drained: set[str] = set()
         self._tracker = Tracker.open(
             None,
             experiment="mimray",
@@ -93,6 +100,7 @@ class RunRecorder:
         """Record the step at which workers begin."""
         self._state.started_at = step
         self._state.attempts += 1
+        self._roster.forget()
         # Rows after the step are of an earlier start, and are written again.
         self._scored = [row for row in read_metrics(self._run) if row["step"] <= step]
         self._state.probe = probe_curve(self._scored)
@@ -130,6 +138,49 @@ class RunRecorder:
         """True if an error has ended the run for good."""
         return self._state.error is not None
 
+    def stop(self, signal: str) -> bool:
+        """Ask the workers to stop for a signal; False if none has begun to train."""
+        self._state.stopping = signal
+        return self._state.started_at is not None
+
+    def beat(self, beat: Beat, actor: Any) -> tuple[Notice, bool]:
+        """Take a worker's sign of life.
+
+        Args:
+            beat: the sign of life.
+            actor: the worker's handle.
+
+        Returns:
+            What it is asked for, and whether it is to send its stacks.
+        """
+        stacks = self._roster.beat(beat, actor, time.monotonic())
+        if self._state.stopping:
+            return Notice.STOP, stacks
+        return (Notice.SAVE if beat.node_id in self._drained else Notice.NONE), stacks
+
+    def stack(self, beat: Beat, stacks: str) -> None:
+        """Keep the stacks of a worker while another one hangs, or itself."""
+        self._run.append(HANG_LOG, f"{beat.where}\n{stacks}\n".encode())
+
+    def leave(self, rank: int) -> None:
+        """Take note that a worker is done."""
+        self._roster.leave(rank)
+
+    def look_after(self) -> None:
+        """Ask which nodes are drained; end all workers if one hangs, with their stacks kept."""
+        import ray
+
+        self._drained = draining_nodes()
+        before = self._roster.wants_stacks
+        actors = self._roster.due(time.monotonic())
+        reason = self._roster.wants_stacks
+        if reason and not before:
+            self._run.append(HANG_LOG, f"{time.ctime()}: {reason}\n\n".encode())
+        if actors:
+            self.note(f"{before}: all workers are ended; stacks in {self._run / HANG_LOG}")
+        for actor in actors:
+            ray.kill(actor)
+
     def state(self) -> RunState:
         """The run's state; each note is handed out once."""
         state = RunState(**vars(self._state))
@@ -139,6 +190,14 @@ class RunRecorder:
     def close(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
         """End the MLflow run."""
         self._tracker.finish(status)
+
+
+def draining_nodes() -> set[str]:
+    """Ray's ids of the nodes that are about to be taken away."""
+    # Ray has no public name for it; Ray Train reads the same.
+    from ray._private.state import state
+
+    return set(state.get_draining_nodes())
 
 
 class RunLink:

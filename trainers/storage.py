@@ -4,18 +4,59 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
+import logging
 import os
+import random
+import re
 import shutil
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
+from typing import Concatenate, ParamSpec, TypeVar
 
 from pyarrow import fs as pafs
 
 from mimray.trainers.data.files import join
 from mimray.trainers.errors import RunConflictError, StorageError
+
+logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# Of a store that is away or overloaded, in the words of Arrow's clients and of file servers.
+_PASSING = re.compile(
+    r"NETWORK_CONNECTION|SLOW_DOWN|THROTTL|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIMEOUT"
+    r"|curlCode|UNAVAILABLE|HTTP status code: 5\d\d|Connection (timed out|refused|reset)"
+    r"|Stale file handle"
+)
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 20.0
+
+
+def _patient(
+    method: Callable[Concatenate[RunDir, P], R],
+) -> Callable[Concatenate[RunDir, P], R]:
+    """Have a method of `RunDir`, which may be repeated, wait for a store that does not answer."""
+
+    @functools.wraps(method)
+    def patient(self: RunDir, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        until, pause_s = time.monotonic() + self.patience_s, _FIRST_PAUSE_S
+        while True:
+            try:
+                return method(self, *args, **kwargs)
+            except StorageError as error:
+                if time.monotonic() + pause_s > until or not _PASSING.search(str(error)):
+                    raise
+                logger.warning("%s; trying again for %g s", error.args[0], self.patience_s)
+            # Workers that lost the store together must not come back together.
+            time.sleep(pause_s * random.uniform(0.5, 1))
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+    return patient
 
 
 class RunDir:
@@ -24,9 +65,11 @@ class RunDir:
     Args:
         uri: a local path, or a URI of `file://`, `s3://` or `gs://` with the service's options
             behind a `?`.
+        patience_s: seconds for which anything done here waits for a store that does not answer.
     """
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, patience_s: float = 0.0) -> None:
+        self.patience_s = patience_s
         self.uri = uri.rstrip("/") if "://" in uri else str(Path(uri).expanduser().absolute())
         try:
             if "://" in self.uri:
@@ -69,23 +112,27 @@ class RunDir:
         same_store: bool = other.filesystem.equals(self.filesystem)
         return same_store and f"{other.root}/".startswith(f"{self.root}/")
 
+    @_patient
     def create(self) -> None:
         """Make the directory and its parents."""
         with storage_errors(self.uri):
             self.filesystem.create_dir(self.root, recursive=True)
 
+    @_patient
     def size(self, name: str) -> int | None:
         """The size of a file, bytes; None without such a file."""
         with storage_errors(self.uri):
             info = self.filesystem.get_file_info(self.path(name))
         return int(info.size) if info.type == pafs.FileType.File else None
 
+    @_patient
     def exists(self, name: str = "") -> bool:
         """True if a file or directory exists."""
         with storage_errors(self.uri):
             info = self.filesystem.get_file_info(self.path(name))
         return bool(info.type != pafs.FileType.NotFound)
 
+    @_patient
     def folders(self) -> list[str]:
         """The names of the directories directly below, sorted."""
         with storage_errors(self.uri):
@@ -93,11 +140,13 @@ class RunDir:
             found = self.filesystem.get_file_info(selector)
         return sorted(i.base_name for i in found if i.type == pafs.FileType.Directory)
 
+    @_patient
     def read(self, name: str) -> bytes:
         """Read a whole file."""
         with storage_errors(self.uri), self.filesystem.open_input_file(self.path(name)) as file:
             return bytes(file.read())
 
+    @_patient
     def write(self, name: str, data: bytes) -> None:
         """Write a file atomically: readers see the old one or the new one, never a part."""
         with storage_errors(self.uri):
@@ -127,6 +176,7 @@ class RunDir:
         with storage_errors(self.uri), (self.local / name).open("ab") as file:
             file.write(data)
 
+    @_patient
     def upload(self, file: Path, name: str) -> None:
         """Copy a file of this machine into the directory."""
         with storage_errors(self.uri):
@@ -137,6 +187,7 @@ class RunDir:
                 destination_filesystem=self.filesystem,
             )
 
+    @_patient
     def download(self, folder: Path) -> None:
         """Copy everything below into a folder of this machine."""
         with storage_errors(self.uri):
@@ -147,6 +198,7 @@ class RunDir:
                 destination_filesystem=pafs.LocalFileSystem(),
             )
 
+    @_patient
     def delete(self, name: str = "") -> None:
         """Remove a directory below (or this one) with all it holds, if it exists."""
         with storage_errors(self.uri):

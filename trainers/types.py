@@ -7,6 +7,7 @@ B batch, C channels, H/W pixels, N patches (row-major over the grid), D width, h
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -19,6 +20,20 @@ class Record(NamedTuple):
 
     image: bytes
     label: int | None
+
+
+class Notice(IntEnum):
+    """A request from outside to a training at work; of several the largest counts.
+
+    Attributes:
+        NONE: go on.
+        SAVE: write a checkpoint now and go on, as this node is about to be taken away.
+        STOP: write a checkpoint now and end.
+    """
+
+    NONE = 0
+    SAVE = 1
+    STOP = 2
 
 
 PARTNERS = "partners"

@@ -1,6 +1,7 @@
 """The `mimray` command: the group, its exit statuses and the wiring of its commands.
 
-Exit status: 0 success, 2 a user's mistake told in one line, 1 anything else.
+Exit status: 0 success, 2 a user's mistake told in one line, 75 stopped from outside (the same
+command goes on), 1 anything else.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from mimray.service.cli.pretrain import pretrain
 from mimray.service.cli.recipes import recipes
 from mimray.service.cli.reconstruct import reconstruct
 from mimray.service.cli.serve import serve
+from mimray.service.cli.submit import submit
 from mimray.service.cli.tune import tune
 from mimray.service.cli.ui import ui
 from mimray.service.cli.verdict import verdict
@@ -54,6 +56,7 @@ COMMANDS: tuple[click.Command, ...] = (
     recipes,
     reconstruct,
     serve,
+    submit,
     tune,
     ui,
     verdict,

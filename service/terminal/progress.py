@@ -149,13 +149,21 @@ def show_training(progress: Progress, steps: int) -> Callable[[RunState], None]:
     Returns:
         A function to call with the run's state, again and again.
     """
-    pace, shown, waits = Pace(), (-1, ""), False
+    pace, shown, waits, attempts, stopping = Pace(), (-1, ""), False, 1, ""
     progress.bar("training", 0, steps, "starting workers…")
 
     def show(state: RunState) -> None:
-        nonlocal shown, waits
+        nonlocal shown, waits, attempts, stopping
         for note in state.notes:
             progress.warn(note)
+        if state.attempts > attempts:
+            attempts = state.attempts
+            progress.warn(
+                f"a worker was lost; all go on from step {state.started_at} (start {attempts})"
+            )
+        if state.stopping and not stopping:
+            stopping = state.stopping
+            progress.warn(f"{stopping}: ending after a checkpoint; the same again ends without one")
         row = state.row
         if not row:
             if not waits:

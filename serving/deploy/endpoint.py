@@ -8,8 +8,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from mimray.serving.deploy.haproxy import HAProxyState, haproxy_available, port_
 from mimray.trainers.cluster import start_ray
 from mimray.trainers.environment.network import is_loopback
 from mimray.trainers.errors import ServingError
+from mimray.trainers.stopping import signals_handled_by
 
 if TYPE_CHECKING:
     from mimray.serving.deploy.rollout import Resolve, Rollout
@@ -33,7 +33,6 @@ _DRAIN_S = 1
 _CONTROL_LOOP_S = 0.5
 _SHUTDOWN_TIMEOUT_S = 30
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Endpoint:
@@ -81,7 +80,7 @@ class Endpoint:
         def on_signal(number: int, frame: FrameType | None) -> None:
             stop.set()
 
-        with _signals_handled_by(on_signal):
+        with signals_handled_by(on_signal):
             try:
                 while not stop.wait(timeout=self._config.follow_s):
                     for line in self.follow():
@@ -203,7 +202,7 @@ def start(config: ServeConfig, resolve: Resolve, *, api_key: str | None = None) 
 
     try:
         # After `ray.init`, which puts a handler of its own in place.
-        with _signals_handled_by(interrupt):
+        with signals_handled_by(interrupt):
             _start_serve(config, state)
             rollout.start()
     except BaseException:
@@ -282,7 +281,7 @@ def _shut_down(state: HAProxyState, config: ServeConfig, *, owns_ray: bool) -> N
     import ray
     from ray import serve
 
-    with _signals_handled_by(signal.SIG_IGN):
+    with signals_handled_by(signal.SIG_IGN):
         try:
             timeout_s = config.limits.request_timeout_s
             if not state.drain(timeout_s):
@@ -316,21 +315,3 @@ def _end_controller() -> None:
         return  # there is no controller, or not any more
     except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
         logger.warning("Serve's controller did not end by itself: %s", error)
-
-
-@contextmanager
-def _signals_handled_by(
-    handler: signal.Handlers | type[None] | object,
-) -> Iterator[None]:
-    """Handle SIGINT and SIGTERM for a while; outside the main thread nothing can be done."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
-    for number in _SIGNALS:
-        signal.signal(number, handler)  # type: ignore[arg-type]
-    try:
-        yield
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)

@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -241,8 +242,8 @@ class Commands:
         wait_until(still_runs, timeout_s=600)
 
     @staticmethod
-    def kill_ray(name: str, most: int | None = None) -> None:
-        """SIGKILL to processes of the session's Ray, by a part of the name that Ray gives them."""
+    def kill_ray(name: str, most: int | None = None, by: signal.Signals = signal.SIGKILL) -> None:
+        """A signal to processes of the session's Ray, by a part of the name that Ray gives them."""
         victims = []
         for process in psutil.Process().children(recursive=True):
             with suppress(psutil.NoSuchProcess):
@@ -250,7 +251,7 @@ class Commands:
                     victims.append(process)
         assert victims
         for victim in victims[:most]:
-            victim.kill()
+            victim.send_signal(by)
 
     def close(self) -> None:
         """End every process that was started."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import time
@@ -89,6 +90,34 @@ def test_job__trains_from_the_package_alone(cluster: Any, photos: Path, tree: Pa
     assert list(cluster.losses((run / "metrics.jsonl").read_bytes())) == list(range(1, STEPS + 1))
     for name in ("plan.json", "bundle/bundle.json", "bundle/encoder.safetensors", "loss.png"):
         assert (run / name).is_file(), name
+
+
+def test_submit__the_same_command_is_the_same_job(cluster: Any, photos: Path, tree: Path) -> None:
+    storage = cluster.folder / "runs"
+
+    def submit(*arguments: str, options: tuple[str, ...] = (), code: int = 0) -> dict[str, Any]:
+        job = cluster.start(
+            "mimray", "submit", "--address", cluster.dashboard, "--working-dir", str(tree),
+            *options, "--json", "--", *arguments,
+        )  # fmt: skip
+        job.wait(800)
+        assert job.returncode == code, cluster.output(job)
+        found: dict[str, Any] = json.loads(cluster.output(job).splitlines()[-1])
+        return found
+
+    arguments = cluster.pretraining(photos, storage, "submitted", STEPS)
+    arguments[arguments.index("mae-tiny")] = "mae-clone"
+    first = submit(*arguments)
+    assert (first["found"], first["status"], first["exit_code"]) == (False, "SUCCEEDED", 0)
+    assert (storage / "submitted/bundle/bundle.json").is_file()
+    assert submit(*arguments) == {**first, "found": True}
+    again = submit(*arguments, options=("--again",))
+    assert (again["id"], again["status"]) == (f"{first['id']}-2", "SUCCEEDED")
+
+    nowhere = cluster.pretraining(cluster.folder / "nowhere", storage, "nothing", STEPS)
+    failed = submit(*nowhere, code=2)
+    assert (failed["found"], failed["status"]) == (False, "FAILED")
+    assert submit(*nowhere, code=2)["id"] == f"{failed['id']}-2"
 
 
 def test_job__without_the_token_is_refused(cluster: Any) -> None:

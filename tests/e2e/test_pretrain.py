@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,21 @@ def undisturbed(commands: Any, asked: Asked, storage: Path) -> dict[int, float]:
     return found
 
 
+def tracked(storage: Path, name: str) -> tuple[Any, Any]:
+    """MLflow's client, and its run of a name."""
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    [found] = client.search_runs(
+        [client.get_experiment_by_name("mimray").experiment_id], f"attributes.run_name = '{name}'"
+    )
+    return client, found
+
+
+def status_of(storage: Path, name: str) -> str:
+    return str(tracked(storage, name)[1].info.status)
+
+
 def test_run__leaves_everything_it_promises(undisturbed: dict[int, float], storage: Path) -> None:
     run = storage / "undisturbed"
     for name in ("plan.json", "reconstruction.png", "loss.png", "bundle/encoder.safetensors"):
@@ -67,13 +84,7 @@ def test_run__leaves_everything_it_promises(undisturbed: dict[int, float], stora
     assert {"samples", "epoch", "lr", "grad_norm", "images_per_s", "data_wait", "memory_mib"} < set(
         row
     )
-    from mlflow.tracking import MlflowClient
-
-    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
-    [found] = client.search_runs(
-        [client.get_experiment_by_name("mimray").experiment_id],
-        "attributes.run_name = 'undisturbed'",
-    )
+    client, found = tracked(storage, "undisturbed")
     history = client.get_metric_history(found.info.run_id, "loss")
     assert {m.step: m.value for m in history} == pytest.approx(undisturbed)
     probed = client.get_metric_history(found.info.run_id, "probe_rankme")
@@ -95,6 +106,56 @@ def test_killed_driver__continued_run_repeats_it_bit_for_bit(
     process.wait()
     commands.finish(commands.call(*arguments))
     assert losses(storage / "driver-killed") == undisturbed
+
+
+# Long enough for a signal to be heard; no checkpoint is due before its end.
+LONG = ("--steps", "400", "--set", "checkpoint.every_steps=1000")
+
+
+@pytest.fixture(scope="module")
+def long_run(commands: Any, asked: Asked, storage: Path) -> dict[int, float]:
+    """Losses of the long run that nothing happened to."""
+    commands.finish(commands.call(*asked("long", *LONG)))
+    return losses(storage / "long")
+
+
+@pytest.mark.slow
+def test_signal__run_ends_after_a_checkpoint_and_goes_on_bit_for_bit(
+    commands: Any, asked: Asked, storage: Path, long_run: dict[int, float]
+) -> None:
+    arguments = asked("stopped", *LONG)
+    process = commands.start(*arguments)
+    commands.wait_until(lambda: reached(storage / "stopped", 5), process)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 75, said
+    [checkpoint] = (storage / "stopped/checkpoints").iterdir()
+    step = int(checkpoint.name.removeprefix("step-"))
+    assert 5 <= step < 400
+    assert f"stopped as asked after step {step} of 400" in said
+    assert status_of(storage, "stopped") == "KILLED"
+
+    commands.finish(commands.start(*arguments))
+    assert losses(storage / "stopped") == long_run
+    assert status_of(storage, "stopped") == "FINISHED"
+
+
+@pytest.mark.slow
+def test_hung_worker__is_found_and_the_run_goes_on_bit_for_bit(
+    commands: Any, asked: Asked, storage: Path, long_run: dict[int, float]
+) -> None:
+    every = ("--steps", "400", "--set", "checkpoint.every_steps=5")
+    process = commands.start(*asked("hung", *every, "--set", "resources.hang_timeout_s=5"))
+    commands.wait_until(lambda: reached(storage / "hung", 20), process)
+    began = time.monotonic()
+    commands.kill_ray("RayTrainWorker", by=signal.SIGSTOP)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert time.monotonic() - began < 90
+    assert re.search(r"rank 0 .* no sign of life for [5-9] s: all workers are ended", said)
+    assert "a worker was lost; all go on from step" in said
+    assert "no sign of life" in (storage / "hung/hang.log").read_text()
+    assert losses(storage / "hung") == long_run
 
 
 # `test_methods.py` kills one of two workers, every time.

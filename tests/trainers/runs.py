@@ -13,11 +13,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
+from pyarrow import fs as pafs
 
 from mimray.trainers.config.run import Plan
 from mimray.trainers.data.selection import open_training
 from mimray.trainers.engine.deepspeed import prepare_process
 from mimray.trainers.engine.loop import Trained, train
+from mimray.trainers.lifeline import Lifeline
 from mimray.trainers.methods.needs import keep_needs
 from mimray.trainers.storage import RunDir
 from mimray.trainers.types import Panel
@@ -55,8 +57,28 @@ class Observer:
         self.titles |= {panel.title for panel in panels}
 
 
+class Remote(RunDir):
+    """A directory that is reached through pyarrow alone, as one in an object store is."""
+
+    def __init__(self, uri: str) -> None:
+        super().__init__(uri)
+        self.filesystem = pafs.SubTreeFileSystem("/", pafs.LocalFileSystem())
+        self.root = self.uri.lstrip("/")
+
+    def __truediv__(self, name: str) -> RunDir:
+        return Remote(f"{self.uri}/{name}")
+
+    def upload(self, file: Path, name: str) -> None:
+        self.filesystem.create_dir(self.path(name).rpartition("/")[0])  # buckets need none
+        super().upload(file, name)
+
+
 def run_of(
-    plan: Plan, place: Path | str, observer: Observer | None = None, probe: Any = None
+    plan: Plan,
+    place: Path | str,
+    observer: Observer | None = None,
+    probe: Any = None,
+    lifeline: Lifeline | None = None,
 ) -> Trained:
     """Train a plan in the process group there is, or go on with it, as every worker of a run does.
 
@@ -65,6 +87,7 @@ def run_of(
         place: the run's directory.
         observer: gets what the training tells.
         probe: the running probe, if there is one.
+        lifeline: what this process is asked for from outside.
     """
     run = RunDir(str(place))
     run.create()
@@ -72,7 +95,10 @@ def run_of(
         keep_needs(plan.recipe, run)
     dist.barrier()
     source = open_training(plan.data.uri, plan.recipe)
-    return train(plan, run, source, device=CPU, observer=observer or Observer(), probe=probe)
+    return train(
+        plan, run, source, device=CPU, observer=observer or Observer(), probe=probe,
+        lifeline=lifeline or Lifeline(),
+    )  # fmt: skip
 
 
 def write_noise(

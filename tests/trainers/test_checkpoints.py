@@ -6,6 +6,7 @@ import re
 import resource
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,17 +14,24 @@ from typing import Any
 
 import pytest
 import torch
-from pyarrow import fs as pafs
 
 from mimray.trainers.config.run import parse_recipe, resolve
 from mimray.trainers.engine import checkpoints
-from mimray.trainers.engine.checkpoints import MANIFEST, Checkpoint, Identity, find, load_newest
+from mimray.trainers.engine.checkpoints import (
+    MANIFEST,
+    Checkpoint,
+    Identity,
+    Saver,
+    find,
+    load_newest,
+)
 from mimray.trainers.engine.deepspeed import initialize
 from mimray.trainers.engine.export import read_checkpoint
 from mimray.trainers.errors import CheckpointError, StorageError
 from mimray.trainers.methods.catalogue import build_method
 from mimray.trainers.storage import RunDir
 from mimray.trainers.types import DatasetFacts
+from tests.trainers.runs import Remote
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -88,22 +96,6 @@ def run(tmp_path: Path, engine: Any) -> RunDir:
     for step in (1, 2):
         save(directory, engine, step)
     return directory
-
-
-class Remote(RunDir):
-    """A directory that is reached through pyarrow alone, as one in an object store is."""
-
-    def __init__(self, uri: str) -> None:
-        super().__init__(uri)
-        self.filesystem = pafs.SubTreeFileSystem("/", pafs.LocalFileSystem())
-        self.root = self.uri.lstrip("/")
-
-    def __truediv__(self, name: str) -> Remote:
-        return Remote(f"{self.uri}/{name}")
-
-    def upload(self, file: Path, name: str) -> None:
-        self.filesystem.create_dir(self.path(name).rpartition("/")[0])  # buckets need none
-        super().upload(file, name)
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1])
@@ -335,3 +327,76 @@ def test_save__a_full_disk_costs_only_the_new_one(tmp_path: Path, engine: Any):
     finally:
         # Lazily: the writer that failed may still hold its file open.
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+class Slow(Remote):
+    """A store that takes no upload until it may, and perhaps refuses it then."""
+
+    may = threading.Event()
+    refuses = False
+
+    def __truediv__(self, name: str) -> Slow:
+        return Slow(f"{self.uri}/{name}")
+
+    def upload(self, file: Path, name: str) -> None:
+        assert Slow.may.wait(60)
+        if Slow.refuses:
+            raise StorageError("no room in the bucket")
+        super().upload(file, name)
+
+
+@pytest.fixture
+def slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Slow]:
+    monkeypatch.setattr(Slow, "may", threading.Event())
+    yield Slow(str(tmp_path / "run"))
+    Slow.may.set()
+
+
+def saver_of(run: RunDir, engine: Any) -> Saver:
+    return Saver(run, engine, identity_of(), keep=1)
+
+
+def test_store__training_goes_on_while_a_checkpoint_is_brought_there(slow: Slow, engine: Any):
+    saver = saver_of(slow, engine)
+
+    saver.save(step=1, samples=2)
+    assert saver.busy
+    saver.settle(any_busy=True)
+    assert find(slow) == []  # it is not whole yet
+
+    Slow.may.set()
+    while saver.busy:
+        pass
+    saver.settle(any_busy=False)
+
+    assert [c.step for c in find(slow)] == [1]
+    assert load_newest(slow, engine, identity_of()) is not None
+
+
+def test_store__the_next_checkpoint_waits_for_the_one_before(slow: Slow, engine: Any):
+    saver = saver_of(slow, engine)
+    saver.save(step=1, samples=2)
+    Slow.may.set()
+
+    saver.save(step=2, samples=4)
+    assert [c.step for c in find(slow)] == [1]
+    saver.finish()
+
+    assert [c.step for c in find(slow)] == [2]  # pruned once the newer one is whole
+
+
+def test_store__a_failed_upload_costs_only_the_new_one(
+    slow: Slow, engine: Any, monkeypatch: pytest.MonkeyPatch
+):
+    saver = saver_of(slow, engine)
+    Slow.may.set()
+    saver.save(step=1, samples=2)
+    saver.finish()
+    monkeypatch.setattr(Slow, "refuses", True)
+
+    saver.save(step=2, samples=4)
+
+    with pytest.raises(StorageError, match="no room in the bucket"):
+        saver.finish()
+    assert [c.step for c in find(slow)] == [1]
+    assert not saver.busy

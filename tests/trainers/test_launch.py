@@ -11,8 +11,8 @@ from PIL import Image
 
 from mimray.trainers.config.recipes import load_recipe
 from mimray.trainers.data import parquet
-from mimray.trainers.errors import RunConflictError
-from mimray.trainers.launch import Job, prepare
+from mimray.trainers.errors import ResourceError, RunConflictError
+from mimray.trainers.launch import Job, _fair_cpus, _gave_up, prepare
 
 
 @pytest.fixture
@@ -68,3 +68,37 @@ def test_prepare__a_run_of_another_order_is_not_continued(job: Job) -> None:
     job.run.write("plan.json", earlier.model_dump_json().encode())
     with pytest.raises(RunConflictError, match="as of an earlier version of mimray"):
         prepare(job)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "limits", "num_workers", "on_gpu", "cpus"),
+    [
+        ([{"CPU": 8}, {"CPU": 4}], {}, 3, False, 4),
+        ([{"CPU": 16, "GPU": 2}], {}, 2, True, 8),
+        # A head without GPUs, and a pool of them that is still empty.
+        ([{"CPU": 4}], {"CPU": 96, "GPU": 8}, 4, True, 12),
+        ([{"CPU": 2}], {"CPU": 34}, 4, False, 8),
+        ([{"CPU": 2}], {}, 4, False, 1),
+    ],
+)
+def test_cpus__of_each_worker(nodes, limits, num_workers, on_gpu, cpus) -> None:
+    assert _fair_cpus(nodes, limits, num_workers, on_gpu) == cpus
+
+
+@pytest.mark.parametrize(
+    ("words", "cure"),
+    [
+        (
+            "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB",
+            "micro_batch_size=2",
+        ),
+        ("DefaultCPUAllocator: can't allocate memory: you tried 80 bytes", "micro_batch_size=2"),
+        ("Task was killed due to the node running low on memory.", "micro_batch_size=2"),
+        ("The actor died unexpectedly before finishing this task.", "the same command continues"),
+    ],
+)
+def test_gave_up__out_of_memory_is_told_with_the_cure(job: Job, words: str, cure: str) -> None:
+    error = _gave_up(RuntimeError(f"Traceback\n{words}"), prepare(job), job.run)
+
+    assert cure in str(error)
+    assert isinstance(error, ResourceError) == ("micro_batch" in cure)

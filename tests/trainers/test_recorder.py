@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from mimray.trainers.config.run import parse_recipe, resolve
-from mimray.trainers.engine.metrics import append_metrics, probe_curve
+from mimray.trainers.engine.metrics import MetricsLog, probe_curve
+from mimray.trainers.lifeline import Beat
 from mimray.trainers.recorder import RunRecorder
 from mimray.trainers.storage import RunDir
-from mimray.trainers.types import DatasetFacts
+from mimray.trainers.types import DatasetFacts, Notice
 
 
 class Tracker:
@@ -52,8 +53,9 @@ def row(step: int, **figures: float) -> dict[str, Any]:
 def test_recorder__knows_the_scores_of_earlier_starts(recorder: RunRecorder, tmp_path: Path):
     run = RunDir(str(tmp_path / "run"))
     earlier = [row(2, probe_rankme=5.0), row(3), row(4, probe_rankme=3.0), row(6, probe_rankme=9.0)]
+    log = MetricsLog(run, 0)
     for written in earlier:
-        append_metrics(run, written)
+        log.append(written)
 
     recorder.resumed(4)  # the row of step 6 is written again
     recorder.metrics(earlier[2])
@@ -67,6 +69,24 @@ def test_recorder__knows_the_scores_of_earlier_starts(recorder: RunRecorder, tmp
     assert state.probe is not None
     assert state.probe.points == ((2, 5.0, None), (4, 3.0, None), (6, 4.0, None))
     assert (state.probe.best, state.probe.last) == ((2, 5.0, None), (6, 4.0, None))
+
+
+def test_beat__hears_of_a_drained_node_and_of_a_signal(
+    recorder: RunRecorder, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("mimray.trainers.recorder.draining_nodes", lambda: {"this"})
+    recorder.look_after()
+
+    def asked() -> list[tuple[Notice, bool]]:
+        beats = [Beat(rank, node, "host", 1) for rank, node in enumerate(("this", "other"))]
+        return [recorder.beat(beat, None) for beat in beats]
+
+    assert asked() == [(Notice.SAVE, False), (Notice.NONE, False)]
+    assert not recorder.stop("SIGTERM")  # nothing trains that could hear it
+    recorder.resumed(3)
+    assert recorder.stop("SIGTERM")
+    assert asked() == [(Notice.STOP, False), (Notice.STOP, False)]
+    assert recorder.state().stopping == "SIGTERM"
 
 
 def test_curve__is_of_the_newest_figure():

@@ -6,22 +6,11 @@ import threading
 from pathlib import Path
 
 import pytest
-from pyarrow import fs as pafs
 
+from mimray.trainers import storage
 from mimray.trainers.errors import StorageError
 from mimray.trainers.storage import RunDir, storage_errors
-
-
-class Remote(RunDir):
-    """A directory that is reached through pyarrow alone, as one in an object store is."""
-
-    def __init__(self, uri: str) -> None:
-        super().__init__(uri)
-        self.filesystem = pafs.SubTreeFileSystem("/", pafs.LocalFileSystem())
-        self.root = self.uri.lstrip("/")
-
-    def __truediv__(self, name: str) -> Remote:
-        return Remote(f"{self.uri}/{name}")
+from tests.trainers.runs import Remote
 
 
 @pytest.fixture(params=[RunDir, Remote], ids=["local", "remote"])
@@ -138,3 +127,65 @@ def test_storage_errors__a_full_disk_says_how_to_go_on(number: int):
 def test_storage_errors__other_errors_pass():
     with pytest.raises(ValueError, match="mine"), storage_errors("s3://b"):
         raise ValueError("mine")
+
+
+class Away(Remote):
+    """A store that does not answer for some calls."""
+
+    def __init__(self, uri: str, patience_s: float, failures: list[OSError]) -> None:
+        super().__init__(uri)
+        self.patience_s, self.failures = patience_s, failures
+
+    def __truediv__(self, name: str) -> RunDir:
+        return RunDir.__truediv__(self, name)
+
+    def exists(self, name: str = "") -> bool:
+        return _exists(self, name)
+
+
+@storage._patient
+def _exists(run: Away, name: str) -> bool:
+    with storage_errors(run.uri):
+        if run.failures:
+            raise run.failures.pop()
+    return Path(run.uri, name).exists()
+
+
+GONE = OSError(
+    "When getting information for key 'x' in bucket 'y': AWS Error NETWORK_CONNECTION during "
+    "HeadObject operation: curlCode: 7, Could not connect to server"
+)
+
+
+def test_patience__waits_for_a_store_that_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    waits: list[float] = []
+    monkeypatch.setattr(storage.time, "sleep", waits.append)
+    run = Away(str(tmp_path), 120, [GONE, OSError("AWS Error SLOW_DOWN"), GONE])
+
+    assert (run / "").exists()
+
+    assert [0.5 * least <= wait <= least for wait, least in zip(waits, (1, 2, 4), strict=True)]
+    assert "NETWORK_CONNECTION" in caplog.text
+    assert "trying again for 120 s" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("patience_s", "failure"),
+    [(0.0, GONE), (120.0, OSError("AWS Error ACCESS_DENIED")), (120.0, FileNotFoundError("x"))],
+)
+def test_patience__ends_at_once_where_waiting_is_no_cure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patience_s: float, failure: OSError
+):
+    monkeypatch.setattr(storage.time, "sleep", lambda wait_s: pytest.fail("waited"))
+
+    with pytest.raises(StorageError):
+        Away(str(tmp_path), patience_s, [failure]).exists()
+
+
+def test_patience__is_that_of_every_call(tmp_path: Path):
+    calls = ["create", "size", "exists", "folders", "read", "write", "upload", "download", "delete"]
+
+    assert all(hasattr(getattr(RunDir, name), "__wrapped__") for name in calls)
+    assert (RunDir(str(tmp_path), 7.0) / "below").patience_s == 7.0

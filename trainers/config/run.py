@@ -92,6 +92,12 @@ class ResourcesConfig(Config):
     max_failures: NonNegativeInt = Field(
         default=3, description="worker or node losses survived before the run gives up"
     )
+    hang_timeout_s: float = Field(
+        default=120,
+        ge=0,
+        description="seconds without a step, beyond the slowest seen, or without a sign of life, "
+        "after which a worker hangs and all are started again; 0 for never",
+    )
 
 
 class Recipe(Config):

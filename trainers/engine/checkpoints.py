@@ -15,10 +15,12 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -95,15 +97,48 @@ def save(
     keep: int,
     launch_id: str = "",
 ) -> None:
-    """Write a checkpoint, and prune old ones; collective.
+    """Write a checkpoint, wait until it is whole, and prune old ones; collective.
+
+    Arguments and errors are those of `Saver`.
+    """
+    saver = Saver(run, engine, identity, keep=keep, launch_id=launch_id)
+    saver.save(step=step, samples=samples)
+    saver.finish()
+
+
+@dataclass
+class _Upload:
+    """A rank's share of a checkpoint on its way to a store, from a scratch folder."""
+
+    folder: RunDir
+    manifest: dict[str, Any]
+    source: Path
+    written: dict[str, dict[str, Any]] = field(default_factory=dict)
+    error: MimrayError | None = None
+
+    def run(self) -> None:
+        try:
+            with storage_errors(self.folder.uri):
+                for name in _files(self.source):
+                    self.folder.upload(self.source / name, name)
+                    self.written[name] = _facts(self.source / name)
+        except MimrayError as error:
+            self.error = error
+        finally:
+            shutil.rmtree(self.source, ignore_errors=True)
+
+
+class Saver:
+    """Writes the checkpoints of a run: to a local disk at once, to a store in the background.
+
+    In a store a checkpoint is whole, and older ones are pruned, once all ranks have brought their
+    files there: by `settle`, when no rank is at it any more, or by `finish`, which waits for it.
 
     Args:
         run: the run's directory.
         engine: the DeepSpeed engine.
         identity: the plan, ZeRO stage and precision of the run.
-        step: updates made so far.
-        samples: position in the data, pictures.
-        keep: number of checkpoints kept, this one included.
+        keep: number of checkpoints kept, the newest included.
         launch_id: identifier of the launch that writes; see `storage.check_owner`.
 
     Raises:
@@ -111,59 +146,110 @@ def save(
         StorageError: this rank could not write. The others may be waiting for it inside
             DeepSpeed, so the whole group must be ended. Earlier checkpoints are untouched.
     """
-    rank, world = dist.get_rank(), dist.get_world_size()
-    folder = run / f"checkpoints/{checkpoint_name(step)}"
 
-    def begin() -> None:
-        if rank == 0:
-            check_owner(run, launch_id)
-            folder.delete()  # a crash may have left a part of it
-            folder.create()
+    def __init__(
+        self, run: RunDir, engine: Engine, identity: Identity, *, keep: int, launch_id: str = ""
+    ) -> None:
+        self._run, self._engine, self._identity = run, engine, identity
+        self._keep, self._launch_id = keep, launch_id
+        self._upload: _Upload | None = None
+        self._thread = threading.Thread()
 
-    together(begin)
-    with ExitStack() as stack:
-        if folder.local is not None:
-            target = folder.local
-        else:
-            target = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mimray-")))
-        written: dict[str, dict[str, Any]] = {}
-        with storage_errors(folder.uri):
-            (target / _TAG).mkdir(parents=True, exist_ok=True)
-            try:
-                engine.save_checkpoint(str(target), tag=_TAG, save_latest=False)
-            except RuntimeError as error:  # torch's zip writer hides the errno
-                raise StorageError(
-                    f"{folder}: {str(error).splitlines()[0]}",
-                    hint="is the disk full? the same command continues "
-                    "from the last whole checkpoint",
-                ) from error
-            for name in _files(target):
-                if folder.local is None:
-                    folder.upload(target / name, name)
-                elif not _is_mine(name, rank):
-                    continue
-                written[name] = _facts(target / name)
-    shares: list[Any] = [None] * world
-    dist.all_gather_object(shares, written)
+    @property
+    def busy(self) -> bool:
+        """True while this rank brings files to a store."""
+        return self._upload is not None and self._thread.is_alive()
 
-    def commit() -> None:
-        if rank:
-            return
-        files = {name: facts for share in shares for name, facts in share.items()}
+    def save(self, *, step: int, samples: int) -> None:
+        """Write a checkpoint, after the one before it is whole; collective.
+
+        Args:
+            step: updates made so far.
+            samples: position in the data, pictures.
+        """
+        self.finish()
+        rank = dist.get_rank()
+        folder = self._run / f"checkpoints/{checkpoint_name(step)}"
+
+        def begin() -> None:
+            if rank == 0:
+                check_owner(self._run, self._launch_id)
+                folder.delete()  # a crash may have left a part of it
+                folder.create()
+
+        together(begin)
         manifest = {
             "format": FORMAT,
             "step": step,
             "samples": samples,
-            "world_size": world,
-            "plan_hash": identity.plan_hash,
-            "zero_stage": identity.zero_stage,
-            "precision": identity.precision,
-            "files": files,
+            "world_size": dist.get_world_size(),
+            "plan_hash": self._identity.plan_hash,
+            "zero_stage": self._identity.zero_stage,
+            "precision": self._identity.precision,
         }
-        folder.write(MANIFEST, json.dumps(manifest, indent=1).encode())
-        _prune(run, keep)
+        if folder.local is not None:
+            self._write(folder.local)
+            with storage_errors(folder.uri):
+                mine = [name for name in _files(folder.local) if _is_mine(name, rank)]
+                written = {name: _facts(folder.local / name) for name in mine}
+            self._commit(folder, manifest, written)
+            return
+        with storage_errors(tempfile.gettempdir()):
+            scratch = Path(tempfile.mkdtemp(prefix="mimray-"))
+        self._write(scratch)
+        self._upload = _Upload(folder, manifest, scratch)
+        self._thread = threading.Thread(target=self._upload.run, name="upload", daemon=True)
+        self._thread.start()
 
-    together(commit)
+    def settle(self, *, any_busy: bool) -> None:
+        """Make a checkpoint whole once no rank is at it; collective.
+
+        Args:
+            any_busy: True if `busy` was true on any rank, the same on all.
+        """
+        if not any_busy:
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait until the newest checkpoint is whole; collective."""
+        upload, self._upload = self._upload, None
+        if upload is None:
+            return
+        self._thread.join()
+
+        def check() -> None:
+            if upload.error is not None:
+                raise upload.error
+
+        together(check)
+        self._commit(upload.folder, upload.manifest, upload.written)
+
+    def _write(self, target: Path) -> None:
+        with storage_errors(str(target)):
+            (target / _TAG).mkdir(parents=True, exist_ok=True)
+            try:
+                self._engine.save_checkpoint(str(target), tag=_TAG, save_latest=False)
+            except RuntimeError as error:  # torch's zip writer hides the errno
+                raise StorageError(
+                    f"{target}: {str(error).splitlines()[0]}",
+                    hint="is the disk full? the same command continues "
+                    "from the last whole checkpoint",
+                ) from error
+
+    def _commit(
+        self, folder: RunDir, manifest: dict[str, Any], written: dict[str, dict[str, Any]]
+    ) -> None:
+        shares: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(shares, written)
+
+        def commit() -> None:
+            if dist.get_rank():
+                return
+            files = {name: facts for share in shares for name, facts in share.items()}
+            folder.write(MANIFEST, json.dumps({**manifest, "files": files}, indent=1).encode())
+            _prune(self._run, self._keep)
+
+        together(commit)
 
 
 def find(run: RunDir, *, sweep: bool = False) -> list[Checkpoint]:

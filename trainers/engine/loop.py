@@ -32,20 +32,22 @@ from mimray.trainers.engine.deepspeed import (
     initialize,
     prepare_process,
 )
-from mimray.trainers.engine.metrics import Speed, append_metrics, rewind_metrics
+from mimray.trainers.engine.metrics import MetricsLog, Speed
 from mimray.trainers.engine.optim import FrozenGradients, set_hyperparameters
 from mimray.trainers.engine.schedule import learning_rate
-from mimray.trainers.errors import NonFiniteLossError
+from mimray.trainers.errors import NonFiniteLossError, StoppedError
+from mimray.trainers.lifeline import Lifeline
 from mimray.trainers.methods.catalogue import build_method, inputs_of
 from mimray.trainers.methods.inputs import arguments_of
 from mimray.trainers.methods.lora import adapt
 from mimray.trainers.methods.needs import load_needs
-from mimray.trainers.storage import RunDir, check_owner
-from mimray.trainers.types import Batch, Panel
+from mimray.trainers.storage import RunDir
+from mimray.trainers.types import Batch, Notice, Panel
 
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
+NO_LIFELINE = Lifeline()
 
 
 class Observer(Protocol):
@@ -120,6 +122,8 @@ class _StepResult:
     grad_norm: float
     data_wait_s: float
     figures: dict[str, float]  # the method's terms and figures
+    notice: Notice  # the largest of all ranks
+    saving: bool  # some rank still brings a checkpoint to its store
 
 
 def train(
@@ -131,11 +135,13 @@ def train(
     observer: Observer,
     launch_id: str = "",
     probe: Probe | None = None,
+    lifeline: Lifeline = NO_LIFELINE,
 ) -> Trained:
     """Train a plan to its end; arguments and errors are those of `stages`."""
     *_, trained = stages(
-        plan, run, source, device=device, observer=observer, launch_id=launch_id, probe=probe
-    )
+        plan, run, source, device=device, observer=observer, launch_id=launch_id, probe=probe,
+        lifeline=lifeline,
+    )  # fmt: skip
     return trained
 
 
@@ -149,6 +155,7 @@ def stages(
     launch_id: str = "",
     pauses: Collection[int] = (),
     probe: Probe | None = None,
+    lifeline: Lifeline = NO_LIFELINE,
 ) -> Iterator[Trained]:
     """Train a plan with pauses, continuing from its newest undamaged checkpoint.
 
@@ -165,6 +172,8 @@ def stages(
         launch_id: identifier of the launch these workers belong to; empty for no check.
         pauses: steps at which to yield the weights, beside the last one.
         probe: the running probe, the same on every rank; None for none.
+        lifeline: is told of each update, and of each pause between two; what it asks any rank
+            for before an update, all do after it.
 
     Yields:
         The weights at each pause and at the end; at once if an earlier start stopped there.
@@ -175,6 +184,7 @@ def stages(
         RunConflictError: a later launch has taken the run over.
         CheckpointError: no checkpoint of the run can be loaded.
         BundleError: a bundle that the run keeps is damaged, or not the one of the plan.
+        StoppedError: a rank was asked to stop; the checkpoint is written.
     """
     recipe, rank = plan.recipe, dist.get_rank()
     prepare_process(device)
@@ -194,10 +204,13 @@ def stages(
     identity = checkpoints.Identity(plan.hash, recipe.engine.zero_stage, precision, earlier)
     restored = checkpoints.load_newest(run, engine, identity)
     step = restored.step if restored else 0
+    log: MetricsLog | None = None
     last: Row = {}
     if rank == 0:
         observer.resumed(step)
-        for last in rewind_metrics(run, step)[-1:]:
+        log = MetricsLog(run, step, launch_id)
+        last = log.last
+        if last:
             observer.metrics(last)
     if step and (step in pauses or step == plan.steps):
         yield Trained(step, full_state(engine, fixed), last, 0.0)
@@ -212,10 +225,13 @@ def stages(
         pin_memory=device.type == "cuda",
     )
     shown = _shown_batch(plan, source, inputs)
+    saver = checkpoints.Saver(
+        run, engine, identity, keep=recipe.checkpoint.keep, launch_id=launch_id
+    )
     speed, began = Speed(plan.global_batch), time.perf_counter()
     while step < plan.steps:
         gradients.step = step
-        result = _update(engine, plan, batches, inputs, step, device)
+        result = _update(engine, plan, batches, inputs, step, device, lifeline.step(), saver)
         step += 1
         speed.add(result.data_wait_s)
         wanted = step == plan.steps or step in pauses
@@ -223,27 +239,29 @@ def stages(
         if wanted or probed or step % recipe.logging.every_steps == 0:
             last = _row(plan, step, result, speed, device)
             if probe is not None and probed:
-                last |= _score(engine, probe, step, fixed, device)
+                with lifeline.pause("running probe"):
+                    last |= _score(engine, probe, step, fixed, device)
                 speed.restart()
-            if rank == 0:
-                check_owner(run, launch_id)
-                append_metrics(run, last)
+            if log is not None:
+                log.append(last)
                 observer.metrics(last)
         if wanted or _due(step, recipe.logging.pictures_every_steps):
-            _show(engine, plan, shown, inputs, step, device, observer)
-        if wanted or _due(step, recipe.checkpoint.every_steps):
-            checkpoints.save(
-                run,
-                engine,
-                identity,
-                launch_id=launch_id,
-                step=step,
-                samples=step * plan.global_batch,
-                keep=recipe.checkpoint.keep,
-            )
+            with lifeline.pause("pictures"):
+                _show(engine, plan, shown, inputs, step, device, observer)
+        if wanted or result.notice or _due(step, recipe.checkpoint.every_steps):
+            with lifeline.pause("checkpoint"):
+                checkpoints.together(log.flush if log is not None else lambda: None)
+                saver.save(step=step, samples=step * plan.global_batch)
+                if wanted or result.notice:
+                    saver.finish()
             speed.restart()
+        else:
+            saver.settle(any_busy=result.saving)
+        if result.notice is Notice.STOP and step < plan.steps:
+            raise _stopped(step, plan.steps)
         if wanted:
-            yield Trained(step, full_state(engine, fixed), last, time.perf_counter() - began)
+            with lifeline.pause("export"):
+                yield Trained(step, full_state(engine, fixed), last, time.perf_counter() - began)
             speed.restart()
             began = time.perf_counter()
 
@@ -255,6 +273,8 @@ def _update(
     inputs: Inputs,
     step: int,
     device: torch.device,
+    notice: Notice,
+    saver: checkpoints.Saver,
 ) -> _StepResult:
     """One update: `accumulation` micro batches, one optimiser step."""
     set_hyperparameters(engine.optimizer, plan, step)
@@ -282,7 +302,7 @@ def _update(
         if not sums.add({"loss": output.loss, **output.terms}):
             suspects.extend(batch.indices.tolist())
         if micro == plan.accumulation - 1:
-            sums.reduce()
+            sums.reduce(notice, saving=saver.busy)
             if sums.not_finite:
                 _refuse_update(step, suspects, sums.not_finite)
             if plan.recipe.optim.clip_tensor_norm is not None:
@@ -303,6 +323,8 @@ def _update(
         grad_norm=float(norm) if norm is not None else math.nan,
         data_wait_s=waited,
         figures=means | settled,
+        notice=sums.notice,
+        saving=sums.saving,
     )
 
 
@@ -314,12 +336,19 @@ def _hidden_means(batch: Batch, plan: Plan, device: torch.device) -> dict[str, T
 
 
 class _Sums:
-    """Sums of the loss and its terms over micro batches and ranks; counts of non-finite ones."""
+    """Sums of the loss and its terms over micro batches and ranks; counts of non-finite ones.
+
+    One collective, and one wait for the device, tell all ranks these and the notices of each.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._names: list[str] = []
         self._totals = torch.zeros(0)
+        self._sums: list[float] = []
+        self._not_finite: list[float] = []
+        self.notice = Notice.NONE
+        self.saving = False
 
     def add(self, values: dict[str, Tensor]) -> bool:
         """Add a micro batch's values; returns True if its loss is finite."""
@@ -331,20 +360,25 @@ class _Sums:
         self._totals += torch.stack([torch.where(finite, found, 0.0), (~finite).float()])
         return bool(finite[0])
 
-    def reduce(self) -> None:
-        """Sum over ranks; collective."""
-        dist.all_reduce(self._totals)
+    def reduce(self, notice: Notice, *, saving: bool) -> None:
+        """Sum over ranks, and find the largest notice and whether any is saving; collective."""
+        flags = [[notice >= Notice.SAVE, notice >= Notice.STOP], [saving, False]]
+        counted = torch.tensor(flags, dtype=torch.float32, device=self._device)
+        totals = torch.cat([self._totals, counted], dim=1)
+        dist.all_reduce(totals)
+        (*self._sums, save, stop), (*self._not_finite, any_saving, _) = totals.tolist()
+        self.notice = Notice.STOP if stop else Notice.SAVE if save else Notice.NONE
+        self.saving = bool(any_saving)
 
     @property
     def not_finite(self) -> list[str]:
         """Names of the values that were not finite on any rank; empty if the loss was finite."""
-        bad = [n for n, count in zip(self._names, self._totals[1].tolist(), strict=True) if count]
+        bad = [n for n, count in zip(self._names, self._not_finite, strict=True) if count]
         return bad if "loss" in bad else []
 
     def means(self, count: int) -> dict[str, float]:
         """Mean over micro batches and ranks."""
-        totals = self._totals[0].tolist()
-        return {name: total / count for name, total in zip(self._names, totals, strict=True)}
+        return {name: total / count for name, total in zip(self._names, self._sums, strict=True)}
 
 
 def _refuse_update(step: int, suspects: list[int], names: list[str]) -> None:
@@ -362,6 +396,15 @@ def _refuse_update(step: int, suspects: list[int], names: list[str]) -> None:
     )
     error.on_every_rank = True
     raise error
+
+
+def _stopped(step: int, steps: int) -> StoppedError:
+    error = StoppedError(
+        f"stopped as asked after step {step} of {steps}, which has a checkpoint",
+        hint="the same command goes on from there",
+    )
+    error.on_every_rank = True
+    return error
 
 
 def _plain_grad_norm(engine: Engine) -> Tensor | None:

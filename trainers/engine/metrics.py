@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from mimray.trainers.storage import RunDir
+from mimray.trainers.errors import MimrayError
+from mimray.trainers.storage import RunDir, check_owner
 
 logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 DAMAGED = "metrics.damaged.jsonl"
 """The metrics as they were found, where lines of them could not be read."""
+# Rows of a long run are many megabytes, and each time all are written.
+_LEAST_BETWEEN_S, _SHARE_OF_TIME = 5.0, 0.05
 PROBE = "probe_"
 """The prefix of a running probe's figures in rows of metrics."""
 PROBE_SECONDS = f"{PROBE}seconds"
@@ -74,9 +78,73 @@ def _row_in(line: bytes) -> dict[str, Any] | None:
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
-def append_metrics(run: RunDir, row: dict[str, Any]) -> None:
-    """Append a row."""
-    run.append(METRICS, _lines([row]))
+class MetricsLog:
+    """The rows of a run, on rank 0: written at once to a local disk, in the background to a store.
+
+    A store cannot append, so all rows are written again, and a thread does it now and then. Before
+    a checkpoint is written they are flushed: what a crash may cost is made again from there.
+
+    Args:
+        run: the run's directory.
+        step: the step that the run goes on from; later rows are dropped.
+        launch_id: identifier of the launch that writes; see `storage.check_owner`.
+
+    Attributes:
+        last: the newest row; empty without one.
+    """
+
+    def __init__(self, run: RunDir, step: int, launch_id: str = "") -> None:
+        rows = rewind_metrics(run, step)
+        self.last: dict[str, Any] = rows[-1] if rows else {}
+        self._run, self._launch_id = run, launch_id
+        self._lines = [_lines([row]) for row in rows]
+        self._num_written = len(rows)
+        self._next_at_s = 0.0
+        self._writer: threading.Thread | None = None
+        self._error: MimrayError | None = None
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add a row.
+
+        Raises:
+            RunConflictError: a later launch has taken the run over.
+            StorageError: this row, or an earlier one, could not be written.
+        """
+        self.last = row
+        if self._run.local is not None:
+            check_owner(self._run, self._launch_id)
+            self._run.append(METRICS, _lines([row]))
+            return
+        self._raise()
+        self._lines.append(_lines([row]))
+        busy = self._writer is not None and self._writer.is_alive()
+        if not busy and time.monotonic() >= self._next_at_s:
+            self._writer = threading.Thread(target=self._write, name="metrics", daemon=True)
+            self._writer.start()
+
+    def flush(self) -> None:
+        """Return when every row is written; errors are those of `append`."""
+        if self._writer is not None:
+            self._writer.join()
+        self._raise()
+        if self._run.local is None and self._num_written < len(self._lines):
+            self._write()
+            self._raise()
+
+    def _write(self) -> None:
+        began, count = time.monotonic(), len(self._lines)
+        try:
+            check_owner(self._run, self._launch_id)
+            self._run.write(METRICS, b"".join(self._lines[:count]))
+            self._num_written = count
+        except MimrayError as error:
+            self._error = error
+        now = time.monotonic()
+        self._next_at_s = now + max(_LEAST_BETWEEN_S, (now - began) / _SHARE_OF_TIME)
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
 
 
 class ProbeScore(NamedTuple):

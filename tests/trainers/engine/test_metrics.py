@@ -6,22 +6,26 @@ from pathlib import Path
 
 import pytest
 
+from mimray.trainers.engine import metrics
 from mimray.trainers.engine.metrics import (
     DAMAGED,
     METRICS,
-    append_metrics,
+    MetricsLog,
     read_metrics,
     rewind_metrics,
 )
-from mimray.trainers.storage import RunDir
+from mimray.trainers.errors import RunConflictError, StorageError
+from mimray.trainers.storage import RunDir, claim
+from tests.trainers.runs import Remote
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
     """A run with rows of steps 1 to 5."""
     run = RunDir(str(tmp_path))
+    log = MetricsLog(run, 0)
     for step in range(1, 6):
-        append_metrics(run, {"step": step, "loss": 1 / step})
+        log.append({"step": step, "loss": 1 / step})
     return run
 
 
@@ -40,7 +44,7 @@ def damage(run: RunDir, line: int, by: bytes) -> bytes:
 def test_rewind__drops_what_is_written_again(run: RunDir):
     assert [row["step"] for row in rewind_metrics(run, 3)] == [1, 2, 3]
 
-    append_metrics(run, {"step": 4, "loss": 0.5})
+    MetricsLog(run, 3).append({"step": 4, "loss": 0.5})
 
     assert steps(run) == [1, 2, 3, 4]
     assert not run.exists(DAMAGED)
@@ -77,3 +81,71 @@ def test_rewind__keeps_what_could_not_be_read(run: RunDir):
     assert steps(run) == [1, 3, 4]
     assert run.read(DAMAGED) == as_found
     assert [json.loads(line)["step"] for line in run.read(METRICS).splitlines()] == [1, 3, 4]
+
+
+class Counted(Remote):
+    """A store that counts what is written to it, and refuses it for a while."""
+
+    writes = 0
+    refuses = False
+
+    def write(self, name: str, data: bytes) -> None:
+        if self.refuses:
+            raise StorageError("no such bucket")
+        self.writes += 1
+        super().write(name, data)
+
+
+def test_store__rows_are_written_now_and_then_and_all_at_a_flush(tmp_path: Path):
+    run = Counted(str(tmp_path))
+    log = MetricsLog(run, 0)
+    before = run.writes
+
+    for step in range(1, 1001):
+        log.append({"step": step})
+    log.flush()
+
+    assert steps(run) == list(range(1, 1001))
+    assert run.writes - before == 2  # the first row at once, the others at the flush
+    log.flush()
+    assert run.writes - before == 2
+
+
+def test_store__rows_follow_by_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(metrics, "_LEAST_BETWEEN_S", 0.0)
+    monkeypatch.setattr(metrics, "_SHARE_OF_TIME", 1e9)
+    run = Counted(str(tmp_path))
+    log = MetricsLog(run, 0)
+    for step in (1, 2, 3):
+        log.append({"step": step})
+        assert log._writer is not None
+        log._writer.join()
+        assert steps(run)[-1] == step
+
+
+def test_store__an_error_behind_is_raised_in_front(tmp_path: Path):
+    run = Counted(str(tmp_path))
+    log = MetricsLog(run, 0)
+    run.refuses = True
+
+    log.append({"step": 1})
+
+    with pytest.raises(StorageError, match="no such bucket"):
+        log.flush()
+    with pytest.raises(StorageError, match="no such bucket"):
+        log.append({"step": 2})
+
+
+def test_store__a_later_launch_takes_the_run_over(tmp_path: Path):
+    run = Counted(str(tmp_path))
+    claim(run, "first")
+    log = MetricsLog(run, 0, launch_id="first")
+    log.append({"step": 1})
+    log.flush()
+    claim(run, "second")
+
+    log.append({"step": 2})
+
+    with pytest.raises(RunConflictError):
+        log.flush()
+    assert steps(run) == [1]
