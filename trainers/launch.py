@@ -47,6 +47,7 @@ POLL_S = 0.5
 _MEMORY = re.compile(r"out of memory|OutOfMemory|MemoryError|allocate memory|low on memory", re.I)
 COLLECTIVE_TIMEOUT_S = 1800
 STORAGE_PATIENCE_S = 300.0
+RESIZE_AFTER_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def prepare(job: Job, account: Account | None = None, notes: list[str] | None = 
     if account is not None:
         account.merge(source.account)
     recipe = with_classes(recipe, source)
-    plan = resolve(recipe, source.facts, recipe.resources.num_workers)
+    plan = resolve(recipe, source.facts, recipe.resources.most_workers)
     check_known(plan)
     check_trained(plan)
     about_probe = check_probe(recipe, source)
@@ -265,7 +266,8 @@ def workers(
         train_loop_config=config,
         torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
         scaling_config=ScalingConfig(
-            num_workers=plan.world_size,
+            num_workers=_workers_asked(plan),
+            elastic_resize_monitor_interval_s=RESIZE_AFTER_S,
             use_gpu=share.gpus > 0,
             resources_per_worker={"CPU": share.cpus, **({"GPU": 1} if share.gpus else {})},
         ),
@@ -276,6 +278,12 @@ def workers(
             failure_config=FailureConfig(max_failures=plan.recipe.resources.max_failures),
         ),
     )
+
+
+def _workers_asked(plan: Plan) -> int | tuple[int, int]:
+    """The number of workers in Ray Train's terms: one, or the least and the most."""
+    least = plan.recipe.resources.least_workers
+    return plan.world_size if least >= plan.world_size else (least, plan.world_size)
 
 
 def finished(job: Job, plan: Plan) -> Outcome | None:
@@ -305,9 +313,10 @@ def preflight(plan: Plan) -> WorkerResources:
     limits = autoscaler_limits()
     most_gpus, most_cpus = max(gpus, int(limits.get("GPU", 0))), limits.get("CPU", 0)
     on_gpu = wanted.device == "gpu" or (wanted.device == "auto" and most_gpus > 0)
-    if on_gpu and most_gpus < plan.world_size:
+    least = min(wanted.least_workers, plan.world_size)
+    if on_gpu and most_gpus < least:
         raise ResourceError(
-            f"{plan.world_size} workers need {plan.world_size} GPUs, the cluster has {most_gpus}",
+            f"{least} workers need {least} GPUs, the cluster has {most_gpus}",
             hint=f"--workers {max(1, most_gpus)}, or --set resources.device=cpu",
         )
     per_node = [min(n.get("CPU", 0), n.get("GPU", 0)) if on_gpu else n.get("CPU", 0) for n in nodes]
@@ -315,10 +324,10 @@ def preflight(plan: Plan) -> WorkerResources:
     fits = sum(
         int(min(n.get("CPU", 0) // cpus, n.get("GPU", 0) if on_gpu else 1_000_000)) for n in nodes
     )
-    if fits < plan.world_size and most_cpus < plan.world_size * cpus:
+    if fits < least and most_cpus < least * cpus:
         shown = " + ".join(f"{n:g}" for n in per_node if n) or "0"
         raise ResourceError(
-            f"{plan.world_size} workers x {cpus:g} CPUs = {plan.world_size * cpus:g} CPUs; "
+            f"{least} workers x {cpus:g} CPUs = {least * cpus:g} CPUs; "
             f"the cluster has {shown} and fits {fits} such workers",
             hint=f"--workers {max(1, fits)}, or --set resources.cpus_per_worker=1",
         )
@@ -371,16 +380,20 @@ def _work(config: dict[str, Any]) -> None:
     """Train on one worker; called again after a failure, it continues."""
     import ray.train.torch
 
+    from mimray.trainers.engine.deepspeed import smaller_group
     from mimray.trainers.engine.export import write_bundle
     from mimray.trainers.engine.loop import train
     from mimray.trainers.evaluation.running import RunningProbe
 
-    link = RunLink(config["recorder"])
+    context = ray.train.get_context()
+    rank, there = context.get_world_rank(), context.get_world_size()
+    plan = Plan.model_validate_json(config["plan"]).for_workers(there)
+    run = RunDir(config["run"], STORAGE_PATIENCE_S)
+    link = RunLink(config["recorder"], plan.world_size)
     if link.failed():
         return  # trying again cannot mend this failure; let the group end
-    plan = Plan.model_validate_json(config["plan"])
-    run = RunDir(config["run"], STORAGE_PATIENCE_S)
-    rank = ray.train.get_context().get_world_rank()
+    if plan.world_size < there and not smaller_group(plan.world_size, COLLECTIVE_TIMEOUT_S):
+        return  # the global batch cannot be shared with this worker
     try:
         check_seen(run)
         source = open_training(plan.data.uri, plan.recipe)

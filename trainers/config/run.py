@@ -79,10 +79,27 @@ class LoggingConfig(Config):
     num_pictures: PositiveInt = 6
 
 
+class WorkerRange(Config):
+    """Numbers of workers between which a run may change while it goes on."""
+
+    min: PositiveInt = 1
+    max: PositiveInt
+
+    @model_validator(mode="after")
+    def _check_order(self) -> WorkerRange:
+        if self.min > self.max:
+            raise ValueError(f"resources.num_workers: min {self.min} is above max {self.max}")
+        return self
+
+
 class ResourcesConfig(Config):
     """Workers, devices and CPUs that a run requests, and the failures it survives."""
 
-    num_workers: PositiveInt = 1
+    num_workers: PositiveInt | WorkerRange = Field(
+        default=1,
+        description="workers; {min, max} to go on with fewer while nodes are missing, and to grow "
+        "back when there are more",
+    )
     device: Literal["auto", "cpu", "gpu"] = Field(
         default="auto", description="auto: a GPU a worker where the cluster has any"
     )
@@ -98,6 +115,16 @@ class ResourcesConfig(Config):
         description="seconds without a step, beyond the slowest seen, or without a sign of life, "
         "after which a worker hangs and all are started again; 0 for never",
     )
+
+    @property
+    def most_workers(self) -> int:
+        """The largest number of workers, for which a run is planned."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers.max
+
+    @property
+    def least_workers(self) -> int:
+        """The smallest number of workers with which a run goes on."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers.min
 
 
 class Recipe(Config):
@@ -232,6 +259,23 @@ class Plan(Config):
         """
         return next((length.steps for length in self.lengths if step < length.until), self.steps)
 
+    def for_workers(self, count: int) -> Plan:
+        """The same run on as many of some workers as can share its global batch evenly.
+
+        The micro batch stays, for the sake of memory; what fewer workers leave, they accumulate.
+
+        Args:
+            count: the number of workers there are, at most that of the plan.
+        """
+        micros = self.global_batch // self.micro_batch_size
+        together = self.recipe.method.assignment_pictures
+        workers = next(
+            n
+            for n in range(min(count, self.world_size), 0, -1)
+            if micros % n == 0 and n * self.micro_batch_size % together == 0
+        )
+        return self.model_copy(update={"world_size": workers, "accumulation": micros // workers})
+
     @property
     def num_samples(self) -> int:
         """Pictures seen over the whole run."""
@@ -298,6 +342,13 @@ def resolve(recipe: Recipe, facts: DatasetFacts, world_size: int) -> Plan:
             if batch % together == 0
             else f"--set optim.batch_size={batch // together * together or together}, a multiple "
             f"of {together}, or a smaller group",
+        )
+    least = recipe.resources.least_workers
+    if micro * least % together and least < world_size:
+        raise ConfigError(
+            f"method.{recipe.method.name} normalises over {together} pictures, which the micro "
+            f"batches of {least} workers of {micro} pictures do not hold",
+            hint=f"--set resources.num_workers={world_size}, or a smaller group",
         )
     num_places = recipe.grid[0] * recipe.grid[1]
     recipe.method.check_data(facts, num_places, batch)

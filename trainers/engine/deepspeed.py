@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from mimray.trainers.config.run import Plan
@@ -159,6 +162,35 @@ def prepare_process(device: torch.device) -> None:
         # An extension for inference only, compiled on first use, which fails without a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.logger.setLevel(logging.WARNING)
+
+
+def smaller_group(count: int, timeout_s: float) -> bool:
+    """Take the default process group apart, and make one of its first ranks; collective.
+
+    Args:
+        count: the number of ranks that stay.
+        timeout_s: the time limit of collectives.
+
+    Returns:
+        False on a rank that is in no group any more.
+    """
+    rank, backend = dist.get_rank(), dist.get_backend()
+    place: list[str | None] = [None]
+    if rank == 0:
+        with socket.socket() as found:
+            found.bind(("", 0))
+            host, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), found.getsockname()[1]
+        place[0] = f"tcp://{host}:{port}"
+    dist.broadcast_object_list(place, src=0)
+    dist.destroy_process_group()
+    if rank >= count:
+        return False
+    dist.init_process_group(
+        backend, init_method=place[0], rank=rank, world_size=count,
+        timeout=timedelta(seconds=timeout_s),
+    )  # fmt: skip
+    os.environ["WORLD_SIZE"] = str(count)
+    return True
 
 
 def initialize(method: nn.Module, plan: Plan, precision: str) -> Engine:
