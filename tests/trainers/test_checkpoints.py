@@ -304,6 +304,21 @@ def test_save__a_failure_costs_only_the_new_one(run: RunDir, engine: Any):
     assert (run / "checkpoints").folders() == ["step-00000001", "step-00000002"]
 
 
+def test_save__the_loss_of_another_worker_is_no_fault_of_the_disk(
+    run: RunDir, engine: Any, monkeypatch: pytest.MonkeyPatch
+):
+    # It may be tried again, which a full disk may not.
+    def lose(*args: Any, **options: Any) -> None:
+        raise RuntimeError("gloo/transport/tcp/pair.cc:545] Read error: Connection reset by peer")
+
+    monkeypatch.setattr(engine, "save_checkpoint", lose)
+
+    with pytest.raises(RuntimeError, match="reset by peer"):
+        save(run, engine, 3)
+
+    assert [c.step for c in find(run)] == [2, 1]
+
+
 def test_save__a_full_disk_costs_only_the_new_one(tmp_path: Path, engine: Any):
     disk = tmp_path / "disk"
     disk.mkdir()

@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -38,6 +39,8 @@ FORMAT = 2
 # In format 1 the precision bf16 meant weights in bf16; it now means fp32 weights under autocast.
 _PRECISIONS_OF_FORMAT = {1: {"bf16": "bf16_weights"}, 2: {}}
 _TAG = "state"
+# Torch's zip writer hides the errno.
+_OF_TORCHS_WRITER = re.compile(r"PytorchStreamWriter|inline_container|iostream")
 
 
 @dataclass(frozen=True)
@@ -229,7 +232,9 @@ class Saver:
             (target / _TAG).mkdir(parents=True, exist_ok=True)
             try:
                 self._engine.save_checkpoint(str(target), tag=_TAG, save_latest=False)
-            except RuntimeError as error:  # torch's zip writer hides the errno
+            except RuntimeError as error:
+                if not _OF_TORCHS_WRITER.search(str(error)):
+                    raise  # such as the loss of another worker
                 raise StorageError(
                     f"{target}: {str(error).splitlines()[0]}",
                     hint="is the disk full? the same command continues "
