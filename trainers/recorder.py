@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from mimray.trainers.config.run import Plan
 from mimray.trainers.engine.metrics import ProbeCurve, probe_curve, read_metrics
-from mimray.trainers.errors import MimrayError
+from mimray.trainers.errors import MimrayError, StorageError
 from mimray.trainers.lifeline import Beat, Roster
 from mimray.trainers.pictures import panel_sheet, png
 from mimray.trainers.storage import RunDir
@@ -125,7 +125,10 @@ class RunRecorder:
     def pictures(self, step: int, panels: list[Panel]) -> None:
         """Draw panels side by side and keep the sheet."""
         sheet = png(panel_sheet(panels))
-        self._run.write(RECONSTRUCTION, sheet)
+        try:
+            self._run.write(RECONSTRUCTION, sheet)
+        except StorageError as error:  # no run ends for a picture
+            self.note(f"no {RECONSTRUCTION} of step {step}: {error}")
         self._tracker.picture("reconstruction", sheet, step)
 
     def note(self, message: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,40 @@ IDENTITY = {"accessKey": "somebody", "secretKey": "a-secret"}
 pytestmark = pytest.mark.slow
 
 
+class Store:
+    """A SeaweedFS that can be killed, and started again with what it held.
+
+    Attributes:
+        uri: URI of a bucket, with a place for a path.
+    """
+
+    def __init__(self, bench: Any, command: tuple[str, ...], options: str) -> None:
+        self._bench, self._command = bench, command
+        self.uri = f"s3://photos/{{}}?{options}"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        self._process = self._bench.start(*self._command)
+        filesystem, _ = pafs.FileSystem.from_uri(self.uri.format(""))
+
+        def answers() -> bool:
+            try:
+                filesystem.create_dir("photos")
+            except OSError:
+                return False
+            return True
+
+        self._bench.wait_until(answers)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self._bench.kill(self._process)
+
+
 @pytest.fixture(scope="module")
-def bucket(bench: Any) -> Iterator[str]:
-    """URI of a bucket to append paths to, before the `?`; opens to this process too."""
+def store(bench: Any) -> Iterator[Store]:
+    """An object store that opens to this process, too."""
     names = ("master", "volume", "filer", "s3")
     ports = dict(zip(names, bench.free_ports(4), strict=True))
     grpc = dict(zip(names, bench.free_ports(4), strict=True))
@@ -31,7 +64,7 @@ def bucket(bench: Any) -> Iterator[str]:
     bench.environment["AWS_ACCESS_KEY_ID"] = IDENTITY["accessKey"]
     bench.environment["AWS_SECRET_ACCESS_KEY"] = IDENTITY["secretKey"]
     (bench.folder / "weed").mkdir()
-    bench.start(
+    command = (
         "weed", "server", "-dir=weed", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
         "-s3", f"-s3.config={config}", "-s3.iam=false", "-s3.port.iceberg=0", "-s3.port.lance=0",
         "-master.volumeSizeLimitMB=64", "-volume.max=0",
@@ -42,17 +75,15 @@ def bucket(bench: Any) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
             patch.setenv(key, bench.environment[key])
-        filesystem, _ = pafs.FileSystem.from_uri(f"s3://photos/?{options}")
+        started = Store(bench, command, options)
+        started.start()
+        yield started
 
-        def answers() -> bool:
-            try:
-                filesystem.create_dir("photos")
-            except OSError:
-                return False
-            return True
 
-        bench.wait_until(answers)
-        yield f"s3://photos/{{}}?{options}"
+@pytest.fixture(scope="module")
+def bucket(store: Store) -> str:
+    """URI of a bucket to append paths to, before the `?`."""
+    return store.uri
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +202,30 @@ def test_sweep__lies_in_the_bucket_and_goes_on_from_there(
         assert place.exists("bundle/bundle.json")
     assert losses(cluster, sweep / "trials/0000") == first
     assert len(json.loads(sweep.read("report.json"))["ranked"]) == 2
+
+
+def test_store_that_goes_away__is_waited_for_and_nothing_changes(
+    cluster: Any, store: Store, photos: Path
+) -> None:
+    steps, directory = 300, RunDir(store.uri.format("runs/away"))
+
+    def began() -> bool:
+        assert driver.poll() is None, cluster.output(driver)
+        return len(directory.folders()) > 0 and bool((directory / "checkpoints").folders())
+
+    driver = cluster.pretrain(photos, store.uri.format("runs"), "away", steps)
+    cluster.wait_until(began)
+    store.kill()
+    time.sleep(20)  # the outage; Arrow's own client gives up after six seconds
+    assert driver.poll() is None, cluster.output(driver)
+    store.start()
+    said = cluster.finish(driver)
+    assert "trying again for 300 s" in said
+    assert "start 2" not in said  # it waited, and was not started again
+
+    local = cluster.folder / "runs"
+    cluster.finish(cluster.pretrain(photos, local, "away", steps))
+    assert losses(cluster, directory) == losses(cluster, RunDir(str(local / "away")))
 
 
 def test_serve__fetches_the_bundle(cluster: Any, run: str) -> None:
