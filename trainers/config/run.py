@@ -343,8 +343,8 @@ def resolve(recipe: Recipe, facts: DatasetFacts, world_size: int) -> Plan:
             else f"--set optim.batch_size={batch // together * together or together}, a multiple "
             f"of {together}, or a smaller group",
         )
-    least = recipe.resources.least_workers
-    if micro * least % together and least < world_size:
+    asked, least = recipe.resources.num_workers, recipe.resources.least_workers
+    if isinstance(asked, WorkerRange) and micro * least % together:
         raise ConfigError(
             f"method.{recipe.method.name} normalises over {together} pictures, which the micro "
             f"batches of {least} workers of {micro} pictures do not hold",

@@ -231,7 +231,9 @@ def stages(
     speed, began = Speed(plan.global_batch), time.perf_counter()
     while step < plan.steps:
         gradients.step = step
-        result = _update(engine, plan, batches, inputs, step, device, lifeline.step(), saver)
+        result = _update(
+            engine, plan, batches, inputs, step, device, lifeline.step(), saving=saver.busy
+        )
         step += 1
         speed.add(result.data_wait_s)
         wanted = step == plan.steps or step in pauses
@@ -273,8 +275,9 @@ def _update(
     inputs: Inputs,
     step: int,
     device: torch.device,
-    notice: Notice,
-    saver: checkpoints.Saver,
+    notice: Notice = Notice.NONE,
+    *,
+    saving: bool = False,
 ) -> _StepResult:
     """One update: `accumulation` micro batches, one optimiser step."""
     set_hyperparameters(engine.optimizer, plan, step)
@@ -302,7 +305,7 @@ def _update(
         if not sums.add({"loss": output.loss, **output.terms}):
             suspects.extend(batch.indices.tolist())
         if micro == plan.accumulation - 1:
-            sums.reduce(notice, saving=saver.busy)
+            sums.reduce(notice, saving=saving)
             if sums.not_finite:
                 _refuse_update(step, suspects, sums.not_finite)
             if plan.recipe.optim.clip_tensor_norm is not None:
