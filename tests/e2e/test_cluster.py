@@ -155,39 +155,3 @@ def test_node_with_another_disk__run_is_refused(cluster: Any, photos: Path) -> N
     driver.wait(200)
     assert driver.returncode == 2, cluster.output(driver)
     assert f"{storage}/refused is not seen from" in cluster.output(driver)
-
-
-LIST_NODES = """
-import json, os, ray
-ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level="ERROR")
-nodes = {n["NodeID"]: n["Resources"].get("CPU", 0) for n in ray.nodes() if n["Alive"]}
-print(json.dumps(nodes))
-"""
-
-
-# The last one: no work goes to nodes that are drained.
-def test_drained_node__a_checkpoint_is_written_at_once(cluster: Any, photos: Path) -> None:
-    run = cluster.folder / "runs/drained"
-    never = ("--set", "checkpoint.every_steps=100000", "--set", "optim.warmup_steps=1")
-    driver = cluster.pretrain(photos, cluster.folder / "runs", "drained", 20_000, *never)
-
-    def began() -> bool:
-        assert driver.poll() is None, cluster.output(driver)
-        return num_rows(run) > 0
-
-    cluster.wait_until(began)
-    listed = cluster.start("python", "-c", LIST_NODES)
-    nodes = json.loads(cluster.finish(listed).splitlines()[-1])
-    assert not (run / "checkpoints").exists()
-    for worker in [node for node, cpus in nodes.items() if cpus]:
-        drain = cluster.start(
-            "ray", "drain-node", "--address", cluster.address, "--node-id", worker,
-            "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a spot machine",
-            "--deadline-remaining-seconds", "600",
-        )  # fmt: skip
-        cluster.finish(drain)
-    cluster.wait_until(lambda: workers_of(run) == {1})
-    assert driver.poll() is None  # it goes on until the node is gone
-    assert len(list((run / "checkpoints").iterdir())) == 1
-    driver.terminate()
-    assert driver.wait(120) == 75, cluster.output(driver)
