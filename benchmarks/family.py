@@ -17,7 +17,8 @@ kNN over time. `mae-15`, `mae-50` and `mae-90` are MAE at other masking ratios.
 continues on the unlabelled pictures of CamVid and of BCCD for a sixth each: by MAE, and by `mimray
 adapt` where there is that command. Differences from the start are paired by seed.
 
-Beside the training, the scores of a method take some minutes on two CPU cores.
+With 60 minutes it takes about 18 hours on two CPU cores: the training, and some ten minutes of
+scoring for each method, half of them fine-tuning (estimated from MAE at 10 minutes).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What faults cost a training: `python benchmarks/faults.py OUT [--only WORD,…] [--json FILE]`.
+"""Recovery from faults: `python benchmarks/faults.py OUT [--only WORD,…] [--json FILE]`.
 
 A short MAE on drawn pictures is trained once undisturbed, and once for each fault, which is done to
 it for real. Each row: updates made twice because of it, seconds until it made a new one, whether
@@ -157,7 +157,7 @@ FAULTS: dict[str, Callable[[Training], None]] = {
 
 
 class Row(NamedTuple):
-    """What a fault cost.
+    """Recovery of a training from a fault.
 
     Attributes:
         fault: what was done.

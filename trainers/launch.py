@@ -6,7 +6,7 @@ import logging
 import re
 import threading
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -35,6 +35,7 @@ from mimray.trainers.methods.needs import (
     keep_needs,
     with_needs,
 )
+from mimray.trainers.preflight import WorkerResources, preflight
 from mimray.trainers.recorder import RunLink, RunRecorder, RunState
 from mimray.trainers.stopping import interruptible
 from mimray.trainers.storage import RunDir, check_seen, claim
@@ -86,14 +87,6 @@ class Outcome:
     run: RunDir
     plan: Plan
     last: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class WorkerResources:
-    """Resources of each worker."""
-
-    gpus: int
-    cpus: float
 
 
 def prepare(job: Job, account: Account | None = None, notes: list[str] | None = None) -> Plan:
@@ -156,7 +149,7 @@ def prepare(job: Job, account: Account | None = None, notes: list[str] | None = 
     if account is not None:
         account.merge(source.account)
     recipe = with_classes(recipe, source)
-    plan = resolve(recipe, source.facts, recipe.resources.most_workers)
+    plan = resolve(recipe, source.facts, recipe.resources.num_workers.max)
     check_known(plan)
     check_trained(plan)
     about_probe = check_probe(recipe, source)
@@ -282,7 +275,7 @@ def workers(
 
 def _workers_asked(plan: Plan) -> int | tuple[int, int]:
     """The number of workers in Ray Train's terms: one, or the least and the most."""
-    least = plan.recipe.resources.least_workers
+    least = plan.recipe.resources.num_workers.min
     return plan.world_size if least >= plan.world_size else (least, plan.world_size)
 
 
@@ -296,65 +289,6 @@ def finished(job: Job, plan: Plan) -> Outcome | None:
         return None
     rows = read_metrics(run)
     return Outcome(run, plan, rows[-1]) if rows and rows[-1]["step"] >= plan.steps else None
-
-
-def preflight(plan: Plan) -> WorkerResources:
-    """Check a plan's resources against the cluster.
-
-    Returns:
-        Resources of each worker.
-
-    Raises:
-        ResourceError: the cluster can never provide them; the message has the arithmetic.
-    """
-    wanted = plan.recipe.resources
-    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
-    gpus = sum(int(n.get("GPU", 0)) for n in nodes)
-    limits = autoscaler_limits()
-    most_gpus, most_cpus = max(gpus, int(limits.get("GPU", 0))), limits.get("CPU", 0)
-    on_gpu = wanted.device == "gpu" or (wanted.device == "auto" and most_gpus > 0)
-    least = min(wanted.least_workers, plan.world_size)
-    if on_gpu and most_gpus < least:
-        raise ResourceError(
-            f"{least} workers need {least} GPUs, the cluster has {most_gpus}",
-            hint=f"--workers {max(1, most_gpus)}, or --set resources.device=cpu",
-        )
-    per_node = [min(n.get("CPU", 0), n.get("GPU", 0)) if on_gpu else n.get("CPU", 0) for n in nodes]
-    cpus = wanted.cpus_per_worker or _fair_cpus(nodes, limits, plan.world_size, on_gpu)
-    fits = sum(
-        int(min(n.get("CPU", 0) // cpus, n.get("GPU", 0) if on_gpu else 1_000_000)) for n in nodes
-    )
-    if fits < least and most_cpus < least * cpus:
-        shown = " + ".join(f"{n:g}" for n in per_node if n) or "0"
-        raise ResourceError(
-            f"{least} workers x {cpus:g} CPUs = {least * cpus:g} CPUs; "
-            f"the cluster has {shown} and fits {fits} such workers",
-            hint=f"--workers {max(1, fits)}, or --set resources.cpus_per_worker=1",
-        )
-    return WorkerResources(gpus=int(on_gpu), cpus=cpus)
-
-
-def _fair_cpus(
-    nodes: list[dict[str, float]], limits: Mapping[str, float], num_workers: int, on_gpu: bool
-) -> int:
-    """The largest whole number of CPUs that all workers can have at once.
-
-    Where the nodes there are do not hold them all, it is an equal share of what the cluster may
-    grow to.
-    """
-    slots = [(int(n.get("CPU", 0)), int(n.get("GPU", 0)) if on_gpu else 1_000_000) for n in nodes]
-    for cpus in range(max((c for c, _ in slots), default=1), 0, -1):
-        if sum(min(c // cpus, g) for c, g in slots) >= num_workers:
-            return cpus
-    shares = limits.get("GPU", 0) if on_gpu else num_workers
-    return max(1, int(limits.get("CPU", 0) // max(1, shares)))
-
-
-def autoscaler_limits() -> dict[str, float]:
-    """Resources of an autoscaling cluster at its largest; empty without autoscaling."""
-    from ray._private.state import state
-
-    return state.get_max_resources_from_cluster_config() or {}
 
 
 def _open_recorder(job: Job, plan: Plan) -> Any:

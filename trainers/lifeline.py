@@ -1,10 +1,10 @@
-"""The line between the workers of a training and its driver: requests one way, signs of life back.
+"""Heartbeats of workers to their driver, and the requests that they get in return.
 
 Each worker tells the recorder's actor once a second where it stands, in a thread beside the
-training, and hears what it is asked for. A worker that tells nothing, or makes no step, for longer
-than `resources.hang_timeout_s` hangs: the stacks of all are kept, and all are ended, which Ray
-Train takes for a loss and starts them again from the last checkpoint. The first update of a start
-may take any time: it compiles, connects and opens data.
+training, and hears what it is asked for. A worker without a heartbeat, or without a step, for
+longer than `resources.hang_timeout_s` hangs: the stacks of all are kept, and all are ended, which
+Ray Train takes for a loss and starts them again from the last checkpoint. The first update of a
+start may take any time: it compiles, connects and opens data.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LOOKS_EVERY_S = 3.0
 
 
 class Lifeline:
-    """What a training says of itself and hears; this one goes nowhere."""
+    """Progress reports of a training, and requests to it; without a driver, as here, none."""
 
     def step(self) -> Notice:
         """Say that an update is about to be made; returns what is asked for, a SAVE once."""
@@ -45,8 +45,8 @@ class Lifeline:
 
 
 @dataclass(frozen=True)
-class Beat:
-    """A worker's sign of life.
+class Heartbeat:
+    """Heartbeat of a worker: its place and its progress.
 
     Attributes:
         rank: its rank in the training.
@@ -76,7 +76,7 @@ class Beat:
 
 
 class WorkerLifeline(Lifeline):
-    """A worker's end of the line; use it as a context manager.
+    """Sends a worker's heartbeats while it is entered as a context manager.
 
     Args:
         recorder: the handle of the `RunRecorder`'s actor.
@@ -135,7 +135,7 @@ class WorkerLifeline(Lifeline):
     def _beat(self) -> None:
         while not self._ended.wait(BEAT_S):
             since_s = time.monotonic() - self._began
-            beat = Beat(*self._identity, self._steps, since_s, self._slowest_s, self._pause)
+            beat = Heartbeat(*self._identity, self._steps, since_s, self._slowest_s, self._pause)
             try:
                 self._notice, stack = self._get(self._recorder.beat.remote(beat, self._actor))
                 if stack:
@@ -158,7 +158,7 @@ class Roster:
     """The workers of a run as its driver hears of them.
 
     Args:
-        timeout_s: seconds without a sign of life, or without a step beyond the slowest seen, after
+        timeout_s: seconds without a heartbeat, or without a step beyond the slowest seen, after
             which a worker hangs; 0 for never.
 
     Attributes:
@@ -168,16 +168,16 @@ class Roster:
     def __init__(self, timeout_s: float) -> None:
         self.timeout_s = timeout_s
         self.wants_stacks = ""
-        self._beats: dict[int, tuple[float, Beat, Any]] = {}
+        self._beats: dict[int, tuple[float, Heartbeat, Any]] = {}
         self._asked_at = 0.0
         self._looked_at: float | None = None
         self._given: set[int] = set()
 
-    def beat(self, beat: Beat, actor: Any, now_s: float) -> bool:
-        """Take a sign of life; returns True if the worker is to give its stacks.
+    def beat(self, beat: Heartbeat, actor: Any, now_s: float) -> bool:
+        """Take a heartbeat; returns True if the worker is to give its stacks.
 
         Args:
-            beat: the sign of life.
+            beat: the heartbeat.
             actor: the worker's handle, by which it can be ended.
             now_s: the time by this process's monotonic clock.
         """
@@ -188,7 +188,7 @@ class Roster:
         return True
 
     def hung(self, now_s: float) -> str:
-        """What hangs and how long, in a sentence; empty if nothing does."""
+        """Reason why a worker counts as hung, in a sentence; empty if none does."""
         if not self.timeout_s:
             return ""
         for heard_at, beat, _ in self._beats.values():

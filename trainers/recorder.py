@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from typing import Any, Literal
 from mimray.trainers.config.run import Plan
 from mimray.trainers.engine.metrics import ProbeCurve, probe_curve, read_metrics
 from mimray.trainers.errors import MimrayError, StorageError
-from mimray.trainers.lifeline import Beat, Roster
+from mimray.trainers.lifeline import Heartbeat, Roster
 from mimray.trainers.pictures import panel_sheet, png
 from mimray.trainers.storage import RunDir
 from mimray.trainers.tracking import Tracker
@@ -125,10 +125,7 @@ class RunRecorder:
     def pictures(self, step: int, panels: list[Panel]) -> None:
         """Draw panels side by side and keep the sheet."""
         sheet = png(panel_sheet(panels))
-        try:
-            self._run.write(RECONSTRUCTION, sheet)
-        except StorageError as error:  # no run ends for a picture
-            self.note(f"no {RECONSTRUCTION} of step {step}: {error}")
+        self._keep(RECONSTRUCTION, lambda: self._run.write(RECONSTRUCTION, sheet))
         self._tracker.picture("reconstruction", sheet, step)
 
     def note(self, message: str) -> None:
@@ -148,11 +145,11 @@ class RunRecorder:
         self._state.stopping = signal
         return self._state.started_at is not None
 
-    def beat(self, beat: Beat, actor: Any) -> tuple[Notice, bool]:
-        """Take a worker's sign of life.
+    def beat(self, beat: Heartbeat, actor: Any) -> tuple[Notice, bool]:
+        """Take a worker's heartbeat.
 
         Args:
-            beat: the sign of life.
+            beat: the heartbeat.
             actor: the worker's handle.
 
         Returns:
@@ -163,9 +160,9 @@ class RunRecorder:
             return Notice.STOP, stacks
         return (Notice.SAVE if beat.node_id in self._drained else Notice.NONE), stacks
 
-    def stack(self, beat: Beat, stacks: str) -> None:
+    def stack(self, beat: Heartbeat, stacks: str) -> None:
         """Keep the stacks of a worker while another one hangs, or itself."""
-        self._run.append(HANG_LOG, f"{beat.where}\n{stacks}\n".encode())
+        self._log_hang(f"{beat.where}\n{stacks}")
 
     def leave(self, rank: int) -> None:
         """Take note that a worker is done."""
@@ -180,11 +177,21 @@ class RunRecorder:
         actors = self._roster.due(time.monotonic())
         reason = self._roster.wants_stacks
         if reason and not before:
-            self._run.append(HANG_LOG, f"{time.ctime()}: {reason}\n\n".encode())
+            self._log_hang(f"{time.ctime()}: {reason}\n")
         if actors:
             self.note(f"{before}: all workers are ended; stacks in {self._run / HANG_LOG}")
         for actor in actors:
             ray.kill(actor)
+
+    def _log_hang(self, text: str) -> None:
+        self._keep(HANG_LOG, lambda: self._run.append(HANG_LOG, f"{text}\n".encode()))
+
+    def _keep(self, name: str, write: Callable[[], None]) -> None:
+        """Write a file for people; where that fails, a note says so and the run goes on."""
+        try:
+            write()
+        except StorageError as error:
+            self.note(f"{name} was not written: {error}")
 
     def state(self) -> RunState:
         """The run's state; each note is handed out once."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import ray
 
 from mimray.trainers.errors import ResourceError
-from mimray.trainers.launch import autoscaler_limits
+from mimray.trainers.preflight import autoscaler_limits
 from mimray.tuning.config import TrialResources
 
 _NO_LIMIT = 1_000_000

@@ -18,13 +18,15 @@ import torch
 import torch.distributed as dist
 from ray import tune
 
+from mimray.trainers.config.resources import WorkerRange
 from mimray.trainers.config.run import Plan
 from mimray.trainers.data.selection import open_training
 from mimray.trainers.engine.export import write_bundle
 from mimray.trainers.engine.loop import Trained, stages
 from mimray.trainers.errors import MimrayError, NonFiniteLossError, ResourceError
-from mimray.trainers.launch import WorkerResources, last_line, workers
+from mimray.trainers.launch import last_line, workers
 from mimray.trainers.methods.needs import keep_needs
+from mimray.trainers.preflight import WorkerResources
 from mimray.trainers.storage import RunDir, check_seen, claim
 from mimray.trainers.weights import fetcher
 from mimray.tuning.bases import Params
@@ -271,7 +273,7 @@ def _with_resources(plan: Plan, context: LaunchContext) -> Plan:
         num_workers = min(num_workers, capacity.cpus - 1)
     data = {"num_workers": num_workers, "decoded_cache_mib": context.cache_mib}
     resources = {
-        "num_workers": capacity.num_workers,
+        "num_workers": WorkerRange(min=capacity.num_workers, max=capacity.num_workers),
         "cpus_per_worker": capacity.cpus,
         "device": "gpu" if capacity.gpus else "cpu",
         "max_failures": context.plan.config.resources.max_failures,

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from mimray.trainers.evaluation.features.encoders import EncoderRef
     from mimray.trainers.evaluation.probes.classifier import Classified
     from mimray.trainers.evaluation.score import Score, Setting
-    from mimray.trainers.launch import Job, WorkerResources
+    from mimray.trainers.launch import Job
+    from mimray.trainers.preflight import WorkerResources
     from mimray.trainers.recorder import RunState
 
 SHEET = "finetune.png"
@@ -44,7 +45,8 @@ def evaluate(ref: EncoderRef, setting: Setting, config: FinetuneTask) -> Score:
     from mimray.trainers.evaluation.features.pooled import seen_before
     from mimray.trainers.evaluation.score import Score
     from mimray.trainers.evaluation.splits import open_splits
-    from mimray.trainers.launch import Job, finished, preflight, prepare, pretrain
+    from mimray.trainers.launch import Job, finished, prepare, pretrain
+    from mimray.trainers.preflight import preflight
 
     splits = open_splits(setting)
     recipe = recipe_for(

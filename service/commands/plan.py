@@ -66,7 +66,7 @@ def forecast(
     elif recipe.method.learns_classes and not stated_classes(recipe):
         method = recipe.method.model_copy(update={"num_classes": IMAGENET_CLASSES})
         recipe = recipe.model_copy(update={"method": method})
-    plan = resolve(recipe, facts, recipe.resources.most_workers)
+    plan = resolve(recipe, facts, recipe.resources.num_workers.max)
     check_known(plan)
     check_average(recipe)
     check_trained(plan)

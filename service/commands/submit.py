@@ -69,7 +69,7 @@ def run_submit(
         job_id = str(newest.submission_id)
         say(f"{job_id} is {newest.status.value.lower()}")
     else:
-        job_id = f"{base}-{len(jobs) + 1}" if jobs else base
+        job_id = _next_name(base, jobs)
         _submit(client, job_id, command, working_dir)
         say(f"submitted {job_id}" + (f", after {newest.submission_id} has {_ended(newest)}"
                                      if newest is not None else ""))  # fmt: skip
@@ -120,6 +120,12 @@ def _attempts(client: JobSubmissionClient, base: str) -> list[JobDetails]:
     return sorted(found, key=lambda job: job.start_time or 0)
 
 
+def _next_name(base: str, jobs: Sequence[JobDetails]) -> str:
+    """The first name above those taken, as some jobs between may have been deleted."""
+    taken = [str(job.submission_id).removeprefix(base).lstrip("-") or "1" for job in jobs]
+    return f"{base}-{max(map(int, taken)) + 1}" if taken else base
+
+
 def _submit(
     client: JobSubmissionClient, job_id: str, command: Sequence[str], working_dir: str | None
 ) -> None:
@@ -161,6 +167,10 @@ def _follow(client: JobSubmissionClient, job_id: str) -> None:
 
     try:
         asyncio.run(tail())
+    except (OSError, RuntimeError) as error:  # Ray's and aiohttp's, when the head dies
+        raise ResourceError(
+            f"lost sight of {job_id}: {error}", hint="the same command looks for it again"
+        ) from error
     except KeyboardInterrupt:
         say(f"\n{job_id} runs on; the same command follows it, `ray job stop {job_id}` ends it")
 

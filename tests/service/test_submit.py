@@ -112,6 +112,23 @@ def test_submit__the_same_command_is_the_same_job(
         assert found["id"] == job_name(COMMAND) + new_job
 
 
+def test_submit__a_number_is_not_given_twice(monkeypatch: pytest.MonkeyPatch):
+    cluster = Cluster("FAILED", "FAILED", "FAILED")
+    del cluster.jobs[f"{job_name(COMMAND)}-2"]
+
+    assert run(cluster, monkeypatch)["id"] == f"{job_name(COMMAND)}-4"
+
+
+def test_submit__a_head_that_dies_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch):
+    class Dying(Cluster):
+        async def tail_job_logs(self, job_id: str) -> Any:
+            yield "step 1/2\n"
+            raise RuntimeError("WebSocket closed with code 1006")
+
+    with pytest.raises(ResourceError, match=r"lost sight of mimray-pretrain-\w+: WebSocket"):
+        run(Dying(), monkeypatch)
+
+
 def test_submit__a_refusal_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ResourceError, match=r"refuses mimray-pretrain-\w+: package too large"):
         run(Cluster(refuses="package too large"), monkeypatch)

@@ -415,3 +415,17 @@ def test_store__a_failed_upload_costs_only_the_new_one(
         saver.finish()
     assert [c.step for c in find(slow)] == [1]
     assert not saver.busy
+
+
+def test_store__an_error_of_any_kind_leaves_the_checkpoint_unfinished(
+    slow: Slow, engine: Any, monkeypatch: pytest.MonkeyPatch
+):
+    saver = saver_of(slow, engine)
+    Slow.may.set()
+    monkeypatch.setattr(Slow, "upload", lambda self, file, name: 1 / 0)
+
+    saver.save(step=1, samples=2)
+
+    with pytest.raises(ZeroDivisionError):
+        saver.finish()
+    assert find(slow) == []

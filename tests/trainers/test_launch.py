@@ -12,7 +12,8 @@ from PIL import Image
 from mimray.trainers.config.recipes import load_recipe
 from mimray.trainers.data import parquet
 from mimray.trainers.errors import ConfigError, ResourceError, RunConflictError
-from mimray.trainers.launch import Job, _fair_cpus, _gave_up, prepare
+from mimray.trainers.launch import Job, _gave_up, prepare
+from mimray.trainers.preflight import WorkerResources, _fair_cpus, preflight
 
 
 @pytest.fixture
@@ -137,3 +138,58 @@ def test_elastic__groups_that_the_fewest_workers_cannot_hold_are_refused(job: Jo
 def test_elastic__least_above_most_is_refused() -> None:
     with pytest.raises(ConfigError, match="min 3 is above max 2"):
         load_recipe("mae-tiny", ["resources.num_workers={min: 3, max: 2}"], steps=2)
+
+
+@pytest.mark.parametrize(
+    ("workers", "cpus"), [("{min: 1, max: 8}", 2), ("{min: 1, max: 2}", 4), ("2", 4)]
+)
+def test_preflight__workers_share_the_nodes_that_are_there(
+    job: Job, monkeypatch: pytest.MonkeyPatch, workers: str, cpus: int
+) -> None:
+    # Of eight elastic workers four have a GPU now; the others would come with nodes of their own.
+    node = {"Alive": True, "Resources": {"CPU": 8, "GPU": 4}}
+    monkeypatch.setattr("mimray.trainers.preflight.ray.nodes", lambda: [node])
+    monkeypatch.setattr("mimray.trainers.preflight.autoscaler_limits", dict)
+    sets = ["optim.batch_size=8", f"resources.num_workers={workers}"]
+    plan = prepare(replace(job, recipe=load_recipe("mae-tiny", sets, steps=2)))
+
+    assert preflight(plan) == WorkerResources(gpus=1, cpus=cpus)
+
+
+def test_preflight__fewer_than_the_least_are_refused(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "mimray.trainers.preflight.ray.nodes",
+        lambda: [{"Alive": True, "Resources": {"CPU": 1}}, {"Alive": False, "Resources": {}}],
+    )
+    monkeypatch.setattr("mimray.trainers.preflight.autoscaler_limits", dict)
+    sets = ["optim.batch_size=8", "resources.num_workers={min: 2, max: 4}"]
+    plan = prepare(replace(job, recipe=load_recipe("mae-tiny", sets, steps=2)))
+
+    with pytest.raises(ResourceError, match=r"2 workers x 1 CPUs = 2 CPUs; the cluster has 1"):
+        preflight(plan)
+
+
+@pytest.mark.parametrize("value", ["0", "true", "2-8", "[1, 2]", "2.5"])
+def test_workers__anything_but_a_number_or_a_range_is_refused(value: str) -> None:
+    with pytest.raises(ConfigError, match=r"resources\.num_workers: .* no range such as \{min: 2"):
+        load_recipe("mae-tiny", [f"resources.num_workers={value}"], steps=2)
+
+
+def test_workers__a_number_is_written_as_one() -> None:
+    def written(value: str) -> object:
+        recipe = load_recipe("mae-tiny", [f"resources.num_workers={value}"], steps=2)
+        return recipe.model_dump(mode="json")["resources"]["num_workers"]
+
+    assert written("2") == 2
+    assert written("{min: 1, max: 4}") == {"min": 1, "max": 4}
+
+
+@pytest.mark.parametrize(
+    "override", ["resources.hang_timeout_s=.inf", "optim.base_lr=.nan", "optim.betas=[0.9, .inf]"]
+)
+def test_recipe__numbers_without_end_are_refused(override: str) -> None:
+    key = override.split("=")[0].replace(".", r"\.")
+    with pytest.raises(ConfigError, match=rf"'{key}' is .*: not a finite number"):
+        load_recipe("mae-tiny", [override], steps=2)

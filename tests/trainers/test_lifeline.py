@@ -7,11 +7,11 @@ import threading
 
 import pytest
 
-from mimray.trainers.lifeline import STACKS_WITHIN_S, Beat, Roster, stacks
+from mimray.trainers.lifeline import STACKS_WITHIN_S, Heartbeat, Roster, stacks
 
 
-def beat(rank: int = 0, **facts: object) -> Beat:
-    return Beat(rank, "node", "host", 100 + rank, **facts)  # type: ignore[arg-type]
+def beat(rank: int = 0, **facts: object) -> Heartbeat:
+    return Heartbeat(rank, "node", "host", 100 + rank, **facts)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ def beat(rank: int = 0, **facts: object) -> Beat:
         (beat(steps=1, since_s=500), ""),  # the first update may take any time
     ],
 )
-def test_roster__a_step_that_takes_too_long(found: Beat, reason: str):
+def test_roster__a_step_that_takes_too_long(found: Heartbeat, reason: str):
     roster = Roster(timeout_s=10)
     roster.beat(found, None, now_s=100)
 

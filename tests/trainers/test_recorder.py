@@ -9,7 +9,8 @@ import pytest
 
 from mimray.trainers.config.run import parse_recipe, resolve
 from mimray.trainers.engine.metrics import MetricsLog, probe_curve
-from mimray.trainers.lifeline import Beat
+from mimray.trainers.errors import StorageError
+from mimray.trainers.lifeline import Heartbeat
 from mimray.trainers.recorder import RunRecorder
 from mimray.trainers.storage import RunDir
 from mimray.trainers.types import DatasetFacts, Notice
@@ -78,7 +79,7 @@ def test_beat__hears_of_a_drained_node_and_of_a_signal(
     recorder.look_after()
 
     def asked() -> list[tuple[Notice, bool]]:
-        beats = [Beat(rank, node, "host", 1) for rank, node in enumerate(("this", "other"))]
+        beats = [Heartbeat(rank, node, "host", 1) for rank, node in enumerate(("this", "other"))]
         return [recorder.beat(beat, None) for beat in beats]
 
     assert asked() == [(Notice.SAVE, False), (Notice.NONE, False)]
@@ -87,6 +88,20 @@ def test_beat__hears_of_a_drained_node_and_of_a_signal(
     assert recorder.stop("SIGTERM")
     assert asked() == [(Notice.STOP, False), (Notice.STOP, False)]
     assert recorder.state().stopping == "SIGTERM"
+
+
+def test_files_for_people__that_cannot_be_written_are_told_of(
+    recorder: RunRecorder, monkeypatch: pytest.MonkeyPatch
+):
+    def full(self: RunDir, name: str, data: bytes) -> None:
+        raise StorageError(f"no space left in {self}")
+
+    monkeypatch.setattr(RunDir, "append", full)
+
+    recorder.stack(Heartbeat(0, "node", "host", 1), "thread main")
+
+    [note] = recorder.state().notes
+    assert note.startswith("hang.log was not written: no space left")
 
 
 def test_curve__is_of_the_newest_figure():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import threading
 from pathlib import Path
@@ -11,12 +12,13 @@ import pytest
 from mimray.trainers.config.run import Plan, parse_recipe, resolve
 from mimray.trainers.data.selection import open_training
 from mimray.trainers.engine.checkpoints import find
-from mimray.trainers.errors import StoppedError
+from mimray.trainers.engine.metrics import read_metrics
+from mimray.trainers.errors import NonFiniteLossError, StoppedError
 from mimray.trainers.lifeline import Lifeline
 from mimray.trainers.stopping import interruptible, signals_handled_by
 from mimray.trainers.storage import RunDir
 from mimray.trainers.types import Notice
-from tests.trainers.runs import Observer, run_of, write_noise
+from tests.trainers.runs import Observer, Remote, run_of, write_noise
 
 STEPS = 6
 
@@ -81,6 +83,24 @@ def test_stop__at_the_last_step_is_an_end_like_any_other(plan: Plan, tmp_path: P
     notices = [Notice.NONE] * (STEPS - 1)
 
     assert run_of(plan, tmp_path / "run", lifeline=Told(*notices, Notice.STOP)).step == STEPS
+
+
+@pytest.mark.usefixtures("process_group")
+def test_loss_not_finite__a_store_has_every_row_before_it(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("tests.trainers.runs.RunDir", Remote)
+    diverging = plan.model_copy(update={"lr": 1e30})
+
+    with pytest.raises(NonFiniteLossError, match=r"at step (\d+)") as caught:
+        run_of(diverging, tmp_path / "run")
+
+    found = re.search(r"at step (\d+)", str(caught.value))
+    assert found is not None
+    failed_at = int(found[1])
+    assert failed_at > 2  # rows there are, and the newest would have come later
+    rows = read_metrics(Remote(str(tmp_path / "run")))
+    assert [row["step"] for row in rows] == list(range(1, failed_at))
 
 
 def sent(number: signal.Signals) -> None:

@@ -25,6 +25,7 @@ from mimray.trainers.config.lora import LoraConfig
 from mimray.trainers.config.model import EncoderConfig
 from mimray.trainers.config.optim import OptimConfig
 from mimray.trainers.config.probe import ProbeConfig
+from mimray.trainers.config.resources import ResourcesConfig
 from mimray.trainers.config.retired import without_retired
 from mimray.trainers.errors import ConfigError
 from mimray.trainers.types import DatasetFacts
@@ -77,54 +78,6 @@ class LoggingConfig(Config):
     every_steps: PositiveInt = 10
     pictures_every_steps: NonNegativeInt = Field(default=1000, description="0 for the end only")
     num_pictures: PositiveInt = 6
-
-
-class WorkerRange(Config):
-    """Numbers of workers between which a run may change while it goes on."""
-
-    min: PositiveInt = 1
-    max: PositiveInt
-
-    @model_validator(mode="after")
-    def _check_order(self) -> WorkerRange:
-        if self.min > self.max:
-            raise ValueError(f"resources.num_workers: min {self.min} is above max {self.max}")
-        return self
-
-
-class ResourcesConfig(Config):
-    """Workers, devices and CPUs that a run requests, and the failures it survives."""
-
-    num_workers: PositiveInt | WorkerRange = Field(
-        default=1,
-        description="workers; {min, max} to go on with fewer while nodes are missing, and to grow "
-        "back when there are more",
-    )
-    device: Literal["auto", "cpu", "gpu"] = Field(
-        default="auto", description="auto: a GPU a worker where the cluster has any"
-    )
-    cpus_per_worker: PositiveInt | None = Field(
-        default=None, description="default: an equal share of the node, decode processes included"
-    )
-    max_failures: NonNegativeInt = Field(
-        default=3, description="worker or node losses survived before the run gives up"
-    )
-    hang_timeout_s: float = Field(
-        default=120,
-        ge=0,
-        description="seconds without a step, beyond the slowest seen, or without a sign of life, "
-        "after which a worker hangs and all are started again; 0 for never",
-    )
-
-    @property
-    def most_workers(self) -> int:
-        """The largest number of workers, for which a run is planned."""
-        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers.max
-
-    @property
-    def least_workers(self) -> int:
-        """The smallest number of workers with which a run goes on."""
-        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers.min
 
 
 class Recipe(Config):
@@ -343,11 +296,11 @@ def resolve(recipe: Recipe, facts: DatasetFacts, world_size: int) -> Plan:
             else f"--set optim.batch_size={batch // together * together or together}, a multiple "
             f"of {together}, or a smaller group",
         )
-    asked, least = recipe.resources.num_workers, recipe.resources.least_workers
-    if isinstance(asked, WorkerRange) and micro * least % together:
+    workers = recipe.resources.num_workers
+    if workers.elastic and micro * workers.min % together:
         raise ConfigError(
             f"method.{recipe.method.name} normalises over {together} pictures, which the micro "
-            f"batches of {least} workers of {micro} pictures do not hold",
+            f"batches of {workers.min} workers of {micro} pictures do not hold",
             hint=f"--set resources.num_workers={world_size}, or a smaller group",
         )
     num_places = recipe.grid[0] * recipe.grid[1]
@@ -502,10 +455,20 @@ def parse_recipe(tree: Mapping[str, Any], origin: str = "recipe") -> Recipe:
     Raises:
         ConfigError: a key or a value is wrong; names each, and what is allowed.
     """
+    # A plan is JSON, which has neither infinity nor NaN.
+    endless = [f"'{key}' is {value}" for key, value in _flatten(tree) if _has_endless(value)]
+    if endless:
+        raise ConfigError(f"{origin}: {'; '.join(endless)}: not a finite number")
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
         raise explain(error, tree, origin, keys=known_keys(), owners=key_owners()) from None
+
+
+def _has_endless(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(map(_has_endless, value))
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def parse_plan(text: str | bytes, origin: str, hint: str) -> Plan:
@@ -567,7 +530,7 @@ def _keys_of(
             for kind in (field.annotation, *get_args(field.annotation))
             if isinstance(kind, type) and issubclass(kind, BaseModel)
         ]
-        if not nested:
+        if not nested or prefix:  # within a section, a plain value may stand for the nested one
             yield f"{prefix}{name}", names
         for kind in nested:
             chosen = kind.model_fields.get("name") if len(nested) > 1 else None

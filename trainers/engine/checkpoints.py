@@ -117,7 +117,7 @@ class _Upload:
     manifest: dict[str, Any]
     source: Path
     written: dict[str, dict[str, Any]] = field(default_factory=dict)
-    error: MimrayError | None = None
+    error: Exception | None = None
 
     def run(self) -> None:
         try:
@@ -125,7 +125,7 @@ class _Upload:
                 for name in _files(self.source):
                     self.folder.upload(self.source / name, name)
                     self.written[name] = _facts(self.source / name)
-        except MimrayError as error:
+        except Exception as error:  # raised by `finish`, in the training's own thread
             self.error = error
         finally:
             shutil.rmtree(self.source, ignore_errors=True)
@@ -199,7 +199,11 @@ class Saver:
             return
         with storage_errors(tempfile.gettempdir()):
             scratch = Path(tempfile.mkdtemp(prefix="mimray-"))
-        self._write(scratch)
+        try:
+            self._write(scratch)
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
         self._upload = _Upload(folder, manifest, scratch)
         self._thread = threading.Thread(target=self._upload.run, name="upload", daemon=True)
         self._thread.start()

@@ -35,7 +35,7 @@ from mimray.trainers.engine.deepspeed import (
 from mimray.trainers.engine.metrics import MetricsLog, Speed
 from mimray.trainers.engine.optim import FrozenGradients, set_hyperparameters
 from mimray.trainers.engine.schedule import learning_rate
-from mimray.trainers.errors import NonFiniteLossError, StoppedError
+from mimray.trainers.errors import MimrayError, NonFiniteLossError, StoppedError
 from mimray.trainers.lifeline import Lifeline
 from mimray.trainers.methods.catalogue import build_method, inputs_of
 from mimray.trainers.methods.inputs import arguments_of
@@ -231,9 +231,15 @@ def stages(
     speed, began = Speed(plan.global_batch), time.perf_counter()
     while step < plan.steps:
         gradients.step = step
-        result = _update(
-            engine, plan, batches, inputs, step, device, lifeline.step(), saving=saver.busy
-        )
+        notice, saving = lifeline.step(), saver.busy
+        try:
+            result = _update(engine, plan, batches, inputs, step, device, notice, saving=saving)
+        except MimrayError as error:  # such as a loss that is not finite: the rows before tell why
+            if log is not None:
+                log.flush()
+            if error.on_every_rank:
+                saver.finish()
+            raise
         step += 1
         speed.add(result.data_wait_s)
         wanted = step == plan.steps or step in pauses

@@ -33,14 +33,7 @@ def read_metrics(run: RunDir) -> list[dict[str, Any]]:
     A half-written last line, which a crash may leave, is dropped; any other line that is no row is
     left out with a warning.
     """
-    rows, damaged = _read(run)
-    if damaged:
-        logger.warning(
-            "%s/%s: line%s %s cannot be read and %s left out",
-            run, METRICS, "s" * (len(damaged) > 1), ", ".join(map(str, damaged)),
-            "are" if len(damaged) > 1 else "is",
-        )  # fmt: skip
-    return rows
+    return _read(run)[0]
 
 
 def rewind_metrics(run: RunDir, step: int) -> list[dict[str, Any]]:
@@ -48,15 +41,16 @@ def rewind_metrics(run: RunDir, step: int) -> list[dict[str, Any]]:
 
     Where lines cannot be read, the file as it was is kept beside it.
     """
-    if _read(run)[1]:
+    found, damaged = _read(run)
+    if damaged:
         run.write(DAMAGED, run.read(METRICS))
-    rows = [row for row in read_metrics(run) if row["step"] <= step]
+    rows = [row for row in found if row["step"] <= step]
     run.write(METRICS, _lines(rows))
     return rows
 
 
 def _read(run: RunDir) -> tuple[list[dict[str, Any]], list[int]]:
-    """Rows, and the numbers of the lines that are none, the last one's aside if it has no end."""
+    """Rows, and the numbers of lines that are none; a last line without an end is no such line."""
     if not run.exists(METRICS):
         return [], []
     rows, damaged = [], []
@@ -67,6 +61,9 @@ def _read(run: RunDir) -> tuple[list[dict[str, Any]], list[int]]:
             rows.append(row)
         elif line.strip() and number < len(lines):
             damaged.append(number)
+    if damaged:
+        numbers = ", ".join(map(str, damaged))
+        logger.warning("%s/%s: cannot be read and left out: line %s", run, METRICS, numbers)
     return rows, damaged
 
 

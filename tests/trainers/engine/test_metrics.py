@@ -70,7 +70,7 @@ def test_read__a_damaged_line_costs_itself_alone(
     with caplog.at_level(logging.WARNING):
         assert steps(run) == [1, 2, 4, 5]
 
-    assert f"{METRICS}: line 3 cannot be read" in caplog.text
+    assert f"{METRICS}: cannot be read and left out: line 3" in caplog.text
 
 
 def test_rewind__keeps_what_could_not_be_read(run: RunDir):
