@@ -1,10 +1,12 @@
 """Figures of docs/results.md: the methods side by side, at equal time of training.
 
-    python benchmarks/family.py DATA OUT [--minutes 60] [--only NAME,…] [--json FILE] [--guide FILE]
+    python benchmarks/family.py DATA OUT [--minutes 60] [--only NAME,…] [--tests TEST,…]
+                                          [--json FILE] [--guide FILE]
 
 DATA holds `tiny-imagenet-50`, `camvid` and `bccd`; OUT gets all runs and scores. The same command
 goes on where it was stopped, and `--only` runs a part of it: a method, `untrained`, `pixels` or
-`adapt`. OUT/family.md has the tables so far, OUT/family.png the scores by compute.
+`adapt`. `--tests` leaves the other scores for later. OUT/family.md has the tables so far,
+OUT/family.png the scores by compute.
 
 Each method trains an encoder of one shape on tiny-imagenet-50 at 64 pixels by its tiny recipe, for
 as many updates as it makes in some minutes at its own speed. All speeds are measured one after the
@@ -124,10 +126,13 @@ class Family:
         data: the folder of the data sets.
         out: the directory of runs and figures.
         asked: what must be alike in every start: minutes, epochs, limit.
+        tests: the names of the scores to compute in this start.
     """
 
-    def __init__(self, data: Path, out: Path, asked: dict[str, Any]) -> None:
-        self.data, self.out, self.asked = data, out, asked
+    def __init__(
+        self, data: Path, out: Path, asked: dict[str, Any], tests: Sequence[str] = tuple(TESTS)
+    ) -> None:
+        self.data, self.out, self.asked, self.tests = data, out, asked, tests
         self._file = out / "family.json"
         self.found: dict[str, Any] = {"asked": asked, "speeds": {}, "runs": {}, "scores": {}}
         self.found["adapted"] = []
@@ -254,9 +259,10 @@ class Family:
     def score(self, name: str, bundle: str) -> None:
         """Score an encoder by every test that it has no score of yet."""
         scores = self.found["scores"].setdefault(name, {})
-        for test_name, test in TESTS.items():
+        for test_name in self.tests:
             if test_name in scores:
                 continue
+            test = TESTS[test_name]
             results = self.out / "scores" / f"{name}-{test_name}"
             options: tuple[str, ...] = ()
             if test.task == "finetune":
@@ -287,7 +293,8 @@ class Family:
         from pixels import pixels_scored
 
         scores = self.found["scores"].setdefault(PIXELS, {})
-        for name, test in TESTS.items():
+        for name in self.tests:
+            test = TESTS[name]
             if name not in scores and test.task != "finetune":
                 length = test.epochs and (self.asked["epochs"] or test.epochs)
                 result = pixels_scored(
@@ -446,6 +453,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--minutes", type=float, default=60, help="of training, each method")
     parser.add_argument("--only", default="", help="names of parts, with commas between them")
+    parser.add_argument("--tests", default="", help="names of scores, with commas between them")
     parser.add_argument("--epochs", type=int, help="of every head, for a trial of the benchmark")
     parser.add_argument("--limit", type=int, help="pictures to score by, for a trial")
     parser.add_argument("--json", type=Path, help="write all figures here")
@@ -456,10 +464,13 @@ def main() -> None:
     chosen = [name for name in arguments.only.split(",") if name] or known
     if wrong := [name for name in chosen if name not in known]:
         parser.error(f"--only {wrong[0]}: no such part; there are {', '.join(known)}")
+    tests = [name for name in arguments.tests.split(",") if name] or list(TESTS)
+    if wrong := [name for name in tests if name not in TESTS]:
+        parser.error(f"--tests {wrong[0]}: no such score; there are {', '.join(TESTS)}")
     for name in MEMBERS.keys() - there.keys():
         print(f"{name} is left out: there is no recipe {MEMBERS[name].recipe}", flush=True)
     asked = {key: getattr(arguments, key) for key in ("minutes", "epochs", "limit")}
-    family = Family(arguments.data.resolve(), arguments.out.resolve(), asked)
+    family = Family(arguments.data.resolve(), arguments.out.resolve(), asked, tests)
     failed = run(family, chosen)
     family.keep()
     chart(family.found, family.out)
