@@ -3,7 +3,7 @@
 A short MAE on drawn pictures is trained once undisturbed, and once for each fault, which is done to
 it for real. Each row: updates made twice because of it, seconds until it made a new one, whether
 the losses are those of the undisturbed run to the bit, and processes that were left. It takes about
-a minute a fault on two CPU cores.
+a minute a fault on two CPU cores. A full disk needs the right to mount one, which root has.
 """
 
 from __future__ import annotations
@@ -11,12 +11,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,28 +38,80 @@ SETS = (
 AGAIN = 75
 
 
+class Server:
+    """A server beside the training, which can be killed with all below it and started again.
+
+    Args:
+        command: its command.
+        ready: words that it prints once it can be used.
+        log: the file of its output.
+    """
+
+    def __init__(self, command: list[str], ready: str, log: Path) -> None:
+        self._command, self._ready, self._log = command, ready, log
+        self.start()
+
+    def start(self) -> None:
+        """Start it, and wait until it can be used."""
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(self._command, stdout=log, stderr=log)
+        while self._ready not in self._log.read_text():
+            assert self._process.poll() is None, self._log.read_text()
+            time.sleep(0.1)
+
+    def kill(self) -> None:
+        """SIGKILL, as when its machine goes down."""
+        top = psutil.Process(self._process.pid)
+        family = [*top.children(recursive=True), top]
+        for member in family:
+            if member.is_running():
+                member.kill()
+        self._process.wait()
+        psutil.wait_procs(family, timeout=60)
+
+
+class Place(NamedTuple):
+    """Surroundings of a training.
+
+    Attributes:
+        storage: the directory of runs.
+        data: the pictures.
+        environment: environment variables beside those of this process.
+        server: the server that it uses, if any.
+    """
+
+    storage: Path
+    data: Path
+    environment: dict[str, str] = {}
+    server: Server | None = None
+
+
 class Training:
     """A run of the short training, as a person starts it, again and again.
 
     Args:
-        out: the directory of runs, with the pictures.
+        place: its surroundings.
         name: the run's name.
+        log: the file of its output.
     """
 
-    def __init__(self, out: Path, name: str) -> None:
-        self.run = out / name
+    def __init__(self, place: Place, name: str, log: Path) -> None:
+        self.place, self.log = place, log
+        self.run = place.storage / name
         self._command = [
             sys.executable, "-m", "service", "pretrain", "mae-tiny", "--name", name,
-            "--data", str(out / "pictures"), "--storage", str(out), "--steps", str(STEPS),
+            "--data", str(place.data), "--storage", str(place.storage), "--steps", str(STEPS),
             *(word for item in SETS for word in ("--set", item)),
         ]  # fmt: skip
-        self.log = out / f"{name}.log"
         self.process = self.start()
 
     def start(self) -> subprocess.Popen[bytes]:
         """Start the command, or start it again."""
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(self._command, cwd=HERE.parent, stdout=log, stderr=log)
+            self.process = subprocess.Popen(
+                self._command, cwd=HERE.parent, stdout=log, stderr=log,
+                env=os.environ | self.place.environment,
+            )  # fmt: skip
         return self.process
 
     @property
@@ -82,10 +138,11 @@ class Training:
             assert self.process.poll() is None, self.log.read_text()
             time.sleep(0.02)
 
-    def end(self, status: int = 0) -> None:
-        """Wait for the command to end as it should."""
+    def end(self, status: int = 0, words: str = "") -> None:
+        """Wait for the command to end as it should, and to have said why."""
         self.process.wait(600)
         assert self.process.returncode == status, self.log.read_text()
+        assert words in self.log.read_text(), self.log.read_text()
 
     def signal_workers(self, number: signal.Signals) -> None:
         """Send a signal to the workers."""
@@ -145,14 +202,162 @@ def launched_twice(training: Training) -> None:
     training.start()
 
 
-FAULTS: dict[str, Callable[[Training], None]] = {
-    "a worker is killed": worker_killed,
-    "a worker is frozen": worker_frozen,
-    "the driver is killed": driver_killed,
-    "the driver gets SIGTERM": driver_told,
-    "a bit of the newest checkpoint is flipped": checkpoint_flipped,
-    "a line of metrics is damaged": metrics_damaged,
-    "the run is launched a second time": launched_twice,
+def disk_filled(training: Training) -> None:
+    filler = training.place.storage / "filler"
+    with filler.open("wb") as file, suppress(OSError):
+        while True:
+            file.write(bytes(1 << 20))
+            file.flush()
+    training.end(2, "no space left")
+    filler.unlink()
+    training.start()
+
+
+def picture_lost(training: Training) -> None:
+    picture = min(training.place.data.iterdir())
+    kept = picture.read_bytes()
+    picture.unlink()
+    training.end(2, f"{picture} cannot be read")
+    picture.write_bytes(kept)
+    training.start()
+
+
+def picture_changed(training: Training) -> None:
+    picture = min(training.place.data.iterdir())
+    kept = picture.read_bytes()
+    picture.write_bytes(kept[:-20])
+    training.end(2, f"{picture} has changed since the data was opened")
+    picture.write_bytes(kept)
+    training.start()
+
+
+def head_killed(training: Training) -> None:
+    assert training.place.server is not None
+    training.place.server.kill()
+    training.process.wait(600)
+    assert training.process.returncode, "the cluster is gone, and all is well"
+    training.place.server.start()
+    training.start()
+
+
+def tracking_restarted(training: Training) -> None:
+    assert training.place.server is not None
+    training.place.server.kill()
+    training.reach(training.step + 2 * EVERY)
+    training.place.server.start()
+
+
+@contextmanager
+def own_pictures(out: Path) -> Iterator[Place]:
+    """Pictures of its own, which may be damaged."""
+    draw(out / "own")
+    yield Place(out, out / "own")
+
+
+@contextmanager
+def own_disk(out: Path) -> Iterator[Place]:
+    """A disk of its own for the runs."""
+    disk = out / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256m", "tmpfs", str(disk)], check=True)
+    try:
+        yield Place(disk, out / "pictures")
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@contextmanager
+def cluster(out: Path) -> Iterator[Place]:
+    """A head node that somebody else has started, with a token."""
+    with tempfile.TemporaryDirectory(prefix="mr-") as folder:  # sockets have short paths
+        token = Path(folder) / "token"
+        token.write_text(secrets.token_hex(32))
+        token.chmod(0o600)
+        access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+        port = free_port()
+        command = [
+            "env", *(f"{key}={value}" for key, value in access.items()),
+            str(Path(sys.executable).parent / "ray"), "start", "--head", "--block",
+            "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=2",
+            "--include-dashboard=false", "--dashboard-agent-listen-port=0",
+            f"--temp-dir={folder}", "--object-store-memory=200000000", "--disable-usage-stats",
+        ]  # fmt: skip
+        head = Server(command, "Ray runtime started", out / "head.log")
+        try:
+            address = {"RAY_ADDRESS": f"127.0.0.1:{port}"}
+            yield Place(out, out / "pictures", access | address, head)
+        finally:
+            head.kill()
+
+
+@contextmanager
+def tracking_server(out: Path) -> Iterator[Place]:
+    """An MLflow server."""
+    port = free_port()
+    command = [
+        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port),
+        "--backend-store-uri", f"sqlite:///{out}/server.db", "--workers", "1",
+        "--artifacts-destination", str(out / "artifacts"),
+    ]  # fmt: skip
+    server = Server(command, "Application startup complete", out / "server.log")
+    try:
+        place = Place(
+            out, out / "pictures", {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}"}, server
+        )
+        yield place
+        points = subprocess.run(
+            [sys.executable, "-c", POINTS, place.environment["MLFLOW_TRACKING_URI"]],
+            capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
+        assert json.loads(points) == ["FINISHED", STEPS], points
+    finally:
+        server.kill()
+
+
+# The run's status and the number of its losses, by MLflow's own client.
+POINTS = """
+import json, sys
+from mlflow import MlflowClient
+client = MlflowClient(sys.argv[1])
+(run,) = client.search_runs([client.get_experiment_by_name("mimray").experiment_id])
+losses = {point.step for point in client.get_metric_history(run.info.run_id, "loss")}
+print(json.dumps([run.info.status, len(losses)]))
+"""
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def ordinary(out: Path) -> Iterator[Place]:
+    """The directory of runs, with the pictures of all."""
+    yield Place(out, out / "pictures")
+
+
+class Fault(NamedTuple):
+    """A fault, and where it can be done."""
+
+    act: Callable[[Training], None]
+    place: Callable[[Path], AbstractContextManager[Place]] = ordinary
+
+
+FAULTS = {
+    "a worker is killed": Fault(worker_killed),
+    "a worker is frozen": Fault(worker_frozen),
+    "the driver is killed": Fault(driver_killed),
+    "the driver gets SIGTERM": Fault(driver_told),
+    "the head of the cluster is killed": Fault(head_killed, cluster),
+    "a bit of the newest checkpoint is flipped": Fault(checkpoint_flipped),
+    "a line of metrics is damaged": Fault(metrics_damaged),
+    "the disk of the runs fills up": Fault(disk_filled, own_disk),
+    "a picture is deleted": Fault(picture_lost, own_pictures),
+    "a picture is cut short": Fault(picture_changed, own_pictures),
+    "the MLflow server is killed for a while": Fault(tracking_restarted, tracking_server),
+    "the run is launched a second time": Fault(launched_twice),
 }
 
 
@@ -182,7 +387,7 @@ def suffer(name: str, training: Training, calm: dict[int, float]) -> Row:
     driver = psutil.Process(training.process.pid)
     family = [driver, *driver.children(recursive=True)]
     process, owner, began = training.process, training.owner, time.monotonic()
-    FAULTS[name](training)
+    FAULTS[name].act(training)
     while training.process is not process and training.owner == owner:
         # Workers outlive their driver by some seconds, and may go on until it is started again.
         assert training.process.poll() is None, training.log.read_text()
@@ -238,12 +443,14 @@ def main() -> None:
     out: Path = arguments.out.resolve()
     shutil.rmtree(out, ignore_errors=True)
     draw(out / "pictures")
-    undisturbed = Training(out, "undisturbed")
+    undisturbed = Training(Place(out, out / "pictures"), "undisturbed", out / "undisturbed.log")
     undisturbed.end()
     calm = undisturbed.losses
     rows: list[Row] = []
     for number, name in enumerate(chosen, start=1):
-        rows.append(suffer(name, Training(out, f"fault-{number}"), calm))
+        with FAULTS[name].place(out) as place:
+            training = Training(place, f"fault-{number}", out / f"fault-{number}.log")
+            rows.append(suffer(name, training, calm))
         print(table(rows[-1:]).splitlines()[-1], flush=True)
     print(table(rows))
     if arguments.json:

@@ -49,6 +49,7 @@ _MEMORY = re.compile(r"out of memory|OutOfMemory|MemoryError|allocate memory|low
 COLLECTIVE_TIMEOUT_S = 1800
 STORAGE_PATIENCE_S = 300.0
 RESIZE_AFTER_S = 60.0
+CLOSE_WITHIN_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -223,8 +224,8 @@ def pretrain(
             interruptible(trainer.fit, lambda signal: ray.get(recorder.stop.remote(signal)))
     except ray.train.TrainingFailedError as error:
         failure = error
-    except StoppedError:
-        ray.get(recorder.close.remote("KILLED"))
+    except StoppedError:  # at once, as far as MLflow lets it
+        ray.wait([recorder.close.remote("KILLED")], timeout=CLOSE_WITHIN_S)
         raise
     state: RunState = ray.get(recorder.state.remote())
     if state.error is None and failure is not None:

@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -93,6 +94,8 @@ class RunRecorder:
             resume=not fresh,
         )
         self._state.tracking = self._tracker.uri
+        # A server that is away holds up this thread, and no heartbeat or signal.
+        self._tracking = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
 
     def ready(self) -> bool:
         """True, once the tracker is open and all earlier calls are done."""
@@ -116,7 +119,7 @@ class RunRecorder:
             self._scored = [*earlier, row]
             self._state.probe = probe_curve(self._scored)
         values = {k: v for k, v in row.items() if k not in ("step", "time")}
-        self._tracker.log(row["step"], values)
+        self._track(lambda: self._tracker.log(row["step"], values))
 
     def scoring(self, phase: str, done: int, total: int) -> None:
         """Record how far a score is that the training waits for."""
@@ -126,7 +129,7 @@ class RunRecorder:
         """Draw panels side by side and keep the sheet."""
         sheet = png(panel_sheet(panels))
         self._keep(RECONSTRUCTION, lambda: self._run.write(RECONSTRUCTION, sheet))
-        self._tracker.picture("reconstruction", sheet, step)
+        self._track(lambda: self._tracker.picture("reconstruction", sheet, step))
 
     def note(self, message: str) -> None:
         """Keep a worker's warning."""
@@ -200,8 +203,19 @@ class RunRecorder:
         return state
 
     def close(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
-        """End the MLflow run."""
-        self._tracker.finish(status)
+        """End the MLflow run, when what it was sent has reached it or is given up."""
+        self._track(lambda: self._tracker.finish(status)).result()
+
+    def _track(self, call: Callable[[], None]) -> Future[None]:
+        """Make a call of the tracker after all earlier ones; an error becomes a note."""
+
+        def told() -> None:
+            try:
+                call()
+            except Exception as error:
+                self.note(f"MLflow was not told: {type(error).__name__}: {error}")
+
+        return self._tracking.submit(told)
 
 
 def draining_nodes() -> set[str]:

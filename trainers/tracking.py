@@ -158,11 +158,15 @@ class Tracker:
         from mlflow.exceptions import MlflowException
         from PIL import Image as PillowImage
 
+        if time.monotonic() < self._next_try_s:
+            logger.warning("MLflow does not answer: no picture %r at step %d", name, step)
+            return
         if isinstance(image, bytes):
             image = PillowImage.open(io.BytesIO(image))
         try:
             self._client.log_image(self.run_id, image, key=name, step=step, synchronous=True)
         except (MlflowException, OSError) as error:
+            self._next_try_s = time.monotonic() + _RETRY_AFTER_S
             logger.warning("MLflow took no picture %r at step %d: %s", name, step, error)
 
     def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED") -> None:
@@ -269,6 +273,9 @@ def client_of(uri: str) -> MlflowClient:
     """MLflow's client of a store, without telemetry and with warnings alone in the log."""
     # MLflow reports its use to its makers by default.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    # Points wait here for a server that is away; MLflow's own tries would take four minutes each.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     from mlflow import MlflowClient
 
     if "MLFLOW_LOGGING_LEVEL" not in os.environ:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,29 @@ class Tracker:
 
     def __init__(self) -> None:
         self.logged: list[tuple[int, dict[str, Any]]] = []
+        self.answers = threading.Event()
+        self.answers.set()
+        self.status = ""
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
+        self.answers.wait()
+        if metrics["loss"] < 0:
+            raise RuntimeError("no such column")
         self.logged.append((step, metrics))
+
+    def finish(self, status: str) -> None:
+        self.status = status
 
 
 @pytest.fixture
-def recorder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunRecorder:
+def tracker(monkeypatch: pytest.MonkeyPatch) -> Tracker:
+    tracker = Tracker()
+    monkeypatch.setattr("mimray.trainers.recorder.Tracker.open", lambda *args, **options: tracker)
+    return tracker
+
+
+@pytest.fixture
+def recorder(tmp_path: Path, tracker: Tracker) -> RunRecorder:
     tree = {
         "encoder": {"name": "vit", "width": 8, "depth": 1, "num_heads": 1, "patch_size": 4},
         "method": {"name": "simmim", "mask_unit_px": None},
@@ -35,7 +52,6 @@ def recorder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunRecorder:
         "optim": {"batch_size": 2, "steps": 9},
     }
     plan = resolve(parse_recipe(tree), DatasetFacts("x", 100, "x"), 1)
-    monkeypatch.setattr("mimray.trainers.recorder.Tracker.open", lambda *args, **options: Tracker())
     (tmp_path / "run").mkdir()
     return RunRecorder(
         run_uri=str(tmp_path / "run"),
@@ -70,6 +86,32 @@ def test_recorder__knows_the_scores_of_earlier_starts(recorder: RunRecorder, tmp
     assert state.probe is not None
     assert state.probe.points == ((2, 5.0, None), (4, 3.0, None), (6, 4.0, None))
     assert (state.probe.best, state.probe.last) == ((2, 5.0, None), (6, 4.0, None))
+
+
+def test_mlflow_away__holds_up_no_signal_and_misses_no_row(
+    recorder: RunRecorder, tracker: Tracker
+) -> None:
+    tracker.answers.clear()
+    recorder.resumed(0, 1)
+    for step in (1, 2):
+        recorder.metrics(row(step))
+    assert recorder.stop("SIGTERM")  # at once, and so is the progress
+    assert recorder.state().row["step"] == 2
+    assert tracker.logged == []
+    tracker.answers.set()
+    recorder.close("KILLED")
+    assert [step for step, _ in tracker.logged] == [1, 2]
+    assert tracker.status == "KILLED"
+
+
+def test_mlflow_refuses__a_note_says_so_and_the_rest_is_written(
+    recorder: RunRecorder, tracker: Tracker
+) -> None:
+    recorder.metrics(row(1) | {"loss": -1.0})
+    recorder.metrics(row(2))
+    recorder.close("FINISHED")
+    assert recorder.state().notes == ["MLflow was not told: RuntimeError: no such column"]
+    assert [step for step, _ in tracker.logged] == [2]
 
 
 def test_beat__hears_of_a_drained_node_and_of_a_signal(

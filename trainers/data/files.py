@@ -77,6 +77,14 @@ def unreachable(uri: str, error: OSError) -> DataError:
     )
 
 
+def changed(uri: str) -> DataError:
+    """The error of a file that is another one than when the data was opened."""
+    return DataError(
+        f"{uri} has changed since the data was opened",
+        hint="put back the file that was there; other pictures need a run of another --name",
+    )
+
+
 def is_local(filesystem: pafs.FileSystem) -> bool:
     """True if files lie on a disk of this machine, or one mounted as such."""
     return bool(filesystem.type_name == "local")

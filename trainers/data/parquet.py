@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from mimray.trainers.config.data import CACHE_MIB
 from mimray.trainers.data.cache import MEMORY_BYTES, DiskCache, MemoryCache, user_cache
 from mimray.trainers.data.discover import Contents
-from mimray.trainers.data.files import is_local, is_parquet, join, locate, unreachable
+from mimray.trainers.data.files import changed, is_local, is_parquet, join, locate, unreachable
 from mimray.trainers.data.labels import (
     Classes,
     Labelling,
@@ -314,6 +314,8 @@ class ParquetSource:
         path = join(self._path, shard.path)
         try:
             with self._filesystem.open_input_file(path) as file:
+                if file.size() != shard.num_bytes or _modified_ns(path, shard) != shard.modified_ns:
+                    raise changed(join(self._root, shard.path))
                 reader = pq.ParquetFile(file, metadata=shard.footer, pre_buffer=True)
                 if group is None:
                     return reader.read(columns=columns)
@@ -322,6 +324,11 @@ class ParquetSource:
             raise DataError(f"{path} is damaged: {error}", hint="copy it again") from error
         except OSError as error:
             raise unreachable(join(self._root, shard.path), error) from error
+
+
+def _modified_ns(path: str, shard: Shard) -> int:
+    """Time of a shard's last change by now; 0 for a file in a bucket."""
+    return os.stat(path).st_mtime_ns if shard.modified_ns else 0
 
 
 def read_footers(contents: Contents) -> list[Shard]:

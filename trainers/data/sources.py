@@ -12,7 +12,7 @@ import numpy as np
 from mimray.trainers.config.data import CACHE_MIB
 from mimray.trainers.data.account import Account
 from mimray.trainers.data.discover import Contents, available_splits, discover
-from mimray.trainers.data.files import absolute, join, locate, read_bytes, unreachable
+from mimray.trainers.data.files import absolute, changed, join, locate, read_bytes, unreachable
 from mimray.trainers.data.label_tables import folder_labels
 from mimray.trainers.data.labels import Labelling
 from mimray.trainers.data.parquet import ParquetSource
@@ -142,6 +142,7 @@ class FolderSource:
         self._root = contents.root
         self.account = contents.account
         self._paths = [file.path for file in contents.files]
+        self._sizes = np.array([file.num_bytes for file in contents.files], dtype=np.int64)
         labelling = (
             folder_labels(uri, contents, label)
             if with_labels
@@ -181,6 +182,8 @@ class FolderSource:
             image = read_bytes(self._filesystem, join(self._path, self._paths[index]))
         except OSError as error:
             raise unreachable(self.name(index), error) from error
+        if len(image) != self._sizes[index]:
+            raise changed(self.name(index))
         label = -1 if self._labels is None else int(self._labels[index])
         return Record(image, None if label < 0 else label)
 

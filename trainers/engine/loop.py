@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -291,7 +292,6 @@ def _update(
     torch.manual_seed(_device_seed(plan.recipe.seed, step, dist.get_rank()))
     engine.module.at_step(step, plan.length_at(step))
     sums = _Sums(device)
-    suspects: list[int] = []
     waited = 0.0
     hidden_means: dict[str, Tensor] = {}
     for micro in range(plan.accumulation):
@@ -308,12 +308,11 @@ def _update(
         )
         output = engine(**arguments_of(batch, inputs, plan.recipe, device), **hidden_means)
         engine.backward(output.loss)
-        if not sums.add({"loss": output.loss, **output.terms}):
-            suspects.extend(batch.indices.tolist())
+        sums.add({"loss": output.loss, **output.terms}, batch.indices)
         if micro == plan.accumulation - 1:
             sums.reduce(notice, saving=saving)
             if sums.not_finite:
-                _refuse_update(step, suspects, sums.not_finite)
+                _refuse_update(step, sums.suspects, sums.not_finite)
             if plan.recipe.optim.clip_tensor_norm is not None:
                 clip_each(engine, plan.recipe.optim.clip_tensor_norm)
         plain = _plain_grad_norm(engine) if engine.is_gradient_accumulation_boundary() else None
@@ -356,18 +355,24 @@ class _Sums:
         self._totals = torch.zeros(0)
         self._sums: list[float] = []
         self._not_finite: list[float] = []
+        self._finite: list[tuple[Tensor, np.ndarray]] = []
         self.notice = Notice.NONE
         self.saving = False
 
-    def add(self, values: dict[str, Tensor]) -> bool:
-        """Add a micro batch's values; returns True if its loss is finite."""
+    def add(self, values: dict[str, Tensor], indices: np.ndarray) -> None:
+        """Add the values of a micro batch, the loss first, without a wait for the device.
+
+        Args:
+            values: scalars by name.
+            indices: the micro batch's samples.
+        """
         if not self._names:
             self._names = list(values)
             self._totals = torch.zeros(2, len(values), device=self._device)
         found = torch.stack([v.detach().float().reshape(()) for v in values.values()])
         finite = torch.isfinite(found)
         self._totals += torch.stack([torch.where(finite, found, 0.0), (~finite).float()])
-        return bool(finite[0])
+        self._finite.append((finite[0], indices))
 
     def reduce(self, notice: Notice, *, saving: bool) -> None:
         """Sum over ranks, and find the largest notice and whether any is saving; collective."""
@@ -384,6 +389,11 @@ class _Sums:
         """Names of the values that were not finite on any rank; empty if the loss was finite."""
         bad = [n for n, count in zip(self._names, self._not_finite, strict=True) if count]
         return bad if "loss" in bad else []
+
+    @property
+    def suspects(self) -> list[int]:
+        """Samples of this rank's micro batches whose loss is not finite."""
+        return [int(i) for finite, indices in self._finite if not finite for i in indices]
 
     def means(self, count: int) -> dict[str, float]:
         """Mean over micro batches and ranks."""

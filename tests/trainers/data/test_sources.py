@@ -445,3 +445,20 @@ def test_parquet__a_shard_that_vanishes_is_a_data_error(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").unlink()
     with pytest.raises(DataError, match=r"x\.parquet cannot be read"):
         source[0]
+
+
+def test_parquet__a_shard_written_again_is_a_data_error(tmp_path: Path) -> None:
+    write_hf(tmp_path / "x.parquet", [picture(0)], [0])
+    source = open_source(str(tmp_path))
+    again = tmp_path / "x.parquet"
+    os.utime(again, ns=(0, again.stat().st_mtime_ns + 1))  # as other pictures of the same sizes
+    with pytest.raises(DataError, match=r"x\.parquet has changed since the data was opened"):
+        source[0]
+
+
+def test_folder__a_picture_cut_short_is_a_data_error(tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(picture(0))
+    source = open_source(str(tmp_path))
+    (tmp_path / "x.png").write_bytes(picture(0)[:-9])
+    with pytest.raises(DataError, match=r"x\.png has changed since the data was opened"):
+        source[0]
