@@ -7,12 +7,14 @@ import re
 import threading
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import ray
 import ray.train
+from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -433,12 +435,14 @@ class _Watcher:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        self._tell()
+        with suppress(RayActorError):
+            self._tell()
 
     def _poll(self) -> None:
         while not self._stop.wait(POLL_S):
-            ray.get(self._recorder.look_after.remote())
-            self._tell()
+            with suppress(RayActorError):  # for a while, or for good, which `fit` finds out too
+                ray.get(self._recorder.look_after.remote())
+                self._tell()
 
     def _tell(self) -> None:
         self._on_progress(ray.get(self._recorder.state.remote()))

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -211,7 +211,8 @@ class RunRecorder:
 
         def told() -> None:
             try:
-                call()
+                with warnings_to(self.note, "mimray.trainers.tracking"):
+                    call()
             except Exception as error:
                 self.note(f"MLflow was not told: {type(error).__name__}: {error}")
 
@@ -268,24 +269,34 @@ class RunLink:
         """True if an error has ended the run for good."""
         return bool(self._get(self._recorder.failed.remote()))
 
-    @contextmanager
-    def warnings(self) -> Iterator[None]:
+    def warnings(self) -> AbstractContextManager[None]:
         """Send this process's warnings to the driver's terminal for the time being."""
-        handler = _WarningForwarder(self._recorder)
-        root = logging.getLogger("mimray.trainers")
-        root.addHandler(handler)
-        try:
-            yield
-        finally:
-            root.removeHandler(handler)
+        return warnings_to(self._recorder.note.remote, "mimray.trainers")
+
+
+@contextmanager
+def warnings_to(note: Callable[[str], object], room: str) -> Iterator[None]:
+    """Hand the warnings of a package's loggers on for the time being.
+
+    Args:
+        note: takes each warning.
+        room: the package or module.
+    """
+    handler = _WarningForwarder(note)
+    logger = logging.getLogger(room)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 class _WarningForwarder(logging.Handler):
     """Forwards each warning once, however often it is repeated."""
 
-    def __init__(self, recorder: Any) -> None:
+    def __init__(self, note: Callable[[str], object]) -> None:
         super().__init__(level=logging.WARNING)
-        self._recorder = recorder
+        self._note = note
         self._seen: set[str] = set()
         self._guard = threading.Lock()
 
@@ -295,4 +306,4 @@ class _WarningForwarder(logging.Handler):
             if message in self._seen:
                 return
             self._seen.add(message)
-        self._recorder.note.remote(message)
+        self._note(message)

@@ -33,7 +33,7 @@ from mimray.service.cli.submit import submit
 from mimray.service.cli.tune import tune
 from mimray.service.cli.ui import ui
 from mimray.service.cli.verdict import verdict
-from mimray.trainers.errors import MimrayError, StorageError
+from mimray.trainers.errors import MimrayError, StoppedError, StorageError
 
 # What no code can help: permissions, read-only places, no room, too many open files.
 _REFUSED_BY_THE_MACHINE = frozenset(
@@ -69,7 +69,7 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (MimrayError, OSError) as error:
+        except Exception as error:
             refusal = _refusal(error)
             if refusal is None or ctx.params.get("debug"):
                 raise
@@ -77,15 +77,28 @@ class _Group(click.Group):
             ctx.exit(refusal.exit_code)
 
 
-def _refusal(error: MimrayError | OSError) -> MimrayError | None:
+def _refusal(error: Exception) -> MimrayError | None:
     """The error to tell in one line; None for a bug of ours."""
     if isinstance(error, MimrayError):
         return error
-    if error.errno not in _REFUSED_BY_THE_MACHINE:
+    if isinstance(error, OSError) and error.errno in _REFUSED_BY_THE_MACHINE:
+        return StorageError(
+            f"{error.filename or 'a file'}: {error.strerror}",
+            hint="look at its permissions and room; `mimray doctor` looks at this machine",
+        )
+    return _loss_of_ray(error) if "ray" in sys.modules else None
+
+
+def _loss_of_ray(error: Exception) -> MimrayError | None:
+    """The error of a cluster that is gone, or of an actor that was killed; None for others."""
+    from ray.exceptions import RayActorError, RaySystemError
+
+    if not isinstance(error, RayActorError | RaySystemError):
         return None
-    return StorageError(
-        f"{error.filename or 'a file'}: {error.strerror}",
-        hint="look at its permissions and room; `mimray doctor` looks at this machine",
+    return StoppedError(
+        f"the Ray cluster is gone, or has lost a process of this command: "
+        f"{str(error).strip().splitlines()[0]}",
+        hint="when it is there again, the same command goes on from what was kept",
     )
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
+from ray.exceptions import ActorUnavailableError
 
 from mimray.service.cli.main import cli
 
@@ -252,6 +253,15 @@ def test_commands__what_the_machine_refuses_is_one_line(
 
     monkeypatch.setattr(models, "list_models", full)
     assert refused("models", "list").startswith("error: /runs/mlflow.db: No space left on device")
+
+    def lost(*_: object) -> None:
+        raise ActorUnavailableError("The actor is unavailable: socket closed\nrpc_code: 14", None)
+
+    monkeypatch.setattr(models, "list_models", lost)
+    result = CliRunner().invoke(cli, ["models", "list"])
+    assert result.exit_code == 75
+    assert result.stderr.startswith("error: the Ray cluster is gone, or has lost a process")
+    assert result.stderr.count("\n") == 1
 
     def bug(*_: object) -> None:
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", "x")
