@@ -1,4 +1,4 @@
-"""Growing and shrinking a run: two ranks go on where one stopped, and one where two did.
+"""Growing and shrinking a run: another number of ranks goes on where one stopped, and back.
 
 Each number of ranks needs processes of its own; this file is also what they run.
 """
@@ -21,12 +21,30 @@ from pyarrow import fs as pafs
 
 from mimray.trainers.config.run import Plan, parse_recipe, resolve
 from mimray.trainers.engine import checkpoints
-from mimray.trainers.engine.deepspeed import DTYPES, full_state, initialize, prepare_process
+from mimray.trainers.engine.average import with_average
+from mimray.trainers.engine.deepspeed import (
+    DTYPES,
+    follow,
+    full_state,
+    initialize,
+    prepare_process,
+)
 from mimray.trainers.methods.catalogue import build_method
 from mimray.trainers.storage import RunDir
 from mimray.trainers.types import DatasetFacts
 
-GLOBAL_BATCH, GROWN, SHRUNK, STEPS = 4, 3, 6, 9
+GLOBAL_BATCH = 4
+
+
+@dataclass(frozen=True)
+class Journey:
+    """Numbers of ranks, each with the step at which it stops.
+
+    The first makes all the steps, too, to compare with.
+    """
+
+    ranks: tuple[int, int, int] = (1, 2, 1)
+    stops: tuple[int, int, int] = (3, 6, 9)
 
 
 @dataclass(frozen=True)
@@ -74,6 +92,7 @@ def plan_of(job: Job, world_size: int) -> Plan:
             # Strong enough that a lost moment or a decayed bias shows in the loss.
             "optim": {
                 "batch_size": GLOBAL_BATCH, "steps": 20, "base_lr": 0.02, "weight_decay": 0.5,
+                "ema": 0.9,
             },
             "engine": {"zero_stage": job.zero_stage, "precision": job.precision},
         }
@@ -85,7 +104,7 @@ def train(job: Job) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     plan = plan_of(job, world_size)
     torch.manual_seed(0 if job.start is None else 1)  # other weights, which loading must replace
-    method = build_method(plan.recipe)
+    method = with_average(build_method(plan.recipe))
     method.register_buffer("updates", torch.zeros(1))
     frozen = {n: p.detach().clone() for n, p in method.named_parameters() if not p.requires_grad}
     engine = initialize(method, plan, job.precision)
@@ -109,6 +128,7 @@ def train(job: Job) -> None:
         loss = engine(images.to(DTYPES[job.precision]), mask).loss
         engine.backward(loss)
         engine.step()
+        follow(engine, engine.module.ema, engine.module.ema.momentum.at(step, job.stop))
         engine.module.updates += 1
         total = loss.detach().float()
         dist.all_reduce(total)
@@ -161,48 +181,64 @@ def run(folder: Path, world_size: int, *jobs: Job) -> None:
             process.kill()
 
 
-def journeys(folder: Path, kinds: list[tuple[int, str]], remote: bool) -> None:
-    """One rank all the way; two ranks from its third step; one again from their sixth."""
+def travel(folder: Path, kinds: list[tuple[int, str]], remote: bool, journey: Journey) -> None:
+    """The first number of ranks all the way; the second from its first stop; the third from its."""
     names = {kind: str(folder / "{}-{}-".format(*kind)) for kind in kinds}
-    run(folder, 1, *[Job(n + "whole", *kind, save=GROWN, stop=STEPS) for kind, n in names.items()])
-    grown = [
-        Job(n + "grown", *kind, save=SHRUNK, stop=SHRUNK, start=n + "whole", remote=remote)
+    (first, second, third), (grown, shrunk, end) = journey.ranks, journey.stops
+    run(folder, first, *[Job(n + "whole", *k, save=grown, stop=end) for k, n in names.items()])
+    changed = [
+        Job(n + "grown", *kind, save=shrunk, stop=shrunk, start=n + "whole", remote=remote)
         for kind, n in names.items()
     ]
-    run(folder, 2, *grown)
-    shrunk = [
-        Job(n + name, *kind, save=STEPS, stop=STEPS, start=n + "grown", forget=name == "forgot")
+    run(folder, second, *changed)
+    back = [
+        Job(n + name, *kind, save=end, stop=end, start=n + "grown", forget=name == "forgot")
         for kind, n in names.items()
         for name in ("shrunk", "forgot")
         if kind[0] or name == "shrunk"  # without ZeRO nothing is converted
     ]
-    run(folder, 1, *shrunk)
+    run(folder, third, *back)
 
 
 def deviation(found: dict[int, float], wanted: dict[int, float]) -> float:
     return max(abs(loss / wanted[step] - 1) for step, loss in found.items())
 
 
+def followed(state: dict[str, torch.Tensor]) -> torch.Tensor:
+    """All averages in one vector, without the biases of keys: they have no gradient, but noise."""
+    names = [n for n in state if n.startswith("ema.") and not n.endswith("qkv.bias")]
+    return torch.cat([state[name].flatten() for name in names])
+
+
 @pytest.mark.parametrize(
-    ("kinds", "remote"),
+    ("kinds", "remote", "journey"),
     [
-        ([(3, "fp32")], True),
-        pytest.param([(1, "fp32"), (3, "fp32")], True, marks=pytest.mark.slow),
-        pytest.param(
-            [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32")], False, marks=pytest.mark.slow
-        ),
+        ([(3, "fp32")], True, Journey()),
+        pytest.param([(1, "fp32"), (3, "fp32")], True, Journey(), marks=pytest.mark.slow),
+        pytest.param([(z, "fp32") for z in range(4)], False, Journey(), marks=pytest.mark.slow),
         pytest.param(
             [(0, "bf16"), (1, "bf16_weights"), (2, "bf16"), (3, "bf16_weights")],
             False,
+            Journey(),
             marks=pytest.mark.slow,
         ),
+        *(
+            pytest.param(
+                [(z, "fp32") for z in range(4)],
+                False,
+                Journey(ranks, (6, 13, 20)),
+                marks=pytest.mark.slow,
+            )
+            for ranks in ((4, 2, 4), (2, 4, 2), (2, 1, 2))
+        ),
     ],
-    ids=["fp32-3-remote", "fp32-remote", "fp32", "bf16"],
+    ids=["fp32-3-remote", "fp32-remote", "fp32", "bf16", "4-2-4", "2-4-2", "2-1-2"],
 )
 def test_resize__goes_on_as_if_it_had_never_been(
-    tmp_path: Path, kinds: list[tuple[int, str]], remote: bool
+    tmp_path: Path, kinds: list[tuple[int, str]], remote: bool, journey: Journey
 ) -> None:
-    journeys(tmp_path, kinds, remote)
+    travel(tmp_path, kinds, remote, journey)
+    first, _, end = journey.stops
 
     for stage, precision in kinds:
 
@@ -210,13 +246,16 @@ def test_resize__goes_on_as_if_it_had_never_been(
             return torch.load(tmp_path / f"{kind}-{name}.pt")
 
         whole, grown, shrunk = result("whole"), result("grown"), result("shrunk")
-        assert [*grown["losses"], *shrunk["losses"]] == list(range(GROWN + 1, STEPS + 1))
+        assert [*grown["losses"], *shrunk["losses"]] == list(range(first + 1, end + 1))
         # fp32 differs in the order of sums; lost moments cost a hundred times the tolerance.
         rtol = 1e-5 if precision == "fp32" else 1e-3
         assert deviation({**grown["losses"], **shrunk["losses"]}, whole["losses"]) < rtol, stage
         if stage:
             assert deviation(result("forgot")["losses"], whole["losses"]) > 3 * rtol, stage
-        assert shrunk["state"]["updates"] == STEPS
+        assert shrunk["state"]["updates"] == end
+        averages = [followed(one["state"]) for one in (shrunk, whole)]
+        apart = float((averages[0] - averages[1]).norm() / averages[1].norm())
+        assert apart < rtol, stage
         for name in ("encoder.pos_embed", "updates"):
             assert torch.equal(shrunk["state"][name], whole["state"][name]), name
 
