@@ -128,9 +128,9 @@ def test_zero_memory__counts_what_each_stage_hands_to_collectives(tmp_path: Path
         assert row["export"] > 0
     once = pytest.approx(1, abs=0.03)  # positions are not trained, small tensors are padded
     assert first["traffic"] == {"all_reduce": once, "all_gather_into_tensor": once}
-    twice = pytest.approx(2, abs=0.06)
-    assert third["traffic"]["all_gather_into_tensor"] == twice
-    assert third["traffic"]["reduce_scatter_tensor"] == twice
+    assert third["traffic"]["reduce_scatter_tensor"] == pytest.approx(2, abs=0.06)
+    # Small parameters are kept whole, and gathered but once an update.
+    assert 1.8 < third["traffic"]["all_gather_into_tensor"] < 2
 
 
 @pytest.mark.parametrize(("processes", "least", "most"), [(1, 1.0, 1.0), (10, 9.0, 10.0)])
