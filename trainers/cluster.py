@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import socket
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,11 @@ ENVIRONMENT = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_DATA_LOG_LEVEL": "ERROR",  # its import undoes what is set on its loggers
 }
+PROTECTION = {
+    "RAY_AUTH_MODE": "token",
+    # On every platform, whatever its name says: 0 makes 127.0.0.1 the address of a node.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+}
 CURE = "`ray start --head` starts one; unset RAY_ADDRESS to work on this machine"
 CONNECT_TIMEOUT_S = 5.0
 # A head's port where the address names none: of its store, and of Ray Client.
@@ -36,19 +42,14 @@ STORE_PORT, CLIENT_PORT = 6379, 10001
 OBJECT_STORE_SHARE = 0.3
 LEAST_OBJECT_STORE_BYTES = 80 << 20
 SLOW_OBJECT_STORE_BYTES = 10_000_000_000
+OTHERS_MAY_READ = stat.S_IRGRP | stat.S_IROTH
 
 
 def set_environment() -> None:
-    """Set the variables that Ray reads while it is imported; call it before anything else.
-
-    A local cluster requires a token, since its ports run any code. A cluster that is joined keeps
-    its own authentication.
-    """
+    """Set the variables that Ray reads while it is imported; call it before anything else."""
     adjust()
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
-    if not os.environ.get("RAY_ADDRESS"):
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 @contextmanager
@@ -79,14 +80,15 @@ def connected(address: str | None = None) -> Iterator[None]:
 def start_ray(address: str | None = None) -> None:
     """Connect this process to Ray.
 
-    With `address` or `RAY_ADDRESS` (which `ray job submit` sets) joins that cluster and leaves
-    it running; otherwise starts one on this machine, for this process alone.
+    With `address` or `RAY_ADDRESS` (which `ray job submit` sets) joins that cluster, with its own
+    authentication, and leaves it running; otherwise starts one on this machine, for this process
+    alone, which other machines cannot reach and which refuses whoever has not its token.
 
     Args:
         address: the cluster's address: `auto`, `ray://…` or host:port.
 
     Raises:
-        ResourceError: no cluster answers at the address, or none can start here.
+        ResourceError: no cluster answers at the address or it refuses, or none can start here.
     """
     set_environment()
     require_usable()
@@ -97,7 +99,7 @@ def start_ray(address: str | None = None) -> None:
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     here = address == "local"
     if here:
-        keep_token()
+        _protect()
     problem = unreachable(address)
     if problem:
         raise ResourceError(f"no Ray cluster answers at {address}: {problem}", hint=CURE)
@@ -113,6 +115,12 @@ def start_ray(address: str | None = None) -> None:
         raise ResourceError(
             f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}", hint=CURE
         ) from None
+    except ray.exceptions.AuthenticationError as error:
+        raise ResourceError(
+            f"the Ray cluster at {address} refuses this process: it asks for its token",
+            hint="export RAY_AUTH_MODE=token, and put the token of its head's ~/.ray/auth_token "
+            "into a file that RAY_AUTH_TOKEN_PATH names",
+        ) from error
     except Exception as error:  # a start that takes too long is nothing more specific
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ResourceError(
@@ -144,6 +152,24 @@ def unreachable(address: str) -> str:
     return ""
 
 
+def _protect() -> None:
+    """Have the Ray that starts here require a token and listen on loopback alone, unless told.
+
+    Its ports run the code of whoever is let in, and those of its metrics let everyone in.
+    """
+    for key, value in PROTECTION.items():
+        os.environ.setdefault(key, value)
+    keep_token()
+    # Whoever imported Ray before this has had it read them too early.
+    from ray._private import ray_constants
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    ray_constants.ENABLE_RAY_CLUSTER = ray_constants.env_bool(name, True)
+
+
 def keep_token() -> None:
     """Have a token that its owner alone can read, as Ray would not make it.
 
@@ -171,8 +197,14 @@ def _make_token(file: Path) -> None:
     with contextlib.suppress(FileExistsError), open(file, "x", opener=_private) as new:
         new.write(secrets.token_hex(32))
     with open(file) as readable:
-        if os.fstat(readable.fileno()).st_uid == os.getuid():
+        found = os.fstat(readable.fileno())
+        if found.st_uid == os.getuid():
             os.fchmod(readable.fileno(), 0o600)
+        elif found.st_mode & OTHERS_MAY_READ:
+            logger.warning(
+                "%s is another user's, and others can read Ray's token in it: `chmod 600 %s`, or "
+                "RAY_AUTH_TOKEN_PATH of a file of your own", file, file,
+            )  # fmt: skip
 
 
 def _private(path: str, flags: int) -> int:

@@ -27,9 +27,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from mimray.trainers.redaction import masked
+
 
 class MimrayError(Exception):
-    """Base of every error a user may see.
+    """Base of every error a user may see; passwords in its addresses are masked.
 
     Args:
         message: a sentence on what is wrong, with the name and the value.
@@ -42,8 +44,8 @@ class MimrayError(Exception):
     on_every_rank = False
 
     def __init__(self, message: str, *, hint: str = "") -> None:
-        super().__init__(message)
-        self.hint = hint
+        super().__init__(masked(message))
+        self.hint = masked(hint)
 
     def __str__(self) -> str:
         message = str(self.args[0])

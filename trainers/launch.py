@@ -19,6 +19,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from mimray.trainers.cluster import connected
 from mimray.trainers.config.names import check_name
 from mimray.trainers.config.run import Plan, Recipe, continued, differences, parse_plan, resolve
 from mimray.trainers.data.account import Account
@@ -182,10 +183,11 @@ def begins_with(job: Job, plan: Plan) -> list[str]:
     return initial_lines(plan.recipe, job.recipe, fetcher(plan.recipe), job.run)
 
 
+@connected()
 def pretrain(
     job: Job, plan: Plan, on_progress: Callable[[RunState], None] | None = None
 ) -> Outcome:
-    """Run a job on the connected Ray cluster, continuing an existing run.
+    """Run a job on Ray (see `connected`), continuing an existing run.
 
     In the main thread, SIGINT and SIGTERM end it: the first after a checkpoint, the next at once.
 

@@ -20,6 +20,7 @@ from mimray.trainers.engine.metrics import ProbeCurve, probe_curve, read_metrics
 from mimray.trainers.errors import MimrayError, StorageError
 from mimray.trainers.lifeline import Heartbeat, Roster
 from mimray.trainers.pictures import panel_sheet, png
+from mimray.trainers.redaction import masked
 from mimray.trainers.storage import RunDir
 from mimray.trainers.tracking import Tracker
 from mimray.trainers.types import Notice, Panel
@@ -39,7 +40,7 @@ class RunState:
         row: the newest row of metrics.
         notes: warnings since the last call of `RunRecorder.state`, oldest first.
         error: the error that ended the run for good.
-        tracking: the MLflow tracking URI in use.
+        tracking: the MLflow tracking URI in use, without a password.
         probe: the scores of the running probe; None while there are none.
         phase: the work under way between two updates, such as a score; empty while it trains.
         stopping: the signal for which the workers are asked to stop; empty for none.
@@ -93,7 +94,7 @@ class RunRecorder:
             },
             resume=not fresh,
         )
-        self._state.tracking = self._tracker.uri
+        self._state.tracking = masked(self._tracker.uri)
         # A server that is away holds up this thread, and no heartbeat or signal.
         self._tracking = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
 

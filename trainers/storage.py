@@ -20,7 +20,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 from pyarrow import fs as pafs
 
-from mimray.trainers.data.files import join
+from mimray.trainers.data.files import is_inside, join, refuse_secrets
 from mimray.trainers.errors import RunConflictError, StorageError
 
 logger = logging.getLogger(__name__)
@@ -69,6 +69,7 @@ class RunDir:
     """
 
     def __init__(self, uri: str, patience_s: float = 0.0) -> None:
+        refuse_secrets(uri)
         self.patience_s = patience_s
         self.uri = uri.rstrip("/") if "://" in uri else str(Path(uri).expanduser().absolute())
         try:
@@ -189,8 +190,21 @@ class RunDir:
 
     @_patient
     def download(self, folder: Path) -> None:
-        """Copy everything below into a folder of this machine."""
+        """Copy everything below into a folder of this machine.
+
+        Raises:
+            StorageError: a name, of those a store allows, leads out of the folder.
+        """
         with storage_errors(self.uri):
+            for found in self.filesystem.get_file_info(
+                pafs.FileSelector(self.root, recursive=True)
+            ):
+                name = found.path.removeprefix(self.root).removeprefix("/")
+                if not is_inside(name):
+                    raise StorageError(
+                        f"{self.uri} has a file {name!r}, which leads out of it",
+                        hint="remove it; mimray writes no such name",
+                    )
             pafs.copy_files(
                 self.root,
                 str(folder),

@@ -18,9 +18,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.error import HTTPError, URLError
+from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 from mimray.trainers.errors import StorageError
+from mimray.trainers.redaction import masked
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -200,7 +202,7 @@ class Tracker:
                 "MLflow does not answer, %d point(s) wait %.0f s: %s",
                 len(self._waiting),
                 _RETRY_AFTER_S,
-                error,
+                masked(str(error)),
             )
 
 
@@ -241,7 +243,10 @@ def check_reachable(uri: str) -> None:
     if not uri.startswith(("http://", "https://")):
         return
     try:
-        urlopen(f"{uri.rstrip('/')}/health", timeout=_REACH_TIMEOUT_S).close()
+        # Whose account asks is nothing to the answer, and urllib takes no account in an address.
+        parts = urlsplit(uri)
+        anyone = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+        urlopen(f"{anyone.rstrip('/')}/health", timeout=_REACH_TIMEOUT_S).close()
     except HTTPError:
         return  # something answers; the client finds out about access
     except (URLError, OSError) as error:

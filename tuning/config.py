@@ -14,10 +14,12 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     Tag,
+    field_validator,
     model_validator,
 )
 
 from mimray.trainers.config.base import Config
+from mimray.trainers.data.files import refuse_secrets
 
 
 def _number(value: Any) -> Any:
@@ -324,6 +326,12 @@ class SweepConfig(Config):
     )
     study: str = Field(default="", description="name of Optuna's study; the sweep's by default")
     seed: int = Field(default=0, ge=0, description="the seed of the search and of every trial")
+
+    @field_validator("storage")
+    @classmethod
+    def _without_password(cls, storage: str) -> str:
+        refuse_secrets(storage)
+        return storage
 
     @property
     def methods(self) -> tuple[str, ...]:

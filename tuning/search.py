@@ -249,22 +249,15 @@ def open_study(
                 study.set_metric_names([config.score.task])
         elif there != digest:
             raise RunConflictError(
-                f"the study {name!r} in {_without_password(storage)} belongs to another space",
+                f"the study {name!r} in {storage} belongs to another space",
                 hint="another --name, or `study: NAME` in the sweep",
             )
     except (SQLAlchemyError, ImportError, optuna.exceptions.StorageInternalError) as error:
         raise StorageError(
-            f"Optuna's storage {_without_password(storage)} does not answer: "
-            f"{str(error).splitlines()[0]}",
+            f"Optuna's storage {storage} does not answer: {str(error).splitlines()[0]}",
             hint="sqlite:///FILE or postgresql://USER@HOST/DATABASE (pip install psycopg[binary])",
         ) from error
     return study
-
-
-def _without_password(url: str) -> str:
-    scheme, sep, rest = url.partition("://")
-    account, at, place = rest.rpartition("@")
-    return f"{scheme}{sep}{account.partition(':')[0]}{at}{place}"
 
 
 def _sampler(config: SweepConfig, number: int) -> optuna.samplers.BaseSampler:

@@ -1,4 +1,4 @@
-"""A sweep on the cluster that Ray is connected to: Tuner, scheduler, budgets, continuing.
+"""A sweep on Ray: Tuner, scheduler, budgets, continuing.
 
 Each launch is a fresh experiment of Tune's. The record lies in the sweep's own directory: the
 search continues after the trials there, and the scheduler is told their scores again.
@@ -26,6 +26,7 @@ from ray.tune.schedulers import (
 from ray.tune.utils.log import Verbosity
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from mimray.trainers.cluster import connected
 from mimray.trainers.errors import RunConflictError
 from mimray.trainers.launch import last_line
 from mimray.trainers.storage import RunDir, claim
@@ -87,6 +88,7 @@ def before(launch: Launch) -> SweepRecord | None:
     return found
 
 
+@connected()
 def run_sweep(launch: Launch, on_progress: OnProgress | None = None) -> SweepRecord:
     """Run a sweep to its end, or as far as its budget goes; continues what is there.
 

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from mimray.trainers.errors import ConfigError
+from mimray.trainers.redaction import masked
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 label_option = click.option(
@@ -88,8 +89,8 @@ def with_init(overrides: Iterable[str], init: str | None, partial: bool) -> tupl
 
 
 def command_line() -> str:
-    """The command line of this process, for the record."""
-    return shlex.join(["mimray", *sys.argv[1:]])
+    """The command line of this process, for the record, without passwords."""
+    return masked(shlex.join(["mimray", *sys.argv[1:]]))
 
 
 def print_result(result: Any, as_json: bool, text: Callable[[Any], str] | None = None) -> None:

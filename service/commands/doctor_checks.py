@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 from mimray.trainers.cluster import OBJECT_STORE_SHARE, unreachable
 from mimray.trainers.environment import limits
 from mimray.trainers.environment.findings import adjust
+from mimray.trainers.redaction import masked
 
 Status = Literal["ok", "warn", "fail"]
 
@@ -279,7 +280,7 @@ def check_mlflow(storage: str) -> Verdict:
         check_reachable(uri)
     except StorageError as error:
         return Verdict("fail", str(error.args[0]), error.hint)
-    return Verdict("ok", f"{metadata.version('mlflow')}, tracking in {uri}")
+    return Verdict("ok", f"{metadata.version('mlflow')}, tracking in {masked(uri)}")
 
 
 def check_haproxy() -> Verdict:
@@ -323,6 +324,9 @@ def _in_child(code: str, *arguments: str) -> str:
 
 def _check_remote_storage(uri: str) -> Verdict:
     """Write and delete one small object, in a child: cloud clients retry at length."""
+    from mimray.trainers.data.files import refuse_secrets
+
+    refuse_secrets(uri)
     try:
         _in_child(
             "import sys\n"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mimray.service.terminal.console import say
+from mimray.trainers.data.files import refuse_secrets
 from mimray.trainers.errors import ConfigError, ResourceError
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def run_submit(
         it was found there.
 
     Raises:
-        ConfigError: not a command, or one that is not for a cluster.
+        ConfigError: not a command, one that is not for a cluster, or one with a password in it.
         ResourceError: no cluster answers at the address, or it refuses the job.
     """
     _check_command(command)
@@ -94,6 +95,8 @@ def _check_command(command: Sequence[str]) -> None:
             f"{command[0]!r} cannot run as a job",
             hint=f"mimray submit -- COMMAND …, of {', '.join(COMMANDS)}",
         )
+    for word in command:
+        refuse_secrets(word)  # Ray keeps the words of a job, and shows them
 
 
 def _address() -> str:

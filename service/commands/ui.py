@@ -16,6 +16,7 @@ from urllib.request import urlopen
 
 from mimray.service.terminal.console import say
 from mimray.trainers.errors import ConfigError, ResourceError
+from mimray.trainers.redaction import masked
 
 HOST = "127.0.0.1"
 START_TIMEOUT_S = 90.0
@@ -39,7 +40,7 @@ def run_ui(storage: str, sweep: str | None, port: int) -> None:
     uri = tracking_uri(None, storage)
     pages: dict[str, tuple[int, list[str]]] = {}
     if uri.startswith(("http://", "https://")):
-        say(f"MLflow  {uri}")
+        say(f"MLflow  {masked(uri)}")
     else:
         file = uri.removeprefix("sqlite:///")
         if file != uri and not Path(file).is_file():

@@ -19,6 +19,7 @@ from PIL import Image
 from ray.exceptions import ActorUnavailableError
 
 from mimray.service.cli.main import cli
+from mimray.service.cli.options import command_line
 
 PRETRAIN = ["pretrain", "mae-tiny", "--data"]
 
@@ -122,6 +123,35 @@ def test_pretrain__data_that_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "notes.txt").write_text("no picture here")
     assert "picture" in refused(*PRETRAIN, str(tmp_path / "text"))
+
+
+@pytest.mark.parametrize("option", ["--data", "--storage", "--init"])
+def test_pretrain__a_password_in_an_address_is_refused_before_anything_is_written(
+    pictures: Path, tmp_path: Path, option: str
+) -> None:
+    given = {"--data": str(pictures), "--storage": str(tmp_path / "runs")}
+    given[option] = "s3://AKIA:s3cr3t@bucket/place"
+    message = refused("pretrain", "mae-tiny", "--name", "a", *(w for o in given.items() for w in o))
+    assert "s3://AKIA:***@bucket/place holds a secret" in message
+    assert "AWS_SECRET_ACCESS_KEY" in message
+    assert not (tmp_path / "runs").exists()
+
+
+def test_submit__a_password_in_a_command_is_refused() -> None:
+    message = refused("submit", "--", "pretrain", "mae-tiny", "--data", "s3://AKIA:s3cr3t@bucket")
+    assert "s3://AKIA:***@bucket holds a secret" in message
+
+
+def test_tune__a_password_in_the_address_of_a_study_is_refused(pictures: Path) -> None:
+    place = "storage=postgresql://me:s3cr3t@db/optuna"
+    message = refused("tune", "mae-mask-depth", "--data", str(pictures), "--set", place)
+    assert "postgresql://me:***@db/optuna holds a secret" in message
+    assert "PGPASSWORD" in message
+
+
+def test_command_line__is_recorded_without_passwords(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["mimray", "tune", "--data", "s3://A:s3cr3t@b/c d"])
+    assert command_line() == "mimray tune --data 's3://A:***@b/c d'"
 
 
 def test_pretrain__fewer_pictures_than_a_batch(pictures: Path) -> None:

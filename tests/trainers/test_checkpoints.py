@@ -215,6 +215,18 @@ def test_find__sweeps_what_was_never_finished(run: RunDir, caplog: pytest.LogCap
     assert "never finished" in caplog.text
 
 
+def test_find__takes_no_manifest_that_lists_files_outside(
+    run: RunDir, caplog: pytest.LogCaptureFixture
+):
+    file = Path(run.uri) / "checkpoints/step-00000002" / MANIFEST
+    tree = json.loads(file.read_text())
+    tree["files"]["../../plan.json"] = {"bytes": 1, "sha256": ""}
+    file.write_text(json.dumps(tree))
+
+    assert [c.step for c in find(run)] == [1]
+    assert "lists '../../plan.json', which leads out of it" in caplog.text
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 99}', '{"format": 1}'])
 def test_load_newest__passes_over_an_unreadable_manifest(run: RunDir, engine: Any, text: str):
     (Path(run.uri) / "checkpoints/step-00000002" / MANIFEST).write_text(text)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,49 @@ def test_token__that_others_can_read_is_closed(tmp_path: Path) -> None:
     keep_token()
     assert mode(file) == 0o600
     assert file.read_text() == "secret"
+
+
+def test_token__of_another_user_that_others_can_read_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / ".ray/auth_token"
+    file.parent.mkdir()
+    file.write_text("secret")
+    file.chmod(0o644)
+    monkeypatch.setattr(os, "getuid", lambda: file.stat().st_uid + 1)
+    keep_token()
+    assert mode(file) == 0o644
+    assert f"chmod 600 {file}" in caplog.text
+    assert "secret" not in caplog.text.replace(str(tmp_path), "")
+
+
+# In a process of its own, as Ray's settings are of the process.
+PROTECTED = """
+import ray
+from ray._private import ray_constants
+from ray._raylet import get_authentication_mode
+ray.init = lambda **_: print(int(get_authentication_mode()), ray_constants.ENABLE_RAY_CLUSTER)
+from mimray.trainers.cluster import start_ray
+start_ray()
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "seen"),
+    [
+        ({}, "1 False"),
+        ({"RAY_AUTH_MODE": "disabled", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"}, "0 True"),
+    ],
+)
+def test_start_ray__a_local_one_is_protected_unless_told_though_ray_was_imported_before(
+    tmp_path: Path, given: dict[str, str], seen: str
+) -> None:
+    own = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", PROTECTED], env={**own, **given}, capture_output=True, text=True
+    )
+    assert done.stdout == f"{seen}\n", done.stderr
+    assert (tmp_path / ".ray/auth_token").exists() == (not given)
 
 
 def test_token__goes_elsewhere_where_it_cannot_be_written(

@@ -5,7 +5,9 @@ import os
 import threading
 from pathlib import Path
 
+import fsspec  # type: ignore[import-untyped]
 import pytest
+from pyarrow import fs as pafs
 
 from mimray.trainers import storage
 from mimray.trainers.errors import StorageError
@@ -189,3 +191,18 @@ def test_patience__is_that_of_every_call(tmp_path: Path):
 
     assert all(hasattr(getattr(RunDir, name), "__wrapped__") for name in calls)
     assert (RunDir(str(tmp_path), 7.0) / "below").patience_s == 7.0
+
+
+def test_run_dir__a_store_cannot_write_beside_the_folder(tmp_path: Path):
+    store = fsspec.filesystem("memory")
+    for name in ("bundle.json", "../../outside"):
+        store.pipe_file(f"/bucket/bundle/{name}", b"x")
+    bundle = RunDir(str(tmp_path))
+    bundle.filesystem, bundle.root = pafs.PyFileSystem(pafs.FSSpecHandler(store)), "/bucket/bundle"
+    into = tmp_path / "a/b/into"
+    into.mkdir(parents=True)
+
+    with pytest.raises(StorageError, match="which leads out of it"):
+        bundle.download(into)
+
+    assert [p.name for p in tmp_path.rglob("*")] == ["a", "b", "into"]

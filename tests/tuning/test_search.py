@@ -183,7 +183,7 @@ def test_study__whose_database_is_not_there_names_it_without_the_password(
 ) -> None:
     with pytest.raises(StorageError) as caught:
         open_study(configured(), "s", "postgresql://me:secret@127.0.0.1:1/none")
-    assert "me@127.0.0.1" in str(caught.value)
+    assert "me:***@127.0.0.1" in str(caught.value)
     assert "secret" not in str(caught.value)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import posixpath
 import stat
 from dataclasses import dataclass
 
@@ -10,7 +11,8 @@ from pyarrow import ArrowInvalid
 from pyarrow import fs as pafs
 
 from mimray.trainers.data.account import Account
-from mimray.trainers.errors import DataError
+from mimray.trainers.errors import ConfigError, DataError
+from mimray.trainers.redaction import masked
 
 PICTURE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib"),
@@ -49,8 +51,10 @@ def locate(uri: str) -> tuple[pafs.FileSystem, str]:
     """Find the filesystem and the path inside it that a URI or a local path names.
 
     Raises:
+        ConfigError: when the URI holds a password.
         DataError: when the scheme is unknown or the service does not answer.
     """
+    refuse_secrets(uri)
     if "://" not in uri:
         return pafs.LocalFileSystem(), absolute(uri)
     try:
@@ -62,6 +66,30 @@ def locate(uri: str) -> tuple[pafs.FileSystem, str]:
     except OSError as error:
         raise unreachable(uri, error) from error
     return filesystem, path.rstrip("/") or "/"
+
+
+def refuse_secrets(uri: str) -> None:
+    """Refuse a URI with a password or a secret option, since plans and logs record URIs.
+
+    Raises:
+        ConfigError: there is one in it.
+    """
+    if "://" in uri and masked(uri) != uri:
+        raise ConfigError(
+            f"{uri} holds a secret, and addresses are recorded",
+            hint="give it in the environment: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+            "GOOGLE_APPLICATION_CREDENTIALS, PGPASSWORD",
+        )
+
+
+def is_inside(path: str) -> bool:
+    """True if a relative path, as a file or a store names it, stays in the folder it is joined to.
+
+    Args:
+        path: the path, with slashes or backslashes between its parts.
+    """
+    path = posixpath.normpath(path.replace("\\", "/"))
+    return not path.startswith("/") and path.partition("/")[0] != ".."
 
 
 def absolute(uri: str) -> str:

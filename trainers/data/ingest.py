@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import fs as pafs
 
+from mimray.trainers.cluster import connected
 from mimray.trainers.data.account import Account
 from mimray.trainers.data.canonical import canonicalise
 from mimray.trainers.data.decode import AS_STORED, Note, PictureFile, Reading
@@ -116,7 +117,7 @@ def ingest(
     overwrite: bool = False,
     progress: IngestProgress | None = None,
 ) -> IngestReport:
-    """Make a dataset of Parquet shards from pictures, on the current Ray cluster.
+    """Make a dataset of Parquet shards from pictures, on Ray (see `connected`).
 
     Workers read, verify and where needed re-encode pictures (see `canonicalise`); this process
     writes them in a random order that is the same for any number of workers, so that the same
@@ -152,7 +153,7 @@ def ingest(
     prepare = Preparation(short_side_px, reading, every_page)
     num_pictures = sum(plan.num_pictures for plan in plans.values())
     rejects_beside = join(parent(out), f"{place.rpartition('/')[2]}.{REJECTED_NAME}")
-    with staged(out, overwrite=overwrite, parts=tuple(plans)) as staging:
+    with connected(), staged(out, overwrite=overwrite, parts=tuple(plans)) as staging:
         manifests: dict[str, Manifest] = {}
         account = Account()
         num_done = num_rejected = 0

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from mimray.trainers.data.files import is_inside
 from mimray.trainers.engine import reshard
 from mimray.trainers.engine.deepspeed import Engine
 from mimray.trainers.errors import CheckpointError, MimrayError, StorageError
@@ -455,7 +456,11 @@ def _read_manifest(folder: RunDir, name: str) -> Checkpoint:
         if renamed is None:
             raise CheckpointError(f"{folder} was written by another version")
         tree["precision"] = renamed.get(tree["precision"], tree["precision"])
-        return Checkpoint(name=name, **tree)
+        checkpoint = Checkpoint(name=name, **tree)
+        outside = [file for file in checkpoint.files if not is_inside(file)]
+        if outside:
+            raise CheckpointError(f"{folder} lists {outside[0]!r}, which leads out of it")
+        return checkpoint
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder}/{MANIFEST} cannot be read: {error}") from None
 

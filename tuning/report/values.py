@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mimray.trainers.evaluation.uncertainty import figure_text
+from mimray.trainers.redaction import masked
 
 _LONGEST, _TICK = 40, 16
-_PASSWORD = re.compile(r"(://[^/\s:@]*):[^/\s@]+@")
 
 
 def frozen(value: Any) -> Any:
@@ -136,7 +135,7 @@ def without_passwords(tree: Any) -> Any:
         return {key: without_passwords(value) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
         return type(tree)(without_passwords(item) for item in tree)
-    return _PASSWORD.sub(r"\1:***@", tree) if isinstance(tree, str) else tree
+    return masked(tree) if isinstance(tree, str) else tree
 
 
 def plain(tree: Any) -> Any:

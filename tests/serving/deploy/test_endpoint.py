@@ -103,6 +103,27 @@ def test_endpoint__haproxy_answers_and_replicas_stay_on_loopback(endpoint: Endpo
     assert {ip for ip, _ in listening} == {"127.0.0.1"}
 
 
+def test_endpoint__writes_no_key_down(
+    client: FeatureClient, endpoint: Endpoint, picture: Callable[..., bytes]
+) -> None:
+    import ray
+
+    client.embed([picture(0)], model="alpha")
+    with (
+        FeatureClient(endpoint.url, api_key="wrong-horse", max_retries=0) as stranger,
+        pytest.raises(UnauthorizedError) as refused,
+    ):
+        stranger.embed([picture(0)], model="alpha")
+    assert "wrong-horse" not in str(refused.value)
+    session = Path(ray._private.worker._global_node.get_session_dir_path())
+    written = [file for file in session.rglob("*") if file.is_file()]
+    assert any("serve" in file.parts for file in written)
+    for key in (KEY, "wrong-horse"):
+        assert [file for file in written if key.encode() in file.read_bytes()] == []
+        for path in ("/v1/models", "/v2", "/openapi.json", "/metrics"):
+            assert key not in httpx2.get(endpoint.url + path, headers={"X-API-Key": KEY}).text
+
+
 def test_tritonclient__health_and_metadata(triton_client: Any) -> None:
     assert triton_client.is_server_live()
     assert triton_client.is_server_ready()

@@ -19,6 +19,7 @@ import pytest
 from mimray.serving.client import FeatureClient
 from mimray.serving.deploy.endpoint import serve_bundles
 from mimray.serving.deploy.haproxy import HAProxyState, haproxy_available, port_is_free
+from mimray.trainers.environment.network import is_loopback
 from mimray.trainers.errors import ServingError
 
 PROGRAM = """
@@ -43,7 +44,9 @@ def start(
     bundles: dict[str, Path], port: int, tmp_path: Path
 ) -> Iterator[Callable[[], subprocess.Popen[str]]]:
     started: list[subprocess.Popen[str]] = []
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    foreign = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
+    environment = {k: v for k, v in os.environ.items() if k not in foreign}
+    environment["HOME"] = str(tmp_path)
 
     def run() -> subprocess.Popen[str]:
         log = (tmp_path / f"{len(started)}.log").open("w")
@@ -107,6 +110,25 @@ def test_wait__sigterm_leaves_no_process_and_no_port(
     assert [status for status, _ in answers] == [200], answers  # what was accepted is answered
     assert server.wait(timeout=120) == 0
     _assert_nothing_left(family, port)
+
+
+@pytest.mark.slow
+def test_serve_bundles__as_a_library_has_a_token_and_listens_on_loopback_alone(
+    start: Callable[[], subprocess.Popen[str]], port: int, tmp_path: Path
+) -> None:
+    server = start()
+    assert (tmp_path / ".ray/auth_token").stat().st_mode & 0o777 == 0o600
+    top = psutil.Process(server.pid)
+    family = {p.pid: p for p in (top, *top.children(recursive=True))}
+    listening = [
+        (c.laddr.ip, c.laddr.port, " ".join(family[c.pid].cmdline())[-80:].strip())
+        for c in psutil.net_connections("inet")
+        if c.pid in family and (c.status == psutil.CONN_LISTEN or not c.raddr)
+    ]
+    assert port in {number for _, number, _ in listening}
+    assert len(listening) > 10
+    to_others = [one for one in listening if not is_loopback(one[0].removeprefix("::ffff:"))]
+    assert to_others == []
 
 
 @pytest.mark.slow

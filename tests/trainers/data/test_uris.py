@@ -2,7 +2,14 @@ from __future__ import annotations
 
 import pytest
 
-from mimray.trainers.data.files import is_parquet, is_picture, join, parent, split_options
+from mimray.trainers.data.files import (
+    is_inside,
+    is_parquet,
+    is_picture,
+    join,
+    parent,
+    split_options,
+)
 from mimray.trainers.storage import RunDir
 
 OPTIONS = "?endpoint_override=127.0.0.1:9000&scheme=http&region=here"
@@ -54,3 +61,13 @@ def test_run_dir__options_stay_at_the_end_and_the_client_is_shared() -> None:
     assert run.filesystem is runs.filesystem
     again = RunDir(run.uri)
     assert (again.root, again.filesystem) == (run.root, run.filesystem)
+
+
+@pytest.mark.parametrize("path", ["a", "a/b.png", "./a", "a/../b", "..a/b", "a..", "a\\b"])
+def test_is_inside__a_path_below(path: str) -> None:
+    assert is_inside(path)
+
+
+@pytest.mark.parametrize("path", ["..", "../a", "a/../../b", "/etc/passwd", "..\\a", "\\a", "//a"])
+def test_is_inside__not_a_path_that_leads_out(path: str) -> None:
+    assert not is_inside(path)

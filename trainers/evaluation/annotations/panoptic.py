@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from pydantic import BaseModel
 
-from mimray.trainers.data.files import join
+from mimray.trainers.data.files import is_inside, join
 from mimray.trainers.errors import DataError
 from mimray.trainers.evaluation.annotations.base import InvalidLabels, SegmentationExample
 from mimray.trainers.evaluation.annotations.coco_file import (
@@ -111,8 +111,15 @@ class CocoPanoptic:
         return f"{self.uri}: image {self._records[index].image_id}"
 
     def label_name(self, index: int) -> str:
-        """Path of its PNG."""
-        return join(self._segments_uri, self._records[index].file_name.replace("\\", "/"))
+        """Path of its PNG.
+
+        Raises:
+            DataError: it leads out of the folder of PNGs.
+        """
+        name = self._records[index].file_name
+        if not is_inside(name):
+            raise DataError(f"{self.name(index)}: {name!r} leads out of {self._segments_uri}")
+        return join(self._segments_uri, name.replace("\\", "/"))
 
     def is_turned(self, index: int) -> bool:
         """True if EXIF turns a picture."""

@@ -14,7 +14,14 @@ from PIL import Image
 from pyarrow import fs as pafs
 
 from mimray.trainers.data.decode import decode_rgb, read_orientation, read_size
-from mimray.trainers.data.files import is_picture, join, list_files, locate, read_bytes
+from mimray.trainers.data.files import (
+    is_inside,
+    is_picture,
+    join,
+    list_files,
+    locate,
+    read_bytes,
+)
 from mimray.trainers.data.geometry import Size
 from mimray.trainers.errors import DataError, ImageError
 from mimray.trainers.evaluation.annotations.base import Fault, InvalidLabels
@@ -68,8 +75,10 @@ class PictureFolder:
 
         `./` and doubled slashes are dropped, and `\\` is read as `/` where no file has it in its
         name. A file that listing passes over, such as one whose name begins with `_`, is found by
-        its name all the same.
+        its name all the same. One that leads out of the folder means none.
         """
+        if not is_inside(file_name):
+            return None
         for name in (file_name, file_name.replace("\\", "/")):
             path = posixpath.normpath(name) if name else ""
             if path in self.num_bytes:

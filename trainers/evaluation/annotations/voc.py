@@ -11,7 +11,14 @@ from xml.parsers import expat
 
 import numpy as np
 
-from mimray.trainers.data.files import is_picture, join, list_files, locate, read_bytes
+from mimray.trainers.data.files import (
+    is_inside,
+    is_picture,
+    join,
+    list_files,
+    locate,
+    read_bytes,
+)
 from mimray.trainers.data.geometry import Size, clip_boxes
 from mimray.trainers.errors import DataError, EmptyDatasetError
 from mimray.trainers.evaluation.annotations.base import DetectionExample, Fault, InvalidLabels
@@ -150,6 +157,9 @@ class VocDetection:
         except FileNotFoundError:
             raise DataError(f"there is no {place}", hint=f"{SPLITS} holds the lists") from None
         listed = [self._stem(line) for line in lines if line]
+        for stem in listed:
+            if not is_inside(stem):
+                raise DataError(f"{place} names {stem!r}, which leads out of {self.uri}")
         stems = list(dict.fromkeys(listed))
         invalid_labels.adapt("lines that name a picture again", len(listed) - len(stems))
         return stems

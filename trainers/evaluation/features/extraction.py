@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from pyarrow import fs as pafs
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from mimray.trainers.config.base import Config
 from mimray.trainers.config.evaluation.extract import ExtractSpec
@@ -40,7 +40,7 @@ _MAX_CPUS_PER_COPY, _MAX_CPUS_PER_GPU = 4, 8
 class PartFacts(Config):
     """One file: its name, its rows, its size in bytes."""
 
-    file: str
+    file: str = Field(pattern=r"^part-[\w-]+\.parquet$")
     num_rows: int
     num_bytes: int
 

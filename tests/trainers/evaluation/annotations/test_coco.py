@@ -235,6 +235,16 @@ def test_fault__is_left_out_and_listed_on_request(write: Callable[..., str], fau
     assert (len(data), _objects(data)) == ((1, 3) if of_picture else (2, 2))
 
 
+@pytest.mark.parametrize("name", ["../secret.png", "deep/../../secret.png", "/secret.png"])
+def test_picture__outside_the_folder_is_not_read(
+    write: Callable[..., str], tmp_path: Path, name: str
+) -> None:
+    Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "secret.png")
+    uri = write(lambda tree: tree["images"][0].update(file_name=name))
+    with pytest.raises(DataError, match="there is no picture"):
+        _open(uri)
+
+
 def test_file__that_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no annotation file at .*none\.json"):
         _open(str(tmp_path / "none.json"))

@@ -46,6 +46,15 @@ def _open(uri: Path, split: Any = "train", config: SegmentationConfig = CONFIG, 
     return open_segmentation(str(uri), split, config, InvalidLabels(skip=False), **more)
 
 
+def test_panoptic__a_png_outside_the_folder_is_not_read(scenes: Path) -> None:
+    file = scenes / "val/panoptic.json"
+    tree = json.loads(file.read_text())
+    tree["annotations"][0]["file_name"] = f"../panoptic/{tree['annotations'][0]['file_name']}"
+    file.write_text(json.dumps(tree))
+    with pytest.raises(DataError, match=r"'\.\./panoptic/.*' leads out of .*/val/panoptic"):
+        _open(file, "val")[0]
+
+
 def test_open__all_formats_say_the_same(scenes: Path) -> None:
     pairs = _open(scenes, "val", shared=True)
     panoptic = _open(scenes / "val/panoptic.json", "val")

@@ -97,6 +97,15 @@ def test_fault__names_file_and_object(write: Callable[..., str], fault: str) -> 
     assert len(data) == (2 if "object" in message else 1)
 
 
+def test_list__that_leads_out_of_the_folder_is_refused(
+    write: Callable[..., str], tmp_path: Path
+) -> None:
+    uri = write()
+    (tmp_path / "ImageSets/Main/train.txt").write_text("one\n../../secret\n")
+    with pytest.raises(DataError, match=r"train\.txt names '\.\./\.\./secret', which leads out"):
+        VocDetection(uri, "train", InvalidLabels(False))
+
+
 def test_missing_files__are_named(write: Callable[..., str], tmp_path: Path) -> None:
     uri = write()
     (tmp_path / "Annotations" / "one.xml").unlink()
