@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := service trainers tuning serving tests benchmarks
+SOURCES := service trainers tuning serving tests benchmarks deploy
 
 .PHONY: demo test test-all install lint format types imports clean
 

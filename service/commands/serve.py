@@ -32,11 +32,13 @@ def resolve(reference: str) -> Version:
     from mimray.trainers.registry import locate, registered
 
     version = registered(reference)
-    folder = fetch_bundle(locate(reference)).resolve()
+    place = locate(reference)
+    folder = fetch_bundle(place).resolve()
     card = read_card(folder)
     if card.for_research_only:
         warn(f"{reference} is under the licence {card.license}, which forbids a commercial service")
-    return Version(reference, folder, "1" if version is None else str(version.number))
+    number = "1" if version is None else str(version.number)
+    return Version(reference, folder, number, uri=place if "://" in place else "")
 
 
 def serve_config(

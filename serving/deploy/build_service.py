@@ -23,10 +23,10 @@ def build_service(settings: ModelSettings, *, num_threads: int) -> ModelService:
     Raises:
         BundleError: the bundle is missing or damaged.
     """
-    from mimray.trainers.bundles import CARD, bundle_folder
+    from mimray.trainers.bundles import CARD, fetch_bundle
 
     limits = settings.gateway.limits
-    bundle = bundle_folder(settings.bundle)
+    bundle = fetch_bundle(settings.bundle)
     metrics = Metrics(settings.name, settings.version)
     predictor = Predictor(bundle, settings, limits, num_threads=num_threads, on_batch=metrics.batch)
     predictor.warm_up()

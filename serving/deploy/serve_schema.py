@@ -35,13 +35,15 @@ class Version:
 
     Attributes:
         reference: the reference, as it was written.
-        bundle: the bundle's directory.
+        bundle: the bundle's directory on this machine.
         number: the version's number; `1` for a bundle that is not registered.
+        uri: the bundle's URI, from which every node fetches it; empty where nodes read `bundle`.
     """
 
     reference: str
     bundle: Path
     number: str
+    uri: str = ""
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,7 @@ def _application(
     prefix = MODEL_PATH.format(name=served.name)
     settings = ModelSettings(
         name=served.name,
-        bundle=version.bundle,
+        bundle=version.uri or str(version.bundle),
         version=version.number,
         num_threads=resources.num_threads,
         urls=config.urls,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from mimray.serving.config import API_KEY_VARIABLE, GatewayConfig, ReplicaConfig, Urls
 from mimray.trainers.config.base import Config
@@ -41,7 +40,7 @@ class ModelSettings(ReplicaConfig):
 
     Attributes:
         name: the model's name in the URL.
-        bundle: the bundle's directory, readable on every node that may run a replica.
+        bundle: the bundle's URI, or its directory on every node that may run a replica.
         version: the model's version.
         num_threads: CPU threads of the model; by default the CPUs that Ray assigned.
         urls: the rules for pictures by URL, as in `serve.yaml`.
@@ -49,7 +48,7 @@ class ModelSettings(ReplicaConfig):
     """
 
     name: str
-    bundle: Path
+    bundle: str
     version: str = "1"
     num_threads: int | None = None
     urls: Urls = Urls()

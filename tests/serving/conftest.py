@@ -115,7 +115,7 @@ def application(bundles: dict[str, Path]) -> Callable[..., Any]:
         services = {
             name: build_service(
                 ModelSettings(
-                    name=name, bundle=bundles[name], device="cpu", gateway=shared, **settings
+                    name=name, bundle=str(bundles[name]), device="cpu", gateway=shared, **settings
                 ),
                 num_threads=1,
             )

@@ -80,6 +80,7 @@ def test_serve_schema__is_one_that_ray_serve_takes() -> None:
     assert (second["name"], second["route_prefix"]) == ("m@2", "/v2/models/m/versions/2")
     settings = ModelSettings.model_validate(first["args"])
     assert (settings.max_batch_size, settings.num_threads) == (32, 2)
+    assert settings.bundle == "/b/1"
     (deployment,) = first["deployments"]
     assert deployment["ray_actor_options"] == {"num_cpus": 1.5, "num_gpus": 0.5}
     assert deployment["autoscaling_config"]["min_replicas"] == 0
@@ -87,6 +88,16 @@ def test_serve_schema__is_one_that_ray_serve_takes() -> None:
     routing = {"default": "1", "applications": {"1": "m", "2": "m@2"}, "canary": "2", "share": 0.1}
     assert deployment["user_config"] == routing
     assert root["deployments"][0]["user_config"] == {"m": routing}
+
+
+def test_serve_schema__nodes_fetch_a_remote_bundle_by_its_uri() -> None:
+    config = _config()
+    version = Version("m", Path("/tmp/copy-of-one-node"), "1", uri="s3://models/m")
+    served = Served("m", config.models["m"], version)
+    tree = serve_schema(
+        config, [served], {"m": ReplicaResources(1, 0, 1)}, key_sha256=None, needs_key=False
+    )
+    assert tree["applications"][0]["args"]["bundle"] == "s3://models/m"
 
 
 V = {number: Version(f"m@{number}", Path(f"/b/{number}"), number) for number in "1234"}
