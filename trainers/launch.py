@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import re
+import socket
 import threading
+import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import ray
 import ray.train
@@ -39,7 +41,7 @@ from mimray.trainers.methods.needs import (
     with_needs,
 )
 from mimray.trainers.preflight import WorkerResources, preflight
-from mimray.trainers.recorder import RunLink, RunRecorder, RunState
+from mimray.trainers.recorder import NAMESPACE, Launch, RunLink, RunRecorder, RunState
 from mimray.trainers.stopping import interruptible
 from mimray.trainers.storage import RunDir, check_seen, claim
 from mimray.trainers.weights import fetcher
@@ -211,7 +213,7 @@ def pretrain(
     run.write("plan.json", plan.model_dump_json(indent=2).encode())
     keep_needs(plan.recipe, run, fetcher(plan.recipe))
 
-    recorder = _open_recorder(job, plan)
+    recorder = _open_recorder(job, plan, launch_id)
     watcher = _Watcher(recorder, on_progress)
     config = {
         "plan": plan.model_dump_json(),
@@ -228,14 +230,14 @@ def pretrain(
             interruptible(trainer.fit, lambda signal: ray.get(recorder.stop.remote(signal)))
     except ray.train.TrainingFailedError as error:
         failure = error
-    except StoppedError:  # at once, as far as MLflow lets it
-        ray.wait([recorder.close.remote("KILLED")], timeout=CLOSE_WITHIN_S)
+    except StoppedError as error:  # at once, as far as MLflow lets it
+        ray.wait([recorder.close.remote(error)], timeout=CLOSE_WITHIN_S)
         raise
     state: RunState = ray.get(recorder.state.remote())
     if state.error is None and failure is not None:
         state.error = _gave_up(failure, plan, run)
     if not isinstance(state.error, RunConflictError):  # the tracked run is the other launch's
-        ray.get(recorder.close.remote(_status(state.error)))
+        ray.get(recorder.close.remote(state.error))
     ray.kill(recorder)
     if state.error is not None:
         raise state.error from failure
@@ -296,18 +298,22 @@ def finished(job: Job, plan: Plan) -> Outcome | None:
     return Outcome(run, plan, rows[-1]) if rows and rows[-1]["step"] >= plan.steps else None
 
 
-def _open_recorder(job: Job, plan: Plan) -> Any:
+def _open_recorder(job: Job, plan: Plan, launch_id: str) -> Any:
     """Start the actor that records a run, on the driver's node, where MLflow's SQLite file is."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    cluster = ray.get_runtime_context()
+    here = NodeAffinitySchedulingStrategy(cluster.get_node_id(), soft=False)
+    launch = Launch(
+        launch_id, socket.gethostname(), cluster.gcs_address, job.command, round(time.time(), 3)
+    )
     recorder = (
         ray.remote(RunRecorder)
-        .options(num_cpus=0, scheduling_strategy=here)
+        .options(name=launch_id, namespace=NAMESPACE, num_cpus=0, scheduling_strategy=here)
         .remote(
             run_uri=job.run.uri,
             storage=RunDir(job.storage).uri,
             name=job.name,
             plan=plan.model_dump_json(),
-            command=job.command,
+            launch=launch,
             fresh=job.fresh,
         )
     )
@@ -377,13 +383,6 @@ def _work(config: dict[str, Any]) -> None:
         if _MEMORY.search(f"{type(error).__name__}: {error}"):
             link.fail(_out_of_memory(plan, f"rank {rank} ran out of memory"))
         raise
-
-
-def _status(error: MimrayError | None) -> Literal["FINISHED", "FAILED", "KILLED"]:
-    """The end of a run, in MLflow's terms."""
-    if error is None:
-        return "FINISHED"
-    return "KILLED" if isinstance(error, StoppedError) else "FAILED"
 
 
 def _gave_up(failure: BaseException, plan: Plan, run: RunDir) -> MimrayError:

@@ -223,6 +223,10 @@ class Roster:
         self.forget()
         return actors
 
+    def standing(self, now_s: float) -> list[tuple[Heartbeat, float]]:
+        """The last heartbeat of each worker, by rank, and seconds since it was heard."""
+        return [(beat, now_s - at) for _, (at, beat, _) in sorted(self._beats.items())]
+
     def leave(self, rank: int) -> None:
         """Expect nothing more of a worker."""
         self._beats.pop(rank, None)

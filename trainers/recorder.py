@@ -6,27 +6,68 @@ rows and pictures here without waiting.
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from mimray.trainers.config.run import Plan
 from mimray.trainers.engine.metrics import ProbeCurve, probe_curve, read_metrics
-from mimray.trainers.errors import MimrayError, StorageError
+from mimray.trainers.errors import MimrayError, RunConflictError, StoppedError, StorageError
 from mimray.trainers.lifeline import Heartbeat, Roster
 from mimray.trainers.pictures import panel_sheet, png
 from mimray.trainers.redaction import masked
-from mimray.trainers.storage import RunDir
+from mimray.trainers.storage import RunDir, check_owner
 from mimray.trainers.tracking import Tracker
 from mimray.trainers.types import Notice, Panel
 
 RECONSTRUCTION = "reconstruction.png"
 HANG_LOG = "hang.log"
+LAUNCH = "launch.json"
+NAMESPACE = "mimray"
+"""Ray's namespace of the recorders, each of which has its launch's id for a name."""
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The newest launch of a run, as `launch.json` keeps it for one who asks how the run stands.
+
+    Attributes:
+        launch_id: identifier of the launch, the name of its recorder's actor.
+        host: name of the driver's machine.
+        address: the Ray cluster's own address, host:port.
+        command: the command line.
+        began: when it began, seconds since 1970.
+        status: its end in MLflow's terms; empty while it is under way, or where it was killed.
+        reason: the error that ended it.
+        cure: that error's hint.
+    """
+
+    launch_id: str
+    host: str
+    address: str
+    command: str
+    began: float
+    status: Status | Literal[""] = ""
+    reason: str = ""
+    cure: str = ""
+
+
+def read_launch(run: RunDir) -> Launch | None:
+    """The newest launch of a run; None where nothing readable tells of it."""
+    if not run.exists(LAUNCH):
+        return None
+    try:
+        return Launch(**json.loads(run.read(LAUNCH)))
+    except (ValueError, TypeError):
+        return None
 
 
 @dataclass
@@ -58,6 +99,21 @@ class RunState:
     stopping: str = ""
 
 
+@dataclass(frozen=True)
+class Standing:
+    """The state of a run at a moment, for one who asks from outside.
+
+    Attributes:
+        state: the run's state; its notes are left to the driver.
+        workers: the last heartbeat of each worker, by rank, and seconds since it was heard.
+        hung: the reason why a worker counts as hung; empty if none does.
+    """
+
+    state: RunState
+    workers: list[tuple[Heartbeat, float]]
+    hung: str
+
+
 class RunRecorder:
     """Keeps a run's state, writes MLflow and the pictures; made into a Ray actor by `launch`.
 
@@ -66,15 +122,16 @@ class RunRecorder:
         storage: the directory or URI of all runs.
         name: the run's name.
         plan: the plan as JSON.
-        command: the command line, for the record.
+        launch: the launch, for the record.
         fresh: start a new MLflow run instead of going on with an earlier one.
     """
 
     def __init__(
-        self, *, run_uri: str, storage: str, name: str, plan: str, command: str, fresh: bool
+        self, *, run_uri: str, storage: str, name: str, plan: str, launch: Launch, fresh: bool
     ) -> None:
         self._run = RunDir(run_uri)
         self._plan = Plan.model_validate_json(plan)
+        self._launch = launch
         self._state = RunState()
         self._scored: list[dict[str, Any]] = []
         self._roster = Roster(self._plan.recipe.resources.hang_timeout_s)
@@ -90,13 +147,14 @@ class RunRecorder:
                 "mimray.run_dir": run_uri,
                 "mimray.plan_hash": self._plan.hash,
                 "mimray.data_fingerprint": self._plan.data.fingerprint,
-                "mimray.command": command,
+                "mimray.command": launch.command,
             },
             resume=not fresh,
         )
         self._state.tracking = masked(self._tracker.uri)
         # A server that is away holds up this thread, and no heartbeat or signal.
         self._tracking = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
+        self._write_launch()
 
     def ready(self) -> bool:
         """True, once the tracker is open and all earlier calls are done."""
@@ -203,9 +261,25 @@ class RunRecorder:
         self._state.notes = []
         return state
 
-    def close(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
-        """End the MLflow run, when what it was sent has reached it or is given up."""
-        self._track(lambda: self._tracker.finish(status)).result()
+    def standing(self) -> Standing:
+        """The run's state and its workers, for one who asks from outside."""
+        now_s = time.monotonic()
+        return Standing(
+            replace(self._state, notes=[]),
+            self._roster.standing(now_s),
+            self._roster.wants_stacks or self._roster.hung(now_s),
+        )
+
+    def close(self, error: MimrayError | None = None) -> None:
+        """End the MLflow run, and keep how the launch ended.
+
+        Args:
+            error: the error that ended it; None if the run is finished.
+        """
+        reason, cure = (str(error.args[-1]), error.hint) if error else ("", "")
+        self._launch = replace(self._launch, status=_status(error), reason=reason, cure=cure)
+        self._write_launch()
+        self._track(lambda: self._tracker.finish(_status(error))).result()
 
     def _track(self, call: Callable[[], None]) -> Future[None]:
         """Make a call of the tracker after all earlier ones; an error becomes a note."""
@@ -218,6 +292,21 @@ class RunRecorder:
                 self.note(f"MLflow was not told: {type(error).__name__}: {error}")
 
         return self._tracking.submit(told)
+
+    def _write_launch(self) -> None:
+        def write() -> None:
+            check_owner(self._run, self._launch.launch_id)
+            self._run.write(LAUNCH, json.dumps(asdict(self._launch), indent=1).encode())
+
+        with suppress(RunConflictError):  # the file is the later launch's
+            self._keep(LAUNCH, write)
+
+
+def _status(error: MimrayError | None) -> Status:
+    """The end of a run, in MLflow's terms."""
+    if error is None:
+        return "FINISHED"
+    return "KILLED" if isinstance(error, StoppedError) else "FAILED"
 
 
 def draining_nodes() -> set[str]:

@@ -22,6 +22,7 @@ from mimray.trainers.engine.checkpoints import (
     Checkpoint,
     Identity,
     Saver,
+    damages,
     find,
     load_newest,
 )
@@ -201,6 +202,33 @@ def test_load_newest__refuses_to_start_over_when_all_are_damaged(run: RunDir, en
         load_newest(run, engine, identity_of())
 
     assert caught.value.on_every_rank
+
+
+def test_damages__names_those_of_each_checkpoint_and_changes_nothing(run: RunDir):
+    assert damages(run) == {"step-00000002": "", "step-00000001": ""}
+    before = (run / "checkpoints/step-00000002").folders()
+    flip(shards(run, 2)[0])
+    (Path(run.uri) / "checkpoints/step-00000001" / MANIFEST).write_text("{")
+    (Path(run.uri) / "checkpoints/step-00000003").mkdir()  # one that is being written
+
+    found = damages(run)
+
+    assert list(found) == ["step-00000002", "step-00000001"]
+    assert "does not match its checksum" in found["step-00000002"]
+    assert "cannot be read" in found["step-00000001"]
+    assert (run / "checkpoints/step-00000002").folders() == before
+    assert run.exists("checkpoints/step-00000003")
+
+
+def test_damages__one_that_is_removed_meanwhile_is_none(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+):
+    shards(run, 1)[0].unlink()
+    monkeypatch.setattr(
+        checkpoints.time, "sleep", lambda _: (run / "checkpoints").delete("step-00000001")
+    )
+
+    assert damages(run) == {"step-00000002": ""}
 
 
 def test_find__sweeps_what_was_never_finished(run: RunDir, caplog: pytest.LogCaptureFixture):

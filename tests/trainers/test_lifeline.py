@@ -54,6 +54,17 @@ def test_roster__one_that_has_left_is_not_missed():
     assert roster.hung(now_s=100) == ""
 
 
+def test_roster__standing_is_the_last_heartbeat_of_each():
+    roster = Roster(timeout_s=10)
+    roster.beat(beat(1, steps=4), None, now_s=1)
+    roster.beat(beat(0, steps=3), None, now_s=2)
+    roster.beat(beat(0, steps=4), None, now_s=3)
+
+    assert roster.standing(now_s=5) == [(beat(0, steps=4), 2), (beat(1, steps=4), 4)]
+    roster.forget()
+    assert roster.standing(now_s=5) == []
+
+
 def test_roster__nobody_is_silent_while_nobody_listens():
     roster = Roster(timeout_s=10)
     roster.beat(beat(0, steps=4), None, now_s=0)

@@ -11,10 +11,10 @@ import pytest
 
 from mimray.trainers.config.run import parse_recipe, resolve
 from mimray.trainers.engine.metrics import MetricsLog, probe_curve
-from mimray.trainers.errors import StorageError
+from mimray.trainers.errors import MimrayError, NonFiniteLossError, StoppedError, StorageError
 from mimray.trainers.lifeline import Heartbeat
-from mimray.trainers.recorder import RunRecorder
-from mimray.trainers.storage import RunDir
+from mimray.trainers.recorder import Launch, RunRecorder, read_launch
+from mimray.trainers.storage import RunDir, claim
 from mimray.trainers.types import DatasetFacts, Notice
 
 
@@ -38,6 +38,9 @@ class Tracker:
         self.status = status
 
 
+LAUNCH = Launch("l1", "host", "10.0.0.1:6379", "mimray pretrain", 1000.0)
+
+
 @pytest.fixture
 def tracker(monkeypatch: pytest.MonkeyPatch) -> Tracker:
     tracker = Tracker()
@@ -54,13 +57,13 @@ def recorder(tmp_path: Path, tracker: Tracker) -> RunRecorder:
         "optim": {"batch_size": 2, "steps": 9},
     }
     plan = resolve(parse_recipe(tree), DatasetFacts("x", 100, "x"), 1)
-    (tmp_path / "run").mkdir()
+    claim(RunDir(str(tmp_path / "run")), LAUNCH.launch_id)
     return RunRecorder(
         run_uri=str(tmp_path / "run"),
         storage=str(tmp_path),
         name="run",
         plan=plan.model_dump_json(),
-        command="",
+        launch=LAUNCH,
         fresh=False,
     )
 
@@ -101,7 +104,7 @@ def test_mlflow_away__holds_up_no_signal_and_misses_no_row(
     assert recorder.state().row["step"] == 2
     assert tracker.logged == []
     tracker.answers.set()
-    recorder.close("KILLED")
+    recorder.close(StoppedError("SIGTERM"))
     assert [step for step, _ in tracker.logged] == [1, 2]
     assert tracker.status == "KILLED"
 
@@ -111,7 +114,7 @@ def test_mlflow_refuses__a_note_says_so_and_the_rest_is_written(
 ) -> None:
     recorder.metrics(row(1) | {"loss": -1.0})
     recorder.metrics(row(2))
-    recorder.close("FINISHED")
+    recorder.close()
     told = "MLflow was not told: RuntimeError: no such column"
     assert recorder.state().notes == ["no answer", told]
     assert [step for step, _ in tracker.logged] == [2]
@@ -133,6 +136,50 @@ def test_beat__hears_of_a_drained_node_and_of_a_signal(
     assert recorder.stop("SIGTERM")
     assert asked() == [(Notice.STOP, False), (Notice.STOP, False)]
     assert recorder.state().stopping == "SIGTERM"
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (None, "FINISHED"),
+        (NonFiniteLossError("the loss is not finite", hint="lower optim.base_lr"), "FAILED"),
+        (StoppedError("ended by SIGTERM"), "KILLED"),
+    ],
+)
+def test_close__keeps_how_the_launch_ended(
+    recorder: RunRecorder, tmp_path: Path, error: MimrayError | None, status: str
+):
+    run = RunDir(str(tmp_path / "run"))
+    assert read_launch(run) == LAUNCH
+
+    recorder.close(error)
+
+    ended = read_launch(run)
+    assert ended is not None
+    assert (ended.status, ended.launch_id) == (status, "l1")
+    assert (ended.reason, ended.cure) == (
+        (str(error.args[0]), error.hint) if error is not None else ("", "")
+    )
+
+
+def test_close__the_record_of_a_later_launch_is_left_alone(recorder: RunRecorder, tmp_path: Path):
+    claim(RunDir(str(tmp_path / "run")), "l2")
+
+    recorder.close(StoppedError("ended by SIGTERM"))
+
+    assert read_launch(RunDir(str(tmp_path / "run"))) == LAUNCH
+
+
+def test_standing__leaves_the_notes_to_the_driver(recorder: RunRecorder):
+    recorder.note("a warning")
+    recorder.resumed(4, 2)
+    recorder.beat(Heartbeat(1, "node", "host", 7, steps=2), None)
+
+    standing = recorder.standing()
+
+    assert (standing.state.started_at, standing.state.notes, standing.hung) == (4, [], "")
+    assert [beat.pid for beat, _ in standing.workers] == [7]
+    assert recorder.state().notes == ["a warning"]
 
 
 def test_files_for_people__that_cannot_be_written_are_told_of(

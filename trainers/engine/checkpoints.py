@@ -19,6 +19,7 @@ import re
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -40,6 +41,7 @@ FORMAT = 2
 # In format 1 the precision bf16 meant weights in bf16; it now means fp32 weights under autocast.
 _PRECISIONS_OF_FORMAT = {1: {"bf16": "bf16_weights"}, 2: {}}
 _TAG = "state"
+_PRUNED_WITHIN_S = 1.0
 # Torch's zip writer hides the errno.
 _OF_TORCHS_WRITER = re.compile(r"PytorchStreamWriter|inline_container|iostream")
 
@@ -296,6 +298,30 @@ def _found(run: RunDir, *, sweep: bool) -> tuple[list[Checkpoint], list[Checkpoi
 def steps_made(run: RunDir) -> int:
     """Updates made by a run up to its newest checkpoint; 0 without one."""
     return max((checkpoint.step for checkpoint in find(run)), default=0)
+
+
+def damages(run: RunDir) -> dict[str, str]:
+    """The damage of each checkpoint of a run, newest first; empty for one that is whole.
+
+    All files are read. Nothing is changed, and the run may go on meanwhile.
+
+    Args:
+        run: the run's directory.
+    """
+    root, found = run / "checkpoints", dict[str, str]()
+    for name in reversed(root.folders()):
+        folder = root / name
+        if not name.startswith("step-") or not folder.exists(MANIFEST):
+            continue
+        try:
+            damage = _damage(folder, _read_manifest(folder, name)) or ""
+        except (CheckpointError, StorageError) as error:
+            damage = str(error.args[0])
+        if damage:
+            time.sleep(_PRUNED_WITHIN_S)  # a training that goes on may be at removing it
+        if folder.exists(MANIFEST):
+            found[name] = damage
+    return found
 
 
 def load_newest(run: RunDir, engine: Engine, identity: Identity) -> Checkpoint | None:
