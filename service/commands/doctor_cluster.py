@@ -217,8 +217,11 @@ def _round_trip(probes: Mapping[str, Any], uri: str) -> dict[str, str]:
         ),
     )
     if HERE in written:
-        unseen[HERE] = mine.unseen(uri, folder, [name for name in names if name in written])
-        mine.remove(uri, folder)
+        try:
+            unseen[HERE] = mine.unseen(uri, folder, [name for name in names if name in written])
+            mine.remove(uri, folder)
+        except MimrayError as error:
+            problems[HERE] = str(error.args[-1])
     _ask(probes, lambda name, probe: probe.remove.remote(uri, folder))
     blind = {
         n: f"does not see what is written {on(others)}" for n, others in unseen.items() if others
