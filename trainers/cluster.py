@@ -53,11 +53,12 @@ def set_environment() -> None:
 
 
 @contextmanager
-def connected(address: str | None = None) -> Iterator[None]:
+def connected(address: str | None = None, *, own: bool = False) -> Iterator[None]:
     """Connect to Ray for the time of a context, unless this process is connected already.
 
     Args:
         address: the cluster's address, as `start_ray` takes it.
+        own: True for a Ray at the address that mimray has started on this machine.
 
     Raises:
         ResourceError: no cluster answers at the address, or none can start here.
@@ -68,7 +69,7 @@ def connected(address: str | None = None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    start_ray(address)
+    start_ray(address, own=own)
     # Ray prints about its workers, also while it shuts down; standard output is for results.
     with contextlib.redirect_stdout(sys.stderr):
         try:
@@ -77,7 +78,7 @@ def connected(address: str | None = None) -> Iterator[None]:
             ray.shutdown()
 
 
-def start_ray(address: str | None = None) -> None:
+def start_ray(address: str | None = None, *, own: bool = False) -> None:
     """Connect this process to Ray.
 
     With `address` or `RAY_ADDRESS` (which `ray job submit` sets) joins that cluster, with its own
@@ -86,6 +87,8 @@ def start_ray(address: str | None = None) -> None:
 
     Args:
         address: the cluster's address: `auto`, `ray://…` or host:port.
+        own: True for a Ray at the address that mimray has started on this machine, which is
+            reached on loopback alone and with the token of this user.
 
     Raises:
         ResourceError: no cluster answers at the address or it refuses, or none can start here.
@@ -98,7 +101,7 @@ def start_ray(address: str | None = None) -> None:
 
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     here = address == "local"
-    if here:
+    if here or own:
         _protect()
     problem = unreachable(address)
     if problem:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mimray.service.commands.doctor import Finding
 from mimray.service.terminal.progress import duration
 from mimray.trainers.cluster import connected, unreachable
+from mimray.trainers.environment.network import is_loopback
 from mimray.trainers.errors import ConfigError, ResourceError
 
 if TYPE_CHECKING:
@@ -222,7 +223,8 @@ def _standing(launch: Launch, address: str) -> Standing | None:
     """
     from mimray.trainers.recorder import NAMESPACE
 
-    with connected(address):
+    ours = address == launch.address and is_loopback(address.rpartition(":")[0])
+    with connected(address, own=ours and launch.host == socket.gethostname()):
         import ray
 
         try:
