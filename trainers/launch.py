@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import socket
 import threading
@@ -16,7 +17,7 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -299,7 +300,11 @@ def finished(job: Job, plan: Plan) -> Outcome | None:
 
 
 def _open_recorder(job: Job, plan: Plan, launch_id: str) -> Any:
-    """Start the actor that records a run, on the driver's node, where MLflow's SQLite file is."""
+    """Start the actor that records a run, on the driver's node, where MLflow's SQLite file is.
+
+    Raises:
+        StorageError: MLflow cannot be reached or refuses.
+    """
     cluster = ray.get_runtime_context()
     here = NodeAffinitySchedulingStrategy(cluster.get_node_id(), soft=False)
     launch = Launch(
@@ -315,9 +320,13 @@ def _open_recorder(job: Job, plan: Plan, launch_id: str) -> Any:
             plan=plan.model_dump_json(),
             launch=launch,
             fresh=job.fresh,
+            tracking=os.environ.get("MLFLOW_TRACKING_URI"),
         )
     )
-    ray.get(recorder.ready.remote())
+    try:
+        ray.get(recorder.open.remote())
+    except RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, MimrayError) else error) from None
     return recorder
 
 

@@ -124,10 +124,20 @@ class RunRecorder:
         plan: the plan as JSON.
         launch: the launch, for the record.
         fresh: start a new MLflow run instead of going on with an earlier one.
+        tracking: the driver's MLflow tracking URI, which nodes need not have in their environment;
+            None for their own choice (see `tracking_uri`).
     """
 
     def __init__(
-        self, *, run_uri: str, storage: str, name: str, plan: str, launch: Launch, fresh: bool
+        self,
+        *,
+        run_uri: str,
+        storage: str,
+        name: str,
+        plan: str,
+        launch: Launch,
+        fresh: bool,
+        tracking: str | None = None,
     ) -> None:
         self._run = RunDir(run_uri)
         self._plan = Plan.model_validate_json(plan)
@@ -136,28 +146,37 @@ class RunRecorder:
         self._scored: list[dict[str, Any]] = []
         self._roster = Roster(self._plan.recipe.resources.hang_timeout_s)
         self._drained: set[str] = set()
+        self._storage, self._name, self._fresh = storage, name, fresh
+        self._tracking_uri = tracking
+        # A server that is away holds up this thread, and no heartbeat or signal.
+        self._tracking = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
+
+    def open(self) -> None:
+        """Open the MLflow run, and tell of the launch; called once, before anything else.
+
+        Raises:
+            StorageError: MLflow cannot be reached or refuses.
+        """
         self._tracker = Tracker.open(
-            None,
+            self._tracking_uri,
             experiment="mimray",
-            run_name=name,
-            storage=storage,
+            run_name=self._name,
+            storage=self._storage,
             params=self._plan.recipe.model_dump(mode="json", exclude={"about"})
             | {"lr": self._plan.lr, "steps": self._plan.steps, "data_uri": self._plan.data.uri},
             tags={
-                "mimray.run_dir": run_uri,
+                "mimray.run_dir": self._run.uri,
                 "mimray.plan_hash": self._plan.hash,
                 "mimray.data_fingerprint": self._plan.data.fingerprint,
-                "mimray.command": launch.command,
+                "mimray.command": self._launch.command,
             },
-            resume=not fresh,
+            resume=not self._fresh,
         )
         self._state.tracking = masked(self._tracker.uri)
-        # A server that is away holds up this thread, and no heartbeat or signal.
-        self._tracking = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
         self._write_launch()
 
     def ready(self) -> bool:
-        """True, once the tracker is open and all earlier calls are done."""
+        """True, once all earlier calls are done."""
         return True
 
     def resumed(self, step: int, workers: int) -> None:

@@ -95,6 +95,8 @@ def _loss_of_ray(error: Exception) -> MimrayError | None:
 
     if not isinstance(error, RayActorError | RaySystemError):
         return None
+    if isinstance(error, RayActorError) and error.actor_init_failed:
+        return None  # its own error, and no loss
     return StoppedError(
         f"the Ray cluster is gone, or has lost a process of this command: "
         f"{str(error).strip().splitlines()[0]}",

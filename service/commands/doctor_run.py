@@ -6,6 +6,7 @@ import difflib
 import json
 import os
 import re
+import shlex
 import socket
 import time
 from dataclasses import asdict, dataclass, field
@@ -75,7 +76,9 @@ class Traces:
     @property
     def again(self) -> str:
         """The command that goes on with the run."""
-        command = self.launch.command if self.launch is not None else ""
+        words = shlex.split(self.launch.command) if self.launch is not None else []
+        # What started the run over once must not do so again.
+        command = shlex.join(word for word in words if word != "--fresh")
         return f"`{command}`" if command else "the same command"
 
 

@@ -21,7 +21,7 @@ def module(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def run(script: str, *arguments: object) -> str:
-    """What a benchmark prints, run as a person runs it."""
+    """Output of a benchmark, run as a person runs it."""
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / script), *map(str, arguments)],
         capture_output=True, text=True, timeout=800, env={**os.environ, "PYTHONWARNINGS": "ignore"},

@@ -50,7 +50,7 @@ def agent() -> Iterator[HTTPServer]:
 
 
 def process(folder: Path, pid: int, name: str, *arguments: str) -> None:
-    """What Linux tells of a process."""
+    """Write a process as Linux mounts it: its name and command line."""
     (folder / str(pid)).mkdir(parents=True)
     (folder / f"{pid}/comm").write_text(f"{name}\n")
     (folder / f"{pid}/cmdline").write_bytes(b"\0".join(a.encode() for a in arguments) + b"\0")

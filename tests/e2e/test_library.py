@@ -55,7 +55,7 @@ SECRETS = {
 
 @dataclass
 class Seen:
-    """What was seen of a training.
+    """Observations of a training.
 
     Attributes:
         folder: holds all that it wrote: `home`, `runs`, and Ray's session in `ray`.

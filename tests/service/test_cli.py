@@ -137,6 +137,23 @@ def test_pretrain__a_password_in_an_address_is_refused_before_anything_is_writte
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.usefixtures("ray_session")
+def test_pretrain__a_tracking_server_that_is_not_there(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:s3cr3t@127.0.0.1:9")
+    few = (
+        "--storage",
+        str(tmp_path),
+        "--set",
+        "optim.batch_size=16",
+        "--set",
+        "data.num_workers=0",
+    )
+    message = refused(*PRETRAIN, str(pictures), *few)
+    assert message.startswith("error: no MLflow server answers at http://me:***@127.0.0.1:9")
+
+
 def test_submit__a_password_in_a_command_is_refused() -> None:
     message = refused("submit", "--", "pretrain", "mae-tiny", "--data", "s3://AKIA:s3cr3t@bucket")
     assert "s3://AKIA:***@bucket holds a secret" in message

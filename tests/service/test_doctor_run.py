@@ -118,6 +118,10 @@ def test_stopped__tells_the_reason_and_the_command_that_goes_on():
     assert ended.detail == "stopped: step 40 of 100, 5 s ago: rank 0 ran out of memory"
     assert ended.cure == "--set engine.offload=…; `mimray pretrain mae-tiny` goes on from step 40"
 
+    over = replace(BEGUN, command="mimray pretrain mae-tiny --fresh --data 'a b'")
+    again = by_name(judge(replace(TRACES, launch=over), Answer()))["run"].cure
+    assert again == "`mimray pretrain mae-tiny --data 'a b'` goes on from step 40"
+
     early = judge(replace(TRACES, damages={}, row={}, num_rows=0), Answer())
     assert (early.state, early.resumes_from, early.step) == ("stopped", 0, 0)
     assert by_name(early)["metrics"].detail == "no row yet"

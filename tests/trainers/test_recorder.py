@@ -58,7 +58,7 @@ def recorder(tmp_path: Path, tracker: Tracker) -> RunRecorder:
     }
     plan = resolve(parse_recipe(tree), DatasetFacts("x", 100, "x"), 1)
     claim(RunDir(str(tmp_path / "run")), LAUNCH.launch_id)
-    return RunRecorder(
+    recorder = RunRecorder(
         run_uri=str(tmp_path / "run"),
         storage=str(tmp_path),
         name="run",
@@ -66,6 +66,8 @@ def recorder(tmp_path: Path, tracker: Tracker) -> RunRecorder:
         launch=LAUNCH,
         fresh=False,
     )
+    recorder.open()
+    return recorder
 
 
 def row(step: int, **figures: float) -> dict[str, Any]:
