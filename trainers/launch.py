@@ -316,7 +316,6 @@ def _open_recorder(job: Job, plan: Plan, launch_id: str) -> Any:
         .remote(
             run_uri=job.run.uri,
             storage=RunDir(job.storage).uri,
-            name=job.name,
             plan=plan.model_dump_json(),
             launch=launch,
             fresh=job.fresh,

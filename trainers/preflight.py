@@ -44,7 +44,8 @@ def preflight(plan: Plan) -> WorkerResources:
     # An elastic run shares the nodes there are among the workers that they can hold.
     slots = sum(int(n.get("GPU" if on_gpu else "CPU", 0)) for n in nodes)
     at_once = plan.world_size if limits else min(plan.world_size, max(least, slots))
-    cpus = wanted.cpus_per_worker or _fair_cpus(nodes, limits, at_once, on_gpu)
+    decoders = _decoders(plan)
+    cpus = wanted.cpus_per_worker or _fair_cpus(nodes, limits, at_once, on_gpu, at_once * decoders)
     fits = sum(
         int(min(n.get("CPU", 0) // cpus, n.get("GPU", 0) if on_gpu else 1_000_000)) for n in nodes
     )
@@ -55,23 +56,43 @@ def preflight(plan: Plan) -> WorkerResources:
             f"the cluster has {shown} and fits {fits} such workers",
             hint=f"--workers {max(1, fits)}, or --set resources.cpus_per_worker=1",
         )
+    there = max(sum(int(n.get("CPU", 0)) for n in nodes), int(most_cpus))
+    if decoders and least * (cpus + decoders) > there:
+        raise ResourceError(
+            f"data.stream ray: {least} workers x ({cpus:g} CPUs + {decoders} to decode) = "
+            f"{least * (cpus + decoders):g} CPUs; the cluster has {there}",
+            hint="a smaller data.num_workers or resources.cpus_per_worker, or "
+            "--set data.stream=local",
+        )
     return WorkerResources(gpus=int(on_gpu), cpus=cpus)
 
 
+def _decoders(plan: Plan) -> int:
+    """Actors that decode for each worker, beside it or elsewhere, of a CPU each."""
+    data = plan.recipe.data
+    return data.num_workers if data.stream == "ray" else 0
+
+
 def _fair_cpus(
-    nodes: list[dict[str, float]], limits: Mapping[str, float], num_workers: int, on_gpu: bool
+    nodes: list[dict[str, float]],
+    limits: Mapping[str, float],
+    num_workers: int,
+    on_gpu: bool,
+    num_decoders: int = 0,
 ) -> int:
-    """The largest whole number of CPUs that all workers can have at once.
+    """The largest whole number of CPUs that all workers can have at once, beside the decoders.
 
     Where the nodes there are do not hold them all, it is an equal share of what the cluster may
     grow to.
     """
     slots = [(int(n.get("CPU", 0)), int(n.get("GPU", 0)) if on_gpu else 1_000_000) for n in nodes]
+    total = sum(c for c, _ in slots)
     for cpus in range(max((c for c, _ in slots), default=1), 0, -1):
-        if sum(min(c // cpus, g) for c, g in slots) >= num_workers:
+        enough = num_workers * cpus + num_decoders <= total
+        if enough and sum(min(c // cpus, g) for c, g in slots) >= num_workers:
             return cpus
     shares = limits.get("GPU", 0) if on_gpu else num_workers
-    return max(1, int(limits.get("CPU", 0) // max(1, shares)))
+    return max(1, int((limits.get("CPU", 0) - num_decoders) // max(1, shares)))
 
 
 def autoscaler_limits() -> dict[str, float]:

@@ -23,7 +23,7 @@ from mimray.trainers.lifeline import Heartbeat, Roster
 from mimray.trainers.pictures import panel_sheet, png
 from mimray.trainers.redaction import masked
 from mimray.trainers.storage import RunDir, check_owner
-from mimray.trainers.tracking import Tracker
+from mimray.trainers.tracking import track
 from mimray.trainers.types import Notice, Panel
 
 RECONSTRUCTION = "reconstruction.png"
@@ -120,7 +120,6 @@ class RunRecorder:
     Args:
         run_uri: the URI of the run's directory.
         storage: the directory or URI of all runs.
-        name: the run's name.
         plan: the plan as JSON.
         launch: the launch, for the record.
         fresh: start a new MLflow run instead of going on with an earlier one.
@@ -133,7 +132,6 @@ class RunRecorder:
         *,
         run_uri: str,
         storage: str,
-        name: str,
         plan: str,
         launch: Launch,
         fresh: bool,
@@ -146,7 +144,7 @@ class RunRecorder:
         self._scored: list[dict[str, Any]] = []
         self._roster = Roster(self._plan.recipe.resources.hang_timeout_s)
         self._drained: set[str] = set()
-        self._storage, self._name, self._fresh = storage, name, fresh
+        self._storage, self._fresh = storage, fresh
         self._tracking_uri = tracking
         # A server that is away holds up this thread, and no heartbeat or signal.
         self._tracking = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
@@ -157,19 +155,12 @@ class RunRecorder:
         Raises:
             StorageError: MLflow cannot be reached or refuses.
         """
-        self._tracker = Tracker.open(
-            self._tracking_uri,
-            experiment="mimray",
-            run_name=self._name,
+        self._tracker = track(
+            self._run,
+            self._plan,
             storage=self._storage,
-            params=self._plan.recipe.model_dump(mode="json", exclude={"about"})
-            | {"lr": self._plan.lr, "steps": self._plan.steps, "data_uri": self._plan.data.uri},
-            tags={
-                "mimray.run_dir": self._run.uri,
-                "mimray.plan_hash": self._plan.hash,
-                "mimray.data_fingerprint": self._plan.data.fingerprint,
-                "mimray.command": self._launch.command,
-            },
+            command=self._launch.command,
+            uri=self._tracking_uri,
             resume=not self._fresh,
         )
         self._state.tracking = masked(self._tracker.uri)
@@ -187,6 +178,9 @@ class RunRecorder:
         # Rows after the step are of an earlier start, and are written again.
         self._scored = [row for row in read_metrics(self._run) if row["step"] <= step]
         self._state.probe = probe_curve(self._scored)
+        if self._state.attempts == 1:  # MLflow may be another, or have missed what came last
+            rows = self._scored
+            self._track(lambda: self._tracker.rows(rows))
 
     def metrics(self, row: dict[str, Any]) -> None:
         """Record a row of metrics."""
@@ -300,7 +294,7 @@ class RunRecorder:
         self._write_launch()
         self._track(lambda: self._tracker.finish(_status(error))).result()
 
-    def _track(self, call: Callable[[], None]) -> Future[None]:
+    def _track(self, call: Callable[[], object]) -> Future[None]:
         """Make a call of the tracker after all earlier ones; an error becomes a note."""
 
         def told() -> None:

@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Run
     from PIL.Image import Image
+
+    from mimray.trainers.config.run import Plan
+    from mimray.trainers.storage import RunDir
 
 RUN_DIR_TAG = "mimray.run_dir"
 
@@ -125,16 +128,29 @@ class Tracker:
             step: the step of the values.
             metrics: values by name.
         """
+        self.rows([{"step": step, "time": time.time(), **metrics}])
+
+    def rows(self, rows: Iterable[Mapping[str, float]]) -> int:
+        """Write scalars of several steps, at the time that each was made.
+
+        Args:
+            rows: values by name, with `step`, and `time` in seconds since 1970.
+
+        Returns:
+            Number of values that MLflow did not have.
+        """
         from mlflow.entities import Metric
 
-        now_ms = int(time.time() * 1000)
-        self._waiting += [
-            Metric(key, float(value), now_ms, step)
-            for key, value in metrics.items()
-            if step > self._logged_up_to.get(key, -1)
+        new = [
+            Metric(key, float(value), int(row["time"] * 1000), int(row["step"]))
+            for row in rows
+            for key, value in row.items()
+            if key not in ("step", "time") and row["step"] > self._logged_up_to.get(key, -1)
         ]
+        self._waiting += new
         if time.monotonic() >= self._next_try_s:
             self._send()
+        return len(new)
 
     def score(self, step: int, figures: Mapping[str, float]) -> None:
         """Write figures measured after training, each time they are measured.
@@ -206,6 +222,45 @@ class Tracker:
             )
 
 
+def track(
+    run: RunDir,
+    plan: Plan,
+    *,
+    storage: str,
+    command: str,
+    uri: str | None = None,
+    resume: bool = True,
+) -> Tracker:
+    """Open the MLflow run of a training by its directory.
+
+    Args:
+        run: the run's directory, whose name is the run's.
+        plan: its plan.
+        storage: the directory or URI of all runs.
+        command: the command line that launched it.
+        uri: the tracking URI; None takes the one of `tracking_uri`.
+        resume: go on with the MLflow run that it has, if any.
+
+    Raises:
+        StorageError: as `Tracker.open`.
+    """
+    return Tracker.open(
+        uri,
+        experiment="mimray",
+        run_name=run.name,
+        storage=storage,
+        params=plan.recipe.model_dump(mode="json", exclude={"about"})
+        | {"lr": plan.lr, "steps": plan.steps, "data_uri": plan.data.uri},
+        tags={
+            RUN_DIR_TAG: run.uri,
+            "mimray.plan_hash": plan.hash,
+            "mimray.data_fingerprint": plan.data.fingerprint,
+            "mimray.command": command,
+        },
+        resume=resume,
+    )
+
+
 def tracking_uri(uri: str | None, storage: str) -> str:
     """Decide where runs are tracked.
 
@@ -224,9 +279,11 @@ def tracking_uri(uri: str | None, storage: str) -> str:
     if root is None:
         root = Path("runs").absolute()
         logger.info(
-            "no MLFLOW_TRACKING_URI and %s is remote: this run is tracked in %s on this machine",
+            "no MLFLOW_TRACKING_URI and %s is remote: this run is tracked in %s on this machine; "
+            "elsewhere `mimray ui --storage %s` shows it",
             storage,
             root,
+            storage,
         )
     return _sqlite_in(root)
 

@@ -232,6 +232,12 @@ def make_plan(
     for params in trials:
         trial = plan.trial(params)
         check_known(trial)
+        if trial.recipe.data.stream != "local":
+            raise ConfigError(
+                f"data.stream is {trial.recipe.data.stream!r}: a trial decodes beside its workers, "
+                "on the CPUs that it holds",
+                hint="leave it out, or --set base.set.data.stream=local",
+            )
         check_average(trial.recipe)
         check_trained(trial)
     smallest = plan.rung_samples[0]

@@ -33,6 +33,7 @@ from mimray.tuning.config import (
 _FIXED = {
     "optim.steps": "trials of unlike length cannot be ranked; budget.steps sets it for all",
     "optim.epochs": "trials of unlike length cannot be ranked; budget.steps sets it for all",
+    "data.stream": "it changes nothing that is learnt",
     "data.limit": "trials on unlike data cannot be ranked; base.set has one value for all",
 }
 _FIXED_SECTIONS = {

@@ -17,6 +17,7 @@ from urllib.request import urlopen
 from mimray.service.terminal.console import say
 from mimray.trainers.errors import ConfigError, ResourceError
 from mimray.trainers.redaction import masked
+from mimray.trainers.storage import RunDir
 
 HOST = "127.0.0.1"
 START_TIMEOUT_S = 90.0
@@ -43,6 +44,8 @@ def run_ui(storage: str, sweep: str | None, port: int) -> None:
         say(f"MLflow  {masked(uri)}")
     else:
         file = uri.removeprefix("sqlite:///")
+        if RunDir(storage).local is None or not Path(file).is_file():
+            _collect(storage, uri)
         if file != uri and not Path(file).is_file():
             raise ConfigError(f"nothing is tracked in {file} yet", hint="another --storage?")
         command = [_program("mlflow"), "server", "--backend-store-uri", uri, "--host", HOST]
@@ -59,6 +62,17 @@ def run_ui(storage: str, sweep: str | None, port: int) -> None:
         say(f"report  {record.uri}/report.html")
         say(f"TensorBoard: tensorboard --logdir {folder}   (pip install tensorboard)")
     _serve(pages)
+
+
+def _collect(storage: str, uri: str) -> None:
+    """Bring a database of this machine up to runs that may have been launched on others."""
+    from mimray.service.commands.collect import collect
+
+    if os.environ.get("MLFLOW_TRACKING_URI"):
+        return
+    count = collect(storage, uri, lambda name: say(f"reading {name}"))
+    if count:
+        say(f"{count} run{'s' if count > 1 else ''} of {masked(storage)} in {uri}")
 
 
 def _serve(pages: dict[str, tuple[int, list[str]]]) -> None:

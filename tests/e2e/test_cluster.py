@@ -49,6 +49,29 @@ def test_lost_node__another_takes_over_and_nothing_changes(cluster: Any, photos:
     assert cluster.losses(metrics.read_bytes()) == calm
 
 
+def test_decoders__on_a_node_that_is_lost_change_nothing(cluster: Any, photos: Path) -> None:
+    storage = cluster.folder / "runs"
+    decoding = cluster.add_node(num_cpus=2)
+    alike = ("--set", "resources.cpus_per_worker=1")  # as many threads, as sums depend on them
+    cluster.finish(cluster.pretrain(photos, storage, "beside", STEPS, *alike))
+    streamed = ("--set", "data.stream=ray", "--set", "data.num_workers=2", *alike)
+    metrics = storage / "streamed/metrics.jsonl"
+
+    def has_step_5() -> bool:
+        assert driver.poll() is None, cluster.output(driver)
+        return num_rows(metrics.parent) >= 5
+
+    driver = cluster.pretrain(photos, storage, "streamed", STEPS, *streamed)
+    cluster.wait_until(has_step_5)
+    cluster.kill(decoding)
+    assert num_rows(metrics.parent) < STEPS, "the run was over before the node was"
+    replacement = cluster.add_node(num_cpus=2)
+    cluster.finish(driver, timeout_s=800)
+    cluster.kill(replacement)
+    beside = (storage / "beside/metrics.jsonl").read_bytes()
+    assert cluster.losses(metrics.read_bytes()) == cluster.losses(beside)
+
+
 def workers_of(run: Path) -> set[int]:
     """Numbers of workers that wrote the run's checkpoints."""
     manifests = (run / "checkpoints").glob("*/manifest.json")

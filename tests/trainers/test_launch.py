@@ -171,6 +171,44 @@ def test_preflight__fewer_than_the_least_are_refused(
         preflight(plan)
 
 
+@pytest.mark.parametrize(
+    ("cpus", "num_workers", "left"),
+    [([16, 16], 2, 14), ([8, 2], 2, 3), ([3], 2, 1)],
+)
+def test_preflight__decoders_elsewhere_have_a_cpu_each(
+    job: Job, monkeypatch: pytest.MonkeyPatch, cpus: list[int], num_workers: int, left: int
+) -> None:
+    nodes = [{"Alive": True, "Resources": {"CPU": count}} for count in cpus]
+    monkeypatch.setattr("mimray.trainers.preflight.ray.nodes", lambda: nodes)
+    monkeypatch.setattr("mimray.trainers.preflight.autoscaler_limits", dict)
+    sets = ["data.stream=ray", f"data.num_workers={num_workers}"]
+    workers = len(cpus)
+    recipe = load_recipe(
+        "mae-tiny", ["optim.batch_size=8", f"resources.num_workers={workers}", *sets], steps=2
+    )
+    found = preflight(prepare(replace(job, recipe=recipe)))
+    assert found == WorkerResources(gpus=0, cpus=left)
+
+
+def test_preflight__decoders_that_find_no_cpu_are_refused(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = [{"Alive": True, "Resources": {"CPU": 2}}]
+    monkeypatch.setattr("mimray.trainers.preflight.ray.nodes", lambda: nodes)
+    monkeypatch.setattr("mimray.trainers.preflight.autoscaler_limits", dict)
+    plan = prepare(
+        replace(
+            job,
+            recipe=load_recipe(
+                "mae-tiny", ["optim.batch_size=8", "data.stream=ray", "data.num_workers=2"], steps=2
+            ),
+        )
+    )
+
+    with pytest.raises(ResourceError, match=r"1 workers x \(1 CPUs \+ 2 to decode\) = 3 CPUs"):
+        preflight(plan)
+
+
 @pytest.mark.parametrize("value", ["0", "true", "2-8", "[1, 2]", "2.5"])
 def test_workers__anything_but_a_number_or_a_range_is_refused(value: str) -> None:
     with pytest.raises(ConfigError, match=r"resources\.num_workers: .* no range such as \{min: 2"):

@@ -34,6 +34,10 @@ class Tracker:
             raise RuntimeError("no such column")
         self.logged.append((step, metrics))
 
+    def rows(self, rows: list[dict[str, Any]]) -> None:
+        for row in rows:
+            self.log(row["step"], row)
+
     def finish(self, status: str) -> None:
         self.status = status
 
@@ -44,7 +48,7 @@ LAUNCH = Launch("l1", "host", "10.0.0.1:6379", "mimray pretrain", 1000.0)
 @pytest.fixture
 def tracker(monkeypatch: pytest.MonkeyPatch) -> Tracker:
     tracker = Tracker()
-    monkeypatch.setattr("mimray.trainers.recorder.Tracker.open", lambda *args, **options: tracker)
+    monkeypatch.setattr("mimray.trainers.recorder.track", lambda *args, **options: tracker)
     return tracker
 
 
@@ -61,7 +65,6 @@ def recorder(tmp_path: Path, tracker: Tracker) -> RunRecorder:
     recorder = RunRecorder(
         run_uri=str(tmp_path / "run"),
         storage=str(tmp_path),
-        name="run",
         plan=plan.model_dump_json(),
         launch=LAUNCH,
         fresh=False,
@@ -93,6 +96,21 @@ def test_recorder__knows_the_scores_of_earlier_starts(recorder: RunRecorder, tmp
     assert state.probe is not None
     assert state.probe.points == ((2, 5.0, None), (4, 3.0, None), (6, 4.0, None))
     assert (state.probe.best, state.probe.last) == ((2, 5.0, None), (6, 4.0, None))
+
+
+def test_mlflow__gets_the_rows_of_earlier_launches_once(
+    recorder: RunRecorder, tracker: Tracker, tmp_path: Path
+) -> None:
+    log = MetricsLog(RunDir(str(tmp_path / "run")), 0)
+    for step in (1, 2, 3):
+        log.append(row(step))
+
+    recorder.resumed(2, 1)  # the row of step 3 is written again
+    recorder.metrics(row(3))
+    recorder.resumed(3, 1)  # after a loss of workers
+    recorder.close()
+
+    assert [step for step, _ in tracker.logged] == [1, 2, 3]
 
 
 def test_mlflow_away__holds_up_no_signal_and_misses_no_row(

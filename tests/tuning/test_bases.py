@@ -119,6 +119,7 @@ def test_equal_pictures__whatever_batch_a_methods_recipe_has(planned: Planned) -
         (["base.methods.mae.recipe=simmim-tiny"], "a recipe of simmim, not of mae"),
         (["base.methods.mae.recipes=mae-tiny"], "unknown key"),
         (["base.methods.simmim.set.data.limit=10"], "unlike data cannot be ranked"),
+        (["base.set.data.stream=ray", "base.set.data.num_workers=1"], "decodes beside its workers"),
         (["base.methods.mae.set.method.mask_ratio=2"], "less than 1"),
         (["base.methods.mae.set.method.mask_ratio"], "not of the form a.b=value"),
         (["base.recipe=mae-vit-s", "space.method.name={choice: [mae, vae]}"], "vae-tiny"),

@@ -60,6 +60,11 @@ class DataConfig(Config):
     num_workers: NonNegativeInt = Field(
         default=2, description="decode processes a training worker; 0 decodes in the loop"
     )
+    stream: Literal["local", "ray"] = Field(
+        default="local",
+        description="where these are: local beside their training worker; ray anywhere on the "
+        "cluster, on a CPU each, nodes without GPUs first",
+    )
     prefetch_batches: PositiveInt = Field(default=4, description="batches ready a decode process")
     shuffle_window: PositiveInt = Field(
         default=8192,
@@ -135,6 +140,8 @@ class DataConfig(Config):
                 "-mMAGNITUDE -nLAYERS -pPROBABILITY -mstdDEVIATION -mmaxMAGNITUDE -inc1, e.g. "
                 "rand-m9-mstd0.5-inc1"
             )
+        if self.stream == "ray" and not self.num_workers:
+            raise ValueError("data.stream ray decodes in processes: data.num_workers is 0")
         if self.auto_augment and self.channels != 3:
             raise ValueError("data.auto_augment changes colours, so it needs data.channels 3")
         return self

@@ -118,6 +118,7 @@ class Recipe(Config):
 OPERATIONAL = ("about", "checkpoint", "logging", "evaluation", "resources")
 OPERATIONAL_KEYS = (
     "data.num_workers",
+    "data.stream",
     "data.prefetch_batches",
     "data.cache_mib",
     "data.decoded_cache_mib",

@@ -247,11 +247,16 @@ def make_loader(
     """
     data = plan.recipe.data
     order = training_order(source, plan.recipe)
+    samples = Samples(source, plan.recipe, inputs)
+    micros = MicroBatches(plan, order, rank, first_step, shares=bool(list(counted(inputs))))
+    if data.stream == "ray":
+        from mimray.trainers.data.stream import decode_on_cluster
+
+        batches = decode_on_cluster(samples, micros, data.num_workers, data.prefetch_batches)
+        return map(Batch.pin_memory, batches) if pin_memory else batches
     loader = DataLoader(
-        Samples(source, plan.recipe, inputs),
-        batch_sampler=MicroBatches(
-            plan, order, rank, first_step, shares=bool(list(counted(inputs)))
-        ),
+        samples,
+        batch_sampler=micros,
         collate_fn=_as_it_is,
         pin_memory=pin_memory,
         **decode_workers(data.num_workers, data.prefetch_batches),
