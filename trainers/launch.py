@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -52,6 +52,7 @@ logger = logging.getLogger(__name__)
 POLL_S = 0.5
 # The words of torch on GPUs and CPUs, and of Ray where it ends a worker to save its node.
 _MEMORY = re.compile(r"out of memory|OutOfMemory|MemoryError|allocate memory|low on memory", re.I)
+_LOST = (RayActorError, OutOfMemoryError)
 COLLECTIVE_TIMEOUT_S = 1800
 STORAGE_PATIENCE_S = 300.0
 RESIZE_AFTER_S = 60.0
@@ -225,16 +226,10 @@ def pretrain(
         "recorder": recorder,
     }
     trainer = workers(_work, config, plan, run, share)
-    failure: BaseException | None = None
     try:
-        with watcher:
-            interruptible(trainer.fit, lambda signal: ray.get(recorder.stop.remote(signal)))
-    except ray.train.TrainingFailedError as error:
-        failure = error
-    except StoppedError as error:  # at once, as far as MLflow lets it
-        ray.wait([recorder.close.remote(error)], timeout=CLOSE_WITHIN_S)
-        raise
-    state: RunState = ray.get(recorder.state.remote())
+        state, failure = _follow(trainer, recorder, watcher)
+    except OutOfMemoryError as error:  # Ray's own processes were killed, or the recorder
+        raise _gave_up(error, plan, run) from error
     if state.error is None and failure is not None:
         state.error = _gave_up(failure, plan, run)
     if not isinstance(state.error, RunConflictError):  # the tracked run is the other launch's
@@ -244,6 +239,27 @@ def pretrain(
         raise state.error from failure
     run.delete(".ray")
     return Outcome(run, plan, state.row)
+
+
+def _follow(
+    trainer: TorchTrainer, recorder: Any, watcher: _Watcher
+) -> tuple[RunState, BaseException | None]:
+    """Train to an end; gives the state at it, and Ray Train's failure if there is one.
+
+    Raises:
+        StoppedError: a signal ended it at once.
+        OutOfMemoryError: a node without memory lost the processes that would tell.
+    """
+    failure: BaseException | None = None
+    try:
+        with watcher:
+            interruptible(trainer.fit, lambda signal: ray.get(recorder.stop.remote(signal)))
+    except ray.train.TrainingFailedError as error:
+        failure = error
+    except StoppedError as error:  # at once, as far as MLflow lets it
+        ray.wait([recorder.close.remote(error)], timeout=CLOSE_WITHIN_S)
+        raise
+    return ray.get(recorder.state.remote()), failure
 
 
 def workers(
@@ -444,12 +460,12 @@ class _Watcher:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        with suppress(RayActorError):
+        with suppress(*_LOST):
             self._tell()
 
     def _poll(self) -> None:
         while not self._stop.wait(POLL_S):
-            with suppress(RayActorError):  # for a while, or for good, which `fit` finds out too
+            with suppress(*_LOST):  # for a while, or for good, which `fit` finds out too
                 ray.get(self._recorder.look_after.remote())
                 self._tell()
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import warnings
 from collections.abc import Callable, Iterable
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from ray.tune.search import Searcher
 
-from mimray.trainers.errors import ConfigError, MimrayError, RunConflictError, StorageError
+from mimray.trainers.errors import ConfigError, MimrayError
 from mimray.tuning.bases import Params
 from mimray.tuning.config import (
     Choice,
@@ -29,14 +28,13 @@ from mimray.tuning.config import (
     Uniform,
 )
 from mimray.tuning.record import ENDED, SweepRecord, TrialRecord, repeat_number
-from mimray.tuning.space import listed, space_digest, word_of
+from mimray.tuning.space import listed, word_of
 
 if TYPE_CHECKING:
     import optuna
 
 SAMPLES, SCORE = "samples", "score"
 NUMBER = "mimray.number"
-_SPACE = "mimray.space"
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +44,7 @@ class Suggestions(Searcher):  # type: ignore[misc]
 
     Args:
         config: the sweep's configuration.
-        study: Optuna's study, from `open_study`.
+        study: Optuna's study, from `study.open_study`.
         before: the trials of earlier launches.
         may_start: called before each new trial; False once a budget is spent.
         check: called with a trial's values; raises a MimrayError where they cannot run.
@@ -147,7 +145,7 @@ class Suggestions(Searcher):  # type: ignore[misc]
         else:
             # The seed follows from the number, so that a suggestion does not depend on how often
             # the sweep was started.
-            self._study.sampler = _sampler(self._config, number)
+            self._study.sampler = sampler(self._config, number)
         trial = self._study.ask(domains)
         trial.set_user_attr(NUMBER, number)
         return _internal(self._config, trial.params)
@@ -210,57 +208,8 @@ def _seed(config: SweepConfig, trial: TrialRecord) -> int:
     return int(trial.params.get("seed", config.seed))
 
 
-def open_study(
-    config: SweepConfig, name: str, storage: str, *, fresh: bool = False
-) -> optuna.Study:
-    """Open a sweep's study, or make it.
-
-    Args:
-        config: the sweep's configuration.
-        name: the study's name, unique in its storage.
-        storage: the URL of a database.
-        fresh: delete an earlier study of that name.
-
-    Raises:
-        RunConflictError: a study of that name searches another space.
-        StorageError: the database does not answer.
-        ConfigError: a value that Optuna cannot keep.
-    """
-    import optuna
-    from sqlalchemy.exc import SQLAlchemyError
-
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    digest = space_digest(config)
-    try:
-        if fresh and name in optuna.get_all_study_names(storage):
-            optuna.delete_study(study_name=name, storage=storage)
-        study = optuna.create_study(
-            storage=storage,
-            study_name=name,
-            sampler=_sampler(config, 0),
-            direction="maximize",
-            load_if_exists=True,
-        )
-        there = study.user_attrs.get(_SPACE)
-        if there is None and not study.trials:
-            study.set_user_attr(_SPACE, digest)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                study.set_metric_names([config.score.task])
-        elif there != digest:
-            raise RunConflictError(
-                f"the study {name!r} in {storage} belongs to another space",
-                hint="another --name, or `study: NAME` in the sweep",
-            )
-    except (SQLAlchemyError, ImportError, optuna.exceptions.StorageInternalError) as error:
-        raise StorageError(
-            f"Optuna's storage {storage} does not answer: {str(error).splitlines()[0]}",
-            hint="sqlite:///FILE or postgresql://USER@HOST/DATABASE (pip install psycopg[binary])",
-        ) from error
-    return study
-
-
-def _sampler(config: SweepConfig, number: int) -> optuna.samplers.BaseSampler:
+def sampler(config: SweepConfig, number: int) -> optuna.samplers.BaseSampler:
+    """Optuna's sampler of a sweep, seeded for the trial of a number."""
     import optuna
 
     if not isinstance(config.searcher, OptunaSearch):

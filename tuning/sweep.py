@@ -35,8 +35,9 @@ from mimray.tuning.config import Asha, Median, SweepConfig
 from mimray.tuning.plan import SweepPlan, check_continues, new_record
 from mimray.tuning.record import ENDED, SWEEP, SweepRecord, TrialRecord, read_record, trial_dir
 from mimray.tuning.recorder import SweepRecorder
-from mimray.tuning.search import SAMPLES, SCORE, Repeated, Suggestions, open_study
+from mimray.tuning.search import SAMPLES, SCORE, Repeated, Suggestions
 from mimray.tuning.space import num_trials
+from mimray.tuning.study import open_study, study_errors
 from mimray.tuning.trial import FAILED, LaunchContext, Trial
 from mimray.tuning.winner import report_winner
 
@@ -136,11 +137,13 @@ def run_sweep(launch: Launch, on_progress: OnProgress | None = None) -> SweepRec
 
     context = LaunchContext(plan, capacity, recorder, launch_id, launch.cache_mib)
     stage = _Stage(launch, context, record.elapsed_s, time.monotonic)
-    suggestions = Suggestions(config, study, record.trials, may_start, plan.trial)
+    with study_errors(place[1]):
+        suggestions = Suggestions(config, study, record.trials, may_start, plan.trial)
     search = RecordingScheduler(_scheduler(config, plan.rung_samples), recorder)
     search.replay(trial for trial in record.trials if trial.repeats is None)
     with _Poller(recorder, on_progress):
-        stage.run(suggestions, search)
+        with study_errors(place[1]):
+            stage.run(suggestions, search)
         current: SweepRecord = ray.get(recorder.current.remote())
         if stage.complete(current):
             repeats = Repeated(config, current)

@@ -33,7 +33,7 @@ from mimray.service.cli.submit import submit
 from mimray.service.cli.tune import tune
 from mimray.service.cli.ui import ui
 from mimray.service.cli.verdict import verdict
-from mimray.trainers.errors import MimrayError, StoppedError, StorageError
+from mimray.trainers.errors import MimrayError, ResourceError, StoppedError, StorageError
 
 # What no code can help: permissions, read-only places, no room, too many open files.
 _REFUSED_BY_THE_MACHINE = frozenset(
@@ -90,9 +90,14 @@ def _refusal(error: Exception) -> MimrayError | None:
 
 
 def _loss_of_ray(error: Exception) -> MimrayError | None:
-    """The error of a cluster that is gone, or of an actor that was killed; None for others."""
-    from ray.exceptions import RayActorError, RaySystemError
+    """The error of a cluster that is gone, or of a process that was killed; None for others."""
+    from ray.exceptions import OutOfMemoryError, RayActorError, RaySystemError
 
+    if isinstance(error, OutOfMemoryError):
+        return ResourceError(
+            "a node ran out of memory, and Ray killed a process of this command",
+            hint="smaller batches, fewer processes at once, or nothing else beside it",
+        )
     if not isinstance(error, RayActorError | RaySystemError):
         return None
     if isinstance(error, RayActorError) and error.actor_init_failed:

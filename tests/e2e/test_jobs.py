@@ -16,6 +16,14 @@ import pytest
 ROOT = Path(__file__).parents[2]
 STEPS = 6
 
+# In the environment of who submits jobs.
+SECRETS = {
+    "AWS_SECRET_ACCESS_KEY": "planted-secret-of-s3",
+    "MLFLOW_TRACKING_TOKEN": "planted-token-of-mlflow",
+    "HF_TOKEN": "planted-token-of-hf",
+    "MIMRAY_API_KEY": "planted-key-of-serving",
+}
+
 pytestmark = pytest.mark.slow
 
 
@@ -67,6 +75,7 @@ def test_package__holds_the_code_alone(tree: Path, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def cluster(bench: Any) -> Any:
     bench.start_head(num_cpus=1)
+    bench.environment |= SECRETS
     return bench
 
 
@@ -125,3 +134,17 @@ def test_job__without_the_token_is_refused(cluster: Any) -> None:
     assert httpx2.get(jobs).status_code == 401
     token = Path(cluster.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
     assert httpx2.get(jobs, headers={"Authorization": f"Bearer {token}"}).status_code == 200
+
+
+def test_jobs__keep_no_secret_of_who_submitted_them(cluster: Any) -> None:
+    """After the jobs above: what Ray tells of them, and every file of cluster, jobs and runs."""
+    token = Path(cluster.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
+    told = httpx2.get(
+        f"{cluster.dashboard}/api/jobs/", headers={"Authorization": f"Bearer {token}"}
+    ).text
+    assert "mae-clone" in told
+    files = [p for p in cluster.folder.rglob("*") if p.is_file() and p.name != "token"]
+    assert any("job-driver" in file.name for file in files)
+    for secret in (token, *SECRETS.values()):
+        assert secret not in told
+        assert [str(file) for file in files if secret.encode() in file.read_bytes()] == []

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
-from ray.exceptions import ActorUnavailableError
+from ray.exceptions import ActorUnavailableError, OutOfMemoryError
 
 from mimray.service.cli.main import cli
 from mimray.service.cli.options import command_line
@@ -309,6 +309,12 @@ def test_commands__what_the_machine_refuses_is_one_line(
     assert result.exit_code == 75
     assert result.stderr.startswith("error: the Ray cluster is gone, or has lost a process")
     assert result.stderr.count("\n") == 1
+
+    def large(*_: object) -> None:
+        raise OutOfMemoryError("Task was killed due to the node running low on memory.\nUsed: …")
+
+    monkeypatch.setattr(models, "list_models", large)
+    assert refused("models", "list").startswith("error: a node ran out of memory, and Ray killed a")
 
     def bug(*_: object) -> None:
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", "x")

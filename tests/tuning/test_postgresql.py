@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pwd
 import shutil
 import socket
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
+from unittest.mock import ANY
 
 import optuna
 import pytest
 
-from mimray.trainers.errors import RunConflictError
+from mimray.trainers.errors import RunConflictError, StorageError
 from mimray.tuning.config import SweepConfig
 from mimray.tuning.record import Rung, TrialRecord
-from mimray.tuning.search import SAMPLES, SCORE, Suggestions, open_study
+from mimray.tuning.search import SAMPLES, SCORE, Suggestions
+from mimray.tuning.study import open_study, study_errors
 
 
 def _binaries() -> Path:
@@ -34,9 +39,17 @@ def _binaries() -> Path:
     pytest.skip("PostgreSQL is not installed")
 
 
+class Database(NamedTuple):
+    """An empty database of a server of its own."""
+
+    url: str
+    start: Callable[[], None]
+    stop: Callable[[], None]
+
+
 @pytest.fixture(scope="module")
-def database() -> Iterator[str]:
-    """URL of an empty database of a server of its own."""
+def database() -> Iterator[Database]:
+    """A server that can be stopped and started."""
     binaries = _binaries()
     # Another user gets in here; pytest keeps its own folders from others.
     folder = Path(tempfile.mkdtemp(prefix="mr-"))
@@ -54,12 +67,20 @@ def database() -> Iterator[str]:
         check=True, capture_output=True, cwd="/",
     )  # fmt: skip
     options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories= -c fsync=off"
-    subprocess.run(
-        [*control, "-o", options, "-l", f"{folder}/log", "start"],
-        check=True, stdout=subprocess.DEVNULL, cwd="/",
-    )  # fmt: skip
-    yield f"postgresql://me@127.0.0.1:{port}/postgres"
-    subprocess.run([*control, "-m", "immediate", "stop"], check=True, capture_output=True, cwd="/")
+
+    def start() -> None:
+        subprocess.run(
+            [*control, "-o", options, "-l", f"{folder}/log", "start"],
+            check=True, stdout=subprocess.DEVNULL, cwd="/",
+        )  # fmt: skip
+
+    def stop() -> None:
+        command = [*control, "-m", "immediate", "stop"]
+        subprocess.run(command, check=True, capture_output=True, cwd="/")
+
+    start()
+    yield Database(f"postgresql://me@127.0.0.1:{port}/postgres", start, stop)
+    stop()
     shutil.rmtree(folder)
 
 
@@ -68,7 +89,7 @@ def _known(name: str) -> bool:
 
 
 def test_study__in_postgresql_holds_the_trials_and_goes_on(
-    database: str, configured: Callable[..., SweepConfig]
+    database: Database, configured: Callable[..., SweepConfig]
 ) -> None:
     config = configured(
         "searcher={name: optuna, num_startup_trials: 2}", "budget.trials=4",
@@ -77,7 +98,7 @@ def test_study__in_postgresql_holds_the_trials_and_goes_on(
     )  # fmt: skip
     done: list[TrialRecord] = []
     for first in (0, 2):
-        study = open_study(config, "photos", database)
+        study = open_study(config, "photos", database.url)
         search = Suggestions(config, study, done, lambda: True, lambda params: None)
         for number in (first, first + 1):
             found = search.suggest(f"t{number}")
@@ -91,7 +112,52 @@ def test_study__in_postgresql_holds_the_trials_and_goes_on(
             )
             done.append(record)
             search.ended(record)
-    there = optuna.load_study(study_name="photos", storage=database)
+    there = optuna.load_study(study_name="photos", storage=database.url)
     assert [(t.params, t.value) for t in there.trials] == [(t.params, t.score) for t in done]
     with pytest.raises(RunConflictError, match="another space"):
-        open_study(configured(), "photos", database)
+        open_study(configured(), "photos", database.url)
+
+
+def test_study__waits_for_a_server_that_restarts(
+    database: Database, configured: Callable[..., SweepConfig], caplog: pytest.LogCaptureFixture
+) -> None:
+    config = configured(
+        "searcher={name: optuna, num_startup_trials: 2}", "budget.trials=4",
+        "space.method.mask_ratio={uniform: [0.2, 0.9]}",
+        "space.method.decoder_depth={choice: [1, 2]}",
+    )  # fmt: skip
+    study = open_study(config, "restarted", database.url)
+    search = Suggestions(config, study, [], lambda: True, lambda params: None)
+    assert search.suggest("t0") is not None
+    database.stop()
+    with pytest.raises(StorageError, match="does not answer: .*refused"):
+        open_study(config, "restarted", database.url)  # at the start it is told at once
+
+    back = threading.Timer(3, database.start)
+    back.start()
+    with caplog.at_level(logging.WARNING):
+        search.on_trial_result("t0", {SAMPLES: 100, SCORE: 0.5})
+    back.join()
+    assert "does not answer" in caplog.text
+    assert search.suggest("t1") == {"number": 1, "params": ANY}
+    there = optuna.load_study(study_name="restarted", storage=database.url)
+    assert [trial.intermediate_values for trial in there.trials] == [{100: 0.5}, {}]
+
+
+def test_study__a_server_that_stays_away_is_named(
+    database: Database, configured: Callable[..., SweepConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configured("budget.trials=4")
+    monkeypatch.setattr("mimray.tuning.study.PATIENCE_S", 0.5)
+    study = open_study(config, "away", database.url)
+    search = Suggestions(config, study, [], lambda: True, lambda params: None)
+    database.stop()
+    try:
+        with (
+            pytest.raises(StorageError, match="does not answer: .*refused") as caught,
+            study_errors(database.url),
+        ):
+            search.suggest("t0")
+    finally:
+        database.start()
+    assert "continues" in (caught.value.hint or "")

@@ -13,8 +13,9 @@ from ray.tune.search import Searcher
 from mimray.trainers.errors import RunConflictError, StorageError
 from mimray.tuning.config import SweepConfig
 from mimray.tuning.record import Rung, TrialRecord
-from mimray.tuning.search import NUMBER, SAMPLES, SCORE, Suggestions, open_study
+from mimray.tuning.search import NUMBER, SAMPLES, SCORE, Suggestions
 from mimray.tuning.space import combinations, listed
+from mimray.tuning.study import open_study
 
 Configured = Callable[..., SweepConfig]
 TPE = [
