@@ -41,7 +41,7 @@ class Workbench:
     Attributes:
         folder: holds everything; its name leaves room for the paths of sockets, which are short.
         environment: what a process needs in order to be let into the cluster.
-        address: of the cluster, for `RAY_ADDRESS`.
+        ip: address of the head node, and of others unless they have one of their own.
         dashboard: URL that takes jobs.
     """
 
@@ -60,26 +60,36 @@ class Workbench:
             "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
         }
         port, dashboard = self.free_ports(2)
-        self.address = f"127.0.0.1:{port}"
+        self._port = port
+        self.ip = "127.0.0.1"
         self.dashboard = f"http://127.0.0.1:{dashboard}"
         self._started: list[subprocess.Popen[bytes]] = []
 
+    @property
+    def address(self) -> str:
+        """Address of the cluster, for `RAY_ADDRESS`."""
+        return f"{self.ip}:{self._port}"
+
     def start_head(self, num_cpus: int) -> None:
         """Start the head node."""
-        port, dashboard = (url.rpartition(":")[2] for url in (self.address, self.dashboard))
+        dashboard = self.dashboard.rpartition(":")[2]
         self._start_node(
-            "--head", f"--port={port}", f"--dashboard-port={dashboard}",
-            f"--temp-dir={self.folder}", f"--num-cpus={num_cpus}",
+            "--head", f"--port={self._port}", f"--dashboard-port={dashboard}",
+            f"--temp-dir={self.folder}", f"--num-cpus={num_cpus}", f"--node-ip-address={self.ip}",
         )  # fmt: skip
 
-    def add_node(self, num_cpus: int, *wrapper: str) -> subprocess.Popen[bytes]:
+    def add_node(
+        self, num_cpus: int, *wrapper: str, ip: str | None = None
+    ) -> subprocess.Popen[bytes]:
         """Start another node, perhaps by a command around it; `kill` takes it down."""
-        options = (f"--address={self.address}", f"--num-cpus={num_cpus}")
-        return self._start_node(*options, wrapper=wrapper)
+        return self._start_node(
+            f"--address={self.address}", f"--num-cpus={num_cpus}",
+            f"--node-ip-address={ip or self.ip}", wrapper=wrapper,
+        )  # fmt: skip
 
     def _start_node(self, *options: str, wrapper: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
         node = self.start(
-            *wrapper, "ray", "start", "--block", "--node-ip-address=127.0.0.1",
+            *wrapper, "ray", "start", "--block",
             # The usual port of what starts jobs is that of the session's own Ray.
             "--dashboard-agent-listen-port=0", "--object-store-memory=100000000", *options,
         )  # fmt: skip
