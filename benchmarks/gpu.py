@@ -43,6 +43,7 @@ def our_step(recipe_name: str, batch: int, compiled: bool) -> tuple[Step, float]
     """A training step of a recipe on tensors of the device, and its FLOPs a picture."""
     from mimray.trainers.config.recipes import load_recipe
     from mimray.trainers.cost.step import shape_of, trace
+    from mimray.trainers.engine.compiled import compile_blocks
     from mimray.trainers.methods.catalogue import build_method, inputs_of
     from mimray.trainers.methods.inputs import placeholders
 
@@ -59,8 +60,9 @@ def our_step(recipe_name: str, batch: int, compiled: bool) -> tuple[Step, float]
         for name, value in placeholders(inputs_of(recipe), recipe, batch, torch.float32).items()
     }
     method = build_method(recipe).to(DEVICE)
-    forward = torch.compile(method) if compiled else method
-    return training_step(method, lambda: forward(**arguments).loss), flops
+    if compiled:
+        compile_blocks(method, DEVICE)
+    return training_step(method, lambda: method(**arguments).loss), flops
 
 
 def their_step(batch: int, compiled: bool) -> Step:

@@ -62,7 +62,7 @@ def test_config__raw_block_adds_key_by_key() -> None:
         ("zero_optimization: {cpu_offload: true}", "set engine.offload"),
         ("optimizer: {type: Lamb}", "the recipe's optim section"),
         ("scheduler: {type: WarmupLR}", "the recipe's optim section"),
-        ("compile: {deepcompile: true}", "without effect"),
+        ("compile: {deepcompile: true}", "set engine.compile"),
         ("activation_checkpointing: {profile: true}", "set engine.activation_checkpointing"),
         ("checkpoint: {load_universal: true}", "checkpoint section"),
         ("fp16: {hysteresis: 2}", "without effect with engine.precision fp32"),

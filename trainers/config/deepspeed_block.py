@@ -18,7 +18,6 @@ _OPTIM = "the recipe's optim section sets the optimiser and its schedule"
 _LOADER = "without effect on mimray's loader; see the recipe's data section"
 _FILES = "checkpoints are mimray's own; see the recipe's checkpoint section"
 _SHARDED = "mimray shards by ZeRO alone; set engine.zero_stage"
-_COMPILED = "without effect, since mimray compiles nothing; leave it out"
 
 REFUSED: dict[str, str] = {
     "train_batch_size": _BATCH,
@@ -54,7 +53,7 @@ REFUSED: dict[str, str] = {
     "activation_checkpointing": "set engine.activation_checkpointing",
     "checkpoint": _FILES,
     "datastates_ckpt": _FILES,
-    "compile": _COMPILED,
+    "compile": "set engine.compile",
     "aio": "without effect, since nothing is offloaded to disks; leave it out",
     "dataloader_drop_last": _LOADER,
     "data_efficiency": _LOADER,

@@ -60,9 +60,22 @@ class EngineConfig(Config):
         description="pictures a worker holds at once; the rest of the global batch is accumulated",
     )
     activation_checkpointing: bool = False
+    compile: bool = Field(
+        default=False,
+        description="have torch compile the blocks of encoder and decoder, at ZeRO 0 to 2",
+    )
     deepspeed: dict[str, Any] = Field(
         default_factory=dict, description="raw DeepSpeed configuration that no other key covers"
     )
+
+    @model_validator(mode="after")
+    def _check_compile(self) -> EngineConfig:
+        if self.compile and self.zero_stage == 3:
+            raise ValueError(
+                "engine.compile goes with engine.zero_stage 0 to 2: stage 3 gathers the weights of "
+                "each layer as it is called, which no compiled block can hold"
+            )
+        return self
 
 
 class CheckpointConfig(Config):
@@ -123,6 +136,7 @@ OPERATIONAL_KEYS = (
     "data.cache_mib",
     "data.decoded_cache_mib",
     "engine.micro_batch_size",
+    "engine.compile",
 )
 
 NEUTRAL: dict[str, Any] = {

@@ -24,6 +24,7 @@ from mimray.trainers.data.views import Inputs
 from mimray.trainers.engine import checkpoints
 from mimray.trainers.engine.average import with_average
 from mimray.trainers.engine.clipping import clip_each
+from mimray.trainers.engine.compiled import compile_blocks
 from mimray.trainers.engine.deepspeed import (
     Engine,
     choose_precision,
@@ -199,6 +200,8 @@ def stages(
     fixed = fixed_weights(method)
     if recipe.engine.activation_checkpointing:
         method.encoder.activation_checkpointing = True
+    if recipe.engine.compile:
+        compile_blocks(method, device)
     gradients = FrozenGradients(method, recipe.optim)
     engine = initialize(method, plan, precision)
     earlier = tuple(length.hash for length in plan.lengths)

@@ -203,9 +203,10 @@ class Method(nn.Module, ABC):
         Args:
             seeds: uint64 [B], a seed for each sample.
         """
+        bits = torch.from_numpy(seeds.view(np.int64))
         for module in self.modules():
             if isinstance(module, SampleNoise):
-                module.seeds = seeds
+                module.seeds = bits
 
     def after_step(self, step: int) -> dict[str, float]:
         """Called after each update, on every rank; may be collective.

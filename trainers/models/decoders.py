@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from mimray.trainers.config.mae import MAEConfig
 from mimray.trainers.config.model import ViTConfig
 from mimray.trainers.config.run import Recipe
+from mimray.trainers.models.blocks import BlockRunner
 from mimray.trainers.models.cross_attention import CrossBlock
 from mimray.trainers.models.patches import take_tokens, visible_indices
 from mimray.trainers.models.positions import sincos_2d
 from mimray.trainers.models.vit import LAYER_NORM_EPS, init_transformer, transformer_blocks
 
 
-class MAEDecoder(nn.Module):
+class MAEDecoder(BlockRunner):
     """A light transformer over visible tokens and mask tokens.
 
     Args:
@@ -82,7 +83,7 @@ class MAEDecoder(nn.Module):
         full = full.scatter(1, places, x[:, self.num_prefix :])
         x = torch.cat([x[:, : self.num_prefix], full], dim=1) + self.pos_embed
         for block in self.blocks:
-            x = block(x)
+            x = self._run(block, x)
         prediction: Tensor = self.pred(self.norm(x))[:, self.num_prefix :]
         return prediction
 
@@ -119,7 +120,7 @@ class WeightedLayers(nn.Module):
         return [norm(context) for norm, context in zip(self.norms, contexts, strict=True)]
 
 
-class CrossDecoder(nn.Module):
+class CrossDecoder(BlockRunner):
     """A decoder of cross-attention: hidden patches attend to visible ones, not to each other.
 
     So each prediction is the same whatever else is decoded.
@@ -182,7 +183,7 @@ class CrossDecoder(nn.Module):
         x = self.mask_token + positions  # B M W
         contexts = [*layers] * len(self.blocks) if self.weighted is None else self.weighted(layers)
         for block, context in zip(self.blocks, contexts, strict=True):
-            x = block(x, context)
+            x = self._run(block, x, context)
         prediction: Tensor = self.pred(self.norm(x))
         return prediction
 

@@ -8,16 +8,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import chain
-from typing import cast
 
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
+from mimray.trainers.models.blocks import BlockRunner
 from mimray.trainers.types import Features
 
 
-class Encoder(nn.Module, ABC):
+class Encoder(BlockRunner, ABC):
     """A backbone, trained by a method and exported without it.
 
     Attributes:
@@ -28,7 +27,6 @@ class Encoder(nn.Module, ABC):
         image_size: (height, width) it was built for, pixels; other multiples of the stride work.
         strides: stride in pixels of each layer's feature map.
         widths: channels of each layer's feature map.
-        activation_checkpointing: True to compute activations again in the backward pass.
     """
 
     width: int
@@ -38,7 +36,6 @@ class Encoder(nn.Module, ABC):
     image_size: tuple[int, int]
     strides: tuple[int, ...]
     widths: tuple[int, ...]
-    activation_checkpointing: bool = False
 
     @abstractmethod
     def forward(
@@ -129,9 +126,3 @@ class Encoder(nn.Module, ABC):
         """Cast pictures to the weights' precision; methods keep their targets in fp32."""
         weights = chain(self.parameters(), self.buffers())  # a moving average has buffers only
         return images.to(next(w.dtype for w in weights if w.is_floating_point()))
-
-    def _run(self, block: nn.Module, *inputs: object) -> Tensor:
-        """Call a block, with activation checkpointing if it is on."""
-        if self.activation_checkpointing and self.training:
-            return cast(Tensor, checkpoint(block, *inputs, use_reentrant=False))
-        return cast(Tensor, block(*inputs))

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_GOLDEN = 0x9E3779B97F4A7C15
 
 
 class SampleNoise(nn.Module):
@@ -21,10 +20,11 @@ class SampleNoise(nn.Module):
     A backward pass that computes activations again draws the same.
 
     Attributes:
-        seeds: uint64 [B], a seed for each sample; None to draw from torch's generator.
+        seeds: int64 [B] on the host, the bits of a seed for each sample; None to draw from torch's
+            generator.
     """
 
-    seeds: np.ndarray | None = None
+    seeds: Tensor | None = None
 
 
 class DropPath(SampleNoise):
@@ -41,6 +41,9 @@ class DropPath(SampleNoise):
         super().__init__()
         self.drop_prob = drop_prob
         self.place = place
+        # Tensors, so that one compiled graph serves all blocks of a network.
+        self._share, self._scale = torch.tensor(drop_prob), torch.tensor(1 / (1 - drop_prob))
+        self._offset = torch.tensor(_signed((place + 1) * _GOLDEN))
 
     def forward(self, branch: Tensor) -> Tensor:
         """Scale the rows of a branch, [R, …]: [B x views, …], sample-major, for several views."""
@@ -50,9 +53,8 @@ class DropPath(SampleNoise):
         if self.seeds is None:
             drawn = torch.rand(rows, device=branch.device)
         else:
-            uniform = _uniform(_of_rows(self.seeds, rows), self.place)
-            drawn = torch.from_numpy(uniform).to(branch.device)
-        scale = (drawn >= self.drop_prob).to(branch.dtype) / (1 - self.drop_prob)
+            drawn = _uniform(_of_rows(self.seeds, rows) + self._offset).to(branch.device)
+        scale = (drawn >= self._share).to(branch.dtype) * self._scale
         return branch * scale.reshape(rows, *[1] * (branch.ndim - 1))
 
 
@@ -76,7 +78,7 @@ class Noise(SampleNoise):
         found = torch.empty_like(like, memory_format=torch.contiguous_format)
         generator = torch.Generator(like.device)
         for row, seed in zip(found, _of_rows(self.seeds, len(like)).tolist(), strict=True):
-            fill(row, generator=generator.manual_seed(seed >> 1))
+            fill(row, generator=generator.manual_seed(seed % 2**64 >> 1))
         return found
 
 
@@ -97,28 +99,38 @@ def replace_drop_path(blocks: Sequence[nn.Module], first_place: int = 0) -> None
             place += 1
 
 
-def _of_rows(seeds: np.ndarray, rows: int) -> np.ndarray:
+def _of_rows(seeds: Tensor, rows: int) -> Tensor:
     """Seeds of rows, which are sample-major: [B x views, …], a sample's views one after another.
 
     Views in any other order would share noise between samples.
 
     Args:
-        seeds: uint64 [B], a seed for each sample.
+        seeds: int64 [B], the bits of a seed for each sample.
         rows: number of rows, a multiple of B.
     """
     views, left = divmod(rows, len(seeds))
     assert not left, f"{rows} rows of {len(seeds)} samples"
-    return np.repeat(seeds, views) + np.tile(np.arange(views, dtype=np.uint64), len(seeds))
+    return (seeds.unsqueeze(1) + torch.arange(views)).flatten()  # B x views
 
 
-def _uniform(seeds: np.ndarray, place: int) -> np.ndarray:
+def _uniform(seeds: Tensor) -> Tensor:
     """A number in [0, 1) for each seed, fp32, by the output function of SplitMix64.
+
+    Sums and products of int64 wrap around to the bits of those of uint64.
 
     Source: Steele et al. 2014, "Fast Splittable Pseudorandom Number Generators".
     """
-    with np.errstate(over="ignore"):
-        mixed = seeds + np.uint64(place + 1) * _GOLDEN
-        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        mixed ^= mixed >> np.uint64(31)
-    return ((mixed >> np.uint64(40)) * 2.0**-24).astype(np.float32)
+    mixed = (seeds ^ _shifted(seeds, 30)) * _signed(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ _shifted(mixed, 27)) * _signed(0x94D049BB133111EB)
+    mixed = mixed ^ _shifted(mixed, 31)
+    return _shifted(mixed, 40).float() * 2.0**-24
+
+
+def _shifted(bits: Tensor, places: int) -> Tensor:
+    """Bits to the right, with zeros from the left."""
+    return (bits >> places) & ((1 << (64 - places)) - 1)
+
+
+def _signed(number: int) -> int:
+    """The number of 64 bits, with a sign, that has the lowest bits of another."""
+    return (number + 2**63) % 2**64 - 2**63

@@ -6,13 +6,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from mimray.trainers.models.blocks import BlockRunner
 from mimray.trainers.models.cross_attention import CrossBlock
 from mimray.trainers.models.patches import take_tokens, visible_indices
 from mimray.trainers.models.positions import sincos_2d
 from mimray.trainers.models.vit import LAYER_NORM_EPS, init_transformer
 
 
-class PlacePredictor(nn.Module):
+class PlacePredictor(BlockRunner):
     """Mask tokens at chosen places, which attend to the encoder's output and not to one another.
 
     What is predicted of a place does not depend on the other places that are asked for.
@@ -74,6 +75,6 @@ class PlacePredictor(nn.Module):
         context = torch.cat([registers, visible], dim=1)
         queries = self.mask_token + take_tokens(positions, places)  # B M W
         for block in self.blocks:
-            queries = block(queries, context)
+            queries = self._run(block, queries, context)
         predicted: Tensor = self.norm(queries)
         return predicted

@@ -12,11 +12,12 @@ from mimray.trainers.data.rng import sample_seeds
 from mimray.trainers.models.noise import DropPath, Noise
 
 
-def seeds_of(count: int, start: int = 0, epoch: int = 0) -> np.ndarray:
-    return sample_seeds(7, np.full(count, epoch), np.arange(start, start + count))
+def seeds_of(count: int, start: int = 0, epoch: int = 0) -> torch.Tensor:
+    seeds = sample_seeds(7, np.full(count, epoch), np.arange(start, start + count))
+    return torch.from_numpy(seeds.view(np.int64))
 
 
-def kept(rows: int, seeds: np.ndarray | None, place: int = 0, drop_prob: float = 0.3) -> Any:
+def kept(rows: int, seeds: torch.Tensor | None, place: int = 0, drop_prob: float = 0.3) -> Any:
     path = DropPath(drop_prob, place).train()
     path.seeds = seeds
     return path(torch.ones(rows, 2, 3))[:, 0, 0]
@@ -48,6 +49,20 @@ def test_drop_path__draws_apart_for_views_and_places():
 
     assert np.corrcoef(views.T.numpy())[0, 1] == pytest.approx(0, abs=0.08)
     np.testing.assert_allclose(np.corrcoef(places.numpy()), np.eye(3), atol=0.08)
+
+
+@pytest.mark.parametrize("place", [0, 1, 23])
+def test_drop_path__draws_by_splitmix64_of_unsigned_numbers(place: int):
+    seeds = seeds_of(500)
+    drawn = []
+    for seed in seeds.tolist():
+        mixed = (seed + (place + 1) * 0x9E3779B97F4A7C15) % 2**64
+        for right, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+            mixed = (mixed ^ mixed >> right) * factor % 2**64
+        drawn.append((mixed >> 40) / 2**24)
+    expected = np.array(drawn) >= 0.3
+
+    np.testing.assert_array_equal((kept(500, seeds, place) != 0).numpy(), expected)
 
 
 def test_drop_path__is_nothing_in_evaluation():

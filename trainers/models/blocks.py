@@ -1,0 +1,40 @@
+"""How networks run their blocks: plain, checkpointed, compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+class BlockRunner(nn.Module):
+    """The base of networks that are a chain of blocks.
+
+    Attributes:
+        activation_checkpointing: True to compute activations again in the backward pass.
+        compiled: True to have torch compile the blocks, one graph for all that are alike, each
+            number of tokens included.
+    """
+
+    activation_checkpointing: bool = False
+    compiled: bool = False
+
+    def _run(self, block: nn.Module, *inputs: object) -> Tensor:
+        """Call a block."""
+        call = _compiled_call() if self.compiled else _call
+        again = self.activation_checkpointing and self.training
+        return cast(Tensor, call(block, again, *inputs))
+
+
+def _call(block: nn.Module, again: bool, *inputs: Any) -> Any:
+    # Within the graph, or what is computed again might take another graph than the first time.
+    return checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)
+
+
+@cache
+def _compiled_call() -> Callable[..., Any]:
+    return torch.compile(_call)
