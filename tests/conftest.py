@@ -140,22 +140,23 @@ def run_ranks() -> Callable[..., None]:
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
 
     def run(file: str, place: object, *arguments: str, timeout_s: float = 600) -> None:
-        processes = [
-            subprocess.Popen(
-                [sys.executable, file, str(place), str(rank), *arguments],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-            )
-            for rank in range(2)
-        ]
-        try:
-            for process in processes:
-                said, _ = process.communicate(timeout=timeout_s)
-                assert process.returncode == 0, said[-4000:]
-        finally:
-            for process in processes:
-                process.kill()
+        # Files: a pipe that nobody reads meanwhile stops the rank that writes, and so the others.
+        logs = [Path(f"{place}.{rank}.log") for rank in range(2)]
+        with contextlib.ExitStack() as files:
+            processes = [
+                subprocess.Popen(
+                    [sys.executable, file, str(place), str(rank), *arguments],
+                    stdout=files.enter_context(log.open("wb")),
+                    stderr=subprocess.STDOUT,
+                    env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+                )
+                for rank, log in enumerate(logs)
+            ]
+            try:
+                for process, log in zip(processes, logs, strict=True):
+                    assert process.wait(timeout_s) == 0, log.read_text(errors="replace")[-4000:]
+            finally:
+                for process in processes:
+                    process.kill()
 
     return run
