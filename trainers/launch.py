@@ -43,6 +43,7 @@ from mimray.trainers.methods.needs import (
 )
 from mimray.trainers.preflight import WorkerResources, preflight
 from mimray.trainers.recorder import NAMESPACE, Launch, RunLink, RunRecorder, RunState
+from mimray.trainers.resizing import SaveBeforeResizing
 from mimray.trainers.stopping import interruptible
 from mimray.trainers.storage import RunDir, check_seen, claim
 from mimray.trainers.weights import fetcher
@@ -273,17 +274,18 @@ def workers(
 
     Args:
         work: the function that each worker runs.
-        config: the argument of `work`.
+        config: the argument of `work`; of an elastic run, with its `recorder`.
         plan: the run's plan, with the number of workers and of failures survived.
         run: the run's directory, in which Ray keeps its own files meanwhile.
         share: resources of each worker.
     """
+    asked = _workers_asked(plan)
     return TorchTrainer(
         work,
         train_loop_config=config,
         torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
         scaling_config=ScalingConfig(
-            num_workers=_workers_asked(plan),
+            num_workers=asked,
             elastic_resize_monitor_interval_s=RESIZE_AFTER_S,
             use_gpu=share.gpus > 0,
             resources_per_worker={"CPU": share.cpus, **({"GPU": 1} if share.gpus else {})},
@@ -293,6 +295,7 @@ def workers(
             name=uuid.uuid4().hex,
             storage_path=(run / ".ray").uri,
             failure_config=FailureConfig(max_failures=plan.recipe.resources.max_failures),
+            callbacks=None if isinstance(asked, int) else [SaveBeforeResizing(config["recorder"])],
         ),
     )
 

@@ -25,6 +25,7 @@ from mimray.trainers.types import Notice
 BEAT_S = 1.0
 STACKS_WITHIN_S = 5.0
 _LOOKS_EVERY_S = 3.0
+_SILENT_S = 20.0
 
 
 class Lifeline:
@@ -57,6 +58,7 @@ class Heartbeat:
         since_s: seconds since it began the last one.
         slowest_s: seconds of its slowest update so far.
         pause: the work under way between two updates; empty while one is made.
+        saved: True once the checkpoint that was asked for is written.
     """
 
     rank: int
@@ -67,6 +69,7 @@ class Heartbeat:
     since_s: float = 0.0
     slowest_s: float = 0.0
     pause: str = ""
+    saved: bool = False
 
     @property
     def where(self) -> str:
@@ -90,7 +93,7 @@ class WorkerLifeline(Lifeline):
         context = ray.get_runtime_context()
         self._recorder, self._actor = recorder, context.current_actor
         self._identity = (rank, context.get_node_id(), socket.gethostname(), os.getpid())
-        self._notice, self._saved = Notice.NONE, False
+        self._notice, self._asked, self._saved = Notice.NONE, False, False
         self._steps, self._began, self._slowest_s, self._pause = 0, time.monotonic(), 0.0, ""
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lifeline", daemon=True)
@@ -108,9 +111,10 @@ class WorkerLifeline(Lifeline):
         """Say that an update is about to be made; returns what is asked for, a SAVE once."""
         self._end_step()
         self._steps, self._began = self._steps + 1, time.monotonic()
+        self._saved = self._asked  # it was, before the loop came here again
         if self._notice is Notice.SAVE:
-            again, self._saved = self._saved, True
-            return Notice.NONE if again else Notice.SAVE
+            self._asked = True
+            return Notice.NONE if self._saved else Notice.SAVE
         return self._notice
 
     @contextmanager
@@ -135,7 +139,9 @@ class WorkerLifeline(Lifeline):
     def _beat(self) -> None:
         while not self._ended.wait(BEAT_S):
             since_s = time.monotonic() - self._began
-            beat = Heartbeat(*self._identity, self._steps, since_s, self._slowest_s, self._pause)
+            beat = Heartbeat(
+                *self._identity, self._steps, since_s, self._slowest_s, self._pause, self._saved
+            )
             try:
                 self._notice, stack = self._get(self._recorder.beat.remote(beat, self._actor))
                 if stack:
@@ -222,6 +228,12 @@ class Roster:
         actors = [actor for _, _, actor in self._beats.values()]
         self.forget()
         return actors
+
+    def saved(self, now_s: float) -> bool:
+        """True if every worker that is still heard of has written what it was asked for."""
+        return all(
+            beat.saved or now_s - heard_at > _SILENT_S for heard_at, beat, _ in self._beats.values()
+        )
 
     def standing(self, now_s: float) -> list[tuple[Heartbeat, float]]:
         """The last heartbeat of each worker, by rank, and seconds since it was heard."""

@@ -144,6 +144,7 @@ class RunRecorder:
         self._scored: list[dict[str, Any]] = []
         self._roster = Roster(self._plan.recipe.resources.hang_timeout_s)
         self._drained: set[str] = set()
+        self._resizing = False
         self._storage, self._fresh = storage, fresh
         self._tracking_uri = tracking
         # A server that is away holds up this thread, and no heartbeat or signal.
@@ -174,6 +175,7 @@ class RunRecorder:
         """Record the step at which workers begin, and their number."""
         self._state.started_at, self._state.workers = step, workers
         self._state.attempts += 1
+        self._resizing = False
         self._roster.forget()
         # Rows after the step are of an earlier start, and are written again.
         self._scored = [row for row in read_metrics(self._run) if row["step"] <= step]
@@ -233,7 +235,13 @@ class RunRecorder:
         stacks = self._roster.beat(beat, actor, time.monotonic())
         if self._state.stopping:
             return Notice.STOP, stacks
-        return (Notice.SAVE if beat.node_id in self._drained else Notice.NONE), stacks
+        save = self._resizing or beat.node_id in self._drained
+        return (Notice.SAVE if save else Notice.NONE), stacks
+
+    def saved(self) -> bool:
+        """Ask all workers for a checkpoint, until others begin; True once it is written."""
+        self._resizing = True
+        return self._roster.saved(time.monotonic())
 
     def stack(self, beat: Heartbeat, stacks: str) -> None:
         """Keep the stacks of a worker while another one hangs, or itself."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,37 @@ def test_elastic_run__goes_on_with_fewer_workers_and_grows_back(cluster: Any, ph
     assert list(found) == list(range(1, len(found) + 1))
     for step in range(1, lost_at + 20):
         assert found[step] == pytest.approx(expected[step], rel=1e-5), step
+
+
+def test_elastic_run__saves_before_it_grows(cluster: Any, photos: Path) -> None:
+    storage = cluster.folder / "runs"
+    run = storage / "growing"
+    never = ("--set", "checkpoint.every_steps=100000", "--set", "optim.warmup_steps=1")
+    between = ("--set", "resources.num_workers={min: 1, max: 2}")
+    driver = cluster.pretrain(photos, storage, "growing", 20_000, *never, *between)
+
+    def has_rows() -> bool:
+        assert driver.poll() is None, cluster.output(driver)
+        return num_rows(run) >= 5
+
+    cluster.wait_until(has_rows)
+    assert workers_of(run) == set()
+    node = cluster.add_node(num_cpus=1)
+
+    def grew() -> bool:
+        assert driver.poll() is None, cluster.output(driver)
+        return "2 workers from step" in cluster.output(driver)
+
+    cluster.wait_until(grew)
+    said = re.search(r"2 workers from step (\d+)", cluster.output(driver))
+    assert said is not None
+    (manifest,) = (run / "checkpoints").glob("*/manifest.json")
+    saved = json.loads(manifest.read_text())
+    assert (saved["step"], saved["world_size"]) == (int(said[1]), 1)
+    assert saved["step"] >= 5
+    driver.terminate()
+    assert driver.wait(120) == 75, cluster.output(driver)
+    cluster.kill(node)
 
 
 def test_sweep__a_lost_node_costs_no_trial(cluster: Any, photos: Path) -> None:

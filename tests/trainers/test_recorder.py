@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -225,3 +226,24 @@ def test_curve__is_of_the_newest_figure():
     assert curve is not None
     assert (curve.figure, curve.points) == ("knn_accuracy", ((2, 0.5, 0.1),))
     assert probe_curve([row(1, probe_seconds=1.0)]) is None
+
+
+def test_resize__waits_for_the_checkpoint_of_every_worker_that_is_heard_of(
+    recorder: RunRecorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert recorder.saved()  # nobody trains yet
+    recorder.resumed(0, 2)
+
+    def beat(rank: int, *, saved: bool = False) -> Notice:
+        return recorder.beat(Heartbeat(rank, "node", "host", rank, steps=2, saved=saved), None)[0]
+
+    assert [beat(0), beat(1)] == [Notice.NONE] * 2
+    assert not recorder.saved()
+    assert [beat(0, saved=True), beat(1)] == [Notice.SAVE] * 2
+    assert not recorder.saved()
+    silent = time.monotonic() + 60
+    monkeypatch.setattr("mimray.trainers.recorder.time.monotonic", lambda: silent)
+    beat(0, saved=True)
+    assert recorder.saved()  # rank 1 was lost
+    recorder.resumed(2, 1)
+    assert beat(0) is Notice.NONE
