@@ -238,7 +238,7 @@ class RunRecorder:
         save = self._resizing or beat.node_id in self._drained
         return (Notice.SAVE if save else Notice.NONE), stacks
 
-    def saved(self) -> bool:
+    def save(self) -> bool:
         """Ask all workers for a checkpoint, until others begin; True once it is written."""
         self._resizing = True
         return self._roster.saved(time.monotonic())

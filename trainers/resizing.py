@@ -37,7 +37,13 @@ class SaveBeforeResizing(ControllerCallback):  # type: ignore[misc]  # Ray has n
             return
         until = time.monotonic() + PATIENCE_S
         try:
-            while not ray.get(self._recorder.saved.remote()) and time.monotonic() < until:
+            while not ray.get(self._recorder.save.remote()):
+                if time.monotonic() > until:
+                    self._recorder.note.remote(
+                        f"no checkpoint was written in {PATIENCE_S:g} s: what followed the last "
+                        "one is made again by another number of workers"
+                    )
+                    return
                 time.sleep(_POLL_S)
         except RayError:
             return  # the driver is gone, and the run with it

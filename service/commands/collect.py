@@ -1,4 +1,4 @@
-"""Runs of a storage into MLflow, from their own files."""
+"""MLflow runs, made again from the run directories of a storage."""
 
 from __future__ import annotations
 

@@ -12,21 +12,14 @@ import pytest
 from mlflow import MlflowClient
 
 from mimray.service.commands.collect import collect
-from mimray.trainers.config.run import parse_recipe, resolve
 from mimray.trainers.engine.metrics import MetricsLog
 from mimray.trainers.recorder import LAUNCH, Launch
 from mimray.trainers.storage import RunDir
-from mimray.trainers.types import DatasetFacts
+from tests.trainers.runs import small_plan
 
 
 def make_run(run: RunDir, last_step: int, status: str) -> None:
-    tree = {
-        "encoder": {"name": "vit", "width": 8, "depth": 1, "num_heads": 1, "patch_size": 4},
-        "method": {"name": "simmim", "mask_unit_px": None},
-        "data": {"image_size": 8},
-        "optim": {"batch_size": 2, "steps": 9},
-    }
-    plan = resolve(parse_recipe(tree), DatasetFacts("x", 100, "x"), 1)
+    plan = small_plan()
     run.create()
     run.write("plan.json", plan.model_dump_json().encode())
     launch = Launch("l1", "host", "10.0.0.1:6379", "mimray pretrain", 1000.0, status)  # type: ignore[arg-type]

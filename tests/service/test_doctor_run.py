@@ -14,10 +14,9 @@ from click.testing import CliRunner
 from mimray.service.cli.main import cli
 from mimray.service.commands import doctor_run
 from mimray.service.commands.doctor_run import Answer, Diagnosis, Traces, diagnose_run, judge
-from mimray.trainers.config.run import parse_recipe, resolve
 from mimray.trainers.lifeline import Heartbeat
 from mimray.trainers.recorder import LAUNCH, Launch, RunState, Standing
-from mimray.trainers.types import DatasetFacts
+from tests.trainers.runs import small_plan
 
 NOW = 10_000.0
 BEGUN = Launch("l1", "host", "10.0.0.1:6379", "mimray pretrain mae-tiny", NOW - 60)
@@ -167,13 +166,7 @@ def test_hangs__the_last_one_is_told():
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A run of which there is a plan and nothing more."""
-    tree = {
-        "encoder": {"name": "vit", "width": 8, "depth": 1, "num_heads": 1, "patch_size": 4},
-        "method": {"name": "simmim", "mask_unit_px": None},
-        "data": {"image_size": 8},
-        "optim": {"batch_size": 2, "steps": 9},
-    }
-    plan = resolve(parse_recipe(tree), DatasetFacts("x", 100, "x"), 1)
+    plan = small_plan()
     folder = tmp_path / "photos"
     folder.mkdir()
     (folder / "plan.json").write_text(plan.model_dump_json())

@@ -15,16 +15,27 @@ import torch.distributed as dist
 from PIL import Image
 from pyarrow import fs as pafs
 
-from mimray.trainers.config.run import Plan
+from mimray.trainers.config.run import Plan, parse_recipe, resolve
 from mimray.trainers.data.selection import open_training
 from mimray.trainers.engine.deepspeed import prepare_process
 from mimray.trainers.engine.loop import Trained, train
 from mimray.trainers.lifeline import Lifeline
 from mimray.trainers.methods.needs import keep_needs
 from mimray.trainers.storage import RunDir
-from mimray.trainers.types import Panel
+from mimray.trainers.types import DatasetFacts, Panel
 
 CPU = torch.device("cpu")
+
+
+def small_plan() -> Plan:
+    """A plan that nobody trains."""
+    tree = {
+        "encoder": {"name": "vit", "width": 8, "depth": 1, "num_heads": 1, "patch_size": 4},
+        "method": {"name": "simmim", "mask_unit_px": None},
+        "data": {"image_size": 8},
+        "optim": {"batch_size": 2, "steps": 9},
+    }
+    return resolve(parse_recipe(tree), DatasetFacts("x", 100, "x"), 1)
 
 
 class Observer:

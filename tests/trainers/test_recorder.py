@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from mimray.trainers.config.run import parse_recipe, resolve
 from mimray.trainers.engine.metrics import MetricsLog, probe_curve
 from mimray.trainers.errors import MimrayError, NonFiniteLossError, StoppedError, StorageError
 from mimray.trainers.lifeline import Heartbeat
 from mimray.trainers.recorder import Launch, RunRecorder, read_launch
 from mimray.trainers.storage import RunDir, claim
-from mimray.trainers.types import DatasetFacts, Notice
+from mimray.trainers.types import Notice
+from tests.trainers.runs import small_plan
 
 
 class Tracker:
@@ -55,13 +55,7 @@ def tracker(monkeypatch: pytest.MonkeyPatch) -> Tracker:
 
 @pytest.fixture
 def recorder(tmp_path: Path, tracker: Tracker) -> RunRecorder:
-    tree = {
-        "encoder": {"name": "vit", "width": 8, "depth": 1, "num_heads": 1, "patch_size": 4},
-        "method": {"name": "simmim", "mask_unit_px": None},
-        "data": {"image_size": 8},
-        "optim": {"batch_size": 2, "steps": 9},
-    }
-    plan = resolve(parse_recipe(tree), DatasetFacts("x", 100, "x"), 1)
+    plan = small_plan()
     claim(RunDir(str(tmp_path / "run")), LAUNCH.launch_id)
     recorder = RunRecorder(
         run_uri=str(tmp_path / "run"),
@@ -231,19 +225,19 @@ def test_curve__is_of_the_newest_figure():
 def test_resize__waits_for_the_checkpoint_of_every_worker_that_is_heard_of(
     recorder: RunRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert recorder.saved()  # nobody trains yet
+    assert recorder.save()  # nobody trains yet
     recorder.resumed(0, 2)
 
     def beat(rank: int, *, saved: bool = False) -> Notice:
         return recorder.beat(Heartbeat(rank, "node", "host", rank, steps=2, saved=saved), None)[0]
 
     assert [beat(0), beat(1)] == [Notice.NONE] * 2
-    assert not recorder.saved()
+    assert not recorder.save()
     assert [beat(0, saved=True), beat(1)] == [Notice.SAVE] * 2
-    assert not recorder.saved()
+    assert not recorder.save()
     silent = time.monotonic() + 60
     monkeypatch.setattr("mimray.trainers.recorder.time.monotonic", lambda: silent)
     beat(0, saved=True)
-    assert recorder.saved()  # rank 1 was lost
+    assert recorder.save()  # rank 1 was lost
     recorder.resumed(2, 1)
     assert beat(0) is Notice.NONE

@@ -24,6 +24,11 @@ from mimray.tuning.record import Rung, TrialRecord
 from mimray.tuning.search import SAMPLES, SCORE, Suggestions
 from mimray.tuning.study import open_study, study_errors
 
+TPE = [
+    "searcher={name: optuna, num_startup_trials: 2}", "budget.trials=4",
+    "space.method.mask_ratio={uniform: [0.2, 0.9]}", "space.method.decoder_depth={choice: [1, 2]}",
+]  # fmt: skip
+
 
 def _binaries() -> Path:
     """Where initdb and postgres are; Debian keeps them off the path."""
@@ -91,11 +96,7 @@ def _known(name: str) -> bool:
 def test_study__in_postgresql_holds_the_trials_and_goes_on(
     database: Database, configured: Callable[..., SweepConfig]
 ) -> None:
-    config = configured(
-        "searcher={name: optuna, num_startup_trials: 2}", "budget.trials=4",
-        "space.method.mask_ratio={uniform: [0.2, 0.9]}",
-        "space.method.decoder_depth={choice: [1, 2]}",
-    )  # fmt: skip
+    config = configured(*TPE)
     done: list[TrialRecord] = []
     for first in (0, 2):
         study = open_study(config, "photos", database.url)
@@ -121,11 +122,7 @@ def test_study__in_postgresql_holds_the_trials_and_goes_on(
 def test_study__waits_for_a_server_that_restarts(
     database: Database, configured: Callable[..., SweepConfig], caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = configured(
-        "searcher={name: optuna, num_startup_trials: 2}", "budget.trials=4",
-        "space.method.mask_ratio={uniform: [0.2, 0.9]}",
-        "space.method.decoder_depth={choice: [1, 2]}",
-    )  # fmt: skip
+    config = configured(*TPE)
     study = open_study(config, "restarted", database.url)
     search = Suggestions(config, study, [], lambda: True, lambda params: None)
     assert search.suggest("t0") is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 
 import torch
@@ -28,7 +29,9 @@ def compile_blocks(method: nn.Module, device: torch.device) -> None:
     Raises:
         ConfigError: torch cannot compile here, for lack of a compiler.
     """
-    compiler = os.environ.get("CXX", "g++") if device.type == "cpu" else os.environ.get("CC", "gcc")
+    # Either may be a command with arguments, such as `ccache g++`.
+    command = os.environ.get("CXX", "g++") if device.type == "cpu" else os.environ.get("CC", "gcc")
+    compiler = shlex.split(command)[0]
     if shutil.which(compiler) is None:
         error = ConfigError(
             f"engine.compile: torch needs {compiler}, which is not here",

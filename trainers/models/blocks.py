@@ -1,4 +1,4 @@
-"""How networks run their blocks: plain, checkpointed, compiled."""
+"""Activation checkpointing and compilation of the blocks of a network."""
 
 from __future__ import annotations
 
@@ -24,7 +24,12 @@ class BlockRunner(nn.Module):
     compiled: bool = False
 
     def _run(self, block: nn.Module, *inputs: object) -> Tensor:
-        """Call a block."""
+        """Call a block.
+
+        Args:
+            block: a part of the network.
+            inputs: what it takes: tokens [B, N, D] or maps [B, D, h, w], and its positions.
+        """
         call = _compiled_call() if self.compiled else _call
         again = self.activation_checkpointing and self.training
         return cast(Tensor, call(block, again, *inputs))
