@@ -42,7 +42,8 @@ def explain(
         elif item["type"] == "missing":
             lines.append(f"missing key '{key}'")
         elif item["type"] == "value_error":
-            lines.append(f"{key + ': ' if key else ''}{item['ctx']['error']}")
+            said = str(item["ctx"]["error"])
+            lines.append(said if not key or said.startswith(f"{key}.") else f"{key}: {said}")
         elif item["type"] in ("union_tag_invalid", "union_tag_not_found"):
             context = item.get("ctx", {})
             lines.append(

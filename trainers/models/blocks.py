@@ -16,12 +16,15 @@ class BlockRunner(nn.Module):
 
     Attributes:
         activation_checkpointing: True to compute activations again in the backward pass.
-        compiled: True to have torch compile the blocks, one graph for all that are alike, each
-            number of tokens included.
+        compiled: True to have torch compile the blocks, one graph for all that are alike.
+        num_tokens_varies: True if a block sees other numbers of tokens from call to call, as where
+            hidden ones are left out; a graph then serves them all. In a network whose blocks
+            differ in width and grid, torch would take that difference for one that varies.
     """
 
     activation_checkpointing: bool = False
     compiled: bool = False
+    num_tokens_varies: bool = False
 
     def _run(self, block: nn.Module, *inputs: object) -> Tensor:
         """Call a block.
@@ -30,7 +33,7 @@ class BlockRunner(nn.Module):
             block: a part of the network.
             inputs: what it takes: tokens [B, N, D] or maps [B, D, h, w], and its positions.
         """
-        call = _compiled_call() if self.compiled else _call
+        call = _compiled_call(self.num_tokens_varies) if self.compiled else _call
         again = self.activation_checkpointing and self.training
         return cast(Tensor, call(block, again, *inputs))
 
@@ -41,5 +44,5 @@ def _call(block: nn.Module, again: bool, *inputs: Any) -> Any:
 
 
 @cache
-def _compiled_call() -> Callable[..., Any]:
-    return torch.compile(_call)
+def _compiled_call(varies: bool) -> Callable[..., Any]:
+    return torch.compile(_call, dynamic=None if varies else False)

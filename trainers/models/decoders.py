@@ -35,6 +35,8 @@ class MAEDecoder(BlockRunner):
     Source: He et al. 2022, sec. 3 "MAE decoder".
     """
 
+    num_tokens_varies = True
+
     def __init__(
         self,
         encoder_width: int,
@@ -140,6 +142,7 @@ class CrossDecoder(BlockRunner):
     """
 
     num_prefix = 0  # no token but the patches is decoded
+    num_tokens_varies = True
 
     def __init__(
         self,

@@ -30,6 +30,8 @@ class PlacePredictor(BlockRunner):
         of mask tokens, in place of its rotary ones.
     """
 
+    num_tokens_varies = True
+
     def __init__(
         self,
         encoder_width: int,

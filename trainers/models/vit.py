@@ -145,6 +145,7 @@ class ViT(Encoder):
     """
 
     num_prefix_tokens = 1
+    num_tokens_varies = True
 
     def __init__(self, config: ViTConfig, image_size: tuple[int, int], in_chans: int = 3) -> None:
         super().__init__()

@@ -105,6 +105,25 @@ def losses(case: Case) -> list[float]:
     return found
 
 
+def swin_losses(compiled: bool) -> list[float]:
+    """Losses of SimMIM with Swin on pictures of noise, whose stages differ in width and grid."""
+    sets = ["encoder={name: swin_tiny, window_size: 4, drop_path: 0.1}", "data.image_size=64",
+            "method.mask_unit_px=32"]  # fmt: skip
+    torch.manual_seed(0)
+    method = build_method(load_recipe("simmim-tiny", sets, steps=4)).train()
+    method.encoder.activation_checkpointing = True
+    if compiled:
+        compile_blocks(method, torch.device("cpu"))
+    found = []
+    for step in range(3):
+        method.at_batch(sample_seeds(0, np.full(4, step), np.arange(4)))
+        torch.manual_seed(step)
+        loss = method(images=torch.randn(4, 3, 64, 64)).loss
+        loss.backward()
+        found.append(loss.item())
+    return found
+
+
 def masks(step: int) -> torch.Tensor:
     """Masks of a global batch, which hide another number of patches at each step."""
     drawn = torch.rand(BATCH, 4, generator=torch.Generator().manual_seed(step))
@@ -119,10 +138,16 @@ def work(out: Path, rank: str, brief: str) -> None:
         "gloo", init_method=f"file://{out}.meeting", rank=int(rank), world_size=RANKS
     )
     plain = Case(0, "none", "fp32", again=False, accumulation=1, compiled=False)
-    cases = BRIEF if brief == "brief" else CASES
-    found = [losses(case) for case in (plain, *cases)]
-    graphs = len(torch._dynamo.utils.counters["graph_break"])
-    Path(f"{out}.{rank}").write_text(json.dumps({"losses": found, "graph_breaks": graphs}))
+    if brief == "swin":
+        found = [swin_losses(compiled) for compiled in (False, True)]
+    else:
+        found = [losses(case) for case in (plain, *(BRIEF if brief == "brief" else CASES))]
+    counted = torch._dynamo.utils.counters
+    told = {
+        "losses": found, "graph_breaks": len(counted["graph_break"]),
+        "graphs": counted["stats"]["unique_graphs"],
+    }  # fmt: skip
+    Path(f"{out}.{rank}").write_text(json.dumps(told))
     dist.barrier()
     sys.stdout.flush()
     os._exit(0)  # gloo's threads now and then abort an orderly end
@@ -144,6 +169,19 @@ def test_matrix__losses_are_those_of_stage_0_in_fp32(
     assert plain[-1] < 0.9 * plain[0]  # it learns, or there is nothing to compare
     for case, losses in zip(cases, found, strict=True):
         np.testing.assert_allclose(losses, plain, rtol=RTOL[case.precision], err_msg=str(case))
+
+
+@pytest.mark.slow
+def test_compile__a_stage_of_swin_is_a_graph_and_no_step_compiles_again(
+    tmp_path: Path, run_ranks: Callable[..., None]
+) -> None:
+    run_ranks(__file__, tmp_path / "out", "swin")
+
+    told = json.loads(Path(f"{tmp_path / 'out'}.0").read_text())
+    plain, compiled = told["losses"]
+    np.testing.assert_allclose(compiled, plain, rtol=RTOL["fp32"])
+    # Two stages with plain and shifted windows, and two whose grid is one window.
+    assert (told["graph_breaks"], told["graphs"]) == (0, 6)
 
 
 def test_compile__goes_with_stages_that_keep_their_weights_whole() -> None:
