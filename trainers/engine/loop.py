@@ -202,6 +202,8 @@ def stages(
         method.encoder.activation_checkpointing = True
     if recipe.engine.compile:
         compile_blocks(method, device)
+        if rank == 0:
+            logger.warning("engine.compile: the first update compiles, which may take minutes")
     gradients = FrozenGradients(method, recipe.optim)
     engine = initialize(method, plan, precision)
     earlier = tuple(length.hash for length in plan.lengths)
