@@ -36,7 +36,7 @@ def samples(views: Samples, epoch: int) -> int:
 def pictures(views: Samples, epoch: int) -> int:
     """Decode every whole picture; returns the sum of their widths."""
     size = views.recipe.data.image_size
-    return sum(views.pictures[index].decoded(size).width for index in range(len(views.source)))
+    return sum(views.pictures[index].decoded(size).shape[1] for index in range(len(views.source)))
 
 
 def compare(off: Samples, on: Samples, make: Callable[[Samples, int], int], epoch: int) -> float:

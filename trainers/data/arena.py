@@ -22,7 +22,8 @@ from typing import NamedTuple
 
 import numpy as np
 import PIL
-from PIL import Image, features
+import simplejpeg
+from PIL import features
 
 from mimray.trainers.data.cache import user_cache
 
@@ -92,26 +93,26 @@ class Arena:
                 return Known((width, height), bool(drafts))
         return None
 
-    def get(self, index: int, scale: int) -> Image.Image | None:
-        """A picture as it was decoded at a scale, RGB; None where it is not there."""
+    def get(self, index: int, scale: int) -> np.ndarray | None:
+        """A picture as it was decoded at a scale, uint8 [H, W, 3]; None where it is not there."""
         entry = self._index[index * len(_COLUMNS) + _COLUMNS[scale]]
         if entry <= 0:
             return None
         width, height, *_ = _BLOB.unpack_from(self._pixels, entry - 1)
         start = entry - 1 + _BLOB.size
         pixels = self._pixels[start : start + 3 * width * height]
-        return Image.frombytes("RGB", (width, height), pixels)
+        return np.frombuffer(pixels, dtype=np.uint8).reshape(height, width, 3)
 
-    def add(self, index: int, scale: int, known: Known, image: Image.Image) -> None:
+    def add(self, index: int, scale: int, known: Known, pixels: np.ndarray) -> None:
         """Keep a picture, unless there is no room or another process was faster.
 
         Args:
             index: index of the picture.
             scale: draft scale that it was decoded at: 1, 2, 4 or 8.
             known: stored size of the picture, and whether the scale may differ another time.
-            image: upright, RGB.
+            pixels: upright RGB, uint8 [H, W, 3].
         """
-        width, height = image.size
+        height, width, _ = pixels.shape
         slot = index * len(_COLUMNS) + _COLUMNS[scale]
         try:
             start = self._reserve(slot, _BLOB.size + 3 * width * height)
@@ -119,7 +120,7 @@ class Arena:
                 return
             # Written as to a file: a store to memory that has run out would end the process.
             header = _BLOB.pack(width, height, *known.size, known.drafts)
-            self._write(header + image.tobytes(), start)
+            self._write(header + pixels.tobytes(), start)
         except OSError as error:  # A cache that cannot be written costs time, not the run.
             logger.warning("no more decoded pictures are kept: %s", error)
             self._room = 0
@@ -231,7 +232,7 @@ def _name(fingerprint: str, num_samples: int) -> str:
     """
     boot = Path("/proc/sys/kernel/random/boot_id").read_text()
     libjpeg = (features.version("jpg"), features.version("libjpeg_turbo"))
-    about = repr((_FORMAT, PIL.__version__, libjpeg, boot, num_samples))
+    about = repr((_FORMAT, PIL.__version__, libjpeg, simplejpeg.__version__, boot, num_samples))
     return f"{_prefix(fingerprint)}-{hashlib.sha256(about.encode()).hexdigest()[:8]}"
 
 

@@ -185,7 +185,7 @@ def decode(
         ImageError: with reason `empty`, `not_an_image`, `too_large`, `too_small`, `truncated`,
             `too_many_frames`, `broken`, `unsupported_format` or `unsupported_mode`.
     """
-    file = data if isinstance(data, PictureFile) else PictureFile(data)
+    file = _file_of(data)
     if reading.bands is not None and tiff.is_tiff(file.data):
         return _decode_bands(file, reading, max_pixels, min_side_px)
     image = file.open(reading.page)
@@ -263,26 +263,30 @@ def count_frames(data: bytes) -> int:
         return 1
 
 
-def read_size(data: bytes) -> tuple[int, int]:
+def read_size(data: bytes | PictureFile) -> tuple[int, int]:
     """Read the upright (width, height) in pixels from the header, decoding nothing.
 
     Raises:
         ImageError: with reason `empty`, `not_an_image`, `broken` or `too_large`.
     """
-    image = PictureFile(data).open(None)
+    image = _file_of(data).open(None)
     width, height = image.size
     # Pillow gives the size of a TIFF as it will be once turned.
     turned = image.format != "TIFF" and _orientation(image) >= 5
     return (height, width) if turned else (width, height)
 
 
-def read_orientation(data: bytes) -> int:
+def read_orientation(data: bytes | PictureFile) -> int:
     """Read the EXIF orientation from the header, 1 to 8; 1 is upright.
 
     Raises:
         ImageError: as for `read_size`.
     """
-    return _orientation(PictureFile(data).open(None))
+    return _orientation(_file_of(data).open(None))
+
+
+def _file_of(data: bytes | PictureFile) -> PictureFile:
+    return data if isinstance(data, PictureFile) else PictureFile(data)
 
 
 def resized_short_side(image: Image.Image, short_side_px: int) -> Image.Image:

@@ -5,14 +5,25 @@ The pixels are those of `decode`, to the bit, so that a cache changes no sample.
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from mimray.trainers.data.arena import Arena, Known, open_arena, picture_bytes, release
-from mimray.trainers.data.decode import DRAFTED, decode, draft_scale, read_size
+from mimray.trainers.data.decode import (
+    DRAFTED,
+    MAX_PIXELS,
+    MIN_SIDE_PX,
+    PictureFile,
+    decode,
+    draft_scale,
+    read_orientation,
+    read_size,
+)
+from mimray.trainers.data.jpeg import Frame, decode_plain, read_frame
+from mimray.trainers.data.resample import Pixels, to_pixels
 from mimray.trainers.data.selection import evenly_spread
 from mimray.trainers.data.sources import Source
 from mimray.trainers.errors import EmptyDatasetError, ImageError
@@ -34,10 +45,10 @@ class Picture:
         record = source[index] if label or self._known is None else None
         self._image = record.image if record is not None else None
         self.label = record.label if record is not None and label else None
-        self.size = read_size(self._encoded()) if self._known is None else self._known.size
+        self.size = self._file.size if self._known is None else self._known.size
 
-    def decoded(self, enough: tuple[int, int]) -> Image.Image:
-        """The whole picture, upright RGB.
+    def decoded(self, enough: tuple[int, int]) -> Pixels:
+        """The whole picture, upright RGB: uint8 [H, W, 3].
 
         Args:
             enough: (width, height) that is enough for the caller, as `draft_size` of `decode`.
@@ -46,26 +57,66 @@ class Picture:
             ImageError: it cannot be decoded.
         """
         if self._arena is None:
-            return decode(self._encoded(), draft_size=enough).image
+            return self._file.decoded(enough)[0]
         if self._known is not None:
-            image = self._arena.get(self._index, self._scale(self._known, enough))
-            if image is not None:
-                return image
-        image, header = decode(self._encoded(), draft_size=enough)
-        known = Known(self.size, header.format in DRAFTED)
+            kept = self._arena.get(self._index, self._scale(self._known, enough))
+            if kept is not None:
+                return kept
+        pixels, drafts = self._file.decoded(enough)
+        known = Known(self.size, drafts)
         scale = self._scale(known, enough)
         # Should a Pillow of another rule come, nothing is kept that is not what it says.
-        if not known.drafts or image.size == tuple(-(-side // scale) for side in self.size):
-            self._arena.add(self._index, scale, known, image)
-        return image
+        if not drafts or pixels.shape[1::-1] == tuple(-(-side // scale) for side in self.size):
+            self._arena.add(self._index, scale, known, pixels)
+        return pixels
 
     def _scale(self, known: Known, enough: tuple[int, int]) -> int:
         return draft_scale(self.size, enough) if known.drafts else 1
 
-    def _encoded(self) -> bytes:
-        if self._image is None:
-            self._image = self._source[self._index].image
-        return self._image
+    @functools.cached_property
+    def _file(self) -> _File:
+        data = self._source[self._index].image if self._image is None else self._image
+        return _File(data)
+
+
+class _File:
+    """An encoded picture: its header is read once, and its pixels the fastest way there is.
+
+    Args:
+        data: the encoded picture.
+
+    Attributes:
+        size: upright (width, height) as stored, in pixels.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._frame: Frame | None = read_frame(data)
+        self._opened: PictureFile | None = None
+        if self._frame is None or self._frame.tagged or not _allowed(self._frame.size):
+            self._opened = PictureFile(data)
+            if self._frame is not None and read_orientation(self._opened) != 1:
+                self._frame = None
+        if self._frame is None:
+            assert self._opened is not None
+            self.size = read_size(self._opened)
+        else:
+            self.size = self._frame.size
+
+    def decoded(self, enough: tuple[int, int]) -> tuple[Pixels, bool]:
+        """The pixels, and whether another `enough` may give them at another scale."""
+        if self._frame is not None and _allowed(self.size):
+            pixels = decode_plain(self._data, self._frame, draft_scale(self.size, enough))
+            if pixels is not None:
+                return pixels, True
+        opened, self._opened = self._opened, None  # it is decoded at one scale only
+        image, header = decode(opened or self._data, draft_size=enough)
+        return to_pixels(image), header.format in DRAFTED
+
+
+def _allowed(size: tuple[int, int]) -> bool:
+    """True if `decode` does not refuse a picture of this size."""
+    return size[0] * size[1] <= MAX_PIXELS and min(size) >= MIN_SIDE_PX
 
 
 class Pictures:

@@ -16,6 +16,14 @@ from PIL import Image
 
 from mimray.trainers.config.run import Recipe
 from mimray.trainers.data.decoded import Picture
+from mimray.trainers.data.resample import (
+    IntBox,
+    Pixels,
+    resampled,
+    to_image,
+    to_pixels,
+    to_planes,
+)
 from mimray.trainers.data.rng import Stream, generator
 from mimray.trainers.data.transforms import (
     Box,
@@ -23,8 +31,6 @@ from mimray.trainers.data.transforms import (
     color_jitter,
     inference_view,
     random_crop_box,
-    to_array,
-    view_of,
 )
 
 DrawMask = Callable[[np.random.Generator], np.ndarray]
@@ -238,13 +244,13 @@ def make_inputs(
         for view, first in views
         for k in range(view.count)
     ]
-    image = picture.decoded((max(w for w, _ in wanted), max(h for _, h in wanted)))
+    pixels = picture.decoded((max(w for w, _ in wanted), max(h for _, h in wanted)))
     if channels == 1:
-        image = image.convert("L")
+        pixels = to_pixels(to_image(pixels).convert("L"))
     made: dict[str, np.ndarray] = {}
     for view, first in views:
         made[view.name] = _stack(
-            [crops[first + k].cut(view, image, picture.size) for k in range(view.count)]
+            [crops[first + k].cut(view, pixels, picture.size) for k in range(view.count)]
         )
         if view.masks is not None:
             made[view.masks.name] = draw_masks(view, first, seed=seed, epoch=epoch, index=index)
@@ -292,7 +298,7 @@ class _Crop:
         self.flip = bool(rng.random() < view.hflip)
         self._rng = rng
         self._before = view.before
-        self._changed: Image.Image | None = None
+        self._changed: Pixels | None = None
 
     def enough(self, size: tuple[int, int], view_size: tuple[int, int]) -> tuple[int, int]:
         """The whole picture's (width, height) at which the crop has the view's size, pixels."""
@@ -303,20 +309,39 @@ class _Crop:
             int(np.ceil(size[1] * height / (bottom - top))),
         )
 
-    def cut(self, view: View, image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    def cut(self, view: View, pixels: Pixels, size: tuple[int, int]) -> np.ndarray:
         """Cut a view, uint8 [C, H, W]; the view that the crop was drawn for must be the first."""
         if self._changed is None:
-            for change in self._before:
-                image = change(self._rng, image)
-            self._changed = image
-        image = self._changed
-        scale_x, scale_y = image.width / size[0], image.height / size[1]
-        left, top, right, bottom = self.box
-        box = (left * scale_x, top * scale_y, right * scale_x, bottom * scale_y)
-        found = view_of(image, view.size, view.interpolation, box, self.flip)
-        for change in view.after:
-            found = change(self._rng, found)
-        return to_array(found)
+            self._changed = _transformed(pixels, self._before, self._rng)
+        pixels = self._changed
+        box = _scaled(self.box, size, (pixels.shape[1], pixels.shape[0]))
+        found = resampled(pixels, view.size, view.interpolation, box)
+        if not view.after:
+            return to_planes(found, flip=self.flip)
+        found = found[:, ::-1] if self.flip else found
+        return to_planes(_transformed(np.ascontiguousarray(found), view.after, self._rng))
+
+
+def _scaled(box: Box, size: tuple[int, int], decoded_size: tuple[int, int]) -> IntBox:
+    """A box of a picture in pixels of what was decoded of it, rounded.
+
+    A picture that is decoded at a lower scale has twice the pixels of every view, so that rounding
+    moves an edge by a quarter of the view's pixels at most.
+    """
+    across, down = decoded_size[0] / size[0], decoded_size[1] / size[1]
+    left, top, right, bottom = box
+    return round(left * across), round(top * down), round(right * across), round(bottom * down)
+
+
+def _transformed(
+    pixels: Pixels, transforms: Sequence[Transform], rng: np.random.Generator
+) -> Pixels:
+    if not transforms:
+        return pixels
+    image = to_image(pixels)
+    for change in transforms:
+        image = change(rng, image)
+    return to_pixels(image)
 
 
 def _stack(arrays: list[np.ndarray]) -> np.ndarray:

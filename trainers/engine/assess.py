@@ -11,6 +11,7 @@ from torch import Tensor
 from mimray.trainers.config.run import Plan, Recipe
 from mimray.trainers.data.decoded import Pictures
 from mimray.trainers.data.hold_out import validation_split
+from mimray.trainers.data.resample import to_image
 from mimray.trainers.data.selection import evenly_spread, open_training
 from mimray.trainers.data.sources import Source, open_source
 from mimray.trainers.errors import ImageError, MimrayError
@@ -73,7 +74,7 @@ def _batches(source: Source, recipe: Recipe, chosen: list[int]) -> Iterator[Tens
     for position, index in enumerate(chosen):
         try:
             picture = pictures[index]
-            found.append(picture.decoded(recipe.data.image_size[::-1]))
+            found.append(to_image(picture.decoded(recipe.data.image_size[::-1])))
         except ImageError:
             pass
         if found and (len(found) == BATCH or position == len(chosen) - 1):

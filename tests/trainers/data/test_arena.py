@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from mimray.trainers.data import arena
 from mimray.trainers.data.arena import Arena, Known, open_arena, release
@@ -23,9 +22,9 @@ SIZE = (30, 20)
 KNOWN = Known((60, 40), True)
 
 
-def picture(number: int, size: tuple[int, int] = SIZE) -> Image.Image:
+def picture(number: int, size: tuple[int, int] = SIZE) -> np.ndarray:
     rng = np.random.default_rng(number)
-    return Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    return rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
 
 
 def opened(max_mib: int = 1, fingerprint: str = PRINT) -> Arena:
@@ -36,10 +35,12 @@ def opened(max_mib: int = 1, fingerprint: str = PRINT) -> Arena:
 
 def holds(found: Arena, index: int, scale: int = 1) -> bool:
     """Whether a picture is there; it must then be the right one."""
-    image = found.get(index, scale)
-    if image is None:
+    pixels = found.get(index, scale)
+    if pixels is None:
         return False
-    assert image.tobytes() == picture(index, image.size).tobytes()
+    height, width, _ = pixels.shape
+    assert pixels.dtype == np.uint8
+    assert np.array_equal(pixels, picture(index, (width, height)))
     return True
 
 
@@ -86,6 +87,17 @@ def test_arena__gives_back_what_was_put_in(node: Path):
         assert holds(found, 5, 4)
         assert not holds(found, 5, 1)
         assert found.known(4) is None
+
+
+def test_arena__keeps_pixels_that_lie_apart_in_memory(node: Path):
+    mine = opened()
+    whole = picture(5, (61, 43))
+
+    mine.add(5, 1, KNOWN, whole[2:22, 60:30:-1])
+
+    found = mine.get(5, 1)
+    assert found is not None
+    np.testing.assert_array_equal(found, whole[2:22, 60:30:-1])
 
 
 def test_arena__several_processes_write_at_once(node: Path):
@@ -216,11 +228,14 @@ def test_open__what_lacks_a_file_is_made_anew(node: Path):
         ]
 
 
-def test_open__another_pillow_has_pixels_of_its_own(node: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("decoder", ["PIL", "simplejpeg"])
+def test_open__another_decoder_has_pixels_of_its_own(
+    node: Path, monkeypatch: pytest.MonkeyPatch, decoder: str
+):
     mine = opened()
     mine.add(1, 1, KNOWN, picture(1))
 
-    monkeypatch.setattr("PIL.__version__", "99")
+    monkeypatch.setattr(f"{decoder}.__version__", "99")
 
     assert opened().known(1) is None
 

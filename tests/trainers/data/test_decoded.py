@@ -19,6 +19,7 @@ from mimray.trainers.config.run import Recipe, essential, parse_recipe, resolve
 from mimray.trainers.data.arena import open_arena
 from mimray.trainers.data.decode import decode, draft_scale, read_size
 from mimray.trainers.data.decoded import Pictures, decoded_bytes, release
+from mimray.trainers.data.jpeg import decode_plain
 from mimray.trainers.data.loader import Place, Samples, make_loader
 from mimray.trainers.data.sources import Source, open_source
 from mimray.trainers.errors import DataError, EmptyDatasetError
@@ -67,6 +68,8 @@ PICTURES = {
     "late.png": late_exif(),
     "picture.webp": encoded(smooth(10, (128, 128)), "WEBP"),
 }
+# Those that have a faster way than `decode`.
+PLAIN = ("large.jpg", "small.jpg", "gray.jpg", "two.jpg")
 
 
 def write(folder: Path, pictures: dict[str, bytes]) -> Source:
@@ -79,6 +82,12 @@ def write(folder: Path, pictures: dict[str, bytes]) -> Source:
 @pytest.fixture
 def source(tmp_path: Path) -> Source:
     return write(tmp_path / "pictures", PICTURES)
+
+
+def forbid_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have whatever reads a header or pixels fail."""
+    for name in ("read_frame", "decode_plain", "PictureFile", "decode"):
+        monkeypatch.setattr(f"mimray.trainers.data.decoded.{name}", None)
 
 
 def recipe_of(cache_mib: int, *, beit: bool = False, **data: Any) -> Recipe:
@@ -156,22 +165,40 @@ def test_views__a_cache_changes_no_sample(node: Path, source: Source, options: d
 def test_pictures__at_every_scale_those_of_decode(
     node: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ):
-    decoding = Mock(wraps=decode)
+    decoding, plainly = Mock(wraps=decode), Mock(wraps=decode_plain)
     monkeypatch.setattr("mimray.trainers.data.decoded.decode", decoding)
+    monkeypatch.setattr("mimray.trainers.data.decoded.decode_plain", plainly)
     source = write(tmp_path / "one", {name: PICTURES[name]})
     pictures = Pictures(source, cache_mib=MIB)
     width, height = read_size(PICTURES[name])
 
     for times in (1.5, 0.5, 3, 1, 16, 2, 4, 8, 6, 24) * 2:
         enough = (max(1, int(width / times)), max(1, int(height / times)))
-        want = decode(PICTURES[name], draft_size=enough).image
+        want = np.asarray(decode(PICTURES[name], draft_size=enough).image)
         picture = pictures[0]
         found = picture.decoded(enough)
-        assert (found.mode, found.size) == (want.mode, want.size)
-        assert found.tobytes() == want.tobytes()
+        assert (found.dtype, found.shape) == (want.dtype, want.shape)
+        np.testing.assert_array_equal(found, want)
         assert picture.size == (width, height)
     # Once a scale that there is.
-    assert decoding.call_count == (4 if name.endswith(".jpg") else 1)
+    scales = 4 if name.endswith(".jpg") else 1
+    assert plainly.call_count == (scales if name in PLAIN else 0)
+    assert decoding.call_count == (0 if name in PLAIN else scales)
+
+
+@pytest.mark.parametrize("cache_mib", [0, MIB])
+@pytest.mark.parametrize("name", PICTURES)
+def test_picture__asked_twice_gives_each_scale_as_decode_does(
+    node: Path, tmp_path: Path, name: str, cache_mib: int
+):
+    source = write(tmp_path / "one", {name: PICTURES[name]})
+    picture = Pictures(source, cache_mib=cache_mib)[0]
+    width, height = picture.size
+
+    for times in (8, 1, 4, 2, 16):
+        enough = (max(1, width // times), max(1, height // times))
+        want = np.asarray(decode(PICTURES[name], draft_size=enough).image)
+        np.testing.assert_array_equal(picture.decoded(enough), want)
 
 
 def test_pictures__what_is_there_is_neither_read_nor_decoded(
@@ -181,7 +208,7 @@ def test_pictures__what_is_there_is_neither_read_nor_decoded(
     for index in range(len(taped)):
         Pictures(taped, cache_mib=MIB)[index].decoded(whole)
     assert taped.read == list(range(len(taped)))
-    monkeypatch.setattr("mimray.trainers.data.decoded.decode", None)
+    forbid_decoding(monkeypatch)
     again = Pictures(taped, cache_mib=MIB)
 
     for index in range(len(taped)):
@@ -196,15 +223,18 @@ def test_pictures__labels_are_read_and_the_pixels_are_not_decoded(
     for label in "ab":
         (tmp_path / "classes" / label).mkdir(parents=True)
         (tmp_path / "classes" / label / "0.png").write_bytes(PICTURES["turned3.png"])
+        (tmp_path / "classes" / label / "1.jpg").write_bytes(PICTURES["large.jpg"])
     source = open_source(str(tmp_path / "classes"))
-    for index in (0, 1):
+    for index in range(4):
         Pictures(source, cache_mib=MIB)[index].decoded((9, 9))
-    monkeypatch.setattr("mimray.trainers.data.decoded.decode", None)
+    forbid_decoding(monkeypatch)
     pictures = Pictures(source, cache_mib=MIB, labels=True)
 
-    for index in (0, 1):
-        assert pictures[index].label == index
-        assert pictures[index].decoded((9, 9)).size == (90, 50)
+    for index, (label, shape) in enumerate(
+        [(0, (50, 90, 3)), (0, (29, 38, 3)), (1, (50, 90, 3)), (1, (29, 38, 3))]
+    ):
+        assert pictures[index].label == label
+        assert pictures[index].decoded((9, 9)).shape == shape
 
 
 def test_views__broken_pictures_are_told_each_time_and_never_kept(node: Path, tmp_path: Path):

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import functional as tv
 
 from mimray.trainers.config.run import Recipe, parse_recipe, resolve
+from mimray.trainers.data.decode import draft_scale
+from mimray.trainers.data.decoded import Pictures
 from mimray.trainers.data.loader import Place, Samples, make_loader
+from mimray.trainers.data.resample import resampled, to_planes
 from mimray.trainers.data.sources import Source, open_source
-from mimray.trainers.data.transforms import color_jitter, to_array, view_of
-from mimray.trainers.data.views import View, numbered
+from mimray.trainers.data.transforms import color_jitter, to_array
+from mimray.trainers.data.views import View, _Crop, _scaled, make_inputs, numbered
 from mimray.trainers.methods.catalogue import inputs_of
 
 JITTERS = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation)
@@ -129,20 +135,31 @@ def test_views__the_tokenizer_sees_the_same_crop_flip_and_colours(
 def test_views__the_tokenizers_view_is_the_box_resized_by_lanczos(
     source: Source, monkeypatch: pytest.MonkeyPatch
 ):
-    seen = []
+    seen: list[Any] = []
+    flips: list[bool] = []
+    views = Samples(source, recipe_of(), inputs_of(recipe_of()))
     monkeypatch.setattr(
-        "mimray.trainers.data.views.view_of", lambda *a: seen.append(a) or view_of(*a)
+        "mimray.trainers.data.views.resampled", lambda *a: seen.append(a) or resampled(*a)
+    )
+    monkeypatch.setattr(
+        "mimray.trainers.data.views.to_planes",
+        lambda pixels, *, flip: flips.append(flip) or to_planes(pixels, flip=flip),
     )
 
-    sample = Samples(source, recipe_of(), inputs_of(recipe_of()))[Place(0, 3)]
+    found = [views[Place(0, index)].inputs["tokenizer_images"] for index in range(8)]
 
-    (image, size, how, box, flip), second = seen
-    assert (size, how) == ((32, 48), "bicubic")
-    assert second == (image, (16, 24), "lanczos", box, flip)
-    expected = image.resize((24, 16), Image.Resampling.LANCZOS, box=box)
-    if flip:
-        expected = expected.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    np.testing.assert_array_equal(sample.inputs["tokenizer_images"], to_array(expected))
+    for index, tokenizer_images in enumerate(found):
+        (pixels, size, how, box), second = seen[2 * index : 2 * index + 2]
+        flip, second_flip = flips[2 * index : 2 * index + 2]
+        assert (size, how) == ((32, 48), "bicubic")
+        assert second[0] is pixels
+        assert second[1:] == ((16, 24), "lanczos", box)
+        assert second_flip == flip
+        expected = Image.fromarray(pixels).crop(box).resize((24, 16), Image.Resampling.LANCZOS)
+        if flip:
+            expected = expected.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        np.testing.assert_array_equal(tokenizer_images, to_array(expected))
+    assert set(flips) == {False, True}
 
 
 def test_views__a_larger_tokenizer_view_is_not_blurred_by_draft_decoding(tmp_path: Path):
@@ -176,6 +193,59 @@ def test_loader__makes_no_second_view_for_methods_without_a_tokenizer(source: So
         "images",
         "mask",
     }
+
+
+@given(
+    size=st.tuples(st.integers(2, 3000), st.integers(2, 3000)),
+    view_size=st.tuples(st.integers(1, 300), st.integers(1, 300)),
+    scale=st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)).map(sorted),
+    seed=st.integers(0, 2**32),
+)
+@settings(max_examples=300)
+def test_crop__of_a_picture_at_a_lower_scale_is_off_by_a_quarter_of_a_views_pixel_at_most(
+    size: tuple[int, int], view_size: tuple[int, int], scale: list[float], seed: int
+):
+    view = View("images", view_size, crop_scale=(scale[0], scale[1]))
+    crop = _Crop(view, size, np.random.default_rng(seed))
+    divisor = draft_scale(size, crop.enough(size, view_size))
+    decoded = (-(-size[0] // divisor), -(-size[1] // divisor))
+
+    found = _scaled(crop.box, size, decoded)
+
+    for axis in (0, 1):
+        low, high = found[axis], found[axis + 2]
+        assert 0 <= low < high <= decoded[axis]
+        whole = decoded[axis] / size[axis]
+        pixel_of_view = (crop.box[axis + 2] - crop.box[axis]) * whole / view_size[1 - axis]
+        for edge, place in ((low, crop.box[axis]), (high, crop.box[axis + 2])):
+            assert abs(edge - place * whole) <= (pixel_of_view / 4 + 1e-9 if divisor > 1 else 0)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_views__a_change_after_the_crop_sees_the_view_as_it_will_be(source: Source, channels: int):
+    seen: list[np.ndarray] = []
+
+    def note(rng: np.random.Generator, image: Image.Image) -> Image.Image:
+        seen.append(to_array(image))
+        return image
+
+    plain = View("images", (32, 48), crop_scale=(0.2, 0.8), hflip=0.5)
+    upright = replace(plain, hflip=0.0)
+    noting = replace(plain, after=(note,))
+    flipped = set()
+    for index in range(8):
+        without, with_note, never = (
+            make_inputs(
+                [view], Pictures(source)[index], seed=0, epoch=0, index=index, channels=channels
+            )["images"]
+            for view in (plain, noting, upright)
+        )
+        assert without.shape == (channels, 32, 48)
+        np.testing.assert_array_equal(with_note, without)
+        np.testing.assert_array_equal(seen.pop(), without)
+        flipped.add(np.array_equal(without, never[..., ::-1]))
+        assert np.array_equal(without, never) or np.array_equal(without, never[..., ::-1])
+    assert flipped == {False, True}
 
 
 def test_numbered__a_view_shares_streams_with_one_that_has_as_many() -> None:
