@@ -9,6 +9,7 @@ import multiprocessing.util
 import os
 import select
 import threading
+from multiprocessing import forkserver
 from typing import Any
 
 from mimray.trainers.environment.places import (
@@ -21,6 +22,8 @@ from mimray.trainers.environment.places import (
 logger = logging.getLogger(__name__)
 
 _CONTEXT = "forkserver"
+# Imported once by the fork server, and not by each process that it forks.
+_PRELOADED = ["__main__", "mimray.trainers.data.loader"]
 
 
 def decode_workers(num_workers: int, prefetch_batches: int | None = None) -> dict[str, Any]:
@@ -50,6 +53,16 @@ def decode_workers(num_workers: int, prefetch_batches: int | None = None) -> dic
     }
 
 
+def start_fork_server(num_workers: int) -> None:
+    """Start the parent of decode processes, so that it imports what they need meanwhile.
+
+    Args:
+        num_workers: number of processes that will be asked for; 0 starts nothing.
+    """
+    if num_workers and not _hindrance():
+        forkserver.ensure_running()
+
+
 def _hindrance() -> str:
     """The reason why no processes can be started to decode; empty if they can."""
     place = temporary_place(PROCESS_SOCKET)
@@ -57,8 +70,10 @@ def _hindrance() -> str:
         return f"there is no folder for their sockets: /tmp {fault('/tmp', PROCESS_SOCKET)}"
     with temporary_files_in(place):
         multiprocessing.util.get_temp_dir()  # made once and remembered
+    context = multiprocessing.get_context(_CONTEXT)
+    context.set_forkserver_preload(_PRELOADED)
     try:
-        multiprocessing.get_context(_CONTEXT).Lock()
+        context.Lock()
     except (OSError, ImportError) as error:
         return f"processes cannot share a lock, as without /dev/shm ({error})"
     return ""

@@ -20,11 +20,11 @@ from mimray.trainers.bundles import BundleCard
 from mimray.trainers.config.beit import BEiTConfig
 from mimray.trainers.config.dvae import DVAEConfig
 from mimray.trainers.config.run import Recipe, parse_recipe
-from mimray.trainers.data.masks import block_mask
 from mimray.trainers.data.views import Inputs, Masks, same_crops, training_view
 from mimray.trainers.errors import BundleError, ConfigError
 from mimray.trainers.methods.base import Method
 from mimray.trainers.methods.catalogue import build_method
+from mimray.trainers.methods.draws import beit_mask
 from mimray.trainers.methods.load import load_method
 from mimray.trainers.methods.losses import mean_over_hidden
 from mimray.trainers.methods.needs import Need
@@ -172,18 +172,7 @@ class BEiT(Method):
         loss, accuracy = (mean_over_hidden(total, mask, hidden_mean) for total in (loss, right))
         return MethodOutput(loss, logits, target, mask, {"accuracy": accuracy})
 
-    @staticmethod
-    def draw_mask(recipe: Recipe, rng: np.random.Generator) -> Bool[np.ndarray, N]:
-        """Draw a block-wise mask; the number of hidden patches varies."""
-        config = recipe.method
-        assert isinstance(config, BEiTConfig)
-        return block_mask(
-            rng,
-            recipe.grid,
-            max_hidden=int(recipe.grid[0] * recipe.grid[1] * config.mask_ratio),
-            min_block_patches=config.min_block_patches,
-            min_block_aspect=config.min_block_aspect,
-        )
+    draw_mask = staticmethod(beit_mask)
 
     @torch.no_grad()
     def codes(self, tokenizer_images: UInt8[Tensor, "B C h w"]) -> Int64[Tensor, "B N"]:

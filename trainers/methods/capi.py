@@ -9,7 +9,6 @@ import math
 from functools import partial
 from typing import ClassVar, NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -18,11 +17,11 @@ from torch.nn import functional as F
 from mimray.trainers.config.capi import CAPIConfig
 from mimray.trainers.config.model import ViTConfig
 from mimray.trainers.config.run import Recipe
-from mimray.trainers.data.masks import inverse_block_mask
 from mimray.trainers.data.views import Inputs, Masks, Numbers, training_view
 from mimray.trainers.methods.assignment import SharedPlaces
 from mimray.trainers.methods.base import Method
 from mimray.trainers.methods.collapse import CollapseWatch
+from mimray.trainers.methods.draws import capi_mask, draw_priority
 from mimray.trainers.models import build_encoder
 from mimray.trainers.models.averages import MovingAverages
 from mimray.trainers.models.colours import enlarged, principal_colours
@@ -116,7 +115,7 @@ class CAPI(Method):
     def views(cls, recipe: Recipe) -> Inputs:
         """A masked view, and a number for each place; those of the largest are predicted."""
         masks = Masks(partial(cls.draw_mask, recipe))
-        draw = partial(_one_a_place, num_places=recipe.grid[0] * recipe.grid[1])
+        draw = partial(draw_priority, num_places=recipe.grid[0] * recipe.grid[1])
         return training_view(recipe, masks=masks), Numbers(draw, "priority")
 
     def parts(self) -> dict[str, list[nn.Module]]:
@@ -195,17 +194,7 @@ class CAPI(Method):
         """
         return self.watch.settle(step)
 
-    @staticmethod
-    def draw_mask(recipe: Recipe, rng: np.random.Generator) -> Bool[np.ndarray, N]:
-        """Draw a mask that leaves one rectangle visible."""
-        config = recipe.method
-        assert isinstance(config, CAPIConfig)
-        return inverse_block_mask(
-            rng,
-            recipe.grid,
-            num_hidden=config.num_hidden(recipe.grid[0] * recipe.grid[1]),
-            min_block_aspect=config.min_block_aspect,
-        )
+    draw_mask = staticmethod(capi_mask)
 
     def reconstruct(
         self, images: Float[Tensor, "B C H W"], output: MethodOutput, *, oracle: bool = False
@@ -257,8 +246,3 @@ def _means(
     flat, index = values.flatten(0, 1), index.flatten()
     sums = flat.new_zeros(count, flat.shape[1]).index_add_(0, index, flat)
     return sums / index.bincount(minlength=count).unsqueeze(1)
-
-
-def _one_a_place(rng: np.random.Generator, num_places: int) -> Float[np.ndarray, N]:
-    """Random numbers that rank the places of a picture."""
-    return rng.random(num_places)

@@ -23,10 +23,10 @@ from mimray.trainers.config.composition import check_size
 from mimray.trainers.config.distill import DistillConfig
 from mimray.trainers.config.model import DalleConfig
 from mimray.trainers.config.run import Recipe
-from mimray.trainers.data.masks import block_mask, random_mask
 from mimray.trainers.data.views import Inputs, Masks, same_crops, training_view
 from mimray.trainers.errors import ConfigError
 from mimray.trainers.methods.base import Method
+from mimray.trainers.methods.draws import distill_mask
 from mimray.trainers.methods.losses import mean_over_hidden
 from mimray.trainers.methods.needs import Need
 from mimray.trainers.models import build_encoder
@@ -254,22 +254,7 @@ class Distill(Method):
         beta = self.config.smooth_l1_beta
         return F.smooth_l1_loss(prediction.float(), target, beta=beta, reduction="none").mean(-1)
 
-    @staticmethod
-    def draw_mask(recipe: Recipe, rng: np.random.Generator) -> Bool[np.ndarray, N] | None:
-        """Draw blocks, whose number of patches varies, or random patches."""
-        config = recipe.method
-        assert isinstance(config, DistillConfig)
-        if not config.mask_ratio:
-            return None
-        if config.masking == "random":
-            return random_mask(rng, recipe.grid, config.mask_ratio)
-        return block_mask(
-            rng,
-            recipe.grid,
-            max_hidden=int(recipe.grid[0] * recipe.grid[1] * config.mask_ratio),
-            min_block_patches=config.min_block_patches,
-            min_block_aspect=config.min_block_aspect,
-        )
+    draw_mask = staticmethod(distill_mask)
 
     def reconstruct(
         self, images: Float[Tensor, "B C H W"], output: MethodOutput, *, oracle: bool = False

@@ -10,7 +10,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from jaxtyping import Bool, Float
@@ -20,11 +19,11 @@ from torch.nn import functional as F
 from mimray.trainers.config.ibot import IBOTConfig
 from mimray.trainers.config.run import Recipe
 from mimray.trainers.data.colours import blur, gray, jitter, solarise
-from mimray.trainers.data.masks import block_mask, random_mask
 from mimray.trainers.data.views import Inputs, Masks, View, training_view
 from mimray.trainers.methods.assignment import grouped, own_rows
 from mimray.trainers.methods.base import Method
 from mimray.trainers.methods.collapse import CollapseWatch
+from mimray.trainers.methods.draws import ibot_mask
 from mimray.trainers.models import build_encoder
 from mimray.trainers.models.averages import MovingAverages
 from mimray.trainers.models.codebook import Fp32Buffers
@@ -202,26 +201,7 @@ class IBOT(Method):
             inputs.append(_coloured(local, config, config.blur_share[2]))
         return inputs
 
-    @staticmethod
-    def draw_mask(recipe: Recipe, rng: np.random.Generator) -> Bool[np.ndarray, N] | None:
-        """Hide nothing, or a share of the patches that is itself drawn.
-
-        Views without a mask keep the class token of whole pictures in the student's experience.
-        """
-        config, (rows, columns) = recipe.method, recipe.grid
-        assert isinstance(config, IBOTConfig)
-        if rng.random() >= config.masked_share:
-            return np.zeros(rows * columns, dtype=bool)
-        ratio = float(rng.uniform(*config.mask_ratio))
-        if config.masking == "random":
-            return random_mask(rng, recipe.grid, ratio)
-        return block_mask(
-            rng,
-            recipe.grid,
-            max_hidden=int(rows * columns * ratio),
-            min_block_patches=max(1, (min(rows, columns) // 3) ** 2),
-            min_block_aspect=config.min_block_aspect,
-        )
+    draw_mask = staticmethod(ibot_mask)
 
     def at_step(self, step: int, num_steps: int) -> None:
         """Set the teacher's temperatures."""

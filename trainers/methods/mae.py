@@ -9,16 +9,15 @@ from __future__ import annotations
 import math
 from functools import partial
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mimray.trainers.config.mae import MAEConfig
 from mimray.trainers.config.run import Recipe
-from mimray.trainers.data.masks import random_mask
 from mimray.trainers.data.views import Inputs, Numbers
 from mimray.trainers.methods.base import Method
+from mimray.trainers.methods.draws import draw_order, mae_mask
 from mimray.trainers.methods.losses import masked_mean
 from mimray.trainers.models import build_encoder
 from mimray.trainers.models.decoders import CrossDecoder, MAEDecoder, mae_decoder
@@ -120,11 +119,7 @@ class MAE(Method):
     def _targets(self, patches: Float[Tensor, "B N P"]) -> Float[Tensor, "B N P"]:
         return normalise_patches(patches) if self.config.norm_pix_loss else patches
 
-    @staticmethod
-    def draw_mask(recipe: Recipe, rng: np.random.Generator) -> Bool[np.ndarray, N]:
-        """Draw a mask of uniformly random patches."""
-        assert isinstance(recipe.method, MAEConfig)
-        return random_mask(rng, recipe.grid, recipe.method.mask_ratio)
+    draw_mask = staticmethod(mae_mask)
 
     def reconstruct(
         self, images: Float[Tensor, "B C H W"], output: MethodOutput, *, oracle: bool = False
@@ -159,11 +154,6 @@ class MAE(Method):
             visible = ~output.mask.cpu().numpy()
             panels = [*others, Panel(title, hide_patches(drawn, visible, self.encoder.stride))]
         return panels
-
-
-def draw_order(rng: np.random.Generator, num_patches: int) -> Float[np.ndarray, N]:
-    """Draw the order in which patches are decoded: each one's place in it, from 0."""
-    return rng.permutation(num_patches)
 
 
 def normalise_patches(patches: Float[Tensor, "B N P"]) -> Float[Tensor, "B N P"]:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from mimray.trainers.config.maskfeat import MaskFeatConfig
 from mimray.trainers.config.model import ViTConfig
 from mimray.trainers.config.run import Recipe
-from mimray.trainers.data.masks import block_mask, random_mask
 from mimray.trainers.data.views import Inputs, Masks, training_view
 from mimray.trainers.glyphs import draw_glyphs
 from mimray.trainers.methods.base import Method
+from mimray.trainers.methods.draws import maskfeat_mask
 from mimray.trainers.methods.losses import masked_mean
 from mimray.trainers.models import build_encoder
 from mimray.trainers.models.decoders import MAEDecoder
@@ -94,20 +94,7 @@ class MaskFeat(Method):
         loss = masked_mean(error, mask, hidden_mean)
         return MethodOutput(loss, prediction, target, mask)
 
-    @staticmethod
-    def draw_mask(recipe: Recipe, rng: np.random.Generator) -> Bool[np.ndarray, N]:
-        """Draw a block-wise mask as in BEiT, or one of uniformly random patches."""
-        config, (rows, columns) = recipe.method, recipe.grid
-        assert isinstance(config, MaskFeatConfig)
-        if config.masking == "random":
-            return random_mask(rng, recipe.grid, config.mask_ratio)
-        return block_mask(
-            rng,
-            recipe.grid,
-            max_hidden=int(rows * columns * config.mask_ratio),
-            min_block_patches=config.min_block_patches,
-            min_block_aspect=config.min_block_aspect,
-        )
+    draw_mask = staticmethod(maskfeat_mask)
 
     def reconstruct(
         self, images: Float[Tensor, "B C H W"], output: MethodOutput, *, oracle: bool = False

@@ -5,15 +5,14 @@ Source: Xie et al. 2022, "SimMIM: A Simple Framework for Masked Image Modeling".
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from mimray.trainers.config.run import Recipe
 from mimray.trainers.config.simmim import SimMIMConfig
-from mimray.trainers.data.masks import unit_mask
 from mimray.trainers.methods.base import Method
+from mimray.trainers.methods.draws import simmim_mask
 from mimray.trainers.methods.losses import masked_mean
 from mimray.trainers.models import build_encoder
 from mimray.trainers.models.patches import patchify
@@ -55,10 +54,4 @@ class SimMIM(Method):
         error = difference.square() if self.squared else difference.abs()
         return MethodOutput(masked_mean(error.mean(dim=-1), mask), prediction, target, mask)
 
-    @staticmethod
-    def draw_mask(recipe: Recipe, rng: np.random.Generator) -> Bool[np.ndarray, N]:
-        """Draw a mask of uniformly random units of tokens, or of single tokens."""
-        config, stride = recipe.method, recipe.encoder.stride
-        assert isinstance(config, SimMIMConfig)
-        unit_px = config.mask_unit_px or stride
-        return unit_mask(rng, recipe.grid, unit_px // stride, config.mask_ratio)
+    draw_mask = staticmethod(simmim_mask)

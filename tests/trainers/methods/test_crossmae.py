@@ -19,8 +19,9 @@ from mimray.trainers.config.run import Recipe, essential, parse_recipe, resolve
 from mimray.trainers.data.views import make_inputs
 from mimray.trainers.errors import ConfigError
 from mimray.trainers.methods.catalogue import build_method, inputs_of
+from mimray.trainers.methods.draws import draw_order
 from mimray.trainers.methods.losses import masked_mean
-from mimray.trainers.methods.mae import MAE, draw_order, normalise_patches
+from mimray.trainers.methods.mae import MAE, normalise_patches
 from mimray.trainers.methods.reconstruction import reconstruct
 from mimray.trainers.models.cross_attention import CrossBlock
 from mimray.trainers.models.decoders import CrossDecoder
