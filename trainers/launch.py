@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -27,6 +27,7 @@ from mimray.trainers.config.names import check_name
 from mimray.trainers.config.run import Plan, Recipe, continued, differences, parse_plan, resolve
 from mimray.trainers.data.account import Account
 from mimray.trainers.data.selection import open_training, with_classes
+from mimray.trainers.data.workers import start_fork_server
 from mimray.trainers.errors import (
     DataError,
     MimrayError,
@@ -46,6 +47,7 @@ from mimray.trainers.recorder import NAMESPACE, Launch, RunLink, RunRecorder, Ru
 from mimray.trainers.resizing import SaveBeforeResizing
 from mimray.trainers.stopping import interruptible
 from mimray.trainers.storage import RunDir, check_seen, claim
+from mimray.trainers.tracking import check_reachable
 from mimray.trainers.weights import fetcher
 
 logger = logging.getLogger(__name__)
@@ -216,7 +218,7 @@ def pretrain(
     run.write("plan.json", plan.model_dump_json(indent=2).encode())
     keep_needs(plan.recipe, run, fetcher(plan.recipe))
 
-    recorder = _open_recorder(job, plan, launch_id)
+    recorder, opening = _start_recorder(job, plan, launch_id)
     watcher = _Watcher(recorder, on_progress)
     config = {
         "plan": plan.model_dump_json(),
@@ -229,6 +231,7 @@ def pretrain(
     trainer = workers(_work, config, plan, run, share)
     try:
         state, failure = _follow(trainer, recorder, watcher)
+        ray.get(opening)
     except OutOfMemoryError as error:  # Ray's own processes were killed, or the recorder
         raise _gave_up(error, plan, run) from error
     if state.error is None and failure is not None:
@@ -318,12 +321,17 @@ def finished(job: Job, plan: Plan) -> Outcome | None:
     return Outcome(run, plan, rows[-1]) if rows and rows[-1]["step"] >= plan.steps else None
 
 
-def _open_recorder(job: Job, plan: Plan, launch_id: str) -> Any:
+def _start_recorder(job: Job, plan: Plan, launch_id: str) -> tuple[Any, ray.ObjectRef[None]]:
     """Start the actor that records a run, on the driver's node, where MLflow's SQLite file is.
 
+    Returns:
+        Its handle, and what tells that it is open: the workers start meanwhile, and wait for it.
+
     Raises:
-        StorageError: MLflow cannot be reached or refuses.
+        StorageError: no MLflow server answers.
     """
+    tracking = os.environ.get("MLFLOW_TRACKING_URI")
+    check_reachable(tracking or "")
     cluster = ray.get_runtime_context()
     here = NodeAffinitySchedulingStrategy(cluster.get_node_id(), soft=False)
     launch = Launch(
@@ -338,18 +346,18 @@ def _open_recorder(job: Job, plan: Plan, launch_id: str) -> Any:
             plan=plan.model_dump_json(),
             launch=launch,
             fresh=job.fresh,
-            tracking=os.environ.get("MLFLOW_TRACKING_URI"),
+            tracking=tracking,
         )
     )
-    try:
-        ray.get(recorder.open.remote())
-    except RayTaskError as error:
-        raise (error.cause if isinstance(error.cause, MimrayError) else error) from None
-    return recorder
+    return recorder, recorder.open.remote()
 
 
 def _work(config: dict[str, Any]) -> None:
     """Train on one worker; called again after a failure, it continues."""
+    plan = Plan.model_validate_json(config["plan"])
+    if plan.recipe.data.stream != "ray":
+        start_fork_server(plan.recipe.data.num_workers)
+
     import ray.train.torch
 
     from mimray.trainers.engine.deepspeed import smaller_group
@@ -359,7 +367,7 @@ def _work(config: dict[str, Any]) -> None:
 
     context = ray.train.get_context()
     rank, there = context.get_world_rank(), context.get_world_size()
-    plan = Plan.model_validate_json(config["plan"]).for_workers(there)
+    plan = plan.for_workers(there)
     run = RunDir(config["run"], STORAGE_PATIENCE_S)
     link = RunLink(config["recorder"], plan.world_size)
     if link.failed():

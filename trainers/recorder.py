@@ -23,7 +23,7 @@ from mimray.trainers.lifeline import Heartbeat, Roster
 from mimray.trainers.pictures import panel_sheet, png
 from mimray.trainers.redaction import masked
 from mimray.trainers.storage import RunDir, check_owner
-from mimray.trainers.tracking import track
+from mimray.trainers.tracking import Tracker, track
 from mimray.trainers.types import Notice, Panel
 
 RECONSTRUCTION = "reconstruction.png"
@@ -147,23 +147,28 @@ class RunRecorder:
         self._resizing = False
         self._storage, self._fresh = storage, fresh
         self._tracking_uri = tracking
+        self._tracker: Tracker | None = None
         # A server that is away holds up this thread, and no heartbeat or signal.
         self._tracking = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
 
     def open(self) -> None:
         """Open the MLflow run, and tell of the launch; called once, before anything else.
 
-        Raises:
-            StorageError: MLflow cannot be reached or refuses.
+        Workers start meanwhile. Where MLflow cannot be reached or refuses, that is the error that
+        ends the run.
         """
-        self._tracker = track(
-            self._run,
-            self._plan,
-            storage=self._storage,
-            command=self._launch.command,
-            uri=self._tracking_uri,
-            resume=not self._fresh,
-        )
+        try:
+            self._tracker = track(
+                self._run,
+                self._plan,
+                storage=self._storage,
+                command=self._launch.command,
+                uri=self._tracking_uri,
+                resume=not self._fresh,
+            )
+        except MimrayError as error:
+            self.fail(error)
+            return
         self._state.tracking = masked(self._tracker.uri)
         self._write_launch()
 
@@ -182,7 +187,7 @@ class RunRecorder:
         self._state.probe = probe_curve(self._scored)
         if self._state.attempts == 1:  # MLflow may be another, or have missed what came last
             rows = self._scored
-            self._track(lambda: self._tracker.rows(rows))
+            self._track(lambda tracker: tracker.rows(rows))
 
     def metrics(self, row: dict[str, Any]) -> None:
         """Record a row of metrics."""
@@ -193,7 +198,7 @@ class RunRecorder:
             self._scored = [*earlier, row]
             self._state.probe = probe_curve(self._scored)
         values = {k: v for k, v in row.items() if k not in ("step", "time")}
-        self._track(lambda: self._tracker.log(row["step"], values))
+        self._track(lambda tracker: tracker.log(row["step"], values))
 
     def scoring(self, phase: str, done: int, total: int) -> None:
         """Record how far a score is that the training waits for."""
@@ -203,7 +208,7 @@ class RunRecorder:
         """Draw panels side by side and keep the sheet."""
         sheet = png(panel_sheet(panels))
         self._keep(RECONSTRUCTION, lambda: self._run.write(RECONSTRUCTION, sheet))
-        self._track(lambda: self._tracker.picture("reconstruction", sheet, step))
+        self._track(lambda tracker: tracker.picture("reconstruction", sheet, step))
 
     def note(self, message: str) -> None:
         """Keep a worker's warning."""
@@ -214,8 +219,8 @@ class RunRecorder:
         self._state.error = self._state.error or error
 
     def failed(self) -> bool:
-        """True if an error has ended the run for good."""
-        return self._state.error is not None
+        """True if an error has ended the run for good, or MLflow's run could not be opened."""
+        return self._state.error is not None or self._tracker is None
 
     def stop(self, signal: str) -> bool:
         """Ask the workers to stop for a signal; False if none has begun to train."""
@@ -300,15 +305,17 @@ class RunRecorder:
         reason, cure = (str(error.args[-1]), error.hint) if error else ("", "")
         self._launch = replace(self._launch, status=_status(error), reason=reason, cure=cure)
         self._write_launch()
-        self._track(lambda: self._tracker.finish(_status(error))).result()
+        self._track(lambda tracker: tracker.finish(_status(error))).result()
 
-    def _track(self, call: Callable[[], object]) -> Future[None]:
+    def _track(self, call: Callable[[Tracker], object]) -> Future[None]:
         """Make a call of the tracker after all earlier ones; an error becomes a note."""
 
         def told() -> None:
+            if self._tracker is None:  # it could not be opened, which is the run's error
+                return
             try:
                 with warnings_to(self.note, "mimray.trainers.tracking"):
-                    call()
+                    call(self._tracker)
             except Exception as error:
                 self.note(f"MLflow was not told: {type(error).__name__}: {error}")
 

@@ -15,9 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mimray.trainers.bundles import CARD, fetch_bundle
+from mimray.trainers.config.names import TIMM
 from mimray.trainers.config.run import Recipe
-from mimray.trainers.convert import import_weights
-from mimray.trainers.convert.importing import TIMM
 from mimray.trainers.errors import BundleError, MissingBundleError, NoCheckpointError
 from mimray.trainers.registry import Registry, registered
 
@@ -68,6 +67,8 @@ def _is_bundle_or_run(path: Path) -> bool:
 
 @functools.cache
 def _imported(reference: str, partial: bool) -> Path:
+    from mimray.trainers.convert import import_weights
+
     scratch = Path(tempfile.mkdtemp(prefix="mimray-"))
     atexit.register(shutil.rmtree, scratch, ignore_errors=True)
     try:

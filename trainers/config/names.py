@@ -6,6 +6,9 @@ import re
 
 from mimray.trainers.errors import ConfigError
 
+# How a reference to weights begins that timm publishes: `timm:NAME`.
+TIMM = "timm:"
+
 # A file system's longest name, in bytes, with room for suffixes.
 _MOST_BYTES = 200
 _NOT_ALLOWED = re.compile(r"[/\\\x00-\x1f\x7f]")

@@ -17,6 +17,7 @@ from mimray.trainers.config.composition import check_size
 from mimray.trainers.config.data import DataConfig
 from mimray.trainers.config.explain import explain
 from mimray.trainers.config.model import EncoderConfig, SwinConfig
+from mimray.trainers.config.names import TIMM
 from mimray.trainers.config.recipes import override
 from mimray.trainers.config.run import Recipe, key_owners, known_keys, parse_recipe
 from mimray.trainers.convert.assign_weights import (
@@ -36,7 +37,6 @@ from mimray.trainers.errors import BundleError, ConfigError
 from mimray.trainers.models import build_encoder
 from mimray.trainers.models.resize import for_size, resized
 
-TIMM = "timm:"
 # What BEiT shows its tokenizer beside pictures of 224 pixels.
 DALLE_SIZE = (112, 112)
 # Networks compute them themselves.

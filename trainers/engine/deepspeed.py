@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -146,6 +148,23 @@ def deepspeed_config(plan: Plan, precision: str) -> dict[str, Any]:
     return _merge(ours, engine.deepspeed)
 
 
+@contextmanager
+def _without_mlflow() -> Iterator[None]:
+    """Have imports find no MLflow, unless it is there already.
+
+    DeepSpeed's autotuner, which nothing here uses, imports it where it can: half of the time that
+    importing DeepSpeed takes, in every worker.
+    """
+    if "mlflow" in sys.modules:
+        yield
+        return
+    sys.modules["mlflow"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["mlflow"]
+
+
 def prepare_process(device: torch.device) -> None:
     """Set up this process for DeepSpeed; must run before DeepSpeed is first imported.
 
@@ -156,7 +175,8 @@ def prepare_process(device: torch.device) -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
     # DeepSpeed requires LOCAL_RANK. Ray sets it; a process group made by hand does not.
     os.environ.setdefault("LOCAL_RANK", "0")
-    import deepspeed
+    with _without_mlflow():
+        import deepspeed
 
     if device.type == "cpu":
         # An extension for inference only, compiled on first use, which fails without a compiler.

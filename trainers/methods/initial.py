@@ -19,7 +19,6 @@ from mimray.trainers.config.model import EncoderConfig, ViTConfig
 from mimray.trainers.config.run import Recipe, parse_recipe
 from mimray.trainers.errors import BundleError, ConfigError, MimrayError
 from mimray.trainers.models import build_encoder
-from mimray.trainers.models.rel_pos import spread_over_blocks
 from mimray.trainers.models.resize import for_size, resized
 
 if TYPE_CHECKING:
@@ -366,6 +365,8 @@ def _fitting(
     """An encoder's weights, at the recipe's size, whose names and shapes are wanted."""
     state = resized(state, *_change(recipe, card))
     if _shares(card.encoder) and not _shares(recipe.encoder):
+        from mimray.trainers.models.rel_pos import spread_over_blocks
+
         assert isinstance(card.encoder, ViTConfig)
         state = spread_over_blocks(state, card.encoder.depth)
     return {key: value for key, value in state.items() if shapes.get(key) == value.shape}

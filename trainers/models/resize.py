@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from mimray.trainers.config.composition import check_size
 from mimray.trainers.config.model import EncoderConfig, SwinConfig, ViTConfig
 from mimray.trainers.data.geometry import Size
 from mimray.trainers.errors import BundleError
-from mimray.trainers.models.rel_pos import resize_table
 
 
 def for_size(encoder: EncoderConfig, old: Size, new: Size) -> EncoderConfig:
@@ -75,6 +73,8 @@ def _resized(
     if key.endswith("pos_embed"):
         if grids[0] == grids[1]:
             return value
+        from timm.layers import resample_abs_pos_embed
+
         resampled: Tensor = resample_abs_pos_embed(
             value,
             new_size=list(grids[1]),
@@ -86,7 +86,11 @@ def _resized(
         if isinstance(old[0], SwinConfig):
             stage = int(key.split(".")[1])
             grids = _window(*old, stage), _window(*new, stage)
-        return value if grids[0] == grids[1] else resize_table(value, *grids)
+        if grids[0] == grids[1]:
+            return value
+        from mimray.trainers.models.rel_pos import resize_table
+
+        return resize_table(value, *grids)
     return value
 
 
