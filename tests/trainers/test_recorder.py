@@ -68,6 +68,35 @@ def recorder(tmp_path: Path, tracker: Tracker) -> RunRecorder:
     return recorder
 
 
+def test_recorder__an_mlflow_that_refuses_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(*arguments: Any, **options: Any) -> Tracker:
+        raise StorageError("MLflow refuses the run")
+
+    monkeypatch.setattr("mimray.trainers.recorder.track", refuse)
+    claim(RunDir(str(tmp_path / "run")), LAUNCH.launch_id)
+    recorder = RunRecorder(
+        run_uri=str(tmp_path / "run"),
+        storage=str(tmp_path),
+        plan=small_plan().model_dump_json(),
+        launch=LAUNCH,
+        fresh=False,
+    )
+    assert recorder.failed()  # workers that ask before it is open do not begin
+
+    recorder.open()
+    error = recorder.state().error
+    recorder.close(error)
+
+    assert recorder.failed()
+    assert str(error) == "MLflow refuses the run"
+    assert recorder.state().notes == []
+    launch = read_launch(RunDir(str(tmp_path / "run")))
+    assert launch is not None
+    assert (launch.status, launch.reason) == ("FAILED", "MLflow refuses the run")
+
+
 def row(step: int, **figures: float) -> dict[str, Any]:
     return {"step": step, "loss": 1.0, **figures}
 
