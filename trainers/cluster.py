@@ -38,6 +38,8 @@ PROTECTION = {
 }
 CURE = "`ray start --head` starts one; unset RAY_ADDRESS to work on this machine"
 CONNECT_TIMEOUT_S = 5.0
+# As many as one copy of an encoder makes good use of.
+FEW_CPUS = 4
 # A head's port where the address names none: of its store, and of Ray Client.
 STORE_PORT, CLIENT_PORT = 6379, 10001
 # Ray's own share of memory for its object store, and the size from which it insists on /dev/shm.
@@ -78,6 +80,25 @@ def connected(address: str | None = None, *, own: bool = False) -> Iterator[None
             yield
         finally:
             ray.shutdown()
+
+
+@contextmanager
+def connected_if_larger() -> Iterator[None]:
+    """Connect to Ray as `connected` does, unless there are but the few CPUs of this process.
+
+    For work that this process can do by itself: to start Ray and its workers takes longer than a
+    copy of the encoder on the same CPUs gains.
+    """
+    set_environment()
+    import ray
+    import torch
+
+    alone = os.environ.get("RAY_ADDRESS", "local") in ("", "local") and not ray.is_initialized()
+    if alone and limits.usable_cpus() <= FEW_CPUS and not torch.cuda.is_available():
+        yield
+        return
+    with connected():
+        yield
 
 
 def start_ray(address: str | None = None, *, own: bool = False) -> None:

@@ -16,7 +16,7 @@ from mimray.service.commands.tasks import TASKS
 from mimray.service.terminal.console import say
 from mimray.service.terminal.phases import PhaseLink, PhaseRecorder
 from mimray.service.terminal.progress import Progress, duration, show_phases
-from mimray.trainers.cluster import connected
+from mimray.trainers.cluster import connected, connected_if_larger
 from mimray.trainers.errors import ConfigError
 from mimray.trainers.evaluation.tasks import load, task_config
 
@@ -130,8 +130,9 @@ def evaluate_subjects(
         The content of each `<task>.json`, with the places of its pictures.
     """
     results: dict[int, dict[str, Any]] = {}
-    with connected():
-        run = _run_on_devices if TASKS[request.task].dense else _run_here
+    dense = TASKS[request.task].dense
+    run = _run_on_devices if dense else _run_here
+    with connected() if dense else connected_if_larger():
         # Each result is kept at once, so that a later failure does not lose it.
         for number, score, seconds in run(subjects, request, config):
             results[number] = _keep(subjects[number], score, request, config, seconds)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mimray.service.terminal.console import say
 from mimray.service.terminal.progress import Progress, duration, show_count
-from mimray.trainers.cluster import connected
+from mimray.trainers.cluster import connected_if_larger
 
 if TYPE_CHECKING:
     from mimray.trainers.config.evaluation.extract import ExtractSpec
@@ -65,7 +65,7 @@ def run_extract(
     ref = EncoderRef.parse(bundle)
     source = open_source(data, split=split, label=label)
     began = time.monotonic()
-    with connected(), Progress() as progress:
+    with connected_if_larger(), Progress() as progress:
         shown = show_count(progress, "extracting", "pictures")
         found = extract(
             ref,

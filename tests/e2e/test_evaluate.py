@@ -88,7 +88,8 @@ def at_hand(patch: pytest.MonkeyPatch) -> None:
 
     `test_extraction_on_ray.py` holds one against the other.
     """
-    patch.setattr("mimray.service.commands.evaluate.connected", nullcontext)
+    for name in ("connected", "connected_if_larger"):
+        patch.setattr(f"mimray.service.commands.evaluate.{name}", nullcontext)
     patch.setattr("ray.is_initialized", lambda: False)
 
 

@@ -34,7 +34,7 @@ def pictures(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def without_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is called in this process is done in it, without Ray."""
-    monkeypatch.setattr("mimray.service.commands.extract.connected", nullcontext)
+    monkeypatch.setattr("mimray.service.commands.extract.connected_if_larger", nullcontext)
     monkeypatch.setattr("ray.is_initialized", lambda: False)
 
 

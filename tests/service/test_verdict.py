@@ -160,8 +160,8 @@ def private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache of each test's own, no cluster, and no MLflow, whose database takes seconds."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("mimray.trainers.evaluation.results.track_score", lambda *_: "")
-    for module in ("evaluate", "verdict"):
-        monkeypatch.setattr(f"mimray.service.commands.{module}.connected", nullcontext)
+    for place in ("evaluate.connected_if_larger", "evaluate.connected", "verdict.connected"):
+        monkeypatch.setattr(f"mimray.service.commands.{place}", nullcontext)
     monkeypatch.setattr("ray.is_initialized", lambda: False)
 
 

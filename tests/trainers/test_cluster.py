@@ -6,12 +6,14 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from mimray.trainers import cluster
-from mimray.trainers.cluster import keep_token, start_ray, unreachable
+from mimray.trainers.cluster import connected_if_larger, keep_token, start_ray, unreachable
 from mimray.trainers.environment import limits
 from mimray.trainers.errors import ResourceError
 
@@ -153,3 +155,49 @@ def test_resources__of_a_share_of_the_machine(monkeypatch: pytest.MonkeyPatch) -
     assert "_plasma_directory" not in found
     monkeypatch.setattr(limits, "free_shared_memory", lambda: 0)
     assert Path(cluster._resources()["_plasma_directory"]).is_dir()
+
+
+@pytest.mark.parametrize(
+    ("cpus", "cuda", "address", "connects"),
+    [
+        (4, False, None, False),
+        (4, False, "local", False),
+        (5, False, None, True),
+        (2, True, None, True),
+        (2, False, "10.0.0.1:6379", True),
+    ],
+)
+def test_connected_if_larger__where_there_is_more_than_a_few_cpus(
+    monkeypatch: pytest.MonkeyPatch, cpus: int, cuda: bool, address: str | None, connects: bool
+) -> None:
+    seen: list[str] = []
+
+    @contextmanager
+    def connected() -> Iterator[None]:
+        seen.append("connected")
+        yield
+
+    monkeypatch.setattr(cluster, "connected", connected)
+    monkeypatch.setattr(limits, "usable_cpus", lambda: cpus)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    if address is not None:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+
+    with connected_if_larger():
+        seen.append("worked")
+
+    assert seen == ["connected"] * connects + ["worked"]
+
+
+def test_connected_if_larger__uses_the_cluster_that_is_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr(cluster, "start_ray", lambda *_, **__: seen.append("started"))
+
+    with connected_if_larger():
+        seen.append("worked")
+
+    assert seen == ["worked"]
