@@ -35,6 +35,7 @@ from mimray.trainers.engine.optim import build_optimizer
 from mimray.trainers.methods.base import Method
 from mimray.trainers.methods.catalogue import build_method, inputs_of
 from mimray.trainers.methods.inputs import placeholders
+from mimray.trainers.models.blocks import checkpoint_activations
 from mimray.trainers.types import DatasetFacts
 
 TOLERANCE = 0.15
@@ -219,7 +220,7 @@ def test_flops__are_what_the_profiler_sees(name: str) -> None:
 def test_flops__of_training_are_what_the_profiler_sees(name: str, checkpointing: bool) -> None:
     recipe, batch = load_recipe(name), 2
     method = real_method(recipe)
-    method.encoder.activation_checkpointing = checkpointing
+    checkpoint_activations(method, checkpointing)
     inputs = real_inputs(method, batch, torch.float32)
     with (
         sdpa_kernel(SDPBackend.MATH),
@@ -378,7 +379,7 @@ def peak_of(case: Case) -> dict[str, int]:
     before = resident("VmRSS")
     torch.manual_seed(0)
     method = real_method(plan.recipe)
-    method.encoder.activation_checkpointing = case.checkpointing
+    checkpoint_activations(method, case.checkpointing)
     train = plainly if case.zero_stage is None else with_deepspeed
     train(method, plan, case.precision)
     return {

@@ -17,6 +17,7 @@ from mimray.trainers.engine.deepspeed import choose_precision, deepspeed_config,
 from mimray.trainers.engine.deepspeed_keys import check_known
 from mimray.trainers.errors import ConfigError
 from mimray.trainers.methods.catalogue import build_method
+from mimray.trainers.models.blocks import checkpoint_activations
 from mimray.trainers.types import DatasetFacts
 
 CPU = torch.device("cpu")
@@ -245,7 +246,7 @@ def test_activation_checkpointing__same_loss_and_gradients() -> None:
     images, mask = torch.randn(2, 3, 64, 64), torch.rand(1, 64).argsort().repeat(2, 1) < 48
     found = []
     for wanted in (False, True):
-        method.encoder.activation_checkpointing = wanted
+        checkpoint_activations(method, wanted)
         method.zero_grad()
         loss = method(images, mask).loss
         loss.backward()

@@ -29,6 +29,7 @@ from mimray.trainers.methods.base import Method
 from mimray.trainers.methods.catalogue import build_method, inputs_of
 from mimray.trainers.methods.inputs import placeholders
 from mimray.trainers.methods.lora import adapt
+from mimray.trainers.models.blocks import checkpoint_activations
 from mimray.trainers.models.decoders import CrossDecoder, MAEDecoder
 
 aten = torch.ops.aten
@@ -108,13 +109,13 @@ def trace(
     Args:
         method: a result of `shape_of`.
         batch: pictures in the micro batch.
-        checkpointing: True to compute the encoder's activations again in the backward pass.
+        checkpointing: True to compute the activations of blocks again in the backward pass.
         on_gpu: True for attention as GPUs compute it; on CPUs a learnt bias keeps it from being
             fused.
         autocast: the data type of products and convolutions of fp32 weights; None for theirs.
     """
     method.train()
-    method.encoder.activation_checkpointing = checkpointing
+    checkpoint_activations(method, checkpointing)
     recipe, dtype = method.recipe, next(method.parameters()).dtype
     inputs = placeholders(inputs_of(recipe), recipe, batch, dtype)
     called = [module for modules in method.parts().values() for module in modules]

@@ -43,6 +43,7 @@ from mimray.trainers.methods.catalogue import build_method, inputs_of
 from mimray.trainers.methods.inputs import arguments_of
 from mimray.trainers.methods.lora import adapt
 from mimray.trainers.methods.needs import load_needs
+from mimray.trainers.models.blocks import checkpoint_activations
 from mimray.trainers.storage import RunDir
 from mimray.trainers.types import Batch, Notice, Panel
 
@@ -199,7 +200,7 @@ def stages(
     with_average(method)
     fixed = fixed_weights(method)
     if recipe.engine.activation_checkpointing:
-        method.encoder.activation_checkpointing = True
+        checkpoint_activations(method)
     if recipe.engine.compile:
         compile_blocks(method, device)
         if rank == 0:

@@ -38,6 +38,18 @@ class BlockRunner(nn.Module):
         return cast(Tensor, call(block, again, *inputs))
 
 
+def checkpoint_activations(network: nn.Module, on: bool = True) -> None:
+    """Have all chains of blocks in a network compute activations again in the backward pass.
+
+    Args:
+        network: a network, such as a method with its encoder and decoder.
+        on: False to keep activations.
+    """
+    for module in network.modules():
+        if isinstance(module, BlockRunner):
+            module.activation_checkpointing = on
+
+
 def _call(block: nn.Module, again: bool, *inputs: Any) -> Any:
     # Within the graph, or what is computed again might take another graph than the first time.
     return checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)

@@ -23,6 +23,7 @@ from mimray.trainers.engine.deepspeed import initialize, prepare_process
 from mimray.trainers.engine.optim import set_hyperparameters
 from mimray.trainers.errors import ConfigError
 from mimray.trainers.methods.catalogue import build_method
+from mimray.trainers.models.blocks import checkpoint_activations
 from mimray.trainers.types import DatasetFacts
 
 RANKS, BATCH, STEPS = 2, 8, 10
@@ -79,7 +80,7 @@ def losses(case: Case) -> list[float]:
     plan = plan_of(case)
     torch.manual_seed(0)
     method = build_method(plan.recipe).train()
-    method.encoder.activation_checkpointing = case.again
+    checkpoint_activations(method, case.again)
     if case.compiled:
         compile_blocks(method, torch.device("cpu"))
     engine = initialize(method, plan, case.precision)
@@ -111,7 +112,7 @@ def swin_losses(compiled: bool) -> list[float]:
             "method.mask_unit_px=32"]  # fmt: skip
     torch.manual_seed(0)
     method = build_method(load_recipe("simmim-tiny", sets, steps=4)).train()
-    method.encoder.activation_checkpointing = True
+    checkpoint_activations(method)
     if compiled:
         compile_blocks(method, torch.device("cpu"))
     found = []

@@ -21,6 +21,7 @@ from mimray.trainers.config.run import Plan, Recipe, resolve
 from mimray.trainers.data.rng import Stream, generator
 from mimray.trainers.engine.deepspeed import full_state, initialize, prepare_process
 from mimray.trainers.methods.catalogue import build_method
+from mimray.trainers.models.blocks import checkpoint_activations
 from mimray.trainers.types import DatasetFacts
 
 # All of them in one pair of processes, some minutes on two cores.
@@ -81,7 +82,7 @@ def train(name: str, stage: int, precision: str) -> dict[str, Any]:
     recipe = plan.recipe
     torch.manual_seed(0)
     method = build_method(recipe).train()
-    method.encoder.activation_checkpointing = recipe.engine.activation_checkpointing
+    checkpoint_activations(method, recipe.engine.activation_checkpointing)
     if name == "beit-tiny":
         method.attach(Codes(recipe))
     if name == "distill-tiny":
