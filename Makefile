@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := service trainers tuning serving tests benchmarks deploy
 
-.PHONY: demo test test-all install lint format types imports clean
+.PHONY: demo test test-all bench install lint format types imports clean
 
 demo: .venv/.installed
 	$(BIN)/mimray demo
@@ -15,6 +15,14 @@ test: .venv/.installed-dev lint types imports
 # Everything, the long runs too.
 test-all: .venv/.installed-dev lint types imports
 	$(BIN)/python -m pytest -m "not gpu" --timeout 1800
+
+# Short forms of the benchmarks of docs/performance.md, about 20 minutes on two cores; peers that
+# are not installed are left out. PICTURES is a flat folder of JPEGs.
+PICTURES ?=
+bench: .venv/.installed-dev
+	$(BIN)/python benchmarks/loading.py $(PICTURES) --rounds 3 --batches 16
+	$(BIN)/python benchmarks/overhead.py $(PICTURES) --rounds 2 --updates 4 --batch 8
+	$(BIN)/python benchmarks/steps.py --rounds 2 --batch 4
 
 install: .venv/.installed
 

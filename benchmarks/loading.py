@@ -1,8 +1,9 @@
 """Claim: pictures are cropped faster here than by the loaders that people otherwise use.
 
-    python benchmarks/loading.py PICTURES [--size 224] [--rounds 5] [--batches 40] [--json FILE]
+    python benchmarks/loading.py [PICTURES] [--size 224] [--rounds 5] [--batches 40] [--json FILE]
 
-PICTURES is a flat folder of JPEGs. Three parts, each of ways that take turns in one run:
+PICTURES is a flat folder of JPEGs; without it, small ones are made. Three parts, each of ways that
+take turns in one run:
 
 - `a core`: the crop and flip of MAE's recipe by the loader of the MAE paper (Pillow, torchvision's
   RandomResizedCrop, to a normalised tensor), and here from the files and from what `mimray data
@@ -32,6 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from measuring import sample_pictures
 from PIL import Image
 
 from mimray.trainers.config.recipes import load_recipe
@@ -306,17 +308,18 @@ def ratios(over: list[float], under: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("pictures", type=Path)
+    parser.add_argument("pictures", type=Path, nargs="?")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batches", type=int, default=40, help="of each end-to-end round")
     parser.add_argument("--json", type=Path, help="write all figures here")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    files = sorted(arguments.pictures.resolve().glob("*.[jJ][pP]*"))
     size, rounds = arguments.size, arguments.rounds
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
+        pictures = arguments.pictures or sample_pictures(scratch)
+        files = sorted(pictures.resolve().glob("*.[jJ][pP]*"))
         ingest(str(files[0].parent), str(scratch / "ingested"))
         by_core = core(files, scratch / "ingested", size, rounds)
         print(f"{len(files)} JPEGs, crops of {size} pixels; a core:")

@@ -21,6 +21,25 @@ class CommandFailedError(Exception):
     """A command of mimray ended with an error, which it has printed."""
 
 
+def sample_pictures(folder: Path) -> Path:
+    """Write small JPEGs of the photographs that every installation has, for a trial.
+
+    Args:
+        folder: gets `pictures`, a flat folder.
+
+    Returns:
+        That folder.
+    """
+    from mimray.trainers.data.sample_photos import write_photo_tiles
+
+    tiles, _ = write_photo_tiles(folder / "tiles", size_px=256, train_tiles=8, val_tiles=1)
+    flat = folder / "pictures"
+    flat.mkdir()
+    for file in sorted(tiles.rglob("*.jpg")):
+        file.rename(flat / f"{file.parent.name}-{file.name}")
+    return flat
+
+
 class Speed(NamedTuple):
     """The speed of a recipe.
 
