@@ -22,7 +22,7 @@ class CommandFailedError(Exception):
 
 
 def sample_pictures(folder: Path) -> Path:
-    """Write small JPEGs of the photographs that every installation has, for a trial.
+    """Write the photographs that every installation has as JPEGs, several times, for a trial.
 
     Args:
         folder: gets `pictures`, a flat folder.
@@ -30,13 +30,14 @@ def sample_pictures(folder: Path) -> Path:
     Returns:
         That folder.
     """
-    from mimray.trainers.data.sample_photos import write_photo_tiles
+    from mimray.trainers.data.sample_photos import PHOTOGRAPHS, photograph
 
-    tiles, _ = write_photo_tiles(folder / "tiles", size_px=256, train_tiles=8, val_tiles=1)
     flat = folder / "pictures"
     flat.mkdir()
-    for file in sorted(tiles.rglob("*.jpg")):
-        file.rename(flat / f"{file.parent.name}-{file.name}")
+    for name in PHOTOGRAPHS:
+        picture = photograph(name)
+        for copy in range(8):  # no two files alike, or `ingest` would keep one
+            picture.save(flat / f"{name}-{copy}.jpg", quality=85 + copy)
     return flat
 
 

@@ -5,8 +5,8 @@
 `loop`: MAE's ViT-S/16 at 224 in fp32, trained by the loop of a run (DeepSpeed, pictures decoded by
 a process of its own from the folder PICTURES, or from small ones; metrics at every update) and by a
 bare loop of torch on tensors that are there already, with the same method and optimiser. Both take
-turns in one process; seconds an update, and seconds of what a round ends with: a checkpoint, its pictures, and
-whole weights for a bundle.
+turns in one process; seconds an update, and seconds of what a round ends with: a checkpoint, its
+pictures, and whole weights for a bundle.
 
 `workers`: the same loop in one process with one thread, and in two, by ZeRO 1 over gloo, each with
 one thread and as many pictures as the one had. Images a second of two over twice those of one.
