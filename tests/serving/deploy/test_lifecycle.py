@@ -100,9 +100,11 @@ def test_wait__sigterm_leaves_no_process_and_no_port(
         answer = httpx2.post(url, files=pictures, timeout=240)
         answers.append((answer.status_code, answer.text))
 
+    deadline = time.monotonic() + 120
+    while HAProxyState(port).requests() > 0:
+        assert time.monotonic() < deadline, "the first request never ended"
     asking = threading.Thread(target=ask)
     asking.start()
-    deadline = time.monotonic() + 120
     while HAProxyState(port).requests() == 0:
         assert time.monotonic() < deadline, "the request never came"
     server.terminate()
