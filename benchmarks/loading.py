@@ -8,7 +8,7 @@ take turns in one run:
 - `a core`: the crop and flip of MAE's recipe by the loader of the MAE paper (Pillow, torchvision's
   RandomResizedCrop, to a normalised tensor), and here from the files and from what `mimray data
   ingest` makes of them; pictures a second of CPU time of one thread.
-- `end to end`: batches of 64 by two decode processes: torchvision's ImageFolder, and LitData and
+- `end to end`: batches of 64 by two decode processes: torchvision's transform, and LitData and
   WebDataset where they are installed, which hold the same files; pictures a second after the first
   batch, and seconds to that.
 - `resume`: seconds to the first batch at sample 0 and at sample 10,000,000 of an index of 100
@@ -184,7 +184,7 @@ def pixel_differences(files: list[Path], size: int) -> dict[str, float]:
 def loaders(
     files: list[Path], shards: Path, scratch: Path, size: int, batches: int
 ) -> dict[str, Callable[[], Iterable[Any]]]:
-    """What makes an iterator of batches, by way; those of peers that are not installed are left."""
+    """Makers of iterators of batches, by name; without those of peers that are not installed."""
     transform = Transform(size)
 
     def torchvision_() -> Iterable[Any]:
@@ -199,7 +199,7 @@ def loaders(
         return make
 
     ways: dict[str, Callable[[], Iterable[Any]]] = {
-        "torchvision ImageFolder": torchvision_, "mimray, files": ours(files[0].parent),
+        "torchvision": torchvision_, "mimray, files": ours(files[0].parent),
         "mimray, ingested": ours(shards),
     }  # fmt: skip
     if importlib.util.find_spec("webdataset"):
@@ -337,7 +337,7 @@ def main() -> None:
         ways = loaders(files, scratch / "ingested", scratch, size, arguments.batches)
         whole = end_to_end(ways, arguments.batches, rounds)
         print(f"end to end, {WORKERS} processes:")
-        base = whole["torchvision ImageFolder"]
+        base = whole["torchvision"]
         for name, found in whole.items():
             print(
                 f"  {name:24} {statistics.median(found['images_per_s']):7.0f} images/s, "

@@ -172,7 +172,7 @@ def spread(over: list[float], under: list[float]) -> str:
 
 
 def main() -> None:
-    if sys.argv[1] == "--worker":
+    if sys.argv[1:2] == ["--worker"]:
         pictures, out, *numbers = sys.argv[2:]
         work(Path(pictures), Path(out), *(int(number) for number in numbers))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -260,7 +260,7 @@ def table(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    if sys.argv[1] == "--worker":
+    if sys.argv[1:2] == ["--worker"]:
         out, rank, stage, *shape = sys.argv[2:]
         work(Path(out), int(rank), int(stage), tuple(shape))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

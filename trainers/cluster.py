@@ -38,7 +38,7 @@ PROTECTION = {
 }
 CURE = "`ray start --head` starts one; unset RAY_ADDRESS to work on this machine"
 CONNECT_TIMEOUT_S = 5.0
-# As many as one copy of an encoder makes good use of.
+# Up to so many CPUs, one copy of an encoder makes as good use of them as several.
 FEW_CPUS = 4
 # A head's port where the address names none: of its store, and of Ray Client.
 STORE_PORT, CLIENT_PORT = 6379, 10001
@@ -93,8 +93,9 @@ def connected_if_larger() -> Iterator[None]:
     import ray
     import torch
 
-    alone = os.environ.get("RAY_ADDRESS", "local") in ("", "local") and not ray.is_initialized()
-    if alone and limits.usable_cpus() <= FEW_CPUS and not torch.cuda.is_available():
+    elsewhere = (os.environ.get("RAY_ADDRESS") or "local") != "local" or ray.is_initialized()
+    few = limits.usable_cpus() <= FEW_CPUS and not torch.cuda.is_available()
+    if few and not elsewhere:
         yield
         return
     with connected():

@@ -1,4 +1,4 @@
-"""What is imported where: a second of imports is a second that everybody waits at every start."""
+"""Imports of decode processes, of the driver and of workers, whose seconds everybody waits for."""
 
 import pickle
 import subprocess

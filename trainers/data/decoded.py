@@ -22,7 +22,7 @@ from mimray.trainers.data.decode import (
     read_orientation,
     read_size,
 )
-from mimray.trainers.data.jpeg import Frame, decode_plain, read_frame
+from mimray.trainers.data.jpeg import decode_plain, read_frame
 from mimray.trainers.data.resample import Pixels, to_pixels
 from mimray.trainers.data.selection import evenly_spread
 from mimray.trainers.data.sources import Source
@@ -91,26 +91,24 @@ class _File:
 
     def __init__(self, data: bytes) -> None:
         self._data = data
-        self._frame: Frame | None = read_frame(data)
-        self._opened: PictureFile | None = None
-        if self._frame is None or self._frame.tagged or not _allowed(self._frame.size):
-            self._opened = PictureFile(data)
-            if self._frame is not None and read_orientation(self._opened) != 1:
-                self._frame = None
-        if self._frame is None:
-            assert self._opened is not None
-            self.size = read_size(self._opened)
-        else:
-            self.size = self._frame.size
+        self._file = PictureFile(data)  # which reads nothing yet
+        frame = read_frame(data)
+        if frame is not None and (
+            not _allowed(frame.size) or (frame.tagged and read_orientation(self._file) != 1)
+        ):
+            frame = None
+        self._frame = frame
+        self.size = frame.size if frame is not None else read_size(self._file)
 
     def decoded(self, enough: tuple[int, int]) -> tuple[Pixels, bool]:
         """The pixels, and whether another `enough` may give them at another scale."""
-        if self._frame is not None and _allowed(self.size):
+        if self._frame is not None:
             pixels = decode_plain(self._data, self._frame, draft_scale(self.size, enough))
             if pixels is not None:
                 return pixels, True
-        opened, self._opened = self._opened, None  # it is decoded at one scale only
-        image, header = decode(opened or self._data, draft_size=enough)
+        # Once decoded, a file stays at its scale.
+        file, self._file = self._file, PictureFile(self._data)
+        image, header = decode(file, draft_size=enough)
         return to_pixels(image), header.format in DRAFTED
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageEnhance
 
+from mimray.trainers.data.resample import to_pixels, to_planes
 from mimray.trainers.data.rng import global_generators
 
 _RESAMPLING = {
@@ -166,8 +167,7 @@ def covering_size(source_size: tuple[int, int], image_size: tuple[int, int]) -> 
 
 def to_array(image: Image.Image) -> np.ndarray:
     """Convert an RGB or grayscale picture to uint8 [C, H, W]."""
-    pixels = np.asarray(image, dtype=np.uint8)
-    return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
+    return to_planes(to_pixels(image))
 
 
 def view_of(

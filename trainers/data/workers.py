@@ -45,6 +45,7 @@ def decode_workers(num_workers: int, prefetch_batches: int | None = None) -> dic
     if problem:
         logger.warning("pictures are decoded in the process that uses them: %s", problem)
         return {"num_workers": 0}
+    _start_fork_server()
     return {
         "num_workers": num_workers,
         "prefetch_factor": prefetch_batches,
@@ -60,7 +61,12 @@ def start_fork_server(num_workers: int) -> None:
         num_workers: number of processes that will be asked for; 0 starts nothing.
     """
     if num_workers and not _hindrance():
-        forkserver.ensure_running()
+        _start_fork_server()
+
+
+def _start_fork_server() -> None:
+    forkserver.set_forkserver_preload(_PRELOADED)  # without effect on one that runs
+    forkserver.ensure_running()
 
 
 def _hindrance() -> str:
@@ -70,10 +76,8 @@ def _hindrance() -> str:
         return f"there is no folder for their sockets: /tmp {fault('/tmp', PROCESS_SOCKET)}"
     with temporary_files_in(place):
         multiprocessing.util.get_temp_dir()  # made once and remembered
-    context = multiprocessing.get_context(_CONTEXT)
-    context.set_forkserver_preload(_PRELOADED)
     try:
-        context.Lock()
+        multiprocessing.get_context(_CONTEXT).Lock()
     except (OSError, ImportError) as error:
         return f"processes cannot share a lock, as without /dev/shm ({error})"
     return ""

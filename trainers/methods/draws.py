@@ -1,7 +1,7 @@
-"""What methods draw for a picture: masks, True = hidden, and numbers.
+"""Masks, True = hidden, and random numbers of a picture, as each method draws them.
 
-The decode processes call these; they stand apart from the methods, so that no decode process
-imports a network.
+The decode processes call these functions, which stand apart from the methods so that no decode
+process imports a network.
 """
 
 from __future__ import annotations
@@ -41,30 +41,18 @@ def simmim_mask(recipe: Recipe, rng: np.random.Generator) -> Bool[np.ndarray, N]
 
 def maskfeat_mask(recipe: Recipe, rng: np.random.Generator) -> Bool[np.ndarray, N]:
     """Draw a block-wise mask as in BEiT, or one of uniformly random patches."""
-    config, (rows, columns) = recipe.method, recipe.grid
+    config = recipe.method
     assert isinstance(config, MaskFeatConfig)
     if config.masking == "random":
         return random_mask(rng, recipe.grid, config.mask_ratio)
-    return block_mask(
-        rng,
-        recipe.grid,
-        max_hidden=int(rows * columns * config.mask_ratio),
-        min_block_patches=config.min_block_patches,
-        min_block_aspect=config.min_block_aspect,
-    )
+    return _blocks(config, recipe.grid, rng)
 
 
 def beit_mask(recipe: Recipe, rng: np.random.Generator) -> Bool[np.ndarray, N]:
     """Draw a block-wise mask; the number of hidden patches varies."""
     config = recipe.method
     assert isinstance(config, BEiTConfig)
-    return block_mask(
-        rng,
-        recipe.grid,
-        max_hidden=int(recipe.grid[0] * recipe.grid[1] * config.mask_ratio),
-        min_block_patches=config.min_block_patches,
-        min_block_aspect=config.min_block_aspect,
-    )
+    return _blocks(config, recipe.grid, rng)
 
 
 def distill_mask(recipe: Recipe, rng: np.random.Generator) -> Bool[np.ndarray, N] | None:
@@ -75,13 +63,7 @@ def distill_mask(recipe: Recipe, rng: np.random.Generator) -> Bool[np.ndarray, N
         return None
     if config.masking == "random":
         return random_mask(rng, recipe.grid, config.mask_ratio)
-    return block_mask(
-        rng,
-        recipe.grid,
-        max_hidden=int(recipe.grid[0] * recipe.grid[1] * config.mask_ratio),
-        min_block_patches=config.min_block_patches,
-        min_block_aspect=config.min_block_aspect,
-    )
+    return _blocks(config, recipe.grid, rng)
 
 
 def ibot_mask(recipe: Recipe, rng: np.random.Generator) -> Bool[np.ndarray, N] | None:
@@ -120,3 +102,18 @@ def capi_mask(recipe: Recipe, rng: np.random.Generator) -> Bool[np.ndarray, N]:
 def draw_priority(rng: np.random.Generator, num_places: int) -> Float[np.ndarray, N]:
     """Random numbers that rank the places of a picture."""
     return rng.random(num_places)
+
+
+def _blocks(
+    config: BEiTConfig | DistillConfig | MaskFeatConfig,
+    grid: tuple[int, int],
+    rng: np.random.Generator,
+) -> Bool[np.ndarray, N]:
+    """Draw blocks that hide at most the config's share of the patches."""
+    return block_mask(
+        rng,
+        grid,
+        max_hidden=int(grid[0] * grid[1] * config.mask_ratio),
+        min_block_patches=config.min_block_patches,
+        min_block_aspect=config.min_block_aspect,
+    )

@@ -24,6 +24,7 @@ from mimray.trainers.data.loader import Place, Samples, make_loader
 from mimray.trainers.data.sources import Source, open_source
 from mimray.trainers.errors import DataError, EmptyDatasetError
 from mimray.trainers.methods.catalogue import inputs_of
+from tests.trainers.data.encoding import encoded, turned
 
 MIB = 8
 
@@ -31,18 +32,6 @@ MIB = 8
 def smooth(number: int, size: tuple[int, int]) -> Image.Image:
     pixels = np.random.default_rng(number).integers(0, 256, (6, 5, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
-
-
-def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, kind, **options)
-    return stream.getvalue()
-
-
-def turned(orientation: int) -> Image.Exif:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    return exif
 
 
 def late_exif() -> bytes:

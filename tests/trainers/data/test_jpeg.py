@@ -24,6 +24,7 @@ from mimray.trainers.data.jpeg import Frame, decode_plain, read_frame
 from mimray.trainers.data.sample_photos import PHOTOGRAPHS
 from mimray.trainers.errors import ImageError
 from mimray.trainers.types import Record
+from tests.trainers.data.encoding import encoded, turned
 
 # Pillow says so of damaged EXIF and MPO, whose pixels it gives all the same.
 pytestmark = [
@@ -52,18 +53,6 @@ def textured(seed: int, size: tuple[int, int], noise: float = 12) -> Image.Image
     pixels = np.asarray(coarse.resize(size, Image.Resampling.BICUBIC), dtype=np.float64)
     pixels = pixels + noise * rng.normal(size=pixels.shape)
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
-
-
-def encoded(image: Image.Image, kind: str = "JPEG", **options: Any) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, kind, **options)
-    return stream.getvalue()
-
-
-def turned(orientation: int) -> Image.Exif:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    return exif
 
 
 def segment(marker: int, body: bytes) -> bytes:
