@@ -9,7 +9,6 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -88,12 +87,6 @@ def uneven_mask(rng: np.random.Generator, grid: tuple[int, int], **_: Any) -> np
     return found
 
 
-UNEVEN = [
-    f"mimray.trainers.methods.{method}.block_mask"
-    for method in ("beit", "maskfeat", "distill", "ibot")
-]
-
-
 class Nobody:
     """An observer that looks at nothing."""
 
@@ -132,9 +125,7 @@ def learn(case: str, micro: int, place: Path) -> dict[str, Any]:
     if dist.get_rank() == 0:
         keep_needs(recipe, run)
     dist.barrier()
-    with ExitStack() as stack:
-        for name in UNEVEN:
-            stack.enter_context(mock.patch(name, uneven_mask))
+    with mock.patch("mimray.trainers.methods.draws.block_mask", uneven_mask):
         trained = train(plan, run, source, device=torch.device("cpu"), observer=Nobody())
     assert (micro, plan.accumulation) == (plan.micro_batch_size, plan.global_batch
                                           // micro // plan.world_size)  # fmt: skip
