@@ -41,6 +41,9 @@ _TAG_CHARS = 5000
 _PARAMS_A_CALL = 100
 _METRICS_A_CALL = 1000
 
+# What MLflow keeps runs in, by the scheme of its URI.
+_DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+
 _REACH_TIMEOUT_S = 10.0
 _RETRY_AFTER_S = 60.0
 
@@ -289,16 +292,23 @@ def tracking_uri(uri: str | None, storage: str) -> str:
 
 
 def check_reachable(uri: str) -> None:
-    """Request a server's health once; MLflow's own client would retry for minutes in silence.
+    """Ask a server's health, or a database's tables, once; MLflow would retry for minutes.
 
     Args:
-        uri: the tracking URI; anything but HTTP passes.
+        uri: the tracking URI; one that is neither HTTP nor a database passes, and so does a SQLite
+            file that is yet to be made.
 
     Raises:
-        StorageError: nothing answers.
+        StorageError: nothing answers, or what answers is no database.
     """
-    if not uri.startswith(("http://", "https://")):
-        return
+    scheme = urlsplit(uri).scheme.partition("+")[0]
+    if scheme in ("http", "https"):
+        _check_server(uri)
+    elif scheme in _DATABASES:
+        _check_database(uri)
+
+
+def _check_server(uri: str) -> None:
     try:
         # Whose account asks is nothing to the answer, and urllib takes no account in an address.
         parts = urlsplit(uri)
@@ -310,6 +320,26 @@ def check_reachable(uri: str) -> None:
         raise StorageError(
             f"no MLflow server answers at {uri}: {error}",
             hint="start it, or unset MLFLOW_TRACKING_URI to track in SQLite beside the run",
+        ) from error
+
+
+def _check_database(uri: str) -> None:
+    import sqlalchemy
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        url = sqlalchemy.make_url(uri)
+        if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():
+            return
+        engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool)
+        sqlalchemy.inspect(engine).get_table_names()
+    except (SQLAlchemyError, ImportError) as error:
+        cause = str(getattr(error, "orig", None) or error).splitlines()[0]
+        raise StorageError(
+            f"MLflow's database {masked(uri)} cannot be opened: {masked(cause)}",
+            hint="move a damaged file away, and `mimray ui` makes MLflow's view of runs again; "
+            "start a server, and install its driver: pip install 'mimray[postgresql]' has that of "
+            "postgresql+psycopg://",
         ) from error
 
 

@@ -153,6 +153,26 @@ def test_tracker__a_server_that_does_not_answer_is_a_clear_error():
         )
 
 
+@pytest.mark.parametrize(
+    ("uri", "reason"),
+    [
+        ("sqlite:///damaged.db", "file is not a database"),
+        ("postgresql+psycopg://me:s3cr3t@127.0.0.1:9/mlflow", "refused"),
+        ("mysql+nodriver://127.0.0.1/mlflow", "mysql.nodriver"),
+    ],
+)
+def test_tracker__a_database_that_does_not_open_is_a_clear_error(
+    tmp_path: Path, uri: str, reason: str
+):
+    (tmp_path / "damaged.db").write_bytes(b"not SQLite " * 100)
+
+    with pytest.raises(StorageError, match=reason) as refusal:
+        Tracker.open(uri, experiment="e", run_name="r", storage="runs", params={}, tags={})
+
+    assert "\n" not in str(refusal.value)
+    assert "s3cr3t" not in str(refusal.value)
+
+
 def test_tracker__a_storage_that_is_no_directory_is_a_clear_error(tmp_path: Path):
     (tmp_path / "file").touch()
 
