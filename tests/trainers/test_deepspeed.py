@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import pkgutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from timm.models.vision_transformer import Block
+from torch import nn
 
 from mimray.trainers.config.deepspeed_block import REFUSED, SECTIONS
 from mimray.trainers.config.recipes import load_recipe
@@ -240,16 +243,23 @@ def test_fp16__refused_on_a_cpu() -> None:
         choose_precision("fp16", CPU)
 
 
-def test_activation_checkpointing__same_loss_and_gradients() -> None:
+def test_activation_checkpointing__same_loss_and_gradients__each_block_runs_again() -> None:
     torch.manual_seed(0)
     method = build_method(load_recipe("mae-tiny")).train()
     images, mask = torch.randn(2, 3, 64, 64), torch.rand(1, 64).argsort().repeat(2, 1) < 48
+    blocks = [m for m in method.modules() if isinstance(m, Block)]
+    assert len(blocks) == 5, "four of the encoder and one of the decoder"
+    calls = Counter[nn.Module]()
+    for block in blocks:
+        block.register_forward_pre_hook(lambda block, _: calls.update([block]))
     found = []
-    for wanted in (False, True):
+    for wanted in (False, True, False):
+        calls.clear()
         checkpoint_activations(method, wanted)
         method.zero_grad()
         loss = method(images, mask).loss
         loss.backward()
         gradients = [p.grad.clone() for p in method.parameters() if p.grad is not None]
         found.append((loss.detach(), gradients))
+        assert [calls[block] for block in blocks] == [2 if wanted else 1] * len(blocks)
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
