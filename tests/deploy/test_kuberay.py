@@ -1,14 +1,9 @@
-"""The manifests for Kubernetes: fields, KubeRay's rules, and what this project promises.
-
-With `MIMRAY_KUBERAY_CRDS`, a folder with `ray.io_rayjobs.yaml` and `ray.io_rayservices.yaml` of a
-KubeRay release (ray-operator/config/crd/bases of its repository), every field is held against them.
-"""
+"""The manifests for Kubernetes: schemas and rules of KubeRay, and what this project promises."""
 
 from __future__ import annotations
 
 import importlib
 import json
-import os
 import re
 import shlex
 from collections.abc import Iterator
@@ -19,9 +14,9 @@ import pytest
 import yaml
 
 from mimray import __version__
+from tests.deploy.kuberay_schemas import load_schemas
 
 ROOT = Path(__file__).parents[2]
-CRDS = os.environ.get("MIMRAY_KUBERAY_CRDS")
 TRAINING, SERVING = "rayjob", "rayservice"
 
 # Names of the fields of each kind of object, as Kubernetes 1.34 and KubeRay 1.6 to 1.7 have them.
@@ -175,12 +170,8 @@ def misfits(value: Any, schema: dict[str, Any], where: str) -> Iterator[str]:
                 yield f"{where}: unknown field {key}"
 
 
-@pytest.mark.skipif(not CRDS, reason="MIMRAY_KUBERAY_CRDS names no folder of KubeRay's schemas")
 def test_schema__of_kuberay_holds(tree: dict[str, Any]) -> None:
-    plural = f"{tree['kind'].lower()}s"
-    definition = yaml.safe_load((Path(CRDS or "") / f"ray.io_{plural}.yaml").read_text())
-    (version,) = [v for v in definition["spec"]["versions"] if v["name"] == "v1"]
-    schema = version["schema"]["openAPIV3Schema"]["properties"]["spec"]
+    schema = load_schemas()[tree["kind"]]
 
     assert list(misfits(tree["spec"], schema, "spec")) == []
 
