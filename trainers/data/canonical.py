@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from PIL import Image
+from PIL import Image, ImageFile
 
 from mimray.trainers.data.decode import (
     AS_STORED,
@@ -20,6 +20,8 @@ from mimray.trainers.data.decode import (
 # just been made small and 4:2:0 would halve its colours again.
 JPEG_QUALITY = 92
 JPEG_SUBSAMPLING = "4:4:4"
+_MOST_BYTES_A_PIXEL = 4  # noise comes to 3
+_MOST_BUFFERED_BYTES = 1 << 26
 
 _LOSSLESS = frozenset(("PNG", "GIF", "BMP", "TIFF", "PPM"))
 
@@ -51,7 +53,8 @@ def canonicalise(
     bytes, metadata included. Others become upright RGB (or gray, if they were), at most
     `short_side_px` on the short side, never enlarged: PNG where a lossless picture keeps its
     size, so that no pixel changes; JPEG (quality 92, 4:4:4) where it is resampled or was
-    lossy already.
+    lossy already. A restart marker stands behind each row of such a JPEG's blocks, so that a crop
+    decodes the rows that it needs.
 
     Args:
         data: the encoded picture, or a file of which each page is canonicalised once.
@@ -83,5 +86,11 @@ def _encode(image: Image.Image, lossless: bool) -> bytes:
     if lossless:
         image.save(buffer, "PNG")
     else:
-        image.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=JPEG_SUBSAMPLING)
+        options: dict[str, Any] = {"quality": JPEG_QUALITY, "subsampling": JPEG_SUBSAMPLING}
+        bound_bytes = _MOST_BYTES_A_PIXEL * image.width * image.height
+        if bound_bytes <= _MOST_BUFFERED_BYTES:
+            # For these two libjpeg needs a buffer that holds the whole file.
+            ImageFile.MAXBLOCK = max(ImageFile.MAXBLOCK, bound_bytes)
+            options |= {"restart_marker_rows": 1, "optimize": True}
+        image.save(buffer, "JPEG", **options)
     return buffer.getvalue()

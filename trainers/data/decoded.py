@@ -1,6 +1,7 @@
 """Pictures decoded once a node, for all its processes, epochs and trials.
 
-The pixels are those of `decode`, to the bit, so that a cache changes no sample.
+The pixels are those of `decode`, to the bit, so that a cache changes no sample. Damage in rows of a
+picture that a crop has no need of goes unnoticed, where rows can be decoded alone.
 """
 
 from __future__ import annotations
@@ -47,17 +48,19 @@ class Picture:
         self.label = record.label if record is not None and label else None
         self.size = self._file.size if self._known is None else self._known.size
 
-    def decoded(self, enough: tuple[int, int]) -> Pixels:
+    def decoded(self, enough: tuple[int, int], needed: tuple[int, int] | None = None) -> Pixels:
         """The whole picture, upright RGB: uint8 [H, W, 3].
 
         Args:
             enough: (width, height) that is enough for the caller, as `draft_size` of `decode`.
+            needed: the first row that the caller looks at, and the one behind the last, in pixels
+                as stored; others may hold anything. None for all.
 
         Raises:
             ImageError: it cannot be decoded.
         """
         if self._arena is None:
-            return self._file.decoded(enough)[0]
+            return self._file.decoded(enough, needed)[0]
         if self._known is not None:
             kept = self._arena.get(self._index, self._scale(self._known, enough))
             if kept is not None:
@@ -100,10 +103,13 @@ class _File:
         self._frame = frame
         self.size = frame.size if frame is not None else read_size(self._file)
 
-    def decoded(self, enough: tuple[int, int]) -> tuple[Pixels, bool]:
+    def decoded(
+        self, enough: tuple[int, int], needed: tuple[int, int] | None = None
+    ) -> tuple[Pixels, bool]:
         """The pixels, and whether another `enough` may give them at another scale."""
         if self._frame is not None:
-            pixels = decode_plain(self._data, self._frame, draft_scale(self.size, enough))
+            scale = draft_scale(self.size, enough)
+            pixels = decode_plain(self._data, self._frame, scale, needed)
             if pixels is not None:
                 return pixels, True
         # Once decoded, a file stays at its scale.

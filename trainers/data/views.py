@@ -6,6 +6,7 @@ A method declares its inputs (`Method.views`); the loader makes them, and the lo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -244,7 +245,8 @@ def make_inputs(
         for view, first in views
         for k in range(view.count)
     ]
-    pixels = picture.decoded((max(w for w, _ in wanted), max(h for _, h in wanted)))
+    enough = max(width for width, _ in wanted), max(height for _, height in wanted)
+    pixels = picture.decoded(enough, _needed(list(crops.values())))
     if channels == 1:
         pixels = to_pixels(to_image(pixels).convert("L"))
     made: dict[str, np.ndarray] = {}
@@ -297,7 +299,7 @@ class _Crop:
         self.box: Box = random_crop_box(rng, size, view.crop_scale, view.crop_ratio)
         self.flip = bool(rng.random() < view.hflip)
         self._rng = rng
-        self._before = view.before
+        self.before = view.before
         self._changed: Pixels | None = None
 
     def enough(self, size: tuple[int, int], view_size: tuple[int, int]) -> tuple[int, int]:
@@ -312,7 +314,7 @@ class _Crop:
     def cut(self, view: View, pixels: Pixels, size: tuple[int, int]) -> np.ndarray:
         """Cut a view, uint8 [C, H, W]; the view that the crop was drawn for must be the first."""
         if self._changed is None:
-            self._changed = _transformed(pixels, self._before, self._rng)
+            self._changed = _transformed(pixels, self.before, self._rng)
         pixels = self._changed
         box = _scaled(self.box, size, (pixels.shape[1], pixels.shape[0]))
         found = resampled(pixels, view.size, view.interpolation, box)
@@ -320,6 +322,14 @@ class _Crop:
             return to_planes(found, flip=self.flip)
         found = found[:, ::-1] if self.flip else found
         return to_planes(_transformed(np.ascontiguousarray(found), view.after, self._rng))
+
+
+def _needed(crops: Sequence[_Crop]) -> tuple[int, int] | None:
+    """The rows of a picture that crops are cut from; None for all."""
+    if any(crop.before for crop in crops):  # what changes a picture may look at all of it
+        return None
+    tops, bottoms = zip(*((crop.box[1], crop.box[3]) for crop in crops), strict=True)
+    return math.floor(min(tops)), math.ceil(max(bottoms))
 
 
 def _scaled(box: Box, size: tuple[int, int], decoded_size: tuple[int, int]) -> IntBox:

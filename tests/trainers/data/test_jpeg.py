@@ -20,7 +20,7 @@ from PIL import Image, ImageFile
 
 from mimray.trainers.data.decode import decode, draft_scale, read_size
 from mimray.trainers.data.decoded import Pictures
-from mimray.trainers.data.jpeg import Frame, decode_plain, read_frame
+from mimray.trainers.data.jpeg import Frame, _decode_rows, decode_plain, read_frame
 from mimray.trainers.data.sample_photos import PHOTOGRAPHS
 from mimray.trainers.errors import ImageError
 from mimray.trainers.types import Record
@@ -221,7 +221,8 @@ def test_decode_plain__gives_the_pixels_of_decode(
     enough = (max(1, int(size[0] / times)), max(1, int(size[1] / times)))
 
     frame = read_frame(data)
-    assert frame == Frame(size, tagged=False)
+    assert frame is not None
+    assert (frame.size, frame.tagged) == (size, False)
     found = decode_plain(data, frame, draft_scale(size, enough))
 
     want = decode(data, draft_size=enough).image
@@ -229,6 +230,97 @@ def test_decode_plain__gives_the_pixels_of_decode(
     assert (found.dtype, found.shape) == (np.uint8, (want.height, want.width, 3))
     np.testing.assert_array_equal(found, np.asarray(want))
     pixels_of(data, enough)
+
+
+@given(
+    size=st.tuples(st.integers(2, 200), st.integers(2, 200)),
+    needed=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    mode=st.sampled_from(["RGB", "RGB", "L"]),
+    quality=st.integers(1, 100),
+    subsampling=st.sampled_from([*SUBSAMPLINGS, None]),
+    noise=st.sampled_from([0, 12, 200]),
+    seed=st.integers(0, 2**32),
+)
+@settings(max_examples=400)
+def test_decode_plain__needed_rows_are_decoded_alone_to_the_same_pixels(
+    size: tuple[int, int],
+    needed: tuple[float, float],
+    mode: str,
+    quality: int,
+    subsampling: str | None,
+    noise: float,
+    seed: int,
+):
+    colours = {"keep_rgb": True} if subsampling is None else {"subsampling": subsampling}
+    data = encoded(
+        textured(seed, size, noise).convert(mode),
+        quality=quality,
+        restart_marker_rows=1,
+        **colours if mode == "RGB" else {},
+    )
+    top = int(min(needed) * (size[1] - 1))
+    bottom = max(top + 1, int(max(needed) * size[1]))
+    frame = read_frame(data)
+    assert frame is not None
+    # Not by falling back on the whole picture.
+    assert frame.rows is not None
+    found = _decode_rows(data, size, frame.rows, (top, bottom))
+
+    want = decode(data).image
+    assert found is not None
+    assert (found.dtype, found.shape) == (np.uint8, (want.height, want.width, 3))
+    np.testing.assert_array_equal(found[top:bottom], np.asarray(want)[top:bottom])
+
+
+def test_decode_plain__rows_that_are_not_needed_are_not_decoded():
+    data = encoded(textured(1, (64, 64)), restart_marker_rows=1, subsampling="4:4:4")
+    sixth, end = (data.index(bytes((0xFF, 0xD0 + number))) for number in (4, 5))
+    broken = data[: sixth + 2] + bytes(end - sixth - 2) + data[end:]
+    frame = read_frame(data)
+    assert frame is not None
+    sound = np.asarray(decode(data).image)
+
+    def rows(top: int, bottom: int) -> np.ndarray | None:
+        found = decode_plain(broken, frame, 1, (top, bottom))
+        return None if found is None else found[top:bottom]
+
+    np.testing.assert_array_equal(rows(0, 40), sound[:40])
+    np.testing.assert_array_equal(rows(48, 64), sound[48:])
+    damaged = rows(40, 41)
+    assert damaged is None or (damaged != sound[40:41]).any()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"restart_marker_rows": 2},
+        {"restart_marker_blocks": 3},
+        {"restart_marker_blocks": 1},
+        {"restart_marker_rows": 1, "progressive": True},
+    ],
+)
+def test_read_frame__rows_without_a_marker_each_are_not_apart(options: dict[str, Any]):
+    frame = read_frame(encoded(textured(1, (64, 64)), subsampling="4:4:4", **options))
+
+    assert frame is not None
+    assert frame.rows is None
+
+
+def test_decode_plain__where_markers_are_not_those_of_rows_it_decodes_the_whole():
+    data = encoded(textured(1, (64, 64)), restart_marker_rows=1, subsampling="4:4:4")
+    frame = read_frame(data)
+    assert frame is not None
+    assert frame.rows is not None
+    second = data.index(b"\xff\xd1")
+    want = np.asarray(decode(data).image)
+
+    for changed in (data + b"more", data[:second] + b"\xff" + data[second:]):
+        assert _decode_rows(changed, frame.size, frame.rows, (8, 40)) is None
+        found = Pictures([Record(changed, None)])[0].decoded(ENOUGH, (8, 40))  # type: ignore
+        np.testing.assert_array_equal(found, want)
+    without = data[:second] + data[second + 2 :]
+    assert _decode_rows(without, frame.size, frame.rows, (8, 40)) is None
 
 
 @pytest.mark.parametrize("name", PLAIN_NAMES)

@@ -15,14 +15,17 @@ from PIL import Image
 from torchvision.transforms import functional as tv
 
 from mimray.trainers.config.run import Recipe, parse_recipe, resolve
+from mimray.trainers.data.canonical import canonicalise
 from mimray.trainers.data.decode import draft_scale
-from mimray.trainers.data.decoded import Pictures
+from mimray.trainers.data.decoded import Picture, Pictures
 from mimray.trainers.data.loader import Place, Samples, make_loader
 from mimray.trainers.data.resample import resampled, to_planes
 from mimray.trainers.data.sources import Source, open_source
 from mimray.trainers.data.transforms import color_jitter, to_array
 from mimray.trainers.data.views import View, _Crop, _scaled, make_inputs, numbered
 from mimray.trainers.methods.catalogue import inputs_of
+from mimray.trainers.types import Record
+from tests.trainers.data.encoding import encoded
 
 JITTERS = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation)
 
@@ -246,6 +249,45 @@ def test_views__a_change_after_the_crop_sees_the_view_as_it_will_be(source: Sour
         flipped.add(np.array_equal(without, never[..., ::-1]))
         assert np.array_equal(without, never) or np.array_equal(without, never[..., ::-1])
     assert flipped == {False, True}
+
+
+def test_views__of_rows_decoded_alone_are_those_of_the_whole_picture(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (90, 120, 3), dtype=np.uint8))
+    picture = Record(canonicalise(encoded(image), 64).data, None)
+    few = View("images", (32, 32), count=2, crop_scale=(0.05, 0.3), hflip=0.5)
+    seen: list[tuple[int, int] | None] = []
+    decoding = Picture.decoded
+
+    def decoded(
+        self: Picture, enough: tuple[int, int], needed: tuple[int, int] | None = None
+    ) -> np.ndarray:
+        seen.append(needed)
+        found = decoding(self, enough, needed).copy()
+        if needed is not None:  # nothing beyond them is looked at
+            found[: needed[0]] = found[needed[1] :] = 0
+        return found
+
+    def made(view: View, index: int) -> np.ndarray:
+        pictures = Pictures([picture])  # type: ignore[arg-type]
+        inputs = make_inputs([view], pictures[0], seed=0, epoch=0, index=index, channels=3)
+        return inputs["images"]
+
+    changing = replace(few, before=(lambda rng, image: image,))
+    whole = [made(changing, index) for index in range(20)]
+    monkeypatch.setattr(Picture, "decoded", decoded)
+    for index in range(20):
+        np.testing.assert_array_equal(made(few, index), whole[index])
+    made(changing, 0)
+
+    *rows, last = seen
+    assert last is None  # what changes a picture may look at all of it
+    heights = [needed[1] - needed[0] for needed in rows if needed]
+    assert len(heights) == 20
+    assert min(heights) < 40
+    assert 50 < max(heights) <= 64
 
 
 def test_numbered__a_view_shares_streams_with_one_that_has_as_many() -> None:

@@ -269,7 +269,7 @@ class Upright:
     size = (70, 60)
     label = None
 
-    def decoded(self, enough: tuple[int, int]) -> np.ndarray:
+    def decoded(self, enough: tuple[int, int], needed: tuple[int, int] | None) -> np.ndarray:
         return np.random.default_rng(0).integers(0, 256, (60, 70, 3), dtype=np.uint8)
 
 
