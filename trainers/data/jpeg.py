@@ -38,7 +38,7 @@ class Rows(NamedTuple):
     Attributes:
         height_at: place in the file of the frame's height, two bytes.
         data_at: place of the coded data.
-        count: number of rows.
+        num_rows: number of rows.
         height_px: height of a row; the last may be lower.
         context: number of rows on either side that a row's pixels depend on: colours of half the
             height are interpolated.
@@ -46,7 +46,7 @@ class Rows(NamedTuple):
 
     height_at: int
     data_at: int
-    count: int
+    num_rows: int
     height_px: int
     context: int
 
@@ -123,9 +123,9 @@ def _rows(data: bytes, frame_at: int, scan_at: int, interval: int) -> Rows | Non
     height, width = (int.from_bytes(data[frame_at + at : frame_at + at + 2]) for at in (5, 7))
     if not across or not down or interval != -(-width // (_BLOCK_PX * across)):
         return None
-    count = -(-height // (_BLOCK_PX * down))
+    num_rows = -(-height // (_BLOCK_PX * down))
     data_at = scan_at + 2 + header_bytes
-    return Rows(frame_at + 5, data_at, count, _BLOCK_PX * down, context=int(down > 1))
+    return Rows(frame_at + 5, data_at, num_rows, _BLOCK_PX * down, context=int(down > 1))
 
 
 def decode_plain(
@@ -164,7 +164,7 @@ def _decode_rows(
     """Decode some rows into their place in the whole picture; None if that is not possible."""
     width, height = size
     first = max(needed[0] // rows.height_px - rows.context, 0)
-    end = min(-(-needed[1] // rows.height_px) + rows.context, rows.count)
+    end = min(-(-needed[1] // rows.height_px) + rows.context, rows.num_rows)
     top, bottom = first * rows.height_px, min(end * rows.height_px, height)
     cut = _cut_rows(data, rows, first, end, bottom - top)
     if cut is None:
@@ -180,7 +180,7 @@ def _decode_rows(
 def _cut_rows(data: bytes, rows: Rows, first: int, end: int, height: int) -> bytes | None:
     """A JPEG of some rows of blocks; None where the markers are not those of whole rows."""
     marks = [match.start() for match in _MARKERS.finditer(data, rows.data_at)]
-    wanted = [*(0xD0 + row % 8 for row in range(rows.count - 1)), _END[1]]
+    wanted = [*(0xD0 + row % 8 for row in range(rows.num_rows - 1)), _END[1]]
     if [data[mark + 1] for mark in marks] != wanted or not data.endswith(_END):
         return None
     start = marks[first - 1] + 2 if first else rows.data_at
