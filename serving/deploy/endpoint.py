@@ -170,9 +170,7 @@ def start(config: ServeConfig, resolve: Resolve, *, api_key: str | None = None) 
     if state.clean_leftovers():
         logger.warning("ended the HAProxy that an earlier server left on port %d", port)
     if not port_is_free(host, port):
-        raise ServingError(
-            f"port {port} on {host} is taken", hint="choose another with --port, or stop its owner"
-        )
+        raise _port_taken(config)
 
     from mimray.serving.deploy.rollout import Rollout
 
@@ -231,10 +229,20 @@ def _start_serve(config: ServeConfig, state: HAProxyState) -> None:
             logging_config={"log_level": "WARNING", "enable_access_log": False},
         )
     except RayError as error:
+        complaint = state.complaint()
+        if "cannot bind socket" in complaint:  # somebody took it meanwhile
+            raise _port_taken(config) from error
         raise ServingError(
-            f"Ray Serve did not start: {state.complaint() or str(error).splitlines()[0]}",
+            f"Ray Serve did not start: {complaint or str(error).splitlines()[0]}",
             hint="install the Ray of constraints.txt; `mimray doctor` says what there is",
         ) from error
+
+
+def _port_taken(config: ServeConfig) -> ServingError:
+    return ServingError(
+        f"port {config.port} on {config.host} is taken",
+        hint="choose another with --port, or stop its owner",
+    )
 
 
 def _haproxy_reaches_replicas(host: str) -> bool:

@@ -110,10 +110,17 @@ class HAProxyState:
         return True
 
     def complaint(self) -> str:
-        """The last line that an HAProxy or its launcher wrote to stderr; empty for none."""
+        """What the last HAProxy or launcher that complained wrote to stderr; empty for none.
+
+        That is its first alert, since others follow from that one, or else its last line.
+        """
         logs = sorted(self.folder.glob("*/*.stderr.log"), key=lambda log: log.stat().st_mtime)
-        lines = [line for log in logs for line in log.read_text(errors="replace").splitlines()]
-        return next((line.strip() for line in reversed(lines) if line.strip()), "")
+        for log in reversed(logs):
+            lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
+            alerts = [line for line in lines if line.startswith("[ALERT]")]
+            if any(lines):
+                return alerts[0] if alerts else [line for line in lines if line][-1]
+        return ""
 
     def requests(self) -> int:
         """The number of requests that are being answered now."""

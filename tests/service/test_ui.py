@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -43,21 +45,20 @@ def storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def two_free_ports() -> int:
+@pytest.fixture
+def two_free_ports(free_port: Callable[[], int]) -> int:
     """The first of two neighbours."""
     while True:
-        with socket.socket() as one, socket.socket() as other:
-            one.bind(("127.0.0.1", 0))
-            port: int = one.getsockname()[1]
-            try:
-                other.bind(("127.0.0.1", port + 1))
-            except OSError:
-                continue
+        port = free_port()
+        with socket.socket() as other, contextlib.suppress(OSError):
+            other.bind(("127.0.0.1", port + 1))
             return port
 
 
-def test_ui__serves_mlflow_and_the_study_and_leaves_nothing(storage: Path) -> None:
-    port = two_free_ports()
+def test_ui__serves_mlflow_and_the_study_and_leaves_nothing(
+    storage: Path, two_free_ports: int
+) -> None:
+    port = two_free_ports
     command = [
         sys.executable, "-m", "service", "ui", "--sweep", "photos", "--storage", str(storage),
         "--port", str(port),

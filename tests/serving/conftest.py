@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import io
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -44,19 +43,6 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Two small untrained encoders."""
     folder = tmp_path_factory.mktemp("bundles")
     return {name: _save(folder / name, seed) for seed, name in enumerate(("alpha", "beta"))}
-
-
-@pytest.fixture(scope="session")
-def free_port() -> Callable[[], int]:
-    """Finds a port nobody listens on."""
-
-    def find() -> int:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port: int = probe.getsockname()[1]
-        return port
-
-    return find
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import logging
 import os
 import pwd
 import shutil
-import socket
 import subprocess
 import tempfile
 import threading
@@ -53,7 +52,7 @@ class Database(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def database() -> Iterator[Database]:
+def database(free_port: Callable[[], int]) -> Iterator[Database]:
     """A server that can be stopped and started."""
     binaries = _binaries()
     # Another user gets in here; pytest keeps its own folders from others.
@@ -63,9 +62,7 @@ def database() -> Iterator[Database]:
         user = pwd.getpwnam("postgres" if _known("postgres") else "nobody")
         os.chown(folder, user.pw_uid, user.pw_gid)
         as_user = ["setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups"]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     control = [*as_user, str(binaries / "pg_ctl"), "-D", f"{folder}/data", "-w"]
     subprocess.run(
         [*as_user, str(binaries / "initdb"), "-D", f"{folder}/data", "-U", "me", "-A", "trust"],

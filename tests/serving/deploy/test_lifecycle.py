@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -210,3 +211,17 @@ def test_serve_bundles__says_why_haproxy_did_not_start(
         serve_bundles({"a": bundles["alpha"]}, port=port, device="cpu")
     assert not HAProxyState(port).folder.exists()
     assert port_is_free("127.0.0.1", port)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not haproxy_available(), reason="no HAProxy on this platform")
+def test_serve_bundles__a_port_that_is_taken_meanwhile(
+    bundles: dict[str, Path], port: int, ray_session: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mimray.serving.deploy.endpoint.port_is_free", lambda *_: True)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", port))
+        other.listen()
+        with pytest.raises(ServingError, match=f"port {port} on 127.0.0.1 is taken"):
+            serve_bundles({"a": bundles["alpha"]}, port=port, device="cpu")
+    assert not HAProxyState(port).folder.exists()
