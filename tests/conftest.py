@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Generator, Iterator
@@ -81,6 +83,15 @@ def pytest_unconfigure(config: pytest.Config) -> None:
                 process.wait(timeout=20)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Group tests for `pytest -n 2 --dist loadgroup`: a file's together, and all of one Ray."""
+    for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        group = "ray" if "ray_session" in fixtures else item.path.as_posix()
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, object, object]:
     signals = item.config.stash[_SIGNALS]
@@ -99,6 +110,20 @@ def ray_session() -> Iterator[str]:
     context = ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield context.address_info["address"]
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def free_port() -> Callable[[], int]:
+    """Finds a port nobody listens on, and that the system gives nobody who asks for any."""
+
+    def find() -> int:
+        while True:
+            port = random.SystemRandom().randrange(20_000, 30_000)
+            with socket.socket() as probe, contextlib.suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                return port
+
+    return find
 
 
 @pytest.fixture(scope="session")
