@@ -1,13 +1,14 @@
 """The `mimray` command: the group, its exit statuses and the wiring of its commands.
 
 Exit status: 0 success, 2 a user's mistake told in one line, 75 stopped from outside (the same
-command goes on), 1 anything else.
+command goes on), 130 and 143 ended by SIGINT and SIGTERM with nothing kept, 1 anything else.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 from typing import Any
 
@@ -69,6 +70,9 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("error: interrupted", err=True)
+            ctx.exit(128 + signal.SIGINT)
         except Exception as error:
             refusal = _refusal(error)
             if refusal is None or ctx.params.get("debug"):

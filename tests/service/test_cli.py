@@ -57,6 +57,22 @@ def test_help__imports_nothing_heavy() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
+def test_interrupt__one_line_and_the_status_of_the_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(context: click.Context) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.commands["recipes"], "invoke", interrupted)
+    result = CliRunner().invoke(cli, ["recipes"])
+    assert (result.exit_code, result.stderr) == (130, "error: interrupted\n")
+
+
+def test_module__is_the_command() -> None:
+    told = subprocess.run(
+        [sys.executable, "-m", "mimray", "--version"], check=True, capture_output=True, text=True
+    )
+    assert told.stdout.startswith("mimray, version ")
+
+
 COMMANDS = [
     [],
     *([name] for name in cli.commands),
