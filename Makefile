@@ -10,7 +10,7 @@ demo: .venv/.installed
 	$(BIN)/mimray demo
 
 test: .venv/.installed-dev lint types imports
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest
 
 # Everything, the long runs too.
 test-all: .venv/.installed-dev lint types imports

@@ -83,15 +83,6 @@ def pytest_unconfigure(config: pytest.Config) -> None:
                 process.wait(timeout=20)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group tests for `pytest -n 2 --dist loadgroup`: a file's together, and all of one Ray."""
-    for item in items:
-        fixtures = getattr(item, "fixturenames", ())
-        group = "ray" if "ray_session" in fixtures else item.path.as_posix()
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, object, object]:
     signals = item.config.stash[_SIGNALS]
