@@ -2,8 +2,8 @@
 
 Ray starts the binary named by `RAY_SERVE_HAPROXY_BINARY_PATH` and writes the whole configuration
 before each start. This program takes that binary's place: errors of HAProxy and of Ray's own layer
-become problem JSON, headers by which a client could command Ray are removed, and ports for
-operators listen on loopback alone.
+become problem JSON, headers by which a client could command Ray are removed, ports for
+operators listen on loopback alone, and nothing goes to the system's log.
 
 It refuses to start with a configuration that it does not recognise: an endpoint that lets clients
 command Ray is worse than none.
@@ -41,6 +41,9 @@ _KEEP_ALIVE_S = 10
 # Buffers a thread keeps for itself: with 16 MiB of them, of 1 MiB each, a request costs 0.4 ms of
 # CPU, and 1.5 ms where each has to be asked of the system.
 _HOT_BYTES = 16 * 2**20
+# Where Ray has each request logged unless RAY_SERVE_HAPROXY_LOG_TARGET names another place: the
+# system's log, which nobody asked for, from a UDP socket that is open to every network.
+_SYSTEM_LOG = r"^ *log 127\.0\.0\.1:514 .*\n"
 # Codes and titles, as the application has them.
 _REFUSALS = json.loads((Path(__file__).parents[1] / "wire" / "refusals.json").read_text())
 # The statuses that HAProxy or Ray's own layer answers by itself.
@@ -115,6 +118,7 @@ def completed(config: str, folder: str) -> str:
     ]
     config = re.sub(r"^ *errorfile \d+ .*\n", "", config, flags=re.M)
     config = re.sub(r"^ *timeout http-(request|keep-alive) .*\n", "", config, flags=re.M)
+    config = re.sub(_SYSTEM_LOG, "", config, flags=re.M)
     defaults = [
         f"    timeout http-request {_HEADERS_TIMEOUT_S}s",
         f"    timeout http-keep-alive {_KEEP_ALIVE_S}s",

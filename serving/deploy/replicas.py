@@ -24,6 +24,7 @@ from mimray.serving.api.keys import KeyRing, hash_key
 from mimray.serving.api.routes import model_app, root_app
 from mimray.serving.config import API_KEY_VARIABLE
 from mimray.serving.deploy.build_service import build_service
+from mimray.serving.deploy.replica_ports import close_to_others
 from mimray.serving.deploy.settings import GatewaySettings, ModelSettings, Routing
 from mimray.serving.operations.calls import Call, Reply, problem_reply
 from mimray.serving.operations.metadata import DESCRIBE
@@ -46,6 +47,7 @@ class ModelReplica:
     """Answers for one version of one model."""
 
     def __init__(self, settings: ModelSettings) -> None:
+        close_to_others()
         self._settings = settings
         self._service = build_service(
             settings, num_threads=settings.num_threads or _assigned_cpus()
@@ -99,6 +101,7 @@ class RootReplica:
     """Answers for the server as a whole."""
 
     def __init__(self, settings: GatewaySettings) -> None:
+        close_to_others()
         self._timeout_s = settings.limits.request_timeout_s
         self._gateway = gateway_parts(settings)
         self._models: dict[str, Routing] = {}

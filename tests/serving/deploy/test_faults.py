@@ -240,6 +240,7 @@ def test_haproxy__runs_as_we_completed_it(endpoint: Endpoint) -> None:
     assert config.startswith(MARK)
     assert completed(config, "x") == config  # once is enough
     assert "text/plain lf-string" not in config
+    assert "127.0.0.1:514" not in config  # the system's log, by a UDP socket on every address
     assert not [
         line for line in config.splitlines() if line.strip().startswith(("bind :", "bind *"))
     ]

@@ -121,10 +121,12 @@ def test_serve_bundles__as_a_library_has_a_token_and_listens_on_loopback_alone(
 ) -> None:
     server = start()
     assert (tmp_path / ".ray/auth_token").stat().st_mode & 0o777 == 0o600
+    for _ in range(20):  # of which something might be told to somebody
+        assert httpx2.get(f"http://127.0.0.1:{port}/v1/models").status_code in (200, 401)
     top = psutil.Process(server.pid)
     family = {p.pid: p for p in (top, *top.children(recursive=True))}
     listening = [
-        (c.laddr.ip, c.laddr.port, " ".join(family[c.pid].cmdline())[-80:].strip())
+        (c.laddr.ip, c.laddr.port, " ".join(family[c.pid].cmdline()).strip()[-80:])
         for c in psutil.net_connections("inet")
         if c.pid in family and (c.status == psutil.CONN_LISTEN or not c.raddr)
     ]
