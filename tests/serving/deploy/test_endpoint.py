@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -88,19 +89,31 @@ def _triton_input(pictures: list[bytes], *, binary: bool = True) -> Any:
 
 
 @pytest.mark.skipif(not haproxy_available(), reason="no HAProxy on this platform")
-def test_endpoint__haproxy_answers_and_replicas_stay_on_loopback(endpoint: Endpoint) -> None:
+def test_endpoint__haproxy_and_replicas_open_no_port_to_other_machines(
+    client: FeatureClient, endpoint: Endpoint, picture: Callable[..., bytes]
+) -> None:
     import psutil
 
+    client.embed([picture(0)], model="alpha")  # of which something might be told to somebody
     port = int(endpoint.url.rsplit(":", 1)[1])
-    assert HAProxyState(port).processes()
-    listening = {
-        (c.laddr.ip, c.laddr.port)
-        for c in psutil.net_connections("tcp")
-        if c.status == psutil.CONN_LISTEN
-        and (c.laddr.port == port or 30000 <= c.laddr.port < 31000)
+    proxies = {process.pid for process in HAProxyState(port).processes()}
+    replicas = {
+        process.pid
+        for process in psutil.process_iter(["cmdline"])
+        if "ray::ServeReplica" in " ".join(process.info["cmdline"] or ())
     }
-    assert ("127.0.0.1", port) in listening
-    assert {ip for ip, _ in listening} == {"127.0.0.1"}
+    assert proxies
+    assert len(replicas) > 1
+    opened = [
+        (c.laddr.ip, c.laddr.port, c.pid)
+        for c in psutil.net_connections("inet")
+        if c.pid in proxies | replicas and (c.status == psutil.CONN_LISTEN or not c.raddr)
+    ]
+    assert port in {number for _, number, pid in opened if pid in proxies}
+    assert any(30000 <= number < 31000 for _, number, pid in opened if pid in replicas)
+    to_others = Counter(pid for ip, _, pid in opened if ip in ("::", "0.0.0.0"))
+    # One of each replica is Ray's own, which the session's Ray opens thus, and asks for the token.
+    assert to_others == dict.fromkeys(replicas, 1)
 
 
 def test_endpoint__writes_no_key_down(
