@@ -334,13 +334,17 @@ def _check_database(uri: str) -> None:
         engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool)
         sqlalchemy.inspect(engine).get_table_names()
     except (SQLAlchemyError, ImportError) as error:
-        cause = str(getattr(error, "orig", None) or error).splitlines()[0]
-        raise StorageError(
-            f"MLflow's database {masked(uri)} cannot be opened: {masked(cause)}",
-            hint="move a damaged file away, and `mimray ui` makes MLflow's view of runs again; "
-            "start a server, and install its driver: pip install 'mimray[postgresql]' has that of "
-            "postgresql+psycopg://",
-        ) from error
+        raise _unusable(uri, error) from error
+
+
+def _unusable(uri: str, error: Exception) -> StorageError:
+    cause = str(getattr(error, "orig", None) or error).splitlines()[0]
+    return StorageError(
+        f"MLflow's database {masked(uri)} cannot be opened: {masked(cause)}",
+        hint="move a damaged file or one of something else away, and `mimray ui` makes MLflow's "
+        "view of runs again; start a server, and install its driver: pip install "
+        "'mimray[postgresql]' has that of postgresql+psycopg://",
+    )
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -362,19 +366,27 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def client_of(uri: str) -> MlflowClient:
-    """MLflow's client of a store, without telemetry and with warnings alone in the log."""
+    """MLflow's client of a store, without telemetry and with warnings alone in the log.
+
+    Raises:
+        StorageError: the store is a database in which MLflow cannot make its tables.
+    """
     # MLflow reports its use to its makers by default.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     # Points wait here for a server that is away; MLflow's own tries would take four minutes each.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     from mlflow import MlflowClient
+    from sqlalchemy.exc import SQLAlchemyError
 
     if "MLFLOW_LOGGING_LEVEL" not in os.environ:
         # Dozens of lines about schema migrations would bury the progress bar.
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.WARNING)
-    return MlflowClient(tracking_uri=uri)
+    try:
+        return MlflowClient(tracking_uri=uri)
+    except SQLAlchemyError as error:
+        raise _unusable(uri, error) from error
 
 
 @contextmanager

@@ -110,16 +110,17 @@ class HAProxyState:
         return True
 
     def complaint(self) -> str:
-        """What the last HAProxy or launcher that complained wrote to stderr; empty for none.
+        """The error that HAProxy or its launcher wrote last to standard error; empty for none.
 
-        That is its first alert, since others follow from that one, or else its last line.
+        Of a HAProxy that is its first alert, since the others follow from it.
         """
         logs = sorted(self.folder.glob("*/*.stderr.log"), key=lambda log: log.stat().st_mtime)
         for log in reversed(logs):
-            lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
+            written = log.read_text(errors="replace").splitlines()
+            lines = [line.strip() for line in written if line.strip()]
             alerts = [line for line in lines if line.startswith("[ALERT]")]
-            if any(lines):
-                return alerts[0] if alerts else [line for line in lines if line][-1]
+            if lines:
+                return alerts[0] if alerts else lines[-1]
         return ""
 
     def requests(self) -> int:

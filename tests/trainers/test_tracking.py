@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -157,6 +159,7 @@ def test_tracker__a_server_that_does_not_answer_is_a_clear_error():
     ("uri", "reason"),
     [
         ("sqlite:///damaged.db", "file is not a database"),
+        ("sqlite:///other.db", "no such column"),
         ("postgresql+psycopg://me:s3cr3t@127.0.0.1:9/mlflow", "refused"),
         ("mysql+nodriver://127.0.0.1/mlflow", "mysql.nodriver"),
     ],
@@ -165,6 +168,8 @@ def test_tracker__a_database_that_does_not_open_is_a_clear_error(
     tmp_path: Path, uri: str, reason: str
 ):
     (tmp_path / "damaged.db").write_bytes(b"not SQLite " * 100)
+    with contextlib.closing(sqlite3.connect(tmp_path / "other.db")) as other:
+        other.execute("CREATE TABLE runs (what TEXT)")  # of the name of one of MLflow's
 
     with pytest.raises(StorageError, match=reason) as refusal:
         Tracker.open(uri, experiment="e", run_name="r", storage="runs", params={}, tags={})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 from typing import Any, NamedTuple
 
 from PIL import Image, ImageFile
@@ -22,6 +23,7 @@ JPEG_QUALITY = 92
 JPEG_SUBSAMPLING = "4:4:4"
 _MOST_BYTES_A_PIXEL = 4  # noise comes to 3
 _MOST_BUFFERED_BYTES = 1 << 26
+_ENCODING = threading.Lock()
 
 _LOSSLESS = frozenset(("PNG", "GIF", "BMP", "TIFF", "PPM"))
 
@@ -85,12 +87,17 @@ def _encode(image: Image.Image, lossless: bool) -> bytes:
     buffer = io.BytesIO()
     if lossless:
         image.save(buffer, "PNG")
-    else:
-        options: dict[str, Any] = {"quality": JPEG_QUALITY, "subsampling": JPEG_SUBSAMPLING}
-        bound_bytes = _MOST_BYTES_A_PIXEL * image.width * image.height
-        if bound_bytes <= _MOST_BUFFERED_BYTES:
-            # For these two libjpeg needs a buffer that holds the whole file.
-            ImageFile.MAXBLOCK = max(ImageFile.MAXBLOCK, bound_bytes)
-            options |= {"restart_marker_rows": 1, "optimize": True}
+        return buffer.getvalue()
+    options: dict[str, Any] = {"quality": JPEG_QUALITY, "subsampling": JPEG_SUBSAMPLING}
+    bound_bytes = _MOST_BYTES_A_PIXEL * image.width * image.height
+    if bound_bytes > _MOST_BUFFERED_BYTES:
         image.save(buffer, "JPEG", **options)
+        return buffer.getvalue()
+    # For these two libjpeg needs a buffer that holds the whole file, which Pillow takes from here.
+    with _ENCODING:
+        before, ImageFile.MAXBLOCK = ImageFile.MAXBLOCK, max(ImageFile.MAXBLOCK, bound_bytes)
+        try:
+            image.save(buffer, "JPEG", restart_marker_rows=1, optimize=True, **options)
+        finally:
+            ImageFile.MAXBLOCK = before
     return buffer.getvalue()

@@ -55,6 +55,13 @@ def textured(seed: int, size: tuple[int, int], noise: float = 12) -> Image.Image
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
+def colours(mode: str, subsampling: str | None) -> dict[str, Any]:
+    """Pillow's options for colours of a subsampling, or stored as RGB where it is None."""
+    if mode == "L":
+        return {}
+    return {"keep_rgb": True} if subsampling is None else {"subsampling": subsampling}
+
+
 def segment(marker: int, body: bytes) -> bytes:
     return struct.pack(">BBH", 0xFF, marker, 2 + len(body)) + body
 
@@ -208,7 +215,6 @@ def test_decode_plain__gives_the_pixels_of_decode(
     noise: float,
     seed: int,
 ):
-    colours = {"keep_rgb": True} if subsampling is None else {"subsampling": subsampling}
     data = encoded(
         textured(seed, size, noise).convert(mode),
         quality=quality,
@@ -216,7 +222,7 @@ def test_decode_plain__gives_the_pixels_of_decode(
         optimize=optimise,
         restart_marker_rows=restart_rows,
         comment=comment,
-        **colours if mode == "RGB" else {},
+        **colours(mode, subsampling),
     )
     enough = (max(1, int(size[0] / times)), max(1, int(size[1] / times)))
 
@@ -251,13 +257,9 @@ def test_decode_plain__needed_rows_are_decoded_alone_to_the_same_pixels(
     noise: float,
     seed: int,
 ):
-    colours = {"keep_rgb": True} if subsampling is None else {"subsampling": subsampling}
-    data = encoded(
-        textured(seed, size, noise).convert(mode),
-        quality=quality,
-        restart_marker_rows=1,
-        **colours if mode == "RGB" else {},
-    )
+    image = textured(seed, size, noise).convert(mode)
+    options = {"quality": quality, **colours(mode, subsampling)}
+    data = encoded(image, restart_marker_rows=1, **options)
     top = int(min(needed) * (size[1] - 1))
     bottom = max(top + 1, int(max(needed) * size[1]))
     frame = read_frame(data)

@@ -60,6 +60,7 @@ CASES = [
 ]
 BRIEF = [
     Case(1, "optimizer", "bf16", again=True, accumulation=2, compiled=True),
+    Case(2, "none", "fp32", again=True, accumulation=1, compiled=True),
     Case(3, "all", "fp32", again=True, accumulation=2, compiled=False),
 ]
 
