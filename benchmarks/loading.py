@@ -39,6 +39,7 @@ from PIL import Image
 from mimray.trainers.config.recipes import load_recipe
 from mimray.trainers.config.run import Plan, resolve
 from mimray.trainers.data.ingest import ingest
+from mimray.trainers.data.jpeg import decode_plain, read_frame
 from mimray.trainers.data.loader import Place, Samples, make_loader
 from mimray.trainers.data.resample import resampled
 from mimray.trainers.data.sources import Source, open_source
@@ -179,6 +180,26 @@ def pixel_differences(files: list[Path], size: int) -> dict[str, float]:
         "mean": float(levels.mean()),
         "most": float(levels.max()),
     }
+
+
+def rows_alone(shards: Path, rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of CPU to decode a picture whole, and the rows that a crop of it needs."""
+    source, rng = open_source(str(shards)), np.random.default_rng(0)
+    cases = []
+    for index in range(len(source)):
+        data = source[index].image
+        frame = read_frame(data)
+        if frame is not None and frame.rows is not None:
+            _, top, _, bottom = random_crop_box(rng, frame.size, SCALE, RATIO)
+            cases.append((data, frame, (int(top), int(bottom))))
+    found: dict[str, list[float]] = {"whole": [], "rows": []}
+    for _ in range(rounds):
+        for name, times in found.items():
+            began = time.process_time()
+            for data, frame, needed in cases:
+                decode_plain(data, frame, 1, needed if name == "rows" else None)
+            times.append((time.process_time() - began) / len(cases) * 1e3)
+    return found
 
 
 def loaders(
@@ -334,6 +355,11 @@ def main() -> None:
             f"{apart['within 1']:.3%}; apart on average {apart['mean']:.3f}, at most "
             f"{apart['most']:.0f}"
         )
+        decoding = rows_alone(scratch / "ingested", 3 * rounds)
+        print(
+            f"  decoding an ingested picture: {statistics.median(decoding['whole']):.2f} ms, the "
+            f"rows of a crop alone {ratios(decoding['rows'], decoding['whole'])}"
+        )
         ways = loaders(files, scratch / "ingested", scratch, size, arguments.batches)
         whole = end_to_end(ways, arguments.batches, rounds)
         print(f"end to end, {WORKERS} processes:")
@@ -349,7 +375,10 @@ def main() -> None:
         print(f"first batch of {INDEX_ROWS:,} rows: at sample 0 after "
               f"{statistics.median(early):.2f} s, at {LATE:,} {ratios(late, early)}")  # fmt: skip
     if arguments.json:
-        found_all = {"core": by_core, "pixels": apart, "end_to_end": whole, "resume": starts}
+        found_all = {
+            "core": by_core, "pixels": apart, "rows": decoding, "end_to_end": whole,
+            "resume": starts,
+        }  # fmt: skip
         arguments.json.write_text(json.dumps(found_all, indent=1) + "\n")
 
 
