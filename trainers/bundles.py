@@ -341,7 +341,22 @@ def fetch_bundle(path: str) -> Path:
     Raises:
         BundleError: there is no bundle.
     """
-    place = bundle_place(path)
+    return _fetched(bundle_place(path))
+
+
+def fetch_folder(path: str) -> Path:
+    """A folder on this machine; a remote one is copied until the process ends.
+
+    Args:
+        path: the path or URI of the folder.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    return _fetched(RunDir(path))
+
+
+def _fetched(place: RunDir) -> Path:
     if place.local is not None:
         return place.local
     scratch = Path(tempfile.mkdtemp(prefix="mimray-"))
@@ -353,6 +368,14 @@ def fetch_bundle(path: str) -> Path:
 def _write_tensors(file: Path, state: dict[str, Tensor]) -> None:
     # Not `save_file`, whose errors do not say that a disk is full.
     file.write_bytes(save({name: value.contiguous() for name, value in state.items()}))
+
+
+def folder_sha256(folder: Path) -> str:
+    """Digest of the files in a folder, in the order of their names."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        digest.update(f"{file.name} {_sha256(file)}\n".encode())
+    return digest.hexdigest()
 
 
 def _sha256(file: Path) -> str:

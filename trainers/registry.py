@@ -10,13 +10,21 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-from mimray.trainers.bundles import BundleCard, FrozenEncoder, bundle_place, fetch_bundle, read_card
+from mimray.trainers.bundles import (
+    BundleCard,
+    FrozenEncoder,
+    bundle_place,
+    fetch_bundle,
+    folder_sha256,
+    read_card,
+)
 from mimray.trainers.bundles import load_bundle as load_bundle_at
 from mimray.trainers.data.cache import user_cache
 from mimray.trainers.data.files import parent
@@ -29,7 +37,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 STORAGE = "runs"
-ARTIFACT = "bundle"
+ARTIFACT, HEADS = "bundle", "heads"
 _PREFIX = "mimray."
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _REFERENCE = re.compile(rf"({_NAME.pattern})(?:@({_NAME.pattern}))?")
@@ -47,6 +55,7 @@ class Version:
         run_id: the id of the MLflow run that holds the artifacts.
         facts: method, step, plan hash, data fingerprint, weights' digest and lineage, by name.
         scores: the scores by task, as on the bundle's card.
+        heads: places of the heads that are registered with it, among the run's artifacts, by name.
         created_ms: milliseconds since 1970 at registration.
     """
 
@@ -57,6 +66,7 @@ class Version:
     facts: dict[str, str]
     scores: dict[str, Any]
     created_ms: int
+    heads: dict[str, str] = field(default_factory=dict)
 
     @property
     def reference(self) -> str:
@@ -184,22 +194,66 @@ class Registry:
         Raises:
             StorageError: the artifacts are gone or cannot be read.
         """
+        return self._artifacts(version, ARTIFACT)
+
+    def heads(self, version: Version) -> dict[str, Path]:
+        """The heads that are registered with a version, as folders on this machine, by name.
+
+        Raises:
+            StorageError: the artifacts are gone or cannot be read.
+        """
+        return {name: self._artifacts(version, place) for name, place in version.heads.items()}
+
+    def add_head(self, version: Version, name: str, folder: Path) -> Version:
+        """Register a trained head with the version that it was trained on.
+
+        Args:
+            version: the encoder's version.
+            name: the head's name, of letters, digits and `._-`; one of that name is replaced.
+            folder: folder of the head's files.
+
+        Returns:
+            The version as it is now.
+
+        Raises:
+            ConfigError: the name is not allowed.
+            StorageError: MLflow refuses.
+        """
         from mlflow.exceptions import MlflowException
 
-        place = urlsplit(self._client.get_run(version.run_id).info.artifact_uri)
-        if place.scheme in ("", "file"):
-            folder = Path(unquote(place.path)) / ARTIFACT
+        check_word(name, "--name")
+        # Another place for other content, so that no copy of an earlier one is taken for it.
+        place = f"{HEADS}/{name}-{folder_sha256(folder)[:16]}"
+        heads = json.dumps({**version.heads, name: place})
+        try:
+            self._client.log_artifacts(version.run_id, str(folder), place)
+            self._client.set_model_version_tag(
+                version.name, str(version.number), f"{_PREFIX}heads", heads
+            )
+        except MlflowException as error:
+            raise StorageError(f"MLflow at {self.uri} does not take {name!r}: {error}") from error
+        return self.find(version.reference)
+
+    def _artifacts(self, version: Version, place: str) -> Path:
+        """A folder of a version's artifacts on this machine, copied once from a remote store."""
+        from mlflow.exceptions import MlflowException
+
+        root = urlsplit(self._client.get_run(version.run_id).info.artifact_uri)
+        if root.scheme in ("", "file"):
+            folder = Path(unquote(root.path)) / place
         else:
             kept = user_cache("registry") / version.run_id
-            folder = kept / ARTIFACT
+            folder = kept / place
             if not folder.is_dir():
                 aside = kept.with_name(f".{version.run_id}.{os.getpid()}")
                 aside.mkdir(parents=True)
                 try:
-                    self._client.download_artifacts(version.run_id, ARTIFACT, str(aside))
+                    self._client.download_artifacts(version.run_id, place, str(aside))
                 except (MlflowException, OSError) as error:
                     raise StorageError(f"{version.reference} cannot be read: {error}") from error
-                aside.rename(kept)
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                (aside / place).rename(folder)
+                shutil.rmtree(aside, ignore_errors=True)
         if not folder.is_dir():
             raise StorageError(
                 f"the files of {version.reference} are gone from {folder}", hint="register it again"
@@ -321,6 +375,7 @@ def _version(entry: ModelVersion, aliases: tuple[str, ...]) -> Version:
         if key.startswith(_PREFIX)
     }
     scores = json.loads(facts.pop("scores", "{}"))
+    heads = json.loads(facts.pop("heads", "{}"))
     return Version(
         name=entry.name,
         number=int(entry.version),
@@ -329,6 +384,7 @@ def _version(entry: ModelVersion, aliases: tuple[str, ...]) -> Version:
         facts=facts,
         scores=scores,
         created_ms=int(entry.creation_timestamp),
+        heads=heads,
     )
 
 

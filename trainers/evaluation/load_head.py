@@ -12,12 +12,13 @@ from mimray.trainers.evaluation.heads.head_files import CARD
 
 if TYPE_CHECKING:
     from mimray.trainers.evaluation.detection.detector import Detector
+    from mimray.trainers.evaluation.probes.pooled_head import PooledHead
     from mimray.trainers.evaluation.segmentation.segmenter import Segmenter
 
 
 def load_head(
     folder: str | Path, encoder: FeatureEncoder, device: str = "cpu"
-) -> Segmenter | Detector:
+) -> Segmenter | Detector | PooledHead:
     """Put a trained head on the encoder that it was trained on.
 
     Args:
@@ -28,13 +29,14 @@ def load_head(
         device: device of the head, as torch names it.
 
     Returns:
-        For segmentation, called with pictures it gives the class of each pixel; for detection,
-        `detect` gives boxes, classes and scores.
+        For segmentation, called with pictures it gives the class of each pixel; for `linear` and
+        `knn` the scores of the classes; for detection, `detect` gives boxes, classes and scores.
 
     Raises:
         DataError: there is no head, or it belongs to another encoder.
     """
     from mimray.trainers.evaluation.detection import detector
+    from mimray.trainers.evaluation.probes import pooled_head
     from mimray.trainers.evaluation.segmentation import segmenter
 
     folder = Path(folder)
@@ -46,4 +48,6 @@ def load_head(
         ) from None
     if task == "segmentation":
         return segmenter.load_head(folder, encoder, device)
-    return detector.load_head(folder, encoder, device)
+    if task == "detection":
+        return detector.load_head(folder, encoder, device)
+    return pooled_head.load_head(folder, task, encoder, device)

@@ -85,6 +85,7 @@ class Detector(nn.Module):
     Attributes:
         class_names: names of the classes, by label.
         input_size: (height, width) of views, pixels.
+        layers: layers whose maps it takes.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class Detector(nn.Module):
         assert config.layers is not None
         assert config.anchor_sizes is not None
         self.class_names, self.input_size = class_names, config.image_size
+        self.layers = config.layers
         self._card = encoder.card
         # Class 0 of an R-CNN is the background.
         self._first_label = 0 if config.detector == "retinanet" else 1
@@ -124,7 +126,7 @@ class Detector(nn.Module):
         views = [whole_view((p.height, p.width), self.input_size) for p in pictures]
         images = tensor_of([self.view(v, p) for v, p in zip(views, pictures, strict=True)])
         outputs = self.network(list(self._inputs(images)))
-        return [self._back(out, view) for out, view in zip(outputs, views, strict=True)]
+        return [self.back(out, view) for out, view in zip(outputs, views, strict=True)]
 
     def view(self, view: Placement, picture: Image.Image) -> np.ndarray:
         """A view of a picture as this encoder takes it, uint8 [C, H, W]."""
@@ -135,8 +137,13 @@ class Detector(nn.Module):
         device = next(self.parameters()).device
         return normalise(images.to(device), self._card.mean, self._card.std)
 
-    def _back(self, output: dict[str, Tensor], view: Placement) -> Detections:
-        """Bring what was found from the input to the picture; nothing is found in padding."""
+    def back(self, output: dict[str, Tensor], view: Placement) -> Detections:
+        """Bring what was found from the input to the picture; nothing is found in padding.
+
+        Args:
+            output: the network's, of one picture.
+            view: the picture's place in the input.
+        """
         height, width = view.source_size
         whole = view.boxes_back(output["boxes"].double().cpu().numpy())
         boxes = clip_boxes(whole, (0.0, 0.0, float(width), float(height)))

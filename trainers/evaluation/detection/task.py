@@ -31,7 +31,7 @@ from mimray.trainers.evaluation.detection.metrics import (
 from mimray.trainers.evaluation.detection.pictures import draw_curves, draw_found
 from mimray.trainers.evaluation.detection.pyramid import choose_layers
 from mimray.trainers.evaluation.features.encoders import FeatureEncoder, MakeEncoder, check_input
-from mimray.trainers.evaluation.heads.head_files import head_files
+from mimray.trainers.evaluation.heads.head_files import head_files, weights_of
 from mimray.trainers.evaluation.heads.train_head import Row, train_head
 from mimray.trainers.evaluation.heads.views import fitting_size
 from mimray.trainers.evaluation.score import Score, Setting
@@ -134,7 +134,13 @@ def evaluate(make_encoder: MakeEncoder, setting: Setting, config: DetectionConfi
             "detection.png": sheet,
             "detection_curves.png": draw_curves(rows, by_box, train.class_names),
         },
-        files=head_files("detection", detector, encoder, config, train.class_names),
+        files=head_files(
+            "detection",
+            weights_of(detector, encoder, finetune=config.finetune),
+            encoder.card,
+            config,
+            train.class_names,
+        ),
         hold_out=hold_out,
     )
 

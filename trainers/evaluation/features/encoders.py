@@ -144,6 +144,13 @@ class EncoderRef:
             layers=spread_layers(config.num_layers),
         )
 
+    def head_card(self) -> BundleCard:
+        """The card that a head trained on the encoder names; an untrained one's is its own."""
+        card = self.card()
+        if not self.untrained:
+            return card
+        return card.model_copy(update={"weights_sha256": f"{UNTRAINED}{self.seed}"})
+
     def load(self) -> FrozenEncoder:
         """The encoder, on the CPU."""
         return (

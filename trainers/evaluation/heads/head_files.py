@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from mimray.trainers.bundles import FrozenEncoder
-from mimray.trainers.config.evaluation.head import HeadConfig
+from mimray.trainers.bundles import BundleCard, FrozenEncoder
+from mimray.trainers.config.base import Config
 from mimray.trainers.errors import DataError
 from mimray.trainers.evaluation.features.encoders import FeatureEncoder
 
@@ -19,35 +20,46 @@ WEIGHTS, CARD = "head.safetensors", "head.json"
 
 def head_files(
     task: str,
-    head: nn.Module,
-    encoder: FeatureEncoder,
-    config: HeadConfig,
-    class_names: tuple[str, ...],
+    tensors: Mapping[str, Tensor],
+    encoder: BundleCard,
+    config: Config,
+    class_names: Sequence[str],
 ) -> dict[str, bytes]:
-    """Files for `read_card` and `load_weights`, with the encoder's weights if those were trained.
+    """Files of a trained head, by name.
 
     Args:
         task: the head's.
-        head: trained head.
-        encoder: encoder that the head was trained on.
+        tensors: the weights, by name.
+        encoder: card of the encoder that the head was trained on.
         config: options from which the head can be built again, nothing left to defaults that depend
             on data.
         class_names: names of the classes, by label.
     """
-    tensors = {f"head.{name}": value for name, value in head.state_dict().items()}
-    if config.finetune:
-        assert isinstance(encoder, FrozenEncoder)
-        state = encoder.encoder.state_dict()
-        tensors |= {f"encoder.{name}": value for name, value in state.items()}
     card = {
         "task": task,
         "class_names": list(class_names),
-        "encoder": encoder.card.name,
-        "encoder_sha256": encoder.card.weights_sha256,
+        "encoder": encoder.name,
+        "encoder_sha256": encoder.weights_sha256,
         "config": config.model_dump(mode="json"),
     }
     weights = {name: value.cpu().contiguous() for name, value in tensors.items()}
     return {WEIGHTS: save(weights), CARD: json.dumps(card, indent=2).encode() + b"\n"}
+
+
+def weights_of(head: nn.Module, encoder: FeatureEncoder, *, finetune: bool) -> dict[str, Tensor]:
+    """The tensors that `load_weights` reads.
+
+    Args:
+        head: trained head.
+        encoder: encoder that it was trained on.
+        finetune: True if the encoder was trained with it, whose weights then go along.
+    """
+    tensors = {f"head.{name}": value for name, value in head.state_dict().items()}
+    if finetune:
+        assert isinstance(encoder, FrozenEncoder)
+        state = encoder.encoder.state_dict()
+        tensors |= {f"encoder.{name}": value for name, value in state.items()}
+    return tensors
 
 
 def read_card(folder: Path, task: str, encoder: FeatureEncoder) -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import ImageOps
+from torch import Tensor
 from torch.nn import functional as F
 
 from mimray.trainers.config.evaluation.knn import KnnConfig
@@ -17,6 +18,7 @@ from mimray.trainers.data.sources import Source
 from mimray.trainers.data.transforms import to_array, view_of
 from mimray.trainers.evaluation.features.encoders import EncoderRef
 from mimray.trainers.evaluation.features.pooled import ProbeData, load_probe_data
+from mimray.trainers.evaluation.heads.head_files import head_files
 from mimray.trainers.evaluation.probes.classification import (
     accuracy_of,
     described_view,
@@ -31,6 +33,8 @@ from mimray.trainers.types import Panel
 NEIGHBOURS = (1, 5, 10, 20, 200)
 HEADLINE_K = 20
 _CHUNK_ROWS = 1024
+KEPT_BANK_BYTES = 256 << 20
+"""Largest bank that is kept as a head."""
 
 _NUM_QUERIES, _NUM_SHOWN = 8, 5
 _CELL_PX, _FRAME_PX = 128, 8
@@ -101,6 +105,22 @@ def evaluate(ref: EncoderRef, setting: Setting, config: KnnConfig) -> Score:
         notes=(*missing_classes(per_class), *found.notes),
         hold_out=found.splits.hold_out,
         pictures={"knn.png": _sheet(found, score.predicted)},
+        files=_files(ref, found, config),
+    )
+
+
+def _files(ref: EncoderRef, found: ProbeData, config: KnnConfig) -> dict[str, bytes]:
+    """The bank as files of a head; none where it is large."""
+    train = found.train
+    if train.x.nbytes > KEPT_BANK_BYTES:
+        return {}
+    bank = F.normalize(torch.from_numpy(train.x), dim=1)
+    return head_files(
+        "knn",
+        {"bank": bank, "labels": torch.from_numpy(train.y)},
+        ref.head_card(),
+        config.model_copy(update={"pooling": found.pooling}),
+        found.splits.learnt_names,
     )
 
 
@@ -157,18 +177,50 @@ def predict(
     kinds = torch.from_numpy(votes_for)
     found: dict[int, list[np.ndarray]] = {k: [] for k in ks}
     for rows in torch.split(queries, _CHUNK_ROWS):
-        similarity, nearest = (rows @ bank.T).topk(ks[-1], dim=1)  # R K, best first
-        # Less the best one's, which changes no vote's rank and cannot overflow.
-        weight = ((similarity - similarity[:, :1]).double() / temperature).exp()
-        neighbours = kinds[nearest]  # R K
-        votes = torch.zeros(len(rows), len(classes), dtype=torch.float64)
-        counted = 0
-        for k in ks:
-            part = slice(counted, k)
-            votes.scatter_add_(1, neighbours[:, part], weight[:, part])
+        for k, votes in _votes(rows, bank, kinds, len(classes), ks, temperature):
             found[k].append(classes[votes.argmax(dim=1).numpy()])
-            counted = k
     return {k: np.concatenate(parts) for k, parts in found.items()}
+
+
+def vote_shares(
+    bank: Tensor, labels: Tensor, queries: Tensor, num_classes: int, *, k: int, temperature: float
+) -> Tensor:
+    """The share of each class in the votes on queries, float64 [M, C].
+
+    Args:
+        bank: float32 [N, D], features to vote with, of length 1.
+        labels: int64 [N], their labels.
+        queries: float32 [M, D], features to classify; lengths do not matter.
+        num_classes: C.
+        k: neighbours that vote.
+        temperature: smaller lets the nearest count for more.
+    """
+    ks = (min(k, len(bank)),)
+    rows = F.normalize(queries, dim=1)
+    ((_, votes),) = _votes(rows, bank, labels, num_classes, ks, temperature)
+    return votes / votes.sum(dim=1, keepdim=True)
+
+
+def _votes(
+    rows: Tensor,
+    bank: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    ks: tuple[int, ...],
+    temperature: float,
+) -> Iterator[tuple[int, Tensor]]:
+    """Votes float64 [R, C] on rows [R, D] by each rising k; one tensor is filled from k to k."""
+    similarity, nearest = (rows @ bank.T).topk(ks[-1], dim=1)  # R K, best first
+    # Less the best one's, which changes no vote's rank and cannot overflow.
+    weight = ((similarity - similarity[:, :1]).double() / temperature).exp()
+    neighbours = labels[nearest]  # R K
+    votes = torch.zeros(len(rows), num_classes, dtype=torch.float64, device=rows.device)
+    counted = 0
+    for k in ks:
+        part = slice(counted, k)
+        votes.scatter_add_(1, neighbours[:, part], weight[:, part])
+        yield k, votes
+        counted = k
 
 
 def nearest(train_x: np.ndarray, val_x: np.ndarray, count: int) -> np.ndarray:

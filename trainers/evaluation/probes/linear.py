@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save
+import torch
 
 from mimray.trainers.config.evaluation.linear import LinearConfig
 from mimray.trainers.data.rng import Stream, generator, permutation
@@ -17,6 +16,7 @@ from mimray.trainers.evaluation.charts import confusion_chart
 from mimray.trainers.evaluation.features.encoders import EncoderRef
 from mimray.trainers.evaluation.features.extraction import local_device
 from mimray.trainers.evaluation.features.pooled import labelled_features, load_probe_data
+from mimray.trainers.evaluation.heads.head_files import head_files
 from mimray.trainers.evaluation.probes.classification import (
     accuracy_of,
     described_view,
@@ -125,7 +125,13 @@ def evaluate(ref: EncoderRef, setting: Setting, config: LinearConfig) -> Score:
                 f"{figure_text(accuracy, evidence.standard_error)} on {len(val.y):,} pictures",
             )
         },
-        files={"head.safetensors": _saved(head, found.pooling, learnt)},
+        files=head_files(
+            "linear",
+            {"weight": torch.from_numpy(head.weight), "bias": torch.from_numpy(head.bias)},
+            ref.head_card(),
+            config.model_copy(update={"pooling": found.pooling}),
+            learnt,
+        ),
         hold_out=found.splits.hold_out,
     )
 
@@ -191,11 +197,3 @@ def _advice(
     if not head.converged:
         notes.append(f"L-BFGS had not converged at {key} = {candidates[best]:g}")
     return tuple(notes)
-
-
-def _saved(head: LinearClassifier, pooling: str, class_names: Sequence[str]) -> bytes:
-    """The head as safetensors: `weight` [C, D] and `bias` [C], on pooled features as they are."""
-    # One key: safetensors writes several in no fixed order.
-    about = json.dumps({"pooling": pooling, "class_names": list(class_names)})
-    data: bytes = save({"weight": head.weight, "bias": head.bias}, metadata={"head": about})
-    return data

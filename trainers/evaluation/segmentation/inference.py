@@ -19,6 +19,8 @@ from mimray.trainers.evaluation.heads.views import fitting_size, tensor_of, trai
 # Attention is quadratic in the tokens: by default no more than these, and no longer side.
 _MAX_TOKENS = 1024
 _MAX_SIDE_PX = 512
+# Numbers of a picture at its own resolution, 256 MiB.
+_LOGITS_AT_ONCE = 1 << 26
 
 LogitsOf = Callable[[Tensor], Tensor]
 """From inputs uint8 [B, C, H, W] to logits [B, K, h, w] at any resolution."""
@@ -149,20 +151,57 @@ def predict(
         ]
     )
     for picture, views in zip(pictures, laid, strict=True):
-        source_size = picture.height, picture.width
-        scaled = scaled_size(source_size, input_size, scale)
-        total = logits.new_zeros(logits.shape[1], *scaled)
-        count = logits.new_zeros(scaled)
-        for (view, (top, left)), window in zip(views, logits, strict=False):
-            height, width = view.shown_size
-            full = F.interpolate(window[None], input_size, mode="bilinear", align_corners=False)
-            part = (..., slice(top, top + height), slice(left, left + width))
-            total[part] += full[0, :, :height, :width]
-            count[part] += 1
-        logits = logits[len(views) :]
-        mean = (total / count)[None]
-        whole = F.interpolate(mean, source_size, mode="bilinear", align_corners=False)
-        yield whole[0].argmax(dim=0).numpy()
+        windows, logits = logits[: len(views)], logits[len(views) :]
+        yield merged(windows, views, (picture.height, picture.width), input_size, scale)
+
+
+def merged(
+    logits: Tensor,
+    views: Sequence[tuple[Placement, tuple[int, int]]],
+    source_size: Size,
+    input_size: Size,
+    scale: float | None,
+) -> np.ndarray:
+    """Classes of a picture's pixels, int64 [h, w], from the logits of its windows.
+
+    Args:
+        logits: of each window, float32 [n, K, h, w] at any resolution.
+        views: the windows, as `window_views` gives them.
+        source_size: (height, width) of the picture.
+        input_size: (height, width) of a window.
+        scale: pixels of the input to one of the picture, see `scaled_size`.
+    """
+    scaled = scaled_size(source_size, input_size, scale)
+    total = logits.new_zeros(logits.shape[1], *scaled)
+    count = logits.new_zeros(scaled)
+    for (view, (top, left)), window in zip(views, logits, strict=True):
+        height, width = view.shown_size
+        full = F.interpolate(window[None], input_size, mode="bilinear", align_corners=False)
+        part = (..., slice(top, top + height), slice(left, left + width))
+        total[part] += full[0, :, :height, :width]
+        count[part] += 1
+    return _best_class(total / count, source_size)
+
+
+def _best_class(logits: Tensor, size: Size) -> np.ndarray:
+    """The class of the largest logit at each pixel, int64 [h, w], once enlarged to a size.
+
+    A few classes at a time: those of a large picture together would fill the memory.
+    """
+    step = max(1, _LOGITS_AT_ONCE // (size[0] * size[1]))
+    best: Tensor | None = None
+    for start in range(0, len(logits), step):
+        part = F.interpolate(
+            logits[None, start : start + step], size, mode="bilinear", align_corners=False
+        )
+        value, index = part[0].max(dim=0)
+        if best is None:
+            best, classes = value, index
+            continue
+        larger = value > best
+        classes[larger] = index[larger] + start
+        best = torch.maximum(best, value)
+    return classes.numpy()
 
 
 def _starts(side: int, window: int, overlap: float) -> list[int]:

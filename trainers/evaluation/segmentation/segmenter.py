@@ -14,7 +14,12 @@ from torch import Tensor, nn
 from mimray.trainers.config.evaluation.segmentation import SegmentationConfig
 from mimray.trainers.data.geometry import Size
 from mimray.trainers.evaluation.features.encoders import FeatureEncoder, chosen_layers
-from mimray.trainers.evaluation.heads.head_files import head_files, load_weights, read_card
+from mimray.trainers.evaluation.heads.head_files import (
+    head_files,
+    load_weights,
+    read_card,
+    weights_of,
+)
 from mimray.trainers.evaluation.segmentation.heads import build_head
 from mimray.trainers.evaluation.segmentation.inference import predict
 from mimray.trainers.models.normalise import normalise
@@ -87,7 +92,8 @@ class Segmenter:
         """The files that `load_head` reads."""
         settled = {"image_size": self.input_size, "layers": self.layers}
         config = config.model_copy(update=settled)
-        return head_files("segmentation", self.head, self.encoder, config, self.class_names)
+        weights = weights_of(self.head, self.encoder, finetune=config.finetune)
+        return head_files("segmentation", weights, self.encoder.card, config, self.class_names)
 
 
 def build_segmenter(

@@ -16,7 +16,7 @@ from mimray.trainers.errors import DataError
 from mimray.trainers.evaluation.annotations.base import DetectionExample
 from mimray.trainers.evaluation.detection.batches import target_of
 from mimray.trainers.evaluation.detection.detector import Batch, Detector, build_detector, load_head
-from mimray.trainers.evaluation.heads.head_files import head_files
+from mimray.trainers.evaluation.heads.head_files import head_files, weights_of
 
 SIZE = (40, 56)
 KINDS = ("faster_rcnn", "retinanet", "mask_rcnn")
@@ -120,7 +120,7 @@ def test_boxes_and_masks__come_back_to_where_they_were(
         "labels": torch.tensor([2, 1]),
         "masks": torch.ones(2, 1, 28, 28),
     }
-    found = detector._back(output, view)
+    found = detector.back(output, view)
     assert found.boxes.tolist() == [[20, 10, 60, 50]]
     assert found.labels.tolist() == [1]
     assert found.masks is not None
@@ -176,7 +176,8 @@ def test_head__is_loaded_on_its_own_encoder_alone(
         for parameter in detector.parameters():
             parameter.mul_(1.1)
     config = _config("faster_rcnn", score_threshold=0.0)
-    for name, content in head_files("detection", detector, encoder, config, ("a", "b")).items():
+    weights = weights_of(detector, encoder, finetune=config.finetune)
+    for name, content in head_files("detection", weights, encoder.card, config, "ab").items():
         (tmp_path / name).write_bytes(content)
     picture = Image.new("RGB", (50, 50), (200, 90, 20))
     loaded = load_head(tmp_path, encoder)
@@ -199,7 +200,8 @@ def test_head__brings_a_finetuned_encoder(
     with torch.no_grad():
         for parameter in encoder.parameters():
             parameter.add_(0.1)
-    for name, content in head_files("detection", detector, encoder, config, ("a", "b")).items():
+    weights = weights_of(detector, encoder, finetune=config.finetune)
+    for name, content in head_files("detection", weights, encoder.card, config, "ab").items():
         (tmp_path / name).write_bytes(content)
     fresh = vit()
     load_head(tmp_path, fresh)
