@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from mimray.trainers.data import foreign, png, tiff
+from mimray.trainers.data import foreign, gif, png, tiff
 from mimray.trainers.errors import ImageError
 
 # Pillow warns above this many pixels; taking the same number means that no accepted picture
@@ -191,11 +191,8 @@ def decode(
     image = file.open(reading.page)
     try:
         _check_size(image, max_pixels, min_side_px)
-        frames = getattr(image, "n_frames", 1) if max_frames is not None else 1
-        if max_frames is not None and frames > max_frames:
-            raise ImageError(
-                "too_many_frames", f"{frames} frames are more than the allowed {max_frames}"
-            )
+        if max_frames is not None and _has_more_frames(file.data, image, max_frames):
+            raise ImageError("too_many_frames", f"more than the allowed {max_frames} frames")
         lost = _lost_bands(image)
         stored_size, mode, layout = image.size, image.mode, raw_mode(image)
         if draft_size is not None and image.format in DRAFTED:
@@ -301,6 +298,12 @@ def resized_short_side(image: Image.Image, short_side_px: int) -> Image.Image:
     scale = short_side_px / short_px
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def _has_more_frames(data: bytes, image: Image.Image, limit: int) -> bool:
+    if image.format == "GIF":
+        return gif.has_more_frames(data, limit)
+    return bool(getattr(image, "n_frames", 1) > limit)
 
 
 def _open(data: bytes) -> Image.Image:
