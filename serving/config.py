@@ -56,6 +56,8 @@ def parse_share(value: Any) -> Any:
 
 
 Share = Annotated[float, BeforeValidator(parse_share)]
+Origin = Annotated[str, Field(pattern=r"^(\*|https?://[A-Za-z0-9.\-\[\]:]+)$")]
+HeadName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
 class Autoscaling(Config):
@@ -113,7 +115,9 @@ class ReplicaConfig(Config):
         compile: have torch compile the model. `auto` does on GPUs; on CPUs it has oneDNN compute
             the linear layers, which is faster and holds their weights in memory twice.
         jpeg_draft: decode large JPEGs at a fraction of their size, which is faster and changes
-            pixels a little.
+            pixels a little; heads never do.
+        heads: folders or URIs of heads that `mimray evaluate` trained on the encoder, by the names
+            they are asked for by.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -124,6 +128,7 @@ class ReplicaConfig(Config):
     cache_mib: NonNegativeInt = 64
     compile: Literal["auto", True, False] = "auto"
     jpeg_draft: bool = False
+    heads: dict[HeadName, str] = {}
 
 
 class ModelConfig(ReplicaConfig):
@@ -164,11 +169,16 @@ class Limits(Config):
     Attributes:
         body_mib: most of a request's body, before and after inflating.
         bodies_mib: most of all bodies a replica holds at once.
-        body_timeout_s: longest time a body may take to arrive.
+        body_timeout_s: longest time a body may take to arrive; one of less than 64 KiB has 10 s.
+        requests_per_source: most POSTs of one address that HAProxy holds at once, those whose body
+            is on its way among them; more where a proxy before the endpoint is the one address.
         request_timeout_s: longest time an answer may take.
         pictures: most pictures of one request.
         picture_pixels: most pixels of one picture, checked before decoding.
         picture_frames: most frames of one file; only the first is used, but counting is work.
+        request_pixels: most pixels of a request's pictures together, as decoded; what is beyond is
+            refused before it is.
+        decode_timeout_s: longest time to decode a picture that is neither JPEG, PNG nor WebP.
         input_pixels: most pixels of the model's input.
         answer_mib: most features of one answer.
     """
@@ -176,10 +186,13 @@ class Limits(Config):
     body_mib: PositiveInt = 64
     bodies_mib: PositiveInt = 512
     body_timeout_s: PositiveFloat = 60.0
+    requests_per_source: PositiveInt = 512
     request_timeout_s: PositiveFloat = 60.0
     pictures: PositiveInt = 64
     picture_pixels: PositiveInt = 50_000_000
     picture_frames: PositiveInt = 100
+    request_pixels: PositiveInt = 1_000_000_000
+    decode_timeout_s: PositiveFloat = 10.0
     input_pixels: PositiveInt = 1536 * 1536
     answer_mib: PositiveInt = 256
 
@@ -241,11 +254,14 @@ class GatewayConfig(Config):
         keys: the file of `mimray keys`; on a cluster a path that every node can read.
         limits: bounds of requests and answers.
         access_log: `-` for standard output, a path, or none; by default among Ray's logs.
+        cors_origins: origins whose pages browsers let ask the endpoint, such as
+            `https://app.example.org`, or `*` for every one. None but its own page by default.
     """
 
     keys: Path | None = None
     limits: Limits = Limits()
     access_log: str | None = "ray"
+    cors_origins: tuple[Origin, ...] = ()
 
 
 class ServeConfig(GatewayConfig):

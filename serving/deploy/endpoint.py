@@ -61,6 +61,16 @@ class Endpoint:
         return {name: served.stable.number for name, served in self._rollout.models.items()}
 
     @property
+    def heads(self) -> dict[str, list[str]]:
+        """The heads of each model's stable version."""
+        from mimray.serving.deploy.serve_schema import heads_of
+
+        return {
+            name: list(heads_of(served.config, served.stable))
+            for name, served in self._rollout.models.items()
+        }
+
+    @property
     def without_canary(self) -> dict[str, str]:
         """The reason why a canary that is configured has no version yet, by model."""
         return self._rollout.without_canary
@@ -220,7 +230,10 @@ def _start_serve(config: ServeConfig, state: HAProxyState) -> None:
     }
     if haproxy_available() and _haproxy_reaches_replicas(config.host):
         state.claim()
-        environment |= state.environment(silence_s=config.limits.body_timeout_s)
+        environment |= state.environment(
+            silence_s=config.limits.body_timeout_s,
+            requests_per_source=config.limits.requests_per_source,
+        )
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         serve.start(

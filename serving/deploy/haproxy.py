@@ -12,6 +12,7 @@ import csv
 import json
 import math
 import os
+import resource
 import shutil
 import socket
 import sys
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import psutil
 
-from mimray.serving.deploy.haproxy_launcher import haproxy_binary
+from mimray.serving.deploy.haproxy_launcher import REQUESTS_PER_SOURCE, haproxy_binary
 from mimray.trainers.environment.limits import usable_cpus
 from mimray.trainers.environment.places import private_folder, temporary_place
 
@@ -30,7 +31,11 @@ _SOCKET_BYTES = 99
 _LAUNCHER = Path(__file__).with_name("haproxy.sh")
 # A request that fits the buffer is sent again when its replica dies; most pictures do.
 _BUFFER_BYTES = 2**20
-_MAX_CONNECTIONS = 1024
+# Connections that only wait cost next to nothing; what fills buffers are requests, of which each
+# source has a number.
+_MAX_CONNECTIONS = 4096
+# Files that HAProxy needs beside two a connection.
+_OTHER_FILES = 256
 _RETRIES = 3
 # Ray's 10 s is how long nothing answers after HAProxy has died.
 _HEALTH_CHECK_S = 1
@@ -156,14 +161,16 @@ class HAProxyState:
         psutil.wait_procs(processes, timeout=_EXIT_WAIT_S)
         return bool(processes)
 
-    def environment(self, *, silence_s: float) -> dict[str, str]:
+    def environment(self, *, silence_s: float, requests_per_source: int) -> dict[str, str]:
         """The environment by which Ray Serve's processes run HAProxy as this endpoint needs it.
 
         Args:
             silence_s: longest time a client may pause while it sends a request.
+            requests_per_source: most POSTs of one address at once.
         """
         return {
             "MIMRAY_PYTHON": sys.executable,
+            REQUESTS_PER_SOURCE: str(requests_per_source),
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
             "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": str(_HEALTH_CHECK_S),
             "RAY_SERVE_HAPROXY_BINARY_PATH": str(_LAUNCHER),
@@ -171,7 +178,7 @@ class HAProxyState:
             "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response junk-response",
             "RAY_SERVE_HAPROXY_RETRIES": str(_RETRIES),
             "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(_BUFFER_BYTES),
-            "RAY_SERVE_HAPROXY_MAXCONN": str(_MAX_CONNECTIONS),
+            "RAY_SERVE_HAPROXY_MAXCONN": str(_connections()),
             "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, usable_cpus())),
             "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(math.ceil(silence_s)),
             "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": str(_ANSWER_S),
@@ -210,6 +217,14 @@ def _requests(admin: Path) -> int:
     """Requests that are with some backend now."""
     rows = list(csv.DictReader(_command(admin, "show stat").removeprefix("# ").splitlines()))
     return sum(int(row["scur"] or 0) for row in rows if row["svname"] == "BACKEND")
+
+
+def _connections() -> int:
+    """Connections that HAProxy may hold: it does not start where files for them are denied."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard == resource.RLIM_INFINITY:
+        return _MAX_CONNECTIONS
+    return max(1, min(_MAX_CONNECTIONS, (hard - _OTHER_FILES) // 2))
 
 
 def port_is_free(host: str, port: int) -> bool:

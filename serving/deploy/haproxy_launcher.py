@@ -23,6 +23,8 @@ import sys
 from pathlib import Path
 
 MARK = "# completed by mimray"
+REQUESTS_PER_SOURCE = "MIMRAY_REQUESTS_PER_SOURCE"
+"""The environment variable that says how many POSTs of one address are held at once."""
 STRIPPED = (
     "x-request-timeout-seconds",
     "x-request-disconnect-disabled",
@@ -38,6 +40,12 @@ _HEADERS_TIMEOUT_S = 10
 # Between two requests on a connection; short, as each keeps a HAProxy that was replaced, and the
 # replicas it knew, until then.
 _KEEP_ALIVE_S = 10
+# A body of less than so many bytes has so many seconds: 6 kB/s.
+_SMALL, _SMALL_BODY_S = 65536, 10
+# Of one address: connections may wait for their next request, and browsers open several.
+_CONNECTIONS_PER_REQUEST = 4
+_SOURCES = "100k"
+_POSTS = "mimray_posts"
 # Buffers a thread keeps for itself: with 16 MiB of them, of 1 MiB each, a request costs 0.4 ms of
 # CPU, and 1.5 ms where each has to be asked of the system.
 _HOT_BYTES = 16 * 2**20
@@ -100,12 +108,13 @@ def error_file(status: int) -> str:
     return "\r\n".join([*lines, "", body])
 
 
-def completed(config: str, folder: str) -> str:
+def completed(config: str, folder: str, requests_per_source: int) -> str:
     """Complete Ray's configuration.
 
     Args:
         config: the configuration that Ray wrote.
         folder: the directory of the error files.
+        requests_per_source: most POSTs of one address at once.
 
     Raises:
         ValueError: a place that must be changed is not there.
@@ -134,8 +143,20 @@ def completed(config: str, folder: str) -> str:
     own = '{ res.hdr(content-type) -m beg "text/plain" }'
     overloaded = _quoted(problem_body(503))
     absent = _quoted(problem_body(404))
+    longest = min(_SMALL_BODY_S, int(silence[1].removesuffix("s")))
+    small = f"{{ req.hdr(content-length) -m found }} {{ req.hdr_val(content-length) lt {_SMALL} }}"
+    many = f"{{ sc0_conn_cur gt {_CONNECTIONS_PER_REQUEST * requests_per_source} }}"
     frontend = [
+        # Nobody can fill the front by connections that say nothing, nor by bodies that do not end.
+        f"    stick-table type ipv6 size {_SOURCES} expire 1m store conn_cur",
+        "    tcp-request connection track-sc0 src",
+        f"    tcp-request connection reject if {many}",
+        f"    http-request track-sc1 src table {_POSTS} if METH_POST",
+        f"    http-request return status 503 content-type application/problem+json "
+        f"hdr Retry-After {_RETRY_AFTER_S} string {overloaded} "
+        f"if METH_POST {{ sc1_conn_cur({_POSTS}) gt {requests_per_source} }}",
         # Only what is here as a whole can be sent to another replica when one dies.
+        f"    http-request wait-for-body time {longest}s if METH_POST {small}",
         f"    http-request wait-for-body time {silence[1]} if METH_POST",
         *(f"    http-request del-header ^{_either(name)}$ -m reg" for name in STRIPPED),
         f"    http-request del-header ^{_either(_ROUTER_PREFIX)} -m reg",
@@ -153,6 +174,8 @@ def completed(config: str, folder: str) -> str:
         f"backend default_backend\n    http-request return status 503 content-type "
         f"application/problem+json hdr Retry-After {_RETRY_AFTER_S} string {overloaded}\n",
     )
+    # Replicas decode a path before they look at it, and so must what hides one.
+    config = _changed(config, r"^( *acl routes path) -i (/-/routes)$", r"\g<1>,url_dec -i \g<2>")
     config = _changed(
         config,
         # It tells names of models to whoever asks.
@@ -162,7 +185,8 @@ def completed(config: str, folder: str) -> str:
     config = _changed(config, r"^(frontend prometheus\n *bind ):", r"\g<1>127.0.0.1:")
     config = _changed(config, r"^(listen stats\n *bind )\*:", r"\g<1>127.0.0.1:")
     config = _changed(config, r"^( *stats socket .* mode )666", r"\g<1>600")
-    return f"{MARK}\n{config}"
+    counted = f"    stick-table type ipv6 size {_SOURCES} expire 1m store conn_cur\n"
+    return f"{MARK}\n{config}\nbackend {_POSTS}\n{counted}"
 
 
 def _after(config: str, pattern: str, lines: list[str]) -> str:
@@ -207,7 +231,7 @@ def main() -> None:
 def _complete(path: str) -> None:
     folder = os.path.dirname(path)
     with open(path, encoding="utf-8") as file:
-        config = completed(file.read(), folder)
+        config = completed(file.read(), folder, int(os.environ.get(REQUESTS_PER_SOURCE, "512")))
     for status in _DETAILS:
         with open(f"{folder}/problem-{status}.http", "w", newline="") as file:
             file.write(error_file(status))

@@ -151,7 +151,9 @@ def test_environment__has_haproxy_as_mimray_serve_has_it(environment: dict[str, 
     from mimray.serving.config import Limits
     from mimray.serving.deploy.haproxy import HAProxyState
 
-    ours = HAProxyState(8000).environment(silence_s=Limits().body_timeout_s)
+    ours = HAProxyState(8000).environment(
+        silence_s=Limits().body_timeout_s, requests_per_source=Limits().requests_per_source
+    )
     of_a_machine = re.compile(r"_(PATH|LOC|BASE|FILE|PORT|NBTHREAD)$")
 
     def serve(variables: dict[str, str]) -> dict[str, str]:

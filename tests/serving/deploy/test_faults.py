@@ -5,6 +5,7 @@ Every answer is 200 with the right numbers, or a refusal that says when to come 
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -14,7 +15,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ pytestmark = [
     pytest.mark.skipif(not haproxy_available(), reason="no HAProxy on this platform"),
 ]
 ALLOWED = {200, 503}
+HALF = b"POST /v1/features?model=m HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n\r\nabc"
+"""A request whose body does not end."""
 
 
 class Registry:
@@ -216,9 +219,8 @@ def test_slow_and_half_sent__nobody_else_waits(
     endpoint: Endpoint, picture: Callable[..., bytes], expected: dict[str, Any]
 ) -> None:
     host, port = endpoint.url.removeprefix("http://").split(":")
-    half = b"POST /v1/features?model=m HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n\r\nabc"
     sockets = []
-    for data in (half, half, b"POST /v1/feat", b"GET / HTTP/1.1\r\nHost"):
+    for data in (HALF, HALF, b"POST /v1/feat", b"GET / HTTP/1.1\r\nHost"):
         connection = socket.create_connection((host, int(port)))
         connection.sendall(data)
         sockets.append(connection)
@@ -231,6 +233,26 @@ def test_slow_and_half_sent__nobody_else_waits(
         load.wait_for(10)
 
 
+@pytest.mark.parametrize("said", [HALF, b"POST /v1/feat", b""], ids=["body", "headers", "nothing"])
+def test_unfinished__of_one_client_by_the_thousand_hold_up_nobody(
+    endpoint: Endpoint, picture: Callable[..., bytes], said: bytes
+) -> None:
+    """The others are of the same address, as behind a proxy."""
+    host, port = endpoint.url.removeprefix("http://").split(":")
+    with ExitStack() as sockets:
+        for _ in range(1100):
+            connection = socket.create_connection((host, int(port)), timeout=60)
+            sockets.enter_context(connection)
+            connection.sendall(said)
+        for _ in range(3):
+            began = time.monotonic()
+            assert httpx2.get(endpoint.url + "/v2/health/live", timeout=60).status_code == 200
+            assert time.monotonic() - began < 2
+        if said != HALF:
+            asked = f"{endpoint.url}/v1/features?model=m"
+            assert httpx2.post(asked, content=picture(0), timeout=60).status_code == 200
+
+
 def test_haproxy__runs_as_we_completed_it(endpoint: Endpoint) -> None:
     from mimray.serving.deploy.haproxy_launcher import MARK, STRIPPED, completed
 
@@ -238,18 +260,22 @@ def test_haproxy__runs_as_we_completed_it(endpoint: Endpoint) -> None:
     (file,) = HAProxyState(int(port)).folder.glob("*/haproxy.cfg")
     config = file.read_text()
     assert config.startswith(MARK)
-    assert completed(config, "x") == config  # once is enough
+    assert completed(config, "x", 1) == config  # once is enough
     assert "text/plain lf-string" not in config
     assert "127.0.0.1:514" not in config  # the system's log, by a UDP socket on every address
     assert not [
         line for line in config.splitlines() if line.strip().startswith(("bind :", "bind *"))
     ]
-    # Which models there are is for those with a key.
-    routes = httpx2.get(endpoint.url + "/-/routes")
-    assert routes.status_code == 404
-    assert routes.json()["error"] == "there is nothing at this path"
-    assert routes.json()["code"] == "not_found"
-    assert routes.headers["content-type"] == "application/problem+json"
+    # Which models there are is for those with a key, however they spell the path.
+    for path in ("/-/routes", "/%2d/routes", "/-/rOuTes", "/-%2Froutes", "/%2D%2froute%73"):
+        with socket.create_connection((host, int(port)), timeout=120) as connection:
+            asked = f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+            connection.sendall(asked.encode())
+            head, _, body = connection.makefile("rb").read().partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 404"), path
+        assert b"content-type: application/problem+json" in head
+        assert json.loads(body)["code"] == "not_found"
+        assert json.loads(body)["error"] == "there is nothing at this path"
     # A client cannot switch its own timeout off, or on.
     found = httpx2.get(endpoint.url + "/v1/models", headers={STRIPPED[0]: "1e-6"})
     assert found.status_code == 200
