@@ -13,7 +13,7 @@ storage_option = click.option(
 
 @click.group()
 def models() -> None:
-    """Registered encoders: register, list, show, alias."""
+    """Registered encoders: register, list, show, alias, add-head."""
 
 
 @models.command("register")
@@ -79,3 +79,20 @@ def alias(reference: str, alias: str, storage: str, as_json: bool) -> None:
     from mimray.service.commands.models import set_alias, version_text
 
     print_result(set_alias(reference, alias, storage), as_json, version_text)
+
+
+@models.command("add-head")
+@click.argument("reference")
+@click.argument("folder")
+@click.option("--name", default=None, help="Name of the head; the folder's by default.")
+@storage_option
+@json_option
+def add_head(reference: str, folder: str, name: str | None, storage: str, as_json: bool) -> None:
+    """Register a trained head with the encoder that it was trained on; `serve` answers by it.
+
+    Example: mimray models add-head photos@v2 runs/photos/evaluation/segmentation --name scenes
+    """
+    from mimray.service.commands.models import add_head as add
+    from mimray.service.commands.models import version_text
+
+    print_result(add(reference, folder, name, storage), as_json, version_text)

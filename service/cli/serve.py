@@ -30,12 +30,20 @@ import click
     metavar="SHARE",
     help="Share of requests, e.g. 10%, for the version with the alias `canary`.",
 )
+@click.option(
+    "--head",
+    "heads",
+    multiple=True,
+    metavar="[MODEL:]NAME=FOLDER",
+    help="A trained head to answer by, as `mimray evaluate` leaves it; may be given again.",
+)
 @click.option("--build", is_flag=True, help="Write what `serve deploy` takes instead of serving.")
 @click.option("--out", type=click.Path(path_type=Path), help="Where --build writes; else stdout.")
 def serve(
     bundles: tuple[str, ...],
     config: Path | None,
     canary: str | None,
+    heads: tuple[str, ...],
     build: bool,
     out: Path | None,
     **options: Any,
@@ -45,11 +53,14 @@ def serve(
     An alias is followed: where it moves to another version, that one is rolled in without a
     failed request. With keys, or MIMRAY_API_KEY set, requests need one as a bearer token.
 
+    Trained heads turn features into answers at /v1/predict: classes, masks, boxes. Those that are
+    registered with a model come by themselves.
+
     Example: mimray serve photos@champion --canary 10%
     """
     from mimray.service.commands.serve import run_serve, serve_config, write_build
 
-    wanted = serve_config(bundles, config, canary, options)
+    wanted = serve_config(bundles, config, canary, options, heads)
     if not build:
         run_serve(wanted)
         return

@@ -74,6 +74,32 @@ def set_alias(reference: str, alias: str, storage: str) -> dict[str, Any]:
     return _row(Registry.open(storage).alias(reference, alias))
 
 
+def add_head(reference: str, folder: str, name: str | None, storage: str) -> dict[str, Any]:
+    """Register a trained head with the version of the encoder that it was trained on.
+
+    Args:
+        reference: `NAME`, `NAME@ALIAS` or `NAME@vN`.
+        folder: the head's folder or URI, as `mimray evaluate` leaves it.
+        name: the head's name; the folder's by default.
+        storage: the directory or URI where runs are tracked.
+
+    Returns:
+        The version, as `--json` prints it.
+
+    Raises:
+        ServingError: there is no head, or it belongs to another encoder.
+    """
+    from mimray.serving.inference.heads import check_head
+    from mimray.trainers.bundles import fetch_folder, read_card
+    from mimray.trainers.storage import RunDir
+
+    registry = Registry.open(storage)
+    version, head = registry.find(reference), fetch_folder(folder)
+    name = name or RunDir(folder).name
+    check_head(name, head, read_card(registry.fetch(version)))
+    return _row(registry.add_head(version, name, head))
+
+
 def version_text(row: Mapping[str, Any]) -> str:
     """One version for people: a line a fact, then a line a score."""
     lines = []
@@ -113,5 +139,6 @@ def _row(version: Version) -> dict[str, Any]:
         "registered": time.strftime("%Y-%m-%d %H:%M", time.localtime(version.created_ms / 1000)),
         **version.facts,
         "scores": version.scores,
+        "heads": sorted(version.heads),
         "mlflow_run": version.run_id,
     }

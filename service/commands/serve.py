@@ -29,20 +29,31 @@ def resolve(reference: str) -> Version:
     """
     from mimray.serving.deploy.serve_schema import Version
     from mimray.trainers.bundles import fetch_bundle, read_card
-    from mimray.trainers.registry import locate, registered
+    from mimray.trainers.registry import Registry, locate, registered
 
     version = registered(reference)
+    heads = {} if version is None or not version.heads else Registry.open().heads(version)
     place = locate(reference)
     folder = fetch_bundle(place).resolve()
     card = read_card(folder)
     if card.for_research_only:
         warn(f"{reference} is under the licence {card.license}, which forbids a commercial service")
     number = "1" if version is None else str(version.number)
-    return Version(reference, folder, number, uri=place if "://" in place else "")
+    return Version(
+        reference,
+        folder,
+        number,
+        uri=place if "://" in place else "",
+        heads=tuple((name, str(head.resolve())) for name, head in heads.items()),
+    )
 
 
 def serve_config(
-    bundles: Sequence[str], file: Path | None, canary: str | None, options: Mapping[str, Any]
+    bundles: Sequence[str],
+    file: Path | None,
+    canary: str | None,
+    options: Mapping[str, Any],
+    heads: Sequence[str] = (),
 ) -> ServeConfig:
     """The endpoint that a command line asks for, checked.
 
@@ -51,9 +62,11 @@ def serve_config(
         file: a `serve.yaml` that the models are added to.
         canary: the share of requests for the version with the alias `canary` of every model here.
         options: keys of the endpoint and of every model in `bundles`; None leaves one unset.
+        heads: trained heads, as `[MODEL:]NAME=FOLDER`.
 
     Raises:
-        ServingError: two models of one name, or a canary without a registered model.
+        ServingError: two models of one name, a canary without a registered model, or a head of no
+            model.
         ConfigError: keys or values that are not allowed.
         BundleError: a bundle that is not one.
     """
@@ -81,6 +94,10 @@ def serve_config(
             models[name]["canary"] = {"bundle": f"{base}@{CANARY_ALIAS}", "share": canary}
     if not models:
         raise ServingError("there is nothing to serve", hint="name a bundle, or give --config")
+    for item in heads:
+        model, name, place = _head(item, list(models))
+        mine = dict(models[model])
+        models[model] = mine | {"heads": {**(mine.get("heads") or {}), name: place}}
     tree["models"] = models
     return check_config(tree, str(file) if file is not None else "serve")
 
@@ -98,6 +115,9 @@ def run_serve(config: ServeConfig) -> None:
             warn(f"{name} has no canary, so every request goes to one version: {reason}")
         say(f"  page     {endpoint.url}/")
         say(f"  features POST {endpoint.url}/v1/features")
+        for name, heads in endpoint.heads.items():
+            if heads:
+                say(f"  answers  POST {endpoint.url}/v1/predict?model={name}  {', '.join(heads)}")
         say(f"  OIP v2   POST {endpoint.url}/v2/models/NAME/infer")
         say("Ctrl-C ends it")
         endpoint.wait(say)
@@ -131,6 +151,24 @@ def write_build(config: ServeConfig, out: Path | None) -> str:
     if out is not None:
         out.write_text(text, encoding="utf-8")
     return text
+
+
+def _head(item: str, models: Sequence[str]) -> tuple[str, str, str]:
+    """Split `[MODEL:]NAME=FOLDER`; the model may be left out where there is one."""
+    left, equals, place = item.partition("=")
+    model, colon, name = left.rpartition(":")
+    if not (equals and name and place):
+        raise ServingError(f"--head {item!r} is not [MODEL:]NAME=FOLDER")
+    if not colon:
+        if len(models) > 1:
+            raise ServingError(
+                f"--head {item!r} does not say whose it is",
+                hint=f"{models[0]}:{item}; there are {', '.join(models)}",
+            )
+        model = models[0]
+    if model not in models:
+        raise ServingError(f"--head {item!r}: there is no model {model!r}", hint=", ".join(models))
+    return model, name, place
 
 
 def _named(item: str) -> tuple[str, str]:

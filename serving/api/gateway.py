@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import re
 import time
 import uuid
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from opentelemetry.trace import Span, format_trace_id
@@ -29,6 +30,7 @@ from mimray.serving.wire.errors import (
     OverloadedError,
     TimedOutError,
     TooLargeError,
+    openai_problem,
 )
 from mimray.serving.wire.oip_messages import inflate
 
@@ -36,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 # Larger bodies are inflated in a thread, so that they hold nothing up.
 _INFLATE_ASIDE_BYTES = 1 << 20
+# Routes that OpenAI's clients ask, which look for an object under `error`.
+_OPENAI_PATHS = ("/v1/embeddings", "/v1/models")
 CLIENT_CLOSED_REQUEST = 499
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
@@ -50,6 +54,7 @@ class GatewayParts:
         access_log: the log that gets a line for each request.
         tracer: exports a span for each request.
         metrics: counts the refusals that no model counts.
+        cors_origins: origins whose pages browsers let ask.
     """
 
     limits: Limits
@@ -57,6 +62,7 @@ class GatewayParts:
     access_log: AccessLog
     tracer: Tracer
     metrics: Metrics
+    cors_origins: tuple[str, ...] = ()
 
     def close(self) -> None:
         """Write and send what is left."""
@@ -249,7 +255,9 @@ class _Sent:
 
 
 async def send_reply(reply: Reply, scope: Scope, send: Send) -> None:
-    """Send a reply as the answer to a request."""
+    """Send a reply as the answer to a request; a refusal in the words of the route's clients."""
+    if reply.status >= 400 and scope["path"].startswith(_OPENAI_PATHS):
+        reply = replace(reply, body=json.dumps(openai_problem(json.loads(reply.body))).encode())
     headers = [
         (name.lower().encode(), value.encode("latin-1")) for name, value in reply.headers.items()
     ]

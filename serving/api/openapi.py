@@ -18,6 +18,7 @@ from mimray.serving.operations.features import FEATURES
 from mimray.serving.operations.metadata import DESCRIBE
 from mimray.serving.operations.oip import INFER, READY
 from mimray.serving.operations.operation import Operation
+from mimray.serving.operations.predict import PREDICT, Masks
 from mimray.serving.operations.reconstruct import RECONSTRUCT
 from mimray.serving.operations.response_formats import (
     ARROW,
@@ -44,6 +45,7 @@ _BODIES = (
     bodies.Models,
     bodies.Features,
     bodies.Embeddings,
+    bodies.Predictions,
     bodies.Reconstruction,
     bodies.InferRequest,
     bodies.InferResponse,
@@ -58,7 +60,7 @@ _STATUSES = {
     "405": "the route has no such method",
     "406": "nothing that `Accept` takes can be made",
     "408": "the body came too slowly",
-    "409": "the bundle was exported without its decoder",
+    "409": "the model is served without what was asked for: its decoder, or a trained head",
     "413": "more bytes, pixels or pictures than allowed",
     "415": "a Content-Type or Content-Encoding that is not understood",
     "422": "pictures that cannot be decoded; `pictures` says which and why",
@@ -272,6 +274,26 @@ def _reconstruct(name: str, summary: str) -> Tree:
     )
 
 
+def _predict(name: str, summary: str) -> Tree:
+    answer = {"description": "findings", "content": {JSON: {"schema": _ref("Predictions")}}}
+    return _operation(
+        name,
+        summary,
+        {"200": answer, "304": {"description": _STATUSES["304"]}},
+        ("400", "404", "408", "409", "413", "415", "422"),
+        parameters=[
+            *_model_parameters(),
+            _query("heads", "Comma-separated; all by default", _TEXT),
+            _query("masks", "Form of masks; `map` is of segmentation alone",
+                   {"enum": list(get_args(Masks)), "default": "rle"}),
+            _query("min_score", "Objects and classes below it are left out", {"type": "number"}),
+            _query("top", "Most objects, and most classes with a score",
+                   {"type": "integer", "minimum": 1, "maximum": 999999}),
+        ],
+        requestBody=_picture_body(),
+    )  # fmt: skip
+
+
 def _embeddings(name: str, summary: str) -> Tree:
     text = {"type": "string", "description": "a data URI, base64, or an https URL where allowed"}
     body = {
@@ -323,6 +345,7 @@ def _infer(name: str, summary: str) -> Tree:
 _COMPUTATIONS = {
     FEATURES.name: _features,
     EMBEDDINGS.name: _embeddings,
+    PREDICT.name: _predict,
     RECONSTRUCT.name: _reconstruct,
     INFER.name: _infer,
 }
@@ -337,7 +360,14 @@ def _picture_body() -> Tree:
     form = {
         "type": "object",
         "required": ["image"],
-        "properties": {"image": {"type": "string", "contentMediaType": _BINARY}},
+        "properties": {
+            "image": {
+                "description": "files, under any names; answers follow their order",
+                "type": "array",
+                "items": _bytes(),
+                "minItems": 1,
+            }
+        },
     }
     content = {
         "image/*": {"schema": _bytes()},

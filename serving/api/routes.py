@@ -16,6 +16,7 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
@@ -27,6 +28,7 @@ from mimray.serving.operations.calls import Call, Reply, problem_reply
 from mimray.serving.operations.metadata import DESCRIBE
 from mimray.serving.operations.operation import Operation
 from mimray.serving.operations.request_images import parse_object
+from mimray.serving.operations.response_formats import METADATA_HEADER
 from mimray.serving.operations.table import OPERATIONS
 from mimray.serving.wire.errors import (
     EndpointError,
@@ -54,6 +56,9 @@ _PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
+# Headers that pages of other origins may send, and read.
+_CORS_ASKED = ("Authorization", "X-API-Key", "Content-Type", "If-None-Match", HEADER_LENGTH)
+_CORS_SHOWN = ("ETag", "Retry-After", METADATA_HEADER, HEADER_LENGTH)
 _KEPT_HEADERS = ("accept", "content-type", "if-none-match", HEADER_LENGTH.lower())
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -214,9 +219,20 @@ def root_app(
 
 
 def _application(routes: list[Route], bodies: Bodies, gateway: GatewayParts) -> ASGIApp:
+    middleware = [Middleware(Gateway, bodies=bodies, parts=gateway, open_paths=OPEN_PATHS)]
+    if gateway.cors_origins:
+        # Outermost: a browser asks beforehand, and without a key.
+        cors = Middleware(
+            CORSMiddleware,
+            allow_origins=gateway.cors_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=_CORS_ASKED,
+            expose_headers=_CORS_SHOWN,
+        )
+        middleware.insert(0, cors)
     app = Starlette(
         routes=routes,
-        middleware=[Middleware(Gateway, bodies=bodies, parts=gateway, open_paths=OPEN_PATHS)],
+        middleware=middleware,
         exception_handlers={
             EndpointError: _on_endpoint_error,
             HTTPException: _on_http_exception,

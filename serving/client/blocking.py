@@ -14,6 +14,7 @@ import httpx2
 
 from mimray.serving.client.base import LIVE, READY, Client
 from mimray.serving.client.core import Size, feature_parameters
+from mimray.serving.client.findings import Finding
 from mimray.serving.client.images import Image
 from mimray.serving.client.results import Features, Reconstruction
 from mimray.serving.client.steps import All, Answer, Failure, Load, Pause, Send, Steps
@@ -149,6 +150,33 @@ class FeatureClient(Client):
         """
         parameters = feature_parameters(layers, pooling, norm, pyramid, size, dtype)
         return self._each(self._core.features_many(images, model, parameters, concurrency))
+
+    def predict(
+        self,
+        images: Iterable[Image],
+        model: str,
+        heads: Sequence[str] = (),
+        min_score: float | None = None,
+        top: int | None = None,
+        concurrency: int = 4,
+    ) -> list[dict[str, Finding]]:
+        """Have trained heads look at pictures: classes of pixels, objects, classes of pictures.
+
+        Args:
+            images: the pictures, as for `embed`.
+            model: name of the model.
+            heads: names of the heads; all that the model is served with by default.
+            min_score: objects and classes below it are left out.
+            top: most objects, and most classes with a score.
+            concurrency: most requests at once.
+
+        Returns:
+            What each head found on each picture, in their order, by the names of the heads.
+
+        Raises:
+            EndpointError: the model has no such head, or another refusal.
+        """
+        return self._run(self._core.predict(images, model, heads, min_score, top, concurrency))
 
     def reconstruct(
         self, image: Image, model: str, mask_ratio: float | None = None, seed: int = 0

@@ -10,6 +10,7 @@ from urllib.parse import quote, urlencode
 
 import numpy as np
 
+from mimray.serving.client.findings import HEAD_OUTPUT, Finding, read_findings
 from mimray.serving.client.images import Chunk, Image, chunks, picture_file
 from mimray.serving.client.results import (
     Features,
@@ -97,6 +98,31 @@ class Core:
             for index, image in enumerate(images)
         )
         return All(branches, concurrency)
+
+    def predict(
+        self,
+        images: Iterable[Image],
+        model: str,
+        heads: Sequence[str],
+        min_score: float | None,
+        top: int | None,
+        concurrency: int,
+    ) -> Steps[list[dict[str, Finding]]]:
+        """What heads find on pictures, by their names."""
+        if not heads:
+            heads = (yield from self.model(model)).get("heads") or ()
+            if not heads:
+                raise ServingError(
+                    f"{model} is served without a trained head", hint="`mimray serve --head`"
+                )
+        names = [f"{HEAD_OUTPUT}{name}" for name in heads]
+        parameters = _parameters(min_score=min_score, top=top)
+        branches = (
+            _shifted(chunk.start, self._infer(chunk, model, names, parameters, read_findings))
+            for chunk in chunks(images, self._batch_size)
+        )
+        answers = yield from gather(branches, concurrency)
+        return [picture for answer in answers for picture in answer]
 
     def reconstruct(
         self, image: Image, model: str, mask_ratio: float | None, seed: int

@@ -11,6 +11,7 @@ import httpx2
 
 from mimray.serving.client.base import LIVE, READY, Client
 from mimray.serving.client.core import Size, feature_parameters
+from mimray.serving.client.findings import Finding
 from mimray.serving.client.images import Image
 from mimray.serving.client.results import Features, Reconstruction
 from mimray.serving.client.steps import All, Answer, Failure, Load, Pause, Send, Steps
@@ -90,6 +91,19 @@ class AsyncFeatureClient(Client):
         """Compute dense features of many pictures, in order."""
         parameters = feature_parameters(layers, pooling, norm, pyramid, size, dtype)
         return self._each(self._core.features_many(images, model, parameters, concurrency))
+
+    async def predict(
+        self,
+        images: Iterable[Image],
+        model: str,
+        heads: Sequence[str] = (),
+        min_score: float | None = None,
+        top: int | None = None,
+        concurrency: int = 4,
+    ) -> list[dict[str, Finding]]:
+        """Have trained heads look at pictures: classes of pixels, objects, classes of pictures."""
+        steps = self._core.predict(images, model, heads, min_score, top, concurrency)
+        return await self._run(steps)
 
     async def reconstruct(
         self, image: Image, model: str, mask_ratio: float | None = None, seed: int = 0

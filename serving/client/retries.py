@@ -135,7 +135,8 @@ def _error_of(answer: Answer, wanted_s: float | None) -> EndpointError:
         )
     try:
         problem = json.loads(answer.content)
-        message = str(problem["error"])
+        # A server of the protocol that is not ours may have `error` alone.
+        message = str(problem.get("detail") or problem["error"])
         details = {key: value for key, value in problem.items() if key not in _PROBLEM}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         message = answer.content[:200].decode(errors="replace").strip() or "no reason given"

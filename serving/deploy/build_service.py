@@ -35,7 +35,7 @@ def build_service(settings: ModelSettings, *, num_threads: int) -> ModelService:
         version=settings.version,
         versions=(settings.version,),
         predictor=predictor,
-        reconstructor=Reconstructor(bundle, max_pixels=limits.picture_pixels),
+        reconstructor=Reconstructor(bundle),
         limits=limits,
         urls=settings.urls,
         created_s=int((bundle / CARD).stat().st_mtime),

@@ -91,9 +91,11 @@ class ModelReplica:
             except Exception as error:  # no failure of a canary may reach a client
                 logger.warning("canary %s did not answer: %r", routing.canary, error)
             else:
-                if reply.status < 500:
+                if reply.status < 400:
                     return reply
-                logger.warning("canary %s answered %d", routing.canary, reply.status)
+                # A refusal may be the canary's own: it may lack a head that the stable one has.
+                if reply.status >= 500:
+                    logger.warning("canary %s answered %d", routing.canary, reply.status)
         return await self._service.answer(call)
 
 
@@ -225,6 +227,7 @@ def gateway_parts(settings: GatewaySettings) -> GatewayParts:
         access_log=open_access_log(settings.access_log),
         tracer=Tracer(),
         metrics=Metrics("", ""),
+        cors_origins=settings.cors_origins,
     )
 
 

@@ -9,8 +9,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from mimray.serving.config import ServeConfig
-from mimray.serving.deploy.serve_schema import ReplicaResources, Served, Version, serve_schema
+from mimray.serving.config import ModelConfig, ServeConfig
+from mimray.serving.deploy.serve_schema import (
+    ReplicaResources,
+    Served,
+    Version,
+    heads_of,
+    serve_schema,
+)
+from mimray.serving.inference.heads import check_head
 from mimray.trainers.errors import MimrayError, ResourceError, ServingError
 
 logger = logging.getLogger(__name__)
@@ -62,11 +69,12 @@ class Rollout:
 
         Raises:
             BundleError: a bundle is missing or damaged.
+            ServingError: a head does not belong to its encoder.
         """
         self.models = self._wanted()
         for served in self.models.values():
             for version in _versions(served):
-                check_bundle(version)
+                check_version(served.config, version)
 
     def start(self) -> None:
         """Start the versions that were prepared.
@@ -98,7 +106,7 @@ class Rollout:
                 continue
             try:
                 for version in _versions(new):
-                    check_bundle(version)
+                    check_version(new.config, version)
                 for step in steps(self.models[name], new):
                     self._deploy({**self.models, name: step})
             except MimrayError as error:
@@ -201,15 +209,22 @@ def steps(old: Served, new: Served) -> list[Served]:
     return [*(step for step in found if step != new), new]
 
 
-def check_bundle(version: Version) -> None:
-    """Verify a bundle's checksum and architecture, before anything is stopped for it.
+def check_version(config: ModelConfig, version: Version) -> None:
+    """Verify a bundle's checksum and architecture, and its heads, before anything is stopped.
+
+    Args:
+        config: configuration of the model.
+        version: version to be served.
 
     Raises:
-        BundleError: it is missing or damaged.
+        BundleError: the bundle is missing or damaged.
+        ServingError: a head does not belong to it.
     """
-    from mimray.trainers.bundles import load_bundle
+    from mimray.trainers.bundles import fetch_folder, load_bundle
 
-    load_bundle(version.bundle)
+    card = load_bundle(version.bundle).card
+    for name, place in heads_of(config, version).items():
+        check_head(name, fetch_folder(place), card)
 
 
 def replica_resources(config: ServeConfig) -> dict[str, ReplicaResources]:

@@ -19,6 +19,7 @@ from mimray.serving.config import GatewayConfig, ModelConfig, ReplicaConfig, Ser
 from mimray.serving.deploy.replicas import ROOT_APPLICATION, ModelReplica, RootReplica
 from mimray.serving.deploy.settings import GatewaySettings, ModelSettings, Routing
 from mimray.serving.operations.operation import MODEL_PATH
+from mimray.trainers.storage import RunDir
 
 # `Predictor.admit` refuses first: what Serve itself refuses is plain text.
 MAX_ONGOING_REQUESTS = 1000
@@ -38,12 +39,14 @@ class Version:
         bundle: the bundle's directory on this machine.
         number: the version's number; `1` for a bundle that is not registered.
         uri: the bundle's URI, from which every node fetches it; empty where nodes read `bundle`.
+        heads: names and places of the heads that are registered with the version.
     """
 
     reference: str
     bundle: Path
     number: str
     uri: str = ""
+    heads: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,12 @@ class ReplicaResources:
     num_cpus: float
     num_gpus: float
     num_threads: int
+
+
+def heads_of(model: ModelConfig, version: Version) -> dict[str, str]:
+    """Places of a version's heads by name: those registered with it, and the configuration's."""
+    configured = {name: RunDir(place).uri for name, place in model.heads.items()}
+    return {**dict(version.heads), **configured}
 
 
 def application_of(name: str, canary: Version) -> str:
@@ -168,7 +177,8 @@ def _application(
         num_threads=resources.num_threads,
         urls=config.urls,
         gateway=gateway,
-        **model.model_dump(include=set(ReplicaConfig.model_fields)),
+        **model.model_dump(include=set(ReplicaConfig.model_fields))
+        | {"heads": heads_of(model, version)},
     )
     deployment: dict[str, Any] = {
         "name": "model",

@@ -12,7 +12,7 @@ from mimray.serving.wire.bodies import Dtype, Pooling
 from mimray.serving.wire.errors import InvalidRequestError
 from mimray.trainers.data.geometry import Size
 
-PYRAMID_STRIDES = (4, 8, 16, 32)
+PYRAMID_STRIDES: tuple[int, ...] = (4, 8, 16, 32)
 NAMES = ("layers", "pooling", "norm", "pyramid", "size", "dtype")
 """The names of all options."""
 
@@ -65,20 +65,25 @@ class Options:
         layers: layers whose feature maps are wanted, counted from 0, rising.
         pyramid: the layer that maps of strides 4, 8, 16 and 32 are derived from; None for no such
             maps.
+        levels: strides of those of these maps that are wanted.
         norm: True if the final norm is applied to maps; tokens and pooled always have it.
         pooling: the way that tokens become the pooled vector.
         sizing: the way that pictures are brought to the model's input.
         dtype: the type of every output.
+        heads: trained heads that are asked instead of any of these, each of which brings the
+            picture to the model's input in its own way.
     """
 
     pooled: bool = True
     tokens: bool = False
     layers: tuple[int, ...] = ()
     pyramid: int | None = None
+    levels: tuple[int, ...] = PYRAMID_STRIDES
     norm: bool = True
     pooling: Pooling = "mean"
     sizing: Sizing = field(default_factory=Sizing)
     dtype: Dtype = "float32"
+    heads: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -87,7 +92,7 @@ class Options:
             *(("pooled",) if self.pooled else ()),
             *(("tokens",) if self.tokens else ()),
             *(f"layer_{layer}" for layer in self.layers),
-            *(() if self.pyramid is None else (f"pyramid_{s}" for s in PYRAMID_STRIDES)),
+            *(() if self.pyramid is None else (f"pyramid_{s}" for s in self.levels)),
         )
 
 
@@ -115,13 +120,13 @@ def parse_options(
     layers = _layers(parameters.get("layers"), info)
     pyramid = _flag(parameters, "pyramid", default=False)
     base = layers[-1] if layers else info.depth - 1
-    names = set(outputs)
+    names, levels = set(outputs), PYRAMID_STRIDES
     if len(names) != len(outputs):
         raise InvalidRequestError("an output is asked for twice")
     if outputs:
         layers = tuple(sorted(i for i in range(info.depth) if f"layer_{i}" in names))
-        wanted_levels = {f"pyramid_{s}" for s in PYRAMID_STRIDES} & names
-        pyramid = bool(wanted_levels)
+        levels = tuple(s for s in PYRAMID_STRIDES if f"pyramid_{s}" in names)
+        pyramid = bool(levels)
         _check_outputs(names, info)
     else:
         names = set(default)
@@ -133,6 +138,7 @@ def parse_options(
         tokens="tokens" in names,
         layers=layers,
         pyramid=base if pyramid else None,
+        levels=levels if pyramid else PYRAMID_STRIDES,
         norm=_flag(parameters, "norm", default=True),
         pooling=_pooling(parameters.get("pooling"), info),
         sizing=sizing,

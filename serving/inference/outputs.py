@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mimray.serving.inference.options import PYRAMID_STRIDES, Options, pyramid_source
+from mimray.serving.inference.options import Options, pyramid_source
 from mimray.serving.wire.bodies import Dtype
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def compute_outputs(
         The outputs by name; each `int8` output is followed by its scale, `<name>_scale`.
     """
     strides, base = encoder.strides, options.pyramid
-    sources = {} if base is None else {s: pyramid_source(s, base, strides) for s in PYRAMID_STRIDES}
+    sources = {} if base is None else {s: pyramid_source(s, base, strides) for s in options.levels}
     layers = tuple(sorted({*options.layers, *sources.values()}))
     outputs: dict[str, Tensor] = {}
     if options.pooled or options.tokens:

@@ -9,17 +9,19 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from mimray.serving.config import MIB, Limits, ReplicaConfig
 from mimray.serving.inference.batcher import Batcher
+from mimray.serving.inference.decode_process import is_quick
 from mimray.serving.inference.devices import pick_device, what_pays
-from mimray.serving.inference.options import PYRAMID_STRIDES, EncoderInfo, Options
+from mimray.serving.inference.heads import Head, HeadSet
+from mimray.serving.inference.options import EncoderInfo, Options
 from mimray.serving.inference.placement import Sizing
 from mimray.serving.inference.preprocess import (
     Array,
@@ -36,10 +38,10 @@ from mimray.serving.wire.errors import (
     OverloadedError,
     TooLargeError,
 )
-from mimray.trainers.data.geometry import Placement, whole_view
-from mimray.trainers.errors import ImageError
+from mimray.trainers.data.geometry import Placement, Size, whole_view
 
 if TYPE_CHECKING:
+    from PIL import Image
     from torch import Tensor
 
     from mimray.trainers.bundles import BundleCard
@@ -63,11 +65,12 @@ class Prediction(NamedTuple):
 
     Attributes:
         outputs: the outputs by name, `pooled` [D], `tokens` [N, D], maps [D, h, w], of the dtype
-            asked for; bfloat16 as the uint16 that holds its bits.
+            asked for; bfloat16 as the uint16 that holds its bits. Of heads what `Head.compute`
+            made.
         placement: the picture's place in the model's input.
     """
 
-    outputs: dict[str, Array]
+    outputs: dict[str, Any]
     placement: Placement
 
 
@@ -96,6 +99,7 @@ class Predictor:
     Attributes:
         card: the bundle's description, bundle.json.
         info: the encoder's dimensions, which options are checked against.
+        heads: the trained heads on the encoder.
         waiting: number of pictures admitted and not yet answered.
     """
 
@@ -110,7 +114,7 @@ class Predictor:
     ) -> None:
         import torch
 
-        from mimray.trainers.bundles import load_bundle
+        from mimray.trainers.bundles import fetch_folder, load_bundle
 
         self._config = config
         self._limits = limits
@@ -121,6 +125,10 @@ class Predictor:
         self._model_thread = _threads(1, "model", num_threads=num_threads)
         loading = self._model_thread.submit(lambda: load_bundle(bundle).to(self._device))
         self._encoder = loading.result()
+        folders = {name: fetch_folder(place) for name, place in config.heads.items()}
+        self.heads = self._model_thread.submit(
+            HeadSet, folders, self._encoder, str(self._device)
+        ).result()
         self.card: BundleCard = self._encoder.card
         encoder = self._encoder.encoder
         self.info = EncoderInfo(
@@ -143,7 +151,9 @@ class Predictor:
             for values in (self.card.mean, self.card.std)
         )
         self._preparer = Preparer(self.card, encoder.stride, limits, draft=config.jpeg_draft)
-        self._decoders = _threads(max(2, num_threads), "decode", num_threads=1)
+        self._num_decoders = max(2, num_threads)
+        self._decoders = _threads(self._num_decoders, "decode", num_threads=1)
+        self._slow_decoder = _threads(1, "slow-decode", num_threads=1)
         lanes = _LANES if self._device.type == "cpu" and num_threads >= _LANES else 1
         self._lanes = _threads(lanes, "lane", num_threads=num_threads // lanes)
         self._num_lanes = lanes
@@ -167,6 +177,10 @@ class Predictor:
             started = time.perf_counter()
             self._model_thread.submit(self._forward, [item], options).result()
         self._seconds_per_picture = time.perf_counter() - started
+        for name in self.heads:
+            size = self.heads[name].input_size
+            view = Prepared(np.zeros((self.card.channels, *size), np.uint8), whole_view(size, size))
+            self._model_thread.submit(self._forward, [view], Options(heads=(name,))).result()
 
     async def predict(
         self, pictures: Sequence[Picture], options: Options, timeline: Timeline | None = None
@@ -189,7 +203,9 @@ class Predictor:
         self.waiting += len(pictures)
         try:
             with self._batcher.expecting(len(pictures)):
-                prepared = await self._prepare(pictures, options.sizing, timeline)
+                prepared = await self._in_decoders(
+                    pictures, lambda picture: self._prepare(picture, options.sizing), timeline
+                )
             self._check_output(prepared, options)
             now = time.perf_counter()
             return await asyncio.gather(
@@ -221,11 +237,73 @@ class Predictor:
                 retry_after_s=max(1, min(_MAX_RETRY_AFTER_S, math.ceil(wait_s / 2))),
             )
 
+    async def find(
+        self,
+        pictures: Sequence[Picture],
+        names: Sequence[str],
+        render: Callable[[Size, dict[str, Any]], Result],
+        timeline: Timeline | None = None,
+    ) -> list[Result]:
+        """Have trained heads look at every picture, in order.
+
+        Heads that see the same view of a picture share a pass through the encoder.
+
+        Args:
+            pictures: the pictures, encoded or as uint8 pixels.
+            names: the heads.
+            render: called, in a thread of its own, with the (height, width) of each picture and
+                what each head found on it, by name.
+            timeline: gets the phases; None for no one.
+
+        Raises:
+            UnusablePictureError: some pictures cannot be used; it lists all of them.
+            TooLargeError: a picture has too many windows.
+            OverloadedError: too many pictures are waiting already.
+            ModelFailureError: the model or a head failed.
+        """
+        self.admit(len(pictures))
+        timeline = timeline or Timeline()
+        heads = {name: self.heads[name] for name in names}
+        self.waiting += len(pictures)
+        try:
+            with self._batcher.expecting(len(pictures)):
+                prepared = await self._in_decoders(
+                    pictures, lambda picture: self._prepare_views(picture, heads), timeline
+                )
+            turns = asyncio.Semaphore(self._num_decoders)
+            jobs = (
+                self._found(source, views, heads, render, timeline, turns)
+                for source, views in prepared
+            )
+            return await asyncio.gather(*jobs)
+        finally:
+            self.waiting -= len(pictures)
+
+    async def decode(
+        self, pictures: Sequence[bytes], timeline: Timeline | None = None
+    ) -> list[Image.Image]:
+        """Decode pictures, in order, to as many channels as the model takes.
+
+        Args:
+            pictures: the encoded pictures.
+            timeline: gets the phases; None for no one.
+
+        Raises:
+            UnusablePictureError: some cannot be used; it lists all of them.
+        """
+
+        def decoded(picture: Picture) -> tuple[Size, Image.Image]:
+            assert isinstance(picture, bytes)
+            image, source = self._preparer.decoded(picture)
+            return source, image
+
+        return await self._in_decoders(pictures, decoded, timeline or Timeline())
+
     async def alone(self, work: Callable[[], Result], timeline: Timeline) -> Result:
         """Run a function in the model's thread, after the batch that runs there.
 
         Args:
-            work: the function; its `ImageError` becomes an `UnusablePictureError`.
+            work: the function.
             timeline: gets the phases.
 
         Raises:
@@ -245,42 +323,116 @@ class Predictor:
         self.waiting += 1
         try:
             return await asyncio.get_running_loop().run_in_executor(self._model_thread, run)
-        except ImageError as error:
-            refuse_unusable([error])
-            raise
         finally:
             self.waiting -= 1
 
     async def close(self) -> None:
         """Stop the batcher and the threads."""
         await self._batcher.close()
-        for threads in (self._decoders, self._model_thread, self._lanes):
+        pools = (self._decoders, self._slow_decoder, self._model_thread, self._lanes)
+        for threads in pools:
             threads.shutdown(wait=False, cancel_futures=True)
+        self._preparer.process.close()
 
     def _patience_s(self) -> float:
         """Seconds to wait for pictures still being decoded: the time of one in the model."""
         return min(_MAX_PATIENCE_S, self._num_lanes * self._seconds_per_picture)
 
-    async def _prepare(
-        self, pictures: Sequence[Picture], sizing: Sizing, timeline: Timeline
-    ) -> list[Prepared]:
+    async def _in_decoders(
+        self,
+        pictures: Sequence[Picture],
+        prepare: Callable[[Picture], tuple[Size, Result]],
+        timeline: Timeline,
+    ) -> list[Result]:
+        """Prepare pictures in the decoders' threads; all that cannot be used are told together.
+
+        A request has no more pictures in the queue than there are threads, so that others come to
+        their turn, and one at a time in the process for slow formats.
+        """
         loop = asyncio.get_running_loop()
         asked = time.perf_counter()
+        turns = {
+            self._decoders: asyncio.Semaphore(self._num_decoders),
+            self._slow_decoder: asyncio.Semaphore(1),
+        }
+        left = self._limits.request_pixels
 
-        def prepare(picture: Picture) -> Prepared:
+        def timed(picture: Picture) -> Result:
+            nonlocal left
+            if left <= 0:
+                raise TooLargeError(
+                    f"the pictures have more than {self._limits.request_pixels} pixels together",
+                    hint="send several requests",
+                )
             started = time.perf_counter()
             try:
-                return self._preparer.prepare(picture, sizing)
+                source, found = prepare(picture)
+                left -= math.prod(source)
+                return found
             finally:
                 timeline.add("queue", asked, started)
                 timeline.add("decode", started, time.perf_counter())
 
-        outcomes = await asyncio.gather(
-            *(loop.run_in_executor(self._decoders, prepare, picture) for picture in pictures),
-            return_exceptions=True,
-        )
+        async def one(picture: Picture) -> Result:
+            is_slow = isinstance(picture, bytes) and not is_quick(picture)
+            threads = self._slow_decoder if is_slow else self._decoders
+            async with turns[threads]:
+                return await loop.run_in_executor(threads, timed, picture)
+
+        outcomes = await asyncio.gather(*map(one, pictures), return_exceptions=True)
         refuse_unusable(outcomes)
-        return [outcome for outcome in outcomes if isinstance(outcome, Prepared)]
+        return [outcome for outcome in outcomes if not isinstance(outcome, BaseException)]
+
+    def _prepare(self, picture: Picture, sizing: Sizing) -> tuple[Size, Prepared]:
+        prepared = self._preparer.prepare(picture, sizing)
+        return prepared.placement.source_size, prepared
+
+    def _prepare_views(
+        self, picture: Picture, heads: Mapping[str, Head]
+    ) -> tuple[Size, tuple[Size, list[tuple[Prepared, tuple[str, ...]]]]]:
+        """A picture's views, each with the heads that look at it; before and with them its size."""
+        wanted: dict[Placement, list[str]] = {}
+
+        def views_of(source: Size) -> list[Placement]:
+            for name, head in heads.items():
+                for view in head.views(source):
+                    wanted.setdefault(view, []).append(name)
+            return list(wanted)
+
+        source, prepared = self._preparer.prepare_views(picture, views_of)
+        return source, (source, [(item, tuple(wanted[item.placement])) for item in prepared])
+
+    async def _found(
+        self,
+        source: Size,
+        views: Sequence[tuple[Prepared, tuple[str, ...]]],
+        heads: Mapping[str, Head],
+        render: Callable[[Size, dict[str, Any]], Result],
+        timeline: Timeline,
+        turns: asyncio.Semaphore,
+    ) -> Result:
+        """What heads find on one picture, rendered when the request has its turn."""
+        now = time.perf_counter()
+        made = await asyncio.gather(
+            *(
+                self._batcher.submit(
+                    _Key(item.pixels.shape, item.pixels.dtype.str, Options(heads=names)),
+                    _Waiting(item, now, timeline),
+                )
+                for item, names in views
+            )
+        )
+
+        def finish() -> Result:
+            parts: dict[str, list[Any]] = {name: [] for name in heads}
+            for (_, names), prediction in zip(views, made, strict=True):
+                for name in names:
+                    parts[name].append(prediction.outputs[name])
+            found = {name: head.finish(source, parts[name]) for name, head in heads.items()}
+            return render(source, found)
+
+        async with turns:
+            return await asyncio.get_running_loop().run_in_executor(self._decoders, finish)
 
     def _check_output(self, prepared: Sequence[Prepared], options: Options) -> None:
         size = sum(output_bytes(self.info, item.placement, options) for item in prepared)
@@ -319,7 +471,10 @@ class Predictor:
             for index, item in enumerate(items)
         ]
 
-    def _forward(self, items: Sequence[Prepared], options: Options) -> dict[str, Array]:
+    def _forward(
+        self, items: Sequence[Prepared], options: Options
+    ) -> dict[str, Array] | dict[str, list[Any]]:
+        """Outputs by name, a row or an entry an item."""
         import torch
 
         from mimray.serving.inference.outputs import compute_outputs
@@ -329,6 +484,8 @@ class Predictor:
             images = torch.from_numpy(np.stack([item.pixels for item in items])).to(self._device)
             if not images.is_floating_point():
                 images = (images.float().div_(255) - self._mean) / self._std
+            if options.heads:
+                return self.heads.compute(images, options.heads)
             valid = None
             if any(item.placement.is_padded for item in items):
                 stride = self.info.stride
@@ -348,7 +505,7 @@ def output_bytes(info: EncoderInfo, placement: Placement, options: Options) -> i
     numbers += sum(info.widths[i] * pixels // info.strides[i] ** 2 for i in options.layers)
     if options.pyramid is not None:
         widest = info.widths[options.pyramid]
-        numbers += sum(widest * math.ceil(pixels / s**2) for s in PYRAMID_STRIDES)
+        numbers += sum(widest * math.ceil(pixels / s**2) for s in options.levels)
     return numbers * _ITEM_SIZES[options.dtype]
 
 

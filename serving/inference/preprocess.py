@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from mimray.serving.config import Limits
+from mimray.serving.inference.decode_process import DecodeProcess, is_quick
 from mimray.serving.inference.placement import Sizing, place
-from mimray.serving.wire.errors import InvalidRequestError, UnusablePictureError
+from mimray.serving.wire.errors import (
+    InvalidRequestError,
+    TooLargeError,
+    UnusablePictureError,
+)
 from mimray.trainers.data.geometry import Placement, Size
 from mimray.trainers.errors import ImageError
 
@@ -44,6 +49,9 @@ class Preparer:
         limits: the bounds of pictures and of the model's input.
         draft: decode a JPEG at 1/2, 1/4 or 1/8 where that is still larger than the input, which is
             faster and changes pixels a little.
+
+    Attributes:
+        process: decodes what is not `is_quick`; one thread at a time prepares such pictures.
     """
 
     def __init__(
@@ -53,6 +61,11 @@ class Preparer:
         self._stride = stride
         self._limits = limits
         self._draft = draft
+        self.process = DecodeProcess(
+            timeout_s=limits.decode_timeout_s,
+            max_pixels=limits.picture_pixels,
+            max_frames=limits.picture_frames,
+        )
 
     def prepare(self, picture: Picture, sizing: Sizing) -> Prepared:
         """Decode, resize and pad one picture.
@@ -66,7 +79,7 @@ class Preparer:
             TooLargeError: its input would be too large.
         """
         if isinstance(picture, bytes):
-            return self._fit(*self._decoded(picture, sizing), sizing)
+            return self._fit(*self.decoded(picture, sizing), sizing)
         if picture.dtype == np.float32:
             return self._as_it_is(picture)
         _check_pixels(picture, self._card.channels, self._limits.picture_pixels)
@@ -76,7 +89,61 @@ class Preparer:
             return Prepared(picture.transpose(2, 0, 1), placement)
         return self._fit(_image_from_pixels(picture, placement.input_size), source, sizing)
 
-    def _decoded(self, data: bytes, sizing: Sizing) -> tuple[Image.Image, Size]:
+    def prepare_views(
+        self, picture: Picture, views_of: Callable[[Size], Sequence[Placement]]
+    ) -> tuple[Size, list[Prepared]]:
+        """Decode one picture, and make any views of it.
+
+        Args:
+            picture: the picture, encoded or as uint8 pixels.
+            views_of: gives the views of a picture of (height, width).
+
+        Returns:
+            (height, width) of the picture, and its views in order.
+
+        Raises:
+            ImageError: the picture cannot be used.
+            InvalidRequestError: it came normalised.
+            TooLargeError: its views would be too large together.
+        """
+        if isinstance(picture, bytes):
+            image, source = self.decoded(picture)
+        elif picture.dtype == np.float32:
+            raise InvalidRequestError(
+                "heads take pictures, and these came normalised",
+                hint="send BYTES (encoded pictures) or UINT8 pixels",
+            )
+        else:
+            _check_pixels(picture, self._card.channels, self._limits.picture_pixels)
+            source = picture.shape[0], picture.shape[1]
+            image = _image_from_pixels(picture, source)
+        placements = views_of(source)
+        pixels = sum(rows * columns for rows, columns in (v.input_size for v in placements))
+        most = self._limits.picture_pixels
+        if len(placements) > 1 and pixels > most:
+            raise TooLargeError(
+                f"{source[1]} x {source[0]} pixels make {len(placements)} windows, {pixels} pixels "
+                f"together; at most {most} are taken",
+                hint="send a smaller picture, or a part of it",
+            )
+        card = self._card
+        return source, [
+            Prepared(view.image(image, card.interpolation, card.mean), view) for view in placements
+        ]
+
+    def decoded(self, data: bytes, sizing: Sizing | None = None) -> tuple[Image.Image, Size]:
+        """Decode a picture of as many channels as the model takes.
+
+        Args:
+            data: the encoded picture.
+            sizing: says what is enough, where drafts are taken; None decodes the whole.
+
+        Returns:
+            The upright picture, and the (height, width) that it has without a draft.
+
+        Raises:
+            ImageError: the picture cannot be used.
+        """
         from mimray.trainers.data.decode import decode, read_size
 
         card, limits = self._card, self._limits
@@ -86,8 +153,11 @@ class Preparer:
                 f"encoded pictures give 3 channels, the model takes {card.channels}",
                 hint="send UINT8 pixels",
             )
+        if not is_quick(data):
+            image, size = self.process.decode(data)
+            return (image.convert("L") if card.channels == 1 else image), size
         enough = None
-        if self._draft:
+        if self._draft and sizing is not None:
             width, height = read_size(data)
             rows, columns = self._placed((height, width), sizing).shown_size
             enough = columns, rows
@@ -160,7 +230,7 @@ def _image_from_pixels(pixels: Array, input_size: Size) -> Image.Image:
     return Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
 
 
-def refuse_unusable(outcomes: Sequence[Prepared | BaseException]) -> None:
+def refuse_unusable(outcomes: Sequence[object]) -> None:
     """Raise if some pictures could not be prepared.
 
     Args:

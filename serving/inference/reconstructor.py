@@ -11,6 +11,8 @@ from mimray.serving.wire.errors import InvalidRequestError
 from mimray.trainers.errors import ConfigError
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from mimray.trainers.methods.base import Method
 
 # The panels that have a member of their own in the answer, and its name.
@@ -26,26 +28,24 @@ class Reconstructor:
 
     Args:
         bundle: the bundle's directory.
-        max_pixels: most pixels of one picture.
 
     Attributes:
         available: True if the bundle holds its decoder.
     """
 
-    def __init__(self, bundle: Path, *, max_pixels: int) -> None:
+    def __init__(self, bundle: Path) -> None:
         from mimray.trainers.bundles import METHOD
 
         self.available = (bundle / METHOD).is_file()
         self._bundle = bundle
-        self._max_pixels = max_pixels
         self._method: Method | None = None
         self._loading = threading.Lock()
 
-    def draw(self, data: bytes, mask_ratio: float | None, seed: int) -> dict[str, Any]:
+    def draw(self, image: Image.Image, mask_ratio: float | None, seed: int) -> dict[str, Any]:
         """Reconstruct one picture.
 
         Args:
-            data: an encoded picture.
+            image: the upright picture.
             mask_ratio: share of patches to hide; None for the method's own.
             seed: seed of the mask.
 
@@ -53,15 +53,12 @@ class Reconstructor:
             The members of the answer: the mask, and pictures as data URIs.
 
         Raises:
-            ImageError: the picture cannot be used.
             InvalidRequestError: the method does not take the ratio.
         """
         from PIL import Image
 
-        from mimray.trainers.data.decode import decode_rgb
         from mimray.trainers.methods.reconstruction import reconstruct
 
-        image = decode_rgb(data, max_pixels=self._max_pixels)
         method = self._loaded()
         try:
             drawn = reconstruct(method, [image], mask_ratio=mask_ratio, seed=seed)

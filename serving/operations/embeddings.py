@@ -17,10 +17,17 @@ from mimray.serving.operations.response_formats import dumps
 from mimray.serving.wire.errors import InvalidRequestError
 
 _OPTIONS = ("pooling", "size")
+# `user` is OpenAI's name of a person behind a client; nothing here depends on it.
+_MEMBERS = ("model", "input", "encoding_format", "dimensions", "user", *_OPTIONS)
 
 
 async def _embeddings(model: Model, call: Call, timeline: Timeline) -> tuple[Reply, int]:
-    asked = parse_object(call.body)
+    asked = {name: value for name, value in parse_object(call.body).items() if value is not None}
+    unknown = asked.keys() - set(_MEMBERS)
+    if unknown:
+        raise InvalidRequestError(
+            f"there is no member {min(unknown)[:40]!r}", hint=f"there are {list(_MEMBERS)}"
+        )
     encoding = asked.get("encoding_format") or "float"
     if encoding not in ("float", "base64"):
         raise InvalidRequestError(

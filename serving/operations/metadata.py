@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from mimray.serving.inference.heads import Head
 from mimray.serving.inference.options import EncoderInfo, Options, pyramid_source
 from mimray.serving.inference.placement import described
 from mimray.serving.inference.predictor import Prediction
@@ -34,9 +35,20 @@ def public(model: Model) -> dict[str, Any]:
         "strides": list(info.strides),
         "widths": list(info.widths),
         "can_reconstruct": model.reconstructor.available,
+        "heads": {name: described_head(head) for name, head in model.predictor.heads.items()},
         "max_pictures": limits.pictures,
         "max_pixels": limits.picture_pixels,
         "max_input_pixels": limits.input_pixels,
+    }
+
+
+def described_head(head: Head) -> dict[str, Any]:
+    """A head as descriptions of its model and answers have it, a `HeadCard`."""
+    return {
+        "task": head.task,
+        "class_names": list(head.class_names),
+        "input_size": list(head.input_size),
+        "sha256": head.sha256,
     }
 
 

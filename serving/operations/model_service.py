@@ -78,6 +78,7 @@ class ModelService:
         key = digest(
             operation.name,
             self.model.card.weights_sha256,
+            self.model.predictor.heads.sha256,
             self.model.name,
             self.model.version,
             repr(sorted(call.query.items())),

@@ -4,6 +4,7 @@ Input `image` is `BYTES` [B], encoded pictures; `UINT8` [B, H, W, C], pixels; or
 [B, C, H, W], normalised by the model's own mean and std. Outputs: those of
 `inference.options.Options`, and of each picture `source_size` INT64 [B, 2] (height, width),
 `transform` FP64 [B, 3, 3] (from the picture to the model's input) and `valid_region` FP64 [B, 4].
+`head_NAME` `BYTES` [B] is what a trained head found on each picture, the JSON of `/v1/predict`.
 The answer's parameters: `grid` (of the tokens) and `input_size`, both `rows,columns`, and
 `metadata`, JSON.
 
@@ -25,8 +26,10 @@ from mimray.serving.inference.timeline import Timeline
 from mimray.serving.operations.calls import Call, Reply
 from mimray.serving.operations.metadata import answer_metadata, public
 from mimray.serving.operations.operation import MODEL_PATH, Computation, Description, Model
+from mimray.serving.operations.predict import find, parse_wanted
 from mimray.serving.operations.response_formats import dumps, stacked
 from mimray.serving.wire.bodies import Parameters
+from mimray.serving.wire.codecs import Tensor
 from mimray.serving.wire.errors import InvalidRequestError, ModelFailureError, TooLargeError
 from mimray.serving.wire.oip_messages import (
     HEADER_LENGTH,
@@ -40,6 +43,8 @@ from mimray.serving.wire.oip_messages import (
 PLATFORM = "mimray_pytorch"
 _GEOMETRY = ("source_size", "transform", "valid_region")
 _DEFAULT = ("pooled", "tokens")
+_HEAD_PREFIX = "head_"
+_HEAD_PARAMETERS = ("masks", "min_score", "top")
 # Parameters that the protocol and its clients have for other purposes; without meaning here.
 _FOREIGN = frozenset(
     ("binary_data_output", "priority", "timeout", "sequence_id", "sequence_start", "sequence_end")
@@ -57,6 +62,7 @@ def _metadata(model: Model) -> dict[str, Any]:
         _tensor("valid_region", "FP64", [-1, 4]),
         *(_tensor(f"layer_{i}", "FP32", [-1, w, -1, -1]) for i, w in enumerate(info.widths)),
         *(_tensor(f"pyramid_{s}", "FP32", [-1, -1, -1, -1]) for s in PYRAMID_STRIDES),
+        *(_tensor(f"{_HEAD_PREFIX}{name}", "BYTES", [-1]) for name in model.predictor.heads),
     ]
     return {
         "name": model.name,
@@ -117,30 +123,27 @@ def _config(model: Model) -> dict[str, Any]:
 async def _infer(model: Model, call: Call, timeline: Timeline) -> tuple[Reply, int]:
     request = parse_request(call.body, call.headers.get(HEADER_LENGTH.lower()))
     pictures = _pictures(request.inputs, model.limits.pictures)
-    unknown = request.parameters.keys() - {*NAMES, *_FOREIGN}
+    known = (*NAMES, *_HEAD_PARAMETERS)
+    unknown = request.parameters.keys() - {*known, *_FOREIGN}
     if unknown:
         raise InvalidRequestError(
-            f"there is no parameter {sorted(unknown)[0][:40]!r}", hint=f"there are {list(NAMES)}"
+            f"there is no parameter {sorted(unknown)[0][:40]!r}", hint=f"there are {list(known)}"
         )
     named = [output.name for output in request.outputs]
-    options = parse_options(
-        request.parameters,
-        model.info,
-        outputs=[name for name in named if name not in _GEOMETRY],
-        default=() if named else _DEFAULT,
-    )
-    predictions = await model.predictor.predict(pictures, options, timeline)
-    names = tuple(named) or options.names
-    tensors = _tensors(names, predictions, options)
-    metadata = answer_metadata(model, options, predictions)
-    parameters: Parameters = {"metadata": dumps(metadata)}
-    if len({p.placement.input_size for p in predictions}) == 1:
-        first = metadata["pictures"][0]
-        parameters["grid"] = ",".join(map(str, first["grid"]))
-        parameters["input_size"] = ",".join(map(str, first["input_size"]))
+    if len(set(named)) != len(named):
+        raise InvalidRequestError("an output is asked for twice")
+    heads = [name for name in named if name.startswith(_HEAD_PREFIX)]
+    tensors: dict[str, Tensor] = {}
+    parameters: Parameters = {}
+    if heads:
+        tensors |= await _found(model, pictures, heads, request.parameters, timeline)
+    if len(heads) < len(named) or not named:
+        rest = [name for name in named if name not in heads]
+        features, parameters = await _features(model, pictures, rest, request.parameters, timeline)
+        tensors |= features
     try:
         body = build_response(
-            _with_scales(request, tensors),
+            _with_scales(request, {name: tensors[name] for name in _ordered(named, tensors)}),
             tensors,
             model_name=model.name,
             model_version=model.version,
@@ -149,6 +152,58 @@ async def _infer(model: Model, call: Call, timeline: Timeline) -> tuple[Reply, i
     except ValueError as error:  # JSON has no words for NaN and infinity
         raise ModelFailureError("the features are not finite") from error
     return Reply(200, body.headers, body.content), len(pictures)
+
+
+async def _features(
+    model: Model,
+    pictures: Sequence[Picture],
+    named: Sequence[str],
+    asked: Parameters,
+    timeline: Timeline,
+) -> tuple[dict[str, Array], Parameters]:
+    """Features by name, the default ones where none is named, and the answer's parameters."""
+    options = parse_options(
+        asked,
+        model.info,
+        outputs=[name for name in named if name not in _GEOMETRY],
+        default=() if named else _DEFAULT,
+    )
+    predictions = await model.predictor.predict(pictures, options, timeline)
+    metadata = answer_metadata(model, options, predictions)
+    parameters: Parameters = {"metadata": dumps(metadata)}
+    if len({p.placement.input_size for p in predictions}) == 1:
+        first = metadata["pictures"][0]
+        parameters["grid"] = ",".join(map(str, first["grid"]))
+        parameters["input_size"] = ",".join(map(str, first["input_size"]))
+    return _tensors(tuple(named) or options.names, predictions, options), parameters
+
+
+async def _found(
+    model: Model,
+    pictures: Sequence[Picture],
+    named: Sequence[str],
+    asked: Parameters,
+    timeline: Timeline,
+) -> dict[str, Tensor]:
+    """What heads found, by output: of each picture the JSON of `/v1/predict`."""
+    names = [name.removeprefix(_HEAD_PREFIX) for name in named]
+    told = {name: asked.get(name) for name in _HEAD_PARAMETERS}
+    wanted = parse_wanted(model, {**told, "heads": ",".join(names)})
+    trees = await find(model, pictures, wanted, timeline)
+    return {
+        f"{_HEAD_PREFIX}{name}": [
+            dumps({"source_size": tree["source_size"], **tree["heads"][name]}).encode()
+            for tree in trees
+        ]
+        for name in names
+    }
+
+
+def _ordered(named: Sequence[str], tensors: Mapping[str, Tensor]) -> list[str]:
+    """The tensors in the order in which they were asked for, scales behind what they belong to."""
+    if not named:
+        return list(tensors)
+    return [output for name in named for output in (name, f"{name}_scale") if output in tensors]
 
 
 METADATA = Description(
@@ -233,7 +288,7 @@ def _geometry(name: str, predictions: Sequence[Prediction]) -> Array:
     return np.array([p.valid_region for p in placements], np.float64)
 
 
-def _with_scales(request: InferRequest, tensors: Mapping[str, Array]) -> InferRequest:
+def _with_scales(request: InferRequest, tensors: Mapping[str, Tensor]) -> InferRequest:
     """The request with the scales of int8 outputs among those it names."""
     if not request.outputs:
         return request

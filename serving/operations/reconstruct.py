@@ -24,7 +24,9 @@ async def _reconstruct(model: Model, call: Call, timeline: Timeline) -> tuple[Re
             f"there is no parameter {sorted(unknown)[0][:40]!r}", hint=f"there are {list(_QUERY)}"
         )
     ratio, seed = _ratio(call.query.get("mask_ratio")), _seed(call.query.get("seed"))
-    (picture,) = await read_pictures(call, model.urls, max_pictures=1)
+    pictures = await read_pictures(call, model.urls, max_pictures=1)
+    (image,) = await model.predictor.decode(pictures, timeline)
+    picture = image.convert("RGB")
     tree = await model.predictor.alone(lambda: reconstructor.draw(picture, ratio, seed), timeline)
     return Reply(200, {"Content-Type": "application/json"}, dumps(tree).encode()), 1
 

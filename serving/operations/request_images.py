@@ -13,6 +13,8 @@ from mimray.serving.operations.calls import Call
 from mimray.serving.operations.fetching import fetch
 from mimray.serving.wire.errors import InvalidRequestError, TooLargeError, UnsupportedMediaTypeError
 
+_STANDARD = str.maketrans("-_", "+/", "\r\n")
+
 
 async def read_pictures(call: Call, urls: Urls, *, max_pictures: int) -> list[bytes]:
     """Read the encoded pictures of a request.
@@ -113,8 +115,10 @@ def _from_text(text: str, index: int) -> bytes:
                 f"picture {index} is a data URI that is not base64",
                 hint="data:image/jpeg;base64,…",
             )
+    # With line breaks, in URLs' alphabet or without padding, as encoders write it.
+    text = text.translate(_STANDARD).rstrip("=")
     try:
-        return base64.b64decode(text, validate=True)
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
         raise InvalidRequestError(
             f"picture {index} is neither a data URI nor base64: {error}"

@@ -7,6 +7,7 @@ from mimray.serving.operations.features import FEATURES
 from mimray.serving.operations.metadata import DESCRIBE
 from mimray.serving.operations.oip import CONFIG, INFER, METADATA, READY, STATS
 from mimray.serving.operations.operation import Computation, Description
+from mimray.serving.operations.predict import PREDICT
 from mimray.serving.operations.reconstruct import RECONSTRUCT
 
 OPERATIONS: dict[str, Description | Computation] = {
@@ -15,6 +16,7 @@ OPERATIONS: dict[str, Description | Computation] = {
         DESCRIBE,
         FEATURES,
         EMBEDDINGS,
+        PREDICT,
         RECONSTRUCT,
         METADATA,
         READY,

@@ -10,6 +10,8 @@ const ANCHORS = [
 /** Of OKLab: darkest and lightest, and how far from grey colours go. */
 const LIGHTNESS = [0.25, 0.93];
 const CHROMA = 0.15;
+const CLASS_LIGHTNESS = 0.72;
+const GOLDEN_ANGLE = Math.PI * (3 - Math.sqrt(5));
 
 /** RGB of 256 steps. */
 const HEAT = new Uint8ClampedArray(768);
@@ -69,15 +71,36 @@ function paint(canvas, grid, colour) {
 export function paintComponents(canvas, grid, [first, second, third]) {
   paint(canvas, grid, (index, rgb, at) => {
     const light = LIGHTNESS[0] + (LIGHTNESS[1] - LIGHTNESS[0]) * first[index];
-    const red = CHROMA * (2 * second[index] - 1);
-    const yellow = CHROMA * (2 * third[index] - 1);
-    const l = (light + 0.3963377774 * red + 0.2158037573 * yellow) ** 3;
-    const m = (light - 0.1055613458 * red - 0.0638541728 * yellow) ** 3;
-    const s = (light - 0.0894841775 * red - 1.291485548 * yellow) ** 3;
-    rgb[at] = encoded(4.0767416621 * l - 3.3077115913 * m + 0.2309699292 * s);
-    rgb[at + 1] = encoded(-1.2684380046 * l + 2.6097574011 * m - 0.3413193965 * s);
-    rgb[at + 2] = encoded(-0.0041960863 * l - 0.7034186147 * m + 1.707614701 * s);
+    rgb.set(ofOklab(light, CHROMA * (2 * second[index] - 1), CHROMA * (2 * third[index] - 1)), at);
   });
+}
+
+/**
+ * A colour for each class, those of neighbouring numbers far apart.
+ * @param {number} index of the class
+ * @returns {[number, number, number]} sRGB, 0 to 255
+ */
+export function classColour(index) {
+  const angle = index * GOLDEN_ANGLE;
+  const colour = ofOklab(CLASS_LIGHTNESS, CHROMA * Math.cos(angle), CHROMA * Math.sin(angle));
+  return /** @type {[number, number, number]} */ (colour.map((c) => Math.max(0, Math.min(255, Math.round(c)))));
+}
+
+/**
+ * A colour of OKLab as sRGB, 0 to 255 where it can be shown.
+ * @param {number} light
+ * @param {number} red from green
+ * @param {number} yellow from blue
+ */
+function ofOklab(light, red, yellow) {
+  const l = (light + 0.3963377774 * red + 0.2158037573 * yellow) ** 3;
+  const m = (light - 0.1055613458 * red - 0.0638541728 * yellow) ** 3;
+  const s = (light - 0.0894841775 * red - 1.291485548 * yellow) ** 3;
+  return [
+    encoded(4.0767416621 * l - 3.3077115913 * m + 0.2309699292 * s),
+    encoded(-1.2684380046 * l + 2.6097574011 * m - 0.3413193965 * s),
+    encoded(-0.0041960863 * l - 0.7034186147 * m + 1.707614701 * s),
+  ];
 }
 
 /**

@@ -3,6 +3,7 @@
 import { Api } from "./api.js";
 import { Controls, layerOf } from "./controls.js";
 import { announce, byId, debounced, make } from "./dom.js";
+import { FindingsCard } from "./findings.js";
 import { Inspector } from "./inspector.js";
 import { askKey } from "./key-dialog.js";
 import { ModelView } from "./model-view.js";
@@ -35,6 +36,7 @@ const store = new Store(changed);
 const controls = new Controls((changes) => store.set(changes));
 const inspector = new Inspector(choose);
 const request = new RequestCard(api, (dtype) => store.set({ dtype }));
+const findings = new FindingsCard(api);
 const reconstruction = new ReconstructionCard(api);
 const original = new PatchPanel({ title: "Picture", onPoint: point, onChoose: choose });
 const showPicture = bindPictures(take, notice);
@@ -128,6 +130,7 @@ function refresh() {
   byId("stage").dataset.columns = String(columns.length);
   columns.forEach((column, i) => views[i].show(/** @type {any} */ (picture), column.wanted, column.model.version));
   request.show(picture, columns.map(({ wanted: one }) => ({ label: `${one.model}, layer ${one.layer}`, wanted: one })));
+  findings.show(picture, columns.find(({ model }) => Object.keys(model.heads ?? {}).length)?.model.id ?? "");
   reconstruction.show(picture, columns.find(({ model }) => model.can_reconstruct)?.model.id ?? "");
   display();
 }

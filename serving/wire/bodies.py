@@ -5,7 +5,7 @@ The OpenAPI document shows them. Unknown members are ignored: a peer may send mo
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -74,15 +74,27 @@ class UnusablePicture(Body):
     message: str
 
 
+class OpenAIError(Body):
+    """A refusal in the words of OpenAI's API, as its clients show it."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
 class Problem(Body):
-    """A refusal (RFC 9457), with the `error` member of the Open Inference Protocol."""
+    """A refusal (RFC 9457), with the `error` member of the Open Inference Protocol.
+
+    On routes of OpenAI's API, `/v1/embeddings` and `/v1/models`, `error` is an object.
+    """
 
     type: str
     title: str
     status: int
     code: str = Field(json_schema_extra={"enum": [r["code"] for r in REFUSALS.values()]})
     detail: str
-    error: str
+    error: str | OpenAIError
     pictures: list[UnusablePicture] = []
 
 
@@ -172,3 +184,104 @@ class Reconstruction(Body):
     reconstruction: str | None
     raw: str | None
     panels: list[Panel]
+
+
+class RunLengths(Body):
+    """A mask in COCO's compressed run lengths, as pycocotools reads them; `size` is (h, w)."""
+
+    size: Pair
+    counts: str
+
+
+Mask = RunLengths | str
+"""A mask of the size of the picture: run lengths, or a PNG as a data URI."""
+
+
+class Region(Body):
+    """The pixels of one class, of which there are some on the picture."""
+
+    label: str
+    index: int
+    pixels: int
+    share: float
+    mask: RunLengths | None = None
+
+
+class Segmentation(Body):
+    """A class for each pixel of a picture: regions, the largest first.
+
+    `map` holds the index of each pixel's class, as rows or as a PNG in a data URI.
+    """
+
+    task: Literal["segmentation"]
+    regions: list[Region]
+    map: list[list[int]] | str | None = None
+
+
+class Object(Body):
+    """An object on a picture; its box is (left, top, right, bottom) in the picture's pixels."""
+
+    label: str
+    index: int
+    score: float
+    box: tuple[float, float, float, float]
+    mask: Mask | None = None
+
+
+class Detection(Body):
+    """Objects on a picture, the best first."""
+
+    task: Literal["detection"]
+    objects: list[Object]
+
+
+class ClassScore(Body):
+    """The score of one class."""
+
+    label: str
+    index: int
+    score: float
+
+
+class Classification(Body):
+    """The class of a picture, and the scores of classes, the best first."""
+
+    task: Literal["classification"]
+    label: str
+    scores: list[ClassScore]
+
+
+Finding = Annotated[Segmentation | Detection | Classification, Field(discriminator="task")]
+"""What one head found on one picture."""
+
+
+class PredictedSize(Body):
+    """(h, w) of a picture that heads looked at."""
+
+    source_size: Pair
+
+
+class PredictedPicture(PredictedSize):
+    """What heads found on one picture, by their names."""
+
+    index: int
+    heads: dict[str, Finding]
+
+
+class HeadCard(Body):
+    """A trained head that is served."""
+
+    task: Literal["segmentation", "detection", "classification"]
+    class_names: list[str]
+    input_size: Pair
+    sha256: str
+
+
+class Predictions(Body):
+    """What the heads of a model found on pictures."""
+
+    model: str
+    version: str
+    weights_sha256: str
+    heads: dict[str, HeadCard]
+    data: list[PredictedPicture]

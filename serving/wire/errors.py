@@ -24,6 +24,7 @@ isolated Python that cannot import this package.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,18 @@ def problem(error: EndpointError) -> dict[str, Any]:
         "detail": str(error),
         "error": str(error),
     }
+
+
+def openai_problem(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Problem JSON whose `error` is what OpenAI's clients show: message, type, parameter, code.
+
+    Args:
+        tree: problem JSON, from `problem`.
+
+    Source: OpenAI's API reference, "Error object".
+    """
+    error = {"message": tree["detail"], "type": tree["code"], "param": None, "code": tree["code"]}
+    return {**tree, "error": error}
 
 
 def error_from_status(

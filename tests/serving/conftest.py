@@ -89,6 +89,7 @@ def application(bundles: dict[str, Path]) -> Callable[..., Any]:
         *,
         gateway: Mapping[str, Any] | None = None,
         ready: Mapping[str, bool] | None = None,
+        heads: Mapping[str, Mapping[str, Path]] | None = None,
         **settings: Any,
     ) -> Any:
         from mimray.serving.api.routes import root_app
@@ -101,7 +102,12 @@ def application(bundles: dict[str, Path]) -> Callable[..., Any]:
         services = {
             name: build_service(
                 ModelSettings(
-                    name=name, bundle=str(bundles[name]), device="cpu", gateway=shared, **settings
+                    name=name,
+                    bundle=str(bundles[name]),
+                    device="cpu",
+                    gateway=shared,
+                    heads={key: str(place) for key, place in (heads or {}).get(name, {}).items()},
+                    **settings,
                 ),
                 num_threads=1,
             )

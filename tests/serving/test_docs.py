@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -14,6 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mimray.trainers import load_bundle
+from tests.serving.heads import save_detection, save_segmentation
+
 DOCS = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
 ASKING = [
     (language, code)
@@ -24,10 +28,18 @@ ASKING = [
 
 @pytest.fixture(scope="module")
 def url(
-    application: Callable[..., Any], serve_application: Callable[..., Any], bundles: dict[str, Path]
+    application: Callable[..., Any],
+    serve_application: Callable[..., Any],
+    bundles: dict[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[str]:
     bundles["photos"] = bundles["alpha"]
-    with serve_application(application(("photos",))) as url:
+    encoder, folder = load_bundle(bundles["photos"]), tmp_path_factory.mktemp("heads")
+    heads = {
+        "scenes": save_segmentation(folder / "scenes", encoder),
+        "objects": save_detection(folder / "objects", encoder),
+    }
+    with serve_application(application(("photos",), heads={"photos": heads})) as url:
         yield url
 
 
@@ -56,7 +68,12 @@ def test_example(
         timeout=240,
     )
     assert done.returncode == 0, done.stderr
-    if language == "sh":
+    if "predict" in code and language == "sh":
+        (row,) = json.loads((tmp_path / "found.json").read_text())["data"]
+        assert list(row["heads"]) == ["scenes", "objects"]
+    elif "predict" in code:
+        assert "(70, 90)" in done.stdout  # the map has the picture's own size
+    elif language == "sh":
         with np.load(tmp_path / "maps.npz") as found:
             assert found["layer_2"].shape == (1, 64, 4, 4)
             assert found["layer_2"].dtype == np.float16
@@ -67,4 +84,4 @@ def test_example(
 
 def test_examples__are_in_every_language_promised() -> None:
     assert sorted({language for language, _ in ASKING}) == ["js", "python", "sh"]
-    assert len(ASKING) == 5
+    assert len(ASKING) == 7

@@ -19,6 +19,8 @@ from mimray.serving.inference.options import NAMES
 from mimray.serving.operations.operation import Computation
 from mimray.serving.operations.response_formats import WRITERS
 from mimray.serving.operations.table import OPERATIONS
+from mimray.trainers import load_bundle
+from tests.serving.heads import save_detection, save_linear, save_segmentation
 
 EXAMPLES = 20
 
@@ -69,9 +71,21 @@ def test_document__knows_every_option_and_format() -> None:
 
 
 @pytest.fixture(scope="module")
-def url(application: Callable[..., Any], serve_application: Callable[..., Any]) -> Iterator[str]:
+def url(
+    application: Callable[..., Any],
+    serve_application: Callable[..., Any],
+    bundles: dict[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[str]:
     limits = {"body_mib": 1, "pictures": 8, "input_pixels": 448 * 448}
-    with serve_application(application(gateway={"limits": limits})) as url:
+    encoder, folder = load_bundle(bundles["alpha"]), tmp_path_factory.mktemp("heads")
+    heads = {
+        "pixels": save_segmentation(folder / "pixels", encoder),
+        "masks": save_detection(folder / "masks", encoder),
+        "kind": save_linear(folder / "kind", encoder),
+    }
+    made = application(gateway={"limits": limits}, heads={"alpha": heads})
+    with serve_application(made) as url:
         yield url
 
 

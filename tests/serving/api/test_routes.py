@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import hashlib
 import io
 import json
 from collections.abc import Callable, Iterator
@@ -279,3 +280,116 @@ def test_gateway__what_nobody_foresaw_is_a_problem_too(
         response = client.get("/openapi.json")
     assert response.status_code == 500
     assert response.json()["error"] == "unexpected ZeroDivisionError"
+
+
+def test_openai__shows_its_users_the_reason(
+    application: Callable[..., Any], serve_application: Callable[..., Any]
+) -> None:
+    import openai
+
+    with serve_application(application(("alpha",))) as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.embeddings.create(model="alpha", input="a cat")
+        with pytest.raises(openai.NotFoundError) as unknown:
+            client.models.retrieve("gamma")
+    for error, said in ((refused.value, "neither a data URI nor base64"), (unknown.value, "gamma")):
+        assert said in error.message
+        assert (error.code, error.type) == (error.body["code"], error.body["type"])
+    assert (refused.value.code, unknown.value.code) == ("invalid_request", "not_found")
+
+
+@pytest.mark.parametrize(
+    ("member", "status"),
+    [
+        ({"dtype": "float16"}, 400),
+        ({"layers": "0"}, 400),
+        ({"norm": False}, 400),
+        ({"user": "somebody", "dimensions": None, "dtype": None}, 200),
+    ],
+)
+def test_embeddings__do_what_is_asked_or_say_that_they_do_not(
+    client: TestClient, picture: Callable[..., bytes], member: dict[str, Any], status: int
+) -> None:
+    text = base64.b64encode(picture(1)).decode()
+    response = client.post("/v1/embeddings", json={"model": "alpha", "input": text, **member})
+    assert response.status_code == status, response.text
+    if status == 400:
+        assert f"no member {min(member)!r}" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        lambda data: base64.encodebytes(data).decode(),  # with line breaks
+        lambda data: base64.urlsafe_b64encode(data).decode(),
+        lambda data: base64.b64encode(data).decode().rstrip("="),
+        lambda data: "data:image/png;base64," + base64.urlsafe_b64encode(data).decode().rstrip("="),
+    ],
+    ids=["lines", "url-safe", "unpadded", "data-uri"],
+)
+def test_base64__as_encoders_write_it(
+    client: TestClient, reference: Callable[..., Any], picture: Callable[..., bytes],
+    written: Callable[[bytes], str],
+) -> None:  # fmt: skip
+    data = picture(3)
+    response = client.post("/v1/features?model=alpha", json={"images": [written(data)]})
+    assert response.status_code == 200, response.text
+    np.testing.assert_allclose(response.json()["data"][0]["pooled"], reference(data)[0], atol=1e-5)
+    wrong = client.post("/v1/features?model=alpha", json={"images": ["a*b"]})
+    assert wrong.status_code == 400
+
+
+def test_features__one_level_of_the_pyramid_alone(
+    client: TestClient, picture: Callable[..., bytes]
+) -> None:
+    url, npz = "/v1/features?model=alpha&outputs=", {"Accept": "application/x-npz"}
+    one = client.post(f"{url}pyramid_32", content=picture(4), headers=npz)
+    two = client.post(f"{url}pyramid_8,pooled", content=picture(4), headers=npz)
+    for answer, names in ((one, ["pyramid_32"]), (two, ["pooled", "pyramid_8"])):
+        with np.load(io.BytesIO(answer.content)) as found:
+            metadata = json.loads(str(found["metadata"]))
+            assert [output["name"] for output in metadata["outputs"]] == names
+            assert sorted(set(found.files) - {"metadata"}) == names
+
+
+def test_cors__for_the_origins_that_are_named_and_no_other(
+    application: Callable[..., Any], picture: Callable[..., bytes]
+) -> None:
+    app = "https://app.example.org"
+    key = {"key_sha256": hashlib.sha256(b"sesame").hexdigest()}
+    made = application(("alpha",), gateway={"cors_origins": [app], **key})
+    before = {"Access-Control-Request-Method": "POST",
+              "Access-Control-Request-Headers": "authorization,content-type"}  # fmt: skip
+    url = "/v1/features?model=alpha"
+    with TestClient(made) as client:
+        asked = client.options(url, headers={"Origin": app, **before})
+        assert asked.status_code == 200
+        assert asked.headers["access-control-allow-origin"] == app
+        assert "authorization" in asked.headers["access-control-allow-headers"].lower()
+        other = client.options(url, headers={"Origin": "https://evil.example", **before})
+        assert other.status_code == 400
+        assert "access-control-allow-origin" not in other.headers
+        answer = client.post(
+            url, content=picture(1), headers={"Origin": app, "Authorization": "Bearer sesame"}
+        )
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-origin"] == app
+        assert "ETag" in answer.headers["access-control-expose-headers"]
+        # A page has to be able to read why it was refused.
+        refused = client.post(url, content=picture(1), headers={"Origin": app})
+        assert refused.status_code == 401
+        assert refused.headers["access-control-allow-origin"] == app
+    with TestClient(application(("alpha",))) as client:
+        assert "access-control-allow-origin" not in client.get("/v1/models", headers={
+            "Origin": app}).headers  # fmt: skip
+        assert client.options(url, headers={"Origin": app, **before}).status_code == 405
+
+
+@pytest.mark.parametrize("origin", ["app.example.org", "https://a.org/path", "null", ""])
+def test_cors__an_origin_that_is_none_is_refused(origin: str) -> None:
+    from mimray.serving.config import check_config
+    from mimray.trainers.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="cors_origins"):
+        check_config({"models": {"m": {"bundle": "m"}}, "cors_origins": [origin]}, "serve")

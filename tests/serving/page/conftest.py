@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.serving.heads import save_detection, save_linear, save_segmentation
+
 CHROMIUM = "/usr/bin/chromium"
 ARGUMENTS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -58,11 +60,30 @@ def painter(bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="session")
+def painters_heads(
+    painter: str, bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """A head of each kind on the model with the decoder."""
+    from mimray.trainers import load_bundle
+
+    encoder, folder = load_bundle(bundles[painter]), tmp_path_factory.mktemp("painters-heads")
+    return {
+        "scenes": save_segmentation(folder / "scenes", encoder),
+        "things": save_detection(folder / "things", encoder),
+        "kinds": save_linear(folder / "kinds", encoder),
+    }
+
+
+@pytest.fixture(scope="session")
 def site(
-    painter: str, application: Callable[..., Any], serve_application: Callable[[Any], Any]
+    painter: str,
+    painters_heads: dict[str, Path],
+    application: Callable[..., Any],
+    serve_application: Callable[[Any], Any],
 ) -> Iterator[str]:
-    """The URL of an endpoint with three models."""
-    with serve_application(application(("alpha", "beta", painter))) as url:
+    """The URL of an endpoint with three models, one of which has trained heads."""
+    made = application(("alpha", "beta", painter), heads={painter: painters_heads})
+    with serve_application(made) as url:
         yield url
 
 

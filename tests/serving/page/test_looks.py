@@ -53,6 +53,7 @@ def test_contrast__is_enough_for_every_text(site: str, visit: Opened, scheme: st
     first = seen.page.evaluate(_CONTRASTS)
     seen.choose(columns=2)
     seen.page.wait_for_selector(".reconstructed img")
+    seen.page.wait_for_selector(".findings figure")
     seen.page.mouse.move(5, 5)
     found = first + seen.page.evaluate(_CONTRASTS)
     assert len(found) > 60

@@ -64,6 +64,24 @@ def test_components__of_a_large_map_come_at_once(evaluate: Callable[..., Any]) -
     assert milliseconds < 2500
 
 
+def test_run_lengths__are_cocos(evaluate: Callable[..., Any]) -> None:
+    from faster_coco_eval.core import mask as mask_api
+
+    rng = np.random.default_rng(0)
+    masks = [rng.random((h, w)) < share for h, w, share in
+             ((1, 1, 1), (3, 5, 0.5), (40, 9, 0.02), (200, 300, 0.97))]  # fmt: skip
+    masks[3][:, :150] = False  # a run of many digits
+    for mask in masks:
+        told = mask_api.encode(np.asfortranarray(mask.astype(np.uint8)))
+        found = evaluate(
+            """async ([counts, size]) => {
+                 const { decodeMask } = await import('/page/run-lengths.js');
+                 return [...decodeMask(counts, size)]; }""",
+            [told["counts"].decode(), list(mask.shape)],
+        )
+        np.testing.assert_array_equal(np.reshape(found, mask.shape[::-1]).T, mask)
+
+
 def test_halves__every_one(evaluate: Callable[..., Any]) -> None:
     bits = np.arange(65536, dtype=np.uint16)
     wanted = bits.view(np.float16).astype(np.float64)

@@ -319,6 +319,33 @@ def test_reconstruction__follows_the_slider(site: str, visit: Opened) -> None:
     assert seen.wrong == []
 
 
+def test_answers__of_each_kind_of_head(site: str, visit: Opened) -> None:
+    seen = visit(site)
+    seen.choose()
+    assert not seen.page.locator("#findings").is_visible()
+    seen.page.locator("#model-a").select_option(PAINTER)
+    seen.page.wait_for_selector(".findings figure:nth-child(3)")
+    assert seen.page.locator(".findings figcaption").all_inner_texts() == [
+        "scenes segmentation", "things detection", "kinds classification",
+    ]  # fmt: skip
+    shares = seen.page.locator(".findings figure:nth-child(1) li b").all_inner_texts()
+    assert sum(float(text.removesuffix(" %")) for text in shares) == pytest.approx(100, abs=0.5)
+    painted = """n => { const canvas = document.querySelectorAll('.findings canvas')[n];
+      return canvas.toDataURL().length; }"""
+    assert seen.page.evaluate(painted, 0) > 1000
+    things = seen.page.locator(".findings figure:nth-child(2) .classes")
+    seen.page.locator("#least").fill("0")
+    assert "best 0." in things.inner_text()
+    seen.page.locator("#least").fill("95")
+    assert "reaches this score" in things.inner_text()
+    kinds = seen.page.locator(".findings figure:nth-child(3) li b").all_inner_texts()
+    assert sum(map(float, kinds)) == pytest.approx(1, abs=0.01)
+    assert [line for line in seen.asked if "/v1/predict" in line] == [
+        "POST /v1/predict?model=painter"
+    ]
+    assert seen.wrong == []
+
+
 @pytest.mark.parametrize("format", ["npz", "npy", "safetensors"])
 def test_download__opens(site: str, visit: Opened, tmp_path: Path, format: str) -> None:
     seen = visit(site, fragment="#layer=1")
