@@ -111,7 +111,8 @@ class ReplicaConfig(Config):
             free.
         max_queue_size: most pictures a replica admits before they are answered.
         max_wait_s: longest estimated wait; a request that would wait longer is refused.
-        cache_mib: memory a replica keeps answers in, by the content of requests; 0 for none.
+        cache_mib: memory a replica keeps answers in, by the content of requests and the key that
+            asks; 0 for none.
         compile: have torch compile the model. `auto` does on GPUs; on CPUs it has oneDNN compute
             the linear layers, which is faster and holds their weights in memory twice.
         jpeg_draft: decode large JPEGs at a fraction of their size, which is faster and changes

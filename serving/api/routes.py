@@ -270,6 +270,7 @@ def _call(operation: Operation, request: Request, query: dict[str, str], body: b
         body=body,
         version=version,
         trace=request.scope["mimray.trace"],
+        caller=request.scope["mimray.key"].name if "mimray.key" in request.scope else "",
     )
 
 

@@ -21,6 +21,7 @@ class Call:
         body: the whole body.
         version: the model's version that the request names; None for none.
         trace: the W3C headers of the trace it belongs to.
+        caller: name of the key that asks; empty where there are no keys.
     """
 
     operation: str
@@ -29,6 +30,7 @@ class Call:
     body: bytes = b""
     version: str | None = None
     trace: Headers = field(default_factory=dict)
+    caller: str = ""
 
 
 @dataclass(frozen=True)

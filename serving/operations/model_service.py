@@ -98,7 +98,8 @@ class ModelService:
                 notes={**reply.notes, "pictures": pictures},
             )
 
-        reply, hit = await self._cache.get_or_compute(key, compute)
+        # Each caller's own: how quickly an answer comes would tell who else asked for it.
+        reply, hit = await self._cache.get_or_compute(digest(key, call.caller), compute)
         return replace(reply, notes={**reply.notes, "cache": "hit" if hit else "miss"})
 
     def close(self) -> None:

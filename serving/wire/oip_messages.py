@@ -31,6 +31,8 @@ from mimray.serving.wire.errors import InvalidRequestError, TooLargeError, Unsup
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 MAX_JSON_BYTES = 64 * 2**20
+MAX_MEMBERS = 100
+"""Most members of a compressed body."""
 # JSON may end in spaces, and arrays are read in place only where they lie at whole words.
 _ALIGNMENT = 8
 
@@ -217,16 +219,24 @@ def inflate(body: bytes, encoding: str, *, max_bytes: int) -> bytes:
         raise UnsupportedMediaTypeError(
             f"Content-Encoding {encoding!r} is not supported", hint="use gzip, deflate or none"
         )
-    inflater = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # 32: zlib or gzip, by its header
-    try:
-        content = inflater.decompress(body, max_bytes + 1)
-    except zlib.error as error:
-        raise InvalidRequestError(f"the body is not valid {encoding}: {error}") from error
-    if len(content) > max_bytes:
-        raise TooLargeError(f"the body inflates to more than {max_bytes} bytes")
-    if not inflater.eof:
-        raise InvalidRequestError(f"the {encoding} body ends too early")
-    return content
+    parts: list[bytes] = []
+    left = max_bytes
+    # A gzip body may have several members, one after the other (RFC 1952, sec. 2.2).
+    for _ in range(MAX_MEMBERS):
+        inflater = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # 32: zlib or gzip, by its header
+        try:
+            parts.append(inflater.decompress(body, left + 1))
+        except zlib.error as error:
+            raise InvalidRequestError(f"the body is not valid {encoding}: {error}") from error
+        left -= len(parts[-1])
+        if left < 0:
+            raise TooLargeError(f"the body inflates to more than {max_bytes} bytes")
+        if not inflater.eof:
+            raise InvalidRequestError(f"the {encoding} body ends too early")
+        body = inflater.unused_data
+        if not body:
+            return b"".join(parts)
+    raise TooLargeError(f"the {encoding} body has more than {MAX_MEMBERS} members")
 
 
 def _split(body: bytes | bytearray, header_length: str | None) -> tuple[memoryview, memoryview]:

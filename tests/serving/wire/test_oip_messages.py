@@ -165,3 +165,17 @@ def test_inflate__bounded_and_checked() -> None:
         inflate(b"plain", "gzip", max_bytes=100)
     with pytest.raises(UnsupportedMediaTypeError):
         inflate(b"", "br", max_bytes=100)
+
+
+def test_inflate__every_member_of_a_body() -> None:
+    members = gzip.compress(b"abc") + gzip.compress(b"") + gzip.compress(b"def" * 9)
+    assert inflate(members, "gzip", max_bytes=30) == b"abc" + b"def" * 9
+    with pytest.raises(TooLargeError, match="more than 29 bytes"):
+        inflate(members, "gzip", max_bytes=29)
+    with pytest.raises(TooLargeError, match="more than 100 members"):
+        inflate(gzip.compress(b"") * 101, "gzip", max_bytes=30)
+    with pytest.raises(InvalidRequestError, match="ends too early"):
+        inflate(members[:-2], "gzip", max_bytes=100)
+    for after in (b"and more", b"\0\0"):
+        with pytest.raises(InvalidRequestError, match="not valid gzip"):
+            inflate(members + after, "gzip", max_bytes=100)
