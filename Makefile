@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := service trainers tuning serving tests benchmarks deploy
+SOURCES := service trainers tuning serving tests benchmarks deploy packaging
 
 .PHONY: demo test test-all bench install lint format types imports clean
 

@@ -181,13 +181,14 @@ class AsyncFeatureClient(Client):
             await asyncio.gather(*waiting, return_exceptions=True)
 
     async def _send(self, send: Send) -> Answer | Failure:
-        parts: list[bytes] = []
-        try:
-            async with (
-                asyncio.timeout(send.left_s),
-                self._http.stream(**self._arguments(send)) as response,
-            ):
+        async def answered() -> Answer:
+            async with self._http.stream(**self._arguments(send)) as response:
                 parts = [part async for part in response.aiter_bytes()]
-        except (httpx2.RequestError, TimeoutError) as error:
+            return Answer(response.status_code, response.headers, bytearray().join(parts))
+
+        # `asyncio.timeout`, and one name for the error, came after Python 3.10, which the client
+        # as a distribution of its own runs on.
+        try:
+            return await asyncio.wait_for(answered(), send.left_s)
+        except (httpx2.RequestError, TimeoutError, asyncio.TimeoutError) as error:  # noqa: UP041
             return Failure(error)
-        return Answer(response.status_code, response.headers, bytearray().join(parts))

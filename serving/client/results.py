@@ -57,6 +57,14 @@ class Features:
     weights_sha256: str
     metadata: dict[str, Any]
 
+    def __repr__(self) -> str:
+        height, width = self.source_size
+        maps = [f"layers[{layer}] {list(array.shape)}" for layer, array in self.layers.items()]
+        maps += [f"pyramid[{stride}] {list(array.shape)}" for stride, array in self.pyramid.items()]
+        arrays = [f"pooled {list(self.pooled.shape)}", f"tokens {list(self.tokens.shape)}", *maps]
+        of = f"{self.model} version {self.version}"
+        return f"<Features of {width} x {height} pixels by {of}: {', '.join(arrays)}>"
+
     def to_source(self, x: float, y: float) -> tuple[float, float]:
         """Map a point of the model's input to the picture."""
         return _mapped(self.inverse, x, y)
@@ -102,6 +110,12 @@ class Reconstruction:
     reconstruction: bytes | None
     raw: bytes | None
     panels: dict[str, bytes]
+
+    def __repr__(self) -> str:
+        rows, columns = self.grid
+        hidden = "nothing" if self.mask_ratio is None else f"{self.mask_ratio:.0%}"
+        titles = ", ".join(self.panels)
+        return f"<Reconstruction, {hidden} of {rows} x {columns} patches hidden: {titles}>"
 
 
 class _Metadata(bodies.Body):

@@ -8,7 +8,7 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC
+from datetime import timezone
 from email.utils import parsedate_to_datetime
 
 from mimray.serving.client.steps import Answer, Pause, Send, Steps
@@ -118,7 +118,8 @@ def retry_after_s(value: str, now_s: float) -> float | None:
         date = parsedate_to_datetime(value)
     except ValueError:
         return None
-    return max(0.0, date.replace(tzinfo=date.tzinfo or UTC).timestamp() - now_s)
+    zone = date.tzinfo or timezone.utc  # noqa: UP017 (Python 3.10 has no `UTC`)
+    return max(0.0, date.replace(tzinfo=zone).timestamp() - now_s)
 
 
 def _reason(error: Exception) -> str:
