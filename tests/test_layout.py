@@ -78,3 +78,23 @@ def test_rayignore__a_job_carries_code_and_no_data(tmp_path: Path):
         carried = {name for name in package.namelist() if not name.endswith("/")}
     assert kept <= carried
     assert carried & left == set()
+
+
+def test_import__costs_nothing_and_offers_what_people_need():
+    code = (
+        "import sys, mimray\n"
+        "heavy = {'torch', 'ray', 'numpy', 'click', 'pydantic', 'httpx2'}\n"
+        "print(sorted(heavy & set(sys.modules)))\n"
+        "print(*[name for name in dir(mimray) if not name.startswith('_')])\n"
+        "print(all(callable(getattr(mimray, name)) for name in mimray.__all__ if name[0] != '_'))"
+    )
+
+    answer = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+
+    heavy, names, found = answer.stdout.splitlines()
+    assert heavy == "[]"
+    wanted = {"pretrain", "evaluate", "extract", "tune", "serve", "load_bundle", "load_method"}
+    assert wanted <= set(names.split())
+    assert found == "True"

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 STEPS = 12
 TINY = [
@@ -184,6 +185,50 @@ def test_same_name__finished_run_is_not_run_again(
 ) -> None:
     result = json.loads(commands.finish(commands.call(*asked("undisturbed", "--json"))))
     assert result["already_done"]
+
+
+def test_library__does_what_the_command_does(
+    commands: Any, photos: Path, storage: Path, undisturbed: dict[int, float],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    import mimray
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{storage}/mlflow.db")
+    settings = {key: yaml.safe_load(value) for key, _, value in (s.partition("=") for s in TINY)}
+    probe = {"evaluation.every_steps": 5}
+    run = mimray.pretrain(
+        "mae-tiny", photos, name="undisturbed", storage=storage, steps=STEPS,
+        settings={**settings, **probe},
+    )  # fmt: skip
+    assert run.details["already_done"]
+    assert (run.folder, run.step) == (str(storage / "undisturbed"), STEPS)
+    assert run.loss == undisturbed[STEPS]
+    assert run.encoder().card.step == STEPS
+    png = run._repr_png_()
+    assert png == (storage / "undisturbed/reconstruction.png").read_bytes()
+    with pytest.raises(mimray.MimrayError, match=r"method\.mask_ratio: 0\.75 -> 0\.5"):
+        mimray.pretrain(
+            "mae-tiny", photos, name="undisturbed", storage=storage, steps=STEPS,
+            settings={**settings, **probe, "method.mask_ratio": 0.5},
+        )  # fmt: skip
+
+    score = mimray.evaluate(run.bundle, "knn", photos, settings={"k": 3}, val_share=0.25)
+    assert (score.task, score.metric) == ("knn", "accuracy")
+    assert score.headline == score.metrics["accuracy"] == score.details["headline"]
+    assert score._repr_png_() == Path(score.pictures[0]).read_bytes()
+    assert score.head is not None
+    head = mimray.load_head(score.head, run.encoder())
+    assert head.class_names == ("a", "b")
+    assert len(repr(score)) < 400
+
+    told = mimray.extract(run.bundle, photos, storage / "features", settings={"limit": 5})
+    assert told["num_rows"] == 5
+    with pytest.raises(mimray.MimrayError, match="dtype"):
+        mimray.extract(run.bundle, photos, storage / "other", settings={"dtype": "float8"})
+    with pytest.raises(mimray.MimrayError, match="unheard-of"):
+        mimray.tune("unheard-of", photos, storage=storage)
+    with pytest.raises(mimray.MimrayError, match="--head 'photos:kind=nowhere'|holds no trained"):
+        mimray.serve({"photos": run.bundle}, heads={"photos": {"kind": "nowhere"}})
 
 
 def test_same_name__changed_recipe_is_refused_with_the_difference(
