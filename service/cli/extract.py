@@ -6,14 +6,13 @@ from typing import Any
 
 import click
 
-from mimray.service.cli.options import image_size, json_option, label_option, print_result
-
-
-def _layers(ctx: click.Context, option: click.Parameter, text: str | None) -> tuple[int, ...]:
-    try:
-        return tuple(int(layer) for layer in text.split(",")) if text else ()
-    except ValueError:
-        raise click.BadParameter(f"{text!r} is not a list of layers such as 2,5,8,11") from None
+from mimray.service.cli.options import (
+    image_size,
+    json_option,
+    label_option,
+    layer_list,
+    print_result,
+)
 
 
 @click.command()
@@ -29,7 +28,7 @@ def _layers(ctx: click.Context, option: click.Parameter, text: str | None) -> tu
     type=click.Choice(["mean", "cls"]),
     help="One vector a picture; mean where nothing else is asked for.",
 )
-@click.option("--layers", default=None, callback=_layers, metavar="I,J,…", help="Feature maps.")
+@click.option("--layers", default=None, callback=layer_list, metavar="I,J,…", help="Feature maps.")
 @click.option("--tokens", is_flag=True, help="The patch tokens.")
 @click.option("--norm/--no-norm", default=True, help="Apply the final norm to feature maps.")
 @click.option(

@@ -74,6 +74,14 @@ def image_size(ctx: click.Context, option: click.Parameter, text: str | None) ->
     return int(match[1]), int(match[2] or match[1])
 
 
+def layer_list(ctx: click.Context, option: click.Parameter, text: str | None) -> tuple[int, ...]:
+    """Callback of `--layers`: the numbers of `2,5,8,11`; none without the option."""
+    try:
+        return tuple(int(layer) for layer in text.split(",")) if text else ()
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not a list of layers such as 2,5,8,11") from None
+
+
 def with_workers(overrides: Iterable[str], workers: int | None) -> tuple[str, ...]:
     """The overrides of a recipe with `--workers`, which has the last word."""
     last = () if workers is None else (f"resources.num_workers={workers}",)

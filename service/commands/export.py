@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from mimray.service.terminal.console import warn
-from mimray.trainers.errors import BundleError
+from mimray.trainers.errors import BundleError, ConfigError
 
 if TYPE_CHECKING:
     from mimray.trainers.engine.average import Weights
@@ -20,15 +21,25 @@ RAW = "bundle-raw"
 """The folder, in a run that keeps an average, of its weights as trained."""
 
 
-def export_run(run: str, out: Path | None, kind: str, weights: str | None = None) -> str:
+def export_run(
+    run: str,
+    out: Path | None,
+    kind: str,
+    weights: str | None = None,
+    *,
+    image_size: tuple[int, int] | None = None,
+    layers: tuple[int, ...] | None = None,
+) -> str:
     """Export an encoder; makes the run's own bundle first where training was cut short.
 
     Args:
         run: a run's or a bundle's path or URI.
         out: the folder to write; None leaves a bundle in the run's directory.
-        kind: `bundle`, `timm` or `transformers`.
+        kind: `bundle`, `timm`, `transformers` or `onnx`.
         weights: `average` or `raw`, of a run that keeps an average beside its weights; None for
             those of its bundle.
+        image_size: (height, width) of the input of an ONNX graph, pixels; as trained by default.
+        layers: layers whose maps are outputs of an ONNX graph; the bundle's by default.
 
     Returns:
         A line that says what is where.
@@ -37,9 +48,11 @@ def export_run(run: str, out: Path | None, kind: str, weights: str | None = None
         BundleError: there is nothing to export, or no place to write to.
     """
     from mimray.trainers.bundles import CARD, bundle_place, fetch_bundle, read_card
-    from mimray.trainers.convert import export_timm, export_transformers
+    from mimray.trainers.convert import export_onnx, export_timm, export_transformers
     from mimray.trainers.storage import RunDir
 
+    if kind != "onnx" and (image_size is not None or layers is not None):
+        raise ConfigError("--image-size and --layers go with --format onnx")
     run_dir = RunDir(run)
     if run_dir.exists("plan.json") and not run_dir.exists(f"bundle/{CARD}"):
         _bundle_from_checkpoint(run_dir)
@@ -55,6 +68,7 @@ def export_run(run: str, out: Path | None, kind: str, weights: str | None = None
     exporters: dict[str, Callable[[Path, Path], str]] = {
         "timm": export_timm,
         "transformers": export_transformers,
+        "onnx": partial(export_onnx, size=image_size, layers=layers),
     }
     return f"{out}: {kind}, {exporters[kind](fetch_bundle(run), out)}"
 
