@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
+
+import psutil
 
 from mimray.serving.config import API_KEY_VARIABLE, ServeConfig, check_config
 from mimray.serving.deploy.haproxy import HAProxyState, haproxy_available, port_is_free
@@ -32,7 +36,14 @@ _DRAIN_S = 1
 # Ray's 0.1 s costs the controller 4 % of a core while nothing happens.
 _CONTROL_LOOP_S = 0.5
 _SHUTDOWN_TIMEOUT_S = 30
+_POLL_S = 0.2
+# Processes without which Ray is gone, as it names them.
+_VITAL = ("gcs_server", "raylet")
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+class RayGoneError(ServingError):
+    """Ray was ended while the endpoint was to be: requests that it had were not answered."""
 
 
 class Endpoint:
@@ -53,7 +64,9 @@ class Endpoint:
         self._rollout = rollout
         self._state = state
         self._owns_ray = owns_ray
+        self._family: set[psutil.Process] = set()
         self._closed = False
+        self._know_family()
 
     @property
     def versions(self) -> dict[str, str]:
@@ -93,16 +106,34 @@ class Endpoint:
         with signals_handled_by(on_signal):
             try:
                 while not stop.wait(timeout=self._config.follow_s):
+                    self._know_family()
                     for line in self.follow():
                         tell(line)
             finally:
-                self.close()
+                try:
+                    self.close()
+                except RayGoneError as error:
+                    tell(str(error))
+                    # Ray's own end would wait for what is gone, and end this process in a minute.
+                    sys.stdout.flush()
+                    sys.stderr.flush()
+                    os._exit(0 if stop.is_set() else 1)
 
     def close(self) -> None:
-        """Stop serving; Ray itself is stopped only if this endpoint started it."""
+        """Stop serving; Ray itself is stopped only if this endpoint started it.
+
+        Raises:
+            RayGoneError: Ray ended first; nothing of it and of the endpoint is left.
+        """
         if not self._closed:
             self._closed = True
-            _shut_down(self._state, self._config, owns_ray=self._owns_ray)
+            _shut_down(self._state, self._config, self._family, owns_ray=self._owns_ray)
+
+    def _know_family(self) -> None:
+        """Note the processes of our Ray: once it is gone, nobody knows whose they are."""
+        if self._owns_ray:
+            self._family.update(psutil.Process().children(recursive=True))
+            self._family = {process for process in self._family if process.is_running()}
 
     def __enter__(self) -> Endpoint:
         return self
@@ -214,7 +245,8 @@ def start(config: ServeConfig, resolve: Resolve, *, api_key: str | None = None) 
             _start_serve(config, state)
             rollout.start()
     except BaseException:
-        _shut_down(state, config, owns_ray=owns_ray)
+        with contextlib.suppress(RayGoneError):  # what stopped the start says more
+            _shut_down(state, config, (), owns_ray=owns_ray)
         raise
     return Endpoint(config, rollout, state, owns_ray=owns_ray)
 
@@ -297,23 +329,69 @@ def _serve_is_running() -> bool:
     return True
 
 
-def _shut_down(state: HAProxyState, config: ServeConfig, *, owns_ray: bool) -> None:
-    """Stop Serve and, if it is ours, Ray; a second Ctrl-C does not cut it short."""
+def _shut_down(
+    state: HAProxyState, config: ServeConfig, family: Iterable[psutil.Process], *, owns_ray: bool
+) -> None:
+    """Stop Serve and, if it is ours, Ray; a second Ctrl-C does not cut it short.
+
+    Raises:
+        RayGoneError: Ray ended first, as where a signal is sent to all processes of a group.
+    """
     import ray
     from ray import serve
 
+    def stop_serve() -> None:
+        timeout_s = config.limits.request_timeout_s
+        if not state.drain(timeout_s):
+            logger.warning("some requests took longer than %g s", timeout_s)
+        if ray.is_initialized():
+            _end_controller()
+            serve.shutdown()
+
     with signals_handled_by(signal.SIG_IGN):
+        if owns_ray and not _done_while_ray_lives(stop_serve):
+            for process in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            state.release()
+            raise RayGoneError("Ray was ended before the endpoint, which is ended, too")
         try:
-            timeout_s = config.limits.request_timeout_s
-            if not state.drain(timeout_s):
-                logger.warning("some requests took longer than %g s", timeout_s)
-            if ray.is_initialized():
-                _end_controller()
-                serve.shutdown()
+            if not owns_ray:
+                stop_serve()
         finally:
             if owns_ray:
                 ray.shutdown()
             state.release()
+
+
+def _done_while_ray_lives(work: Callable[[], None]) -> bool:
+    """Do something in a thread, and give up on it once a process of our Ray has ended.
+
+    Calls to a Ray that is gone wait for a minute, and then end this process.
+
+    Returns:
+        False if it was given up.
+    """
+    import ray
+
+    node = ray._private.worker._global_node
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(_POLL_S)
+        if node is not None and any(kind in _VITAL for kind, _ in node.dead_processes()):
+            return False
+    for error in errors:
+        logger.error("Ray Serve did not end as it should: %s", error)
+    return True
 
 
 def _end_controller() -> None:

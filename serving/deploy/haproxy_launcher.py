@@ -15,10 +15,12 @@ HAProxy starts again at every change, so this imports next to nothing. `haproxy.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -33,6 +35,7 @@ STRIPPED = (
 )
 """Request headers that Ray Serve obeys; `_` counts as `-`."""
 
+_PR_SET_PDEATHSIG = 1
 _ROUTER_PREFIX = "x-serve-router-"
 _RETRY_AFTER_S = 1
 # Of a request's headers; its body has as long as the client may be silent (`timeout client`).
@@ -225,7 +228,21 @@ def main() -> None:
             _complete(path)
         except (OSError, ValueError) as error:
             sys.exit(f"mimray: this HAProxy is not started: {error}")
+    _end_with_parent()
     os.execv(binary, [binary, *arguments])
+
+
+def _end_with_parent() -> None:
+    """Have this process, and HAProxy after it, killed when the one that started it ends.
+
+    Where that is killed with all of Ray, nobody else would end HAProxy, which has no port then.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it ended meanwhile
+        sys.exit("mimray: what started this HAProxy is gone")
 
 
 def _complete(path: str) -> None:

@@ -281,8 +281,10 @@ def test_weights_to_begin_with__are_a_key_of_the_space(
 def test_hours__cut_what_runs_and_more_of_them_go_on(
     commands: Any, asked: Asked, undisturbed: Found, storage: Path
 ) -> None:
-    short = ("budget.hours=0.0025", *ONE_CPU)  # 9 s: long enough to begin in, not to end
-    cut = json.loads(commands.finish(commands.call(*asked("timed", *ONE, sets=short))))
+    short = ("budget.hours=0.0025", *ONE_CPU)  # 9 s: too short to end in, and perhaps to begin in
+    done = commands.call(*asked("timed", *ONE, sets=short))
+    cut = json.loads(done.stdout)
+    assert done.exit_code == (1 if cut["best"] is None else 0), done.stderr
     assert not cut["ended"]
     assert {t["state"] for t in cut["trials"]} <= {"finished", "cut"}
     longer = asked("timed", *ONE, sets=("budget.hours=1", *ONE_CPU))

@@ -137,6 +137,38 @@ def test_serve_bundles__as_a_library_has_a_token_and_listens_on_loopback_alone(
 
 
 @pytest.mark.slow
+def test_wait__sigterm_to_all_processes_at_once_leaves_nothing(
+    start: Callable[[], subprocess.Popen[str]], port: int, picture: Callable[..., bytes]
+) -> None:
+    """As `timeout` and systemd send it: Ray may end before the endpoint can."""
+    server = start()
+    assert _answers(port, picture)
+    family = psutil.Process(server.pid).children(recursive=True)
+    assert HAProxyState(port).processes()
+    os.killpg(server.pid, signal.SIGTERM)
+    assert server.wait(timeout=30) == 0
+    _assert_nothing_left(family, port)
+
+
+@pytest.mark.slow
+def test_haproxy__ends_with_the_process_that_started_it(
+    start: Callable[[], subprocess.Popen[str]], port: int
+) -> None:
+    """Where all of Ray is killed at once, nobody else would end it."""
+    server = start()
+    (proxy,) = HAProxyState(port).processes()
+    parent = proxy.parent()
+    assert parent is not None
+    os.kill(server.pid, signal.SIGSTOP)
+    parent.kill()
+    deadline = time.monotonic() + 30
+    # Nobody may have taken its status yet.
+    while proxy.is_running() and proxy.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, "HAProxy outlives what started it"
+    os.kill(server.pid, signal.SIGCONT)
+
+
+@pytest.mark.slow
 def test_wait__ctrl_c_leaves_room_for_the_next_start(
     start: Callable[[], subprocess.Popen[str]], port: int, picture: Callable[..., bytes]
 ) -> None:
