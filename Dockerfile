@@ -23,7 +23,7 @@ ENV VIRTUAL_ENV=/opt/mimray
 WORKDIR /build
 COPY pyproject.toml constraints.txt ./
 RUN uv pip install --no-cache ${TORCH_BACKEND:+--torch-backend "$TORCH_BACKEND"} \
-        --constraint constraints.txt --extra postgresql --extra otel --requirements pyproject.toml
+        --constraint constraints.txt --extra onnx --extra otel --extra postgresql --requirements pyproject.toml
 
 # `mimray/` links to the packages beside it.
 COPY README.md LICENSE ./
