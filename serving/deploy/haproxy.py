@@ -117,12 +117,14 @@ class HAProxyState:
     def complaint(self) -> str:
         """The error that HAProxy or its launcher wrote last to standard error; empty for none.
 
-        Of a HAProxy that is its first alert, since the others follow from it.
+        Of a HAProxy that is its first alert, since the others follow from it. What it only notes is
+        no error.
         """
         logs = sorted(self.folder.glob("*/*.stderr.log"), key=lambda log: log.stat().st_mtime)
         for log in reversed(logs):
             written = log.read_text(errors="replace").splitlines()
             lines = [line.strip() for line in written if line.strip()]
+            lines = [line for line in lines if not line.startswith(("[NOTICE]", "[WARNING]"))]
             alerts = [line for line in lines if line.startswith("[ALERT]")]
             if lines:
                 return alerts[0] if alerts else lines[-1]
