@@ -123,12 +123,15 @@ class _Reader:
 
     def __init__(self, pipe: IO[bytes], deadline: float) -> None:
         self._descriptor, self._deadline = pipe.fileno(), deadline
+        # Not `select`, which takes no descriptor above 1023: a replica has one a connection.
+        self._readable = select.poll()
+        self._readable.register(self._descriptor, select.POLLIN)
 
     def read(self, size: int) -> bytes:
         parts: list[bytes] = []
         while size:
             left_s = self._deadline - time.monotonic()
-            if left_s <= 0 or not select.select([self._descriptor], [], [], left_s)[0]:
+            if left_s <= 0 or not self._readable.poll(1000 * left_s):
                 raise TimeoutError
             part = os.read(self._descriptor, min(size, _READ_BYTES))
             if not part:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import io
 import os
+import resource
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,23 @@ def test_decoder__that_dies_takes_one_picture_with_it(picture: Callable[..., byt
     asked.wait()
     assert process.decode(data)[1] == (70, 90)
     process.close()
+
+
+def test_decode__where_more_files_are_open_than_select_takes(
+    picture: Callable[..., bytes],
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
+    with ExitStack() as files:
+        for _ in range(1100):
+            files.enter_context(open(os.devnull))
+        process = DecodeProcess(timeout_s=60, max_pixels=100_000, max_frames=3)
+        files.callback(process.close)
+        assert process.decode(picture(1, (90, 70), "BMP"))[1] == (70, 90)
+        assert process._process is not None
+        assert process._process.stdout is not None
+        assert process._process.stdout.fileno() > 1023
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_decoder__ends_with_its_owner(tmp_path: Path, picture: Callable[..., bytes]) -> None:
