@@ -46,7 +46,7 @@ class Run:
         return load_bundle(self.bundle)
 
     def _repr_png_(self) -> bytes | None:
-        """What the decoder makes of hidden patches, for notebooks."""
+        """The reconstruction of hidden patches as PNG, which notebooks show."""
         return _picture(f"{self.folder}/reconstruction.png")
 
 
@@ -77,7 +77,7 @@ class Evaluation:
     details: dict[str, Any] = field(repr=False)
 
     def _repr_png_(self) -> bytes | None:
-        """The first picture of the result, for notebooks."""
+        """The first picture of the result as PNG, which notebooks show."""
         return _picture(self.pictures[0]) if self.pictures else None
 
 

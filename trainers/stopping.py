@@ -30,6 +30,29 @@ def signals_handled_by(handler: signal.Handlers | Callable[[int, Any], object]) 
             signal.signal(number, previous)
 
 
+def in_background(
+    work: Callable[[], None], name: str
+) -> tuple[threading.Thread, list[BaseException]]:
+    """Make a thread of some work, which does not keep this process from ending.
+
+    Args:
+        work: the work.
+        name: name of the thread.
+
+    Returns:
+        The thread, not started, and a list that gets the error that the work ended with.
+    """
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+
+    return threading.Thread(target=run, name=name, daemon=True), errors
+
+
 def interruptible(work: Callable[[], None], ask: Callable[[str], bool]) -> None:
     """Run the work of a driver, and hand on the signals that it gets meanwhile.
 
@@ -43,18 +66,11 @@ def interruptible(work: Callable[[], None], ask: Callable[[str], bool]) -> None:
             to end with the process.
     """
     caught: list[int] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            work()
-        except BaseException as error:
-            errors.append(error)
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         caught.append(number)
 
-    thread = threading.Thread(target=run, name="training", daemon=True)
+    thread, errors = in_background(work, "training")
     with signals_handled_by(on_signal):
         thread.start()
         asked = False

@@ -259,39 +259,36 @@ def _features(name: str, summary: str) -> Tree:
 
 def _reconstruct(name: str, summary: str) -> Tree:
     ratio = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
-    answer = {"description": "pictures", "content": {JSON: {"schema": _ref("Reconstruction")}}}
-    return _operation(
-        name,
-        summary,
-        {"200": answer, "304": {"description": _STATUSES["304"]}},
-        ("400", "404", "408", "409", "413", "415", "422"),
-        parameters=[
-            *_model_parameters(),
-            _query("mask_ratio", "Share of patches to hide", ratio),
-            _query("seed", "Of the mask", {"type": "integer", "minimum": 0, "maximum": 999999999}),
-        ],
-        requestBody=_picture_body(),
-    )
+    options = [
+        _query("mask_ratio", "Share of patches to hide", ratio),
+        _query("seed", "Of the mask", {"type": "integer", "minimum": 0, "maximum": 999999999}),
+    ]
+    return _of_pictures(name, summary, "pictures", "Reconstruction", options)
 
 
 def _predict(name: str, summary: str) -> Tree:
-    answer = {"description": "findings", "content": {JSON: {"schema": _ref("Predictions")}}}
+    options = [
+        _query("heads", "Comma-separated; all by default", _TEXT),
+        _query("masks", "Form of masks; `map` is of segmentation alone",
+               {"enum": list(get_args(Masks)), "default": "rle"}),
+        _query("min_score", "Objects and classes below it are left out", {"type": "number"}),
+        _query("top", "Most objects, and most classes with a score",
+               {"type": "integer", "minimum": 1, "maximum": 999999}),
+    ]  # fmt: skip
+    return _of_pictures(name, summary, "predictions", "Predictions", options)
+
+
+def _of_pictures(name: str, summary: str, text: str, schema: str, options: list[Tree]) -> Tree:
+    """An operation from pictures to JSON, which a model may be served without."""
+    answer = {"description": text, "content": {JSON: {"schema": _ref(schema)}}}
     return _operation(
         name,
         summary,
         {"200": answer, "304": {"description": _STATUSES["304"]}},
         ("400", "404", "408", "409", "413", "415", "422"),
-        parameters=[
-            *_model_parameters(),
-            _query("heads", "Comma-separated; all by default", _TEXT),
-            _query("masks", "Form of masks; `map` is of segmentation alone",
-                   {"enum": list(get_args(Masks)), "default": "rle"}),
-            _query("min_score", "Objects and classes below it are left out", {"type": "number"}),
-            _query("top", "Most objects, and most classes with a score",
-                   {"type": "integer", "minimum": 1, "maximum": 999999}),
-        ],
+        parameters=[*_model_parameters(), *options],
         requestBody=_picture_body(),
-    )  # fmt: skip
+    )
 
 
 def _embeddings(name: str, summary: str) -> Tree:

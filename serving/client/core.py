@@ -108,7 +108,7 @@ class Core:
         top: int | None,
         concurrency: int,
     ) -> Steps[list[dict[str, Finding]]]:
-        """What heads find on pictures, by their names."""
+        """Predictions of heads for pictures, by the names of the heads."""
         if not heads:
             heads = (yield from self.model(model)).get("heads") or ()
             if not heads:

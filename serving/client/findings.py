@@ -1,4 +1,4 @@
-"""What trained heads found on pictures, as the client gives it."""
+"""Predictions of trained heads, as values of the client."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mimray.serving.wire.oip_messages import InferResponse
 from mimray.serving.wire.run_lengths import decode_mask
 
 HEAD_OUTPUT = "head_"
-"""What outputs of heads begin with, in the Open Inference Protocol."""
+"""Prefix of the outputs of heads, in the Open Inference Protocol."""
 
 _BODY: TypeAdapter[bodies.Segmentation | bodies.Detection | bodies.Classification] = TypeAdapter(
     bodies.Finding
@@ -83,7 +83,7 @@ class Classification:
 
 
 Finding = Segmentation | Detection | Classification
-"""What one head found on one picture."""
+"""The prediction of one head for one picture."""
 
 
 def read_findings(response: InferResponse) -> list[dict[str, Finding]]:

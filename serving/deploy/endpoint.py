@@ -22,7 +22,7 @@ from mimray.serving.deploy.haproxy import HAProxyState, haproxy_available, port_
 from mimray.trainers.cluster import start_ray
 from mimray.trainers.environment.network import is_loopback
 from mimray.trainers.errors import ServingError
-from mimray.trainers.stopping import signals_handled_by
+from mimray.trainers.stopping import in_background, signals_handled_by
 
 if TYPE_CHECKING:
     from mimray.serving.deploy.rollout import Resolve, Rollout
@@ -114,6 +114,8 @@ class Endpoint:
                     self.close()
                 except RayGoneError as error:
                     tell(str(error))
+                    if not stop.is_set():  # something failed, which the error follows
+                        logger.error("the endpoint failed", exc_info=error)
                     # Ray's own end would wait for what is gone, and end this process in a minute.
                     sys.stdout.flush()
                     sys.stderr.flush()
@@ -348,20 +350,23 @@ def _shut_down(
             _end_controller()
             serve.shutdown()
 
+    gone = False
     with signals_handled_by(signal.SIG_IGN):
-        if owns_ray and not _done_while_ray_lives(stop_serve):
-            for process in family:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-            state.release()
-            raise RayGoneError("Ray was ended before the endpoint, which is ended, too")
         try:
-            if not owns_ray:
+            if owns_ray:
+                gone = not _done_while_ray_lives(stop_serve)
+            else:
                 stop_serve()
         finally:
-            if owns_ray:
+            if gone:
+                for process in family:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        process.kill()
+            elif owns_ray:
                 ray.shutdown()
             state.release()
+    if gone:
+        raise RayGoneError("Ray was ended before the endpoint, which is ended, too")
 
 
 def _done_while_ray_lives(work: Callable[[], None]) -> bool:
@@ -371,26 +376,21 @@ def _done_while_ray_lives(work: Callable[[], None]) -> bool:
 
     Returns:
         False if it was given up.
+
+    Raises:
+        BaseException: the work ended with it.
     """
     import ray
 
     node = ray._private.worker._global_node
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            work()
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
+    thread, errors = in_background(work, "shutdown")
     thread.start()
     while thread.is_alive():
         thread.join(_POLL_S)
         if node is not None and any(kind in _VITAL for kind, _ in node.dead_processes()):
             return False
     for error in errors:
-        logger.error("Ray Serve did not end as it should: %s", error)
+        raise error
     return True
 
 

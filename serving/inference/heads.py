@@ -1,4 +1,4 @@
-"""Trained heads on a served encoder: what each needs of a pass, and what it finds on a picture.
+"""Trained heads on a served encoder: their views, their forward passes, their predictions.
 
 Heads that see the same view of a picture share one pass through the encoder.
 """
@@ -81,11 +81,16 @@ class Head(ABC):
 
     @abstractmethod
     def compute(self, batch: Pass) -> list[Any]:
-        """What it makes of each view of a batch, on the CPU."""
+        """Raw outputs of a batch, one a view, on the CPU."""
 
     @abstractmethod
     def finish(self, source_size: Size, made: Sequence[Any]) -> Any:
-        """What it finds on a picture, from what it made of the picture's views."""
+        """The prediction for a picture, from the raw outputs of its views.
+
+        Args:
+            source_size: (height, width) of the picture, pixels.
+            made: raw outputs in the order of `views`.
+        """
 
 
 class SegmentationHead(Head):
@@ -216,7 +221,7 @@ class HeadSet(Mapping[str, Head]):
         return hashlib.sha256(repr(named).encode()).hexdigest()
 
     def compute(self, images: Tensor, names: Sequence[str]) -> dict[str, list[Any]]:
-        """What heads make of a batch, by name, in one pass through the encoder.
+        """Raw outputs of heads by name, one a view, from one pass through the encoder.
 
         Args:
             images: normalised pictures, float [B, C, H, W].

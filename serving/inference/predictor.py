@@ -411,7 +411,7 @@ class Predictor:
         timeline: Timeline,
         turns: asyncio.Semaphore,
     ) -> Result:
-        """What heads find on one picture, rendered when the request has its turn."""
+        """Predictions of heads for one picture, rendered when the request has its turn."""
         now = time.perf_counter()
         made = await asyncio.gather(
             *(

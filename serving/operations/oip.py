@@ -185,7 +185,7 @@ async def _found(
     asked: Parameters,
     timeline: Timeline,
 ) -> dict[str, Tensor]:
-    """What heads found, by output: of each picture the JSON of `/v1/predict`."""
+    """Predictions of heads by output name: a JSON text a picture, as of `/v1/predict`."""
     names = [name.removeprefix(_HEAD_PREFIX) for name in named]
     told = {name: asked.get(name) for name in _HEAD_PARAMETERS}
     wanted = parse_wanted(model, {**told, "heads": ",".join(names)})

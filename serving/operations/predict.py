@@ -1,4 +1,4 @@
-"""`/v1/predict`: pictures in, and out what trained heads find on them."""
+"""`/v1/predict`: pictures in, predictions of trained heads out."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _MAP_BYTES = 3
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is to be told of what heads found.
+    """Options of an answer: heads, form of masks, thresholds.
 
     Attributes:
         heads: names of the heads to ask.
@@ -77,7 +77,7 @@ async def _predict(model: Model, call: Call, timeline: Timeline) -> tuple[Reply,
 PREDICT = Computation(
     name="predict",
     path="/v1/predict",
-    summary="What trained heads find on pictures",
+    summary="Predictions of trained heads",
     compute=_predict,
     model_in="query",
 )
@@ -86,7 +86,7 @@ PREDICT = Computation(
 async def find(
     model: Model, pictures: Sequence[Picture], wanted: Wanted, timeline: Timeline
 ) -> list[dict[str, Any]]:
-    """What heads found on pictures, each as `PredictedPicture` without its index.
+    """Predictions of heads for pictures, each as `PredictedPicture` without its index.
 
     Args:
         model: the model.
@@ -149,7 +149,7 @@ def parse_wanted(model: Model, parameters: Mapping[str, object]) -> Wanted:
 
 
 def _told(head: Head, found: Any, wanted: Wanted) -> dict[str, Any]:
-    """What a head found, as JSON."""
+    """The prediction of a head as JSON."""
     if isinstance(found, Segmented):
         return {"task": head.task, **_segmentation(head, found.classes, wanted)}
     if isinstance(found, Classified):

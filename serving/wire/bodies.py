@@ -252,7 +252,7 @@ class Classification(Body):
 
 
 Finding = Annotated[Segmentation | Detection | Classification, Field(discriminator="task")]
-"""What one head found on one picture."""
+"""The prediction of one head for one picture."""
 
 
 class PredictedSize(Body):
@@ -262,7 +262,7 @@ class PredictedSize(Body):
 
 
 class PredictedPicture(PredictedSize):
-    """What heads found on one picture, by their names."""
+    """Predictions for one picture, by the names of the heads."""
 
     index: int
     heads: dict[str, Finding]
@@ -278,7 +278,7 @@ class HeadCard(Body):
 
 
 class Predictions(Body):
-    """What the heads of a model found on pictures."""
+    """Predictions of a model's heads for pictures."""
 
     model: str
     version: str

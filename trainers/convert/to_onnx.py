@@ -53,7 +53,13 @@ outputs = encoder.embed([Image.open("a.jpg").convert("RGB")])  # {names}"""
 
 @dataclass(frozen=True)
 class Exported:
-    """What a graph gives: names of its outputs in their order, and the layers of maps."""
+    """Outputs of a graph.
+
+    Attributes:
+        outputs: names of the outputs, in their order.
+        layers: layers whose maps are outputs, counted from 0, rising.
+        any_size: True if height and width of the input are free.
+    """
 
     outputs: tuple[str, ...]
     layers: tuple[int, ...]
