@@ -6,11 +6,12 @@ raises a `MimrayError` where the command would print one.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from mimray.service.commands.overrides import assignments, with_init, with_workers
 
 if TYPE_CHECKING:
     from mimray.serving.deploy.endpoint import Endpoint
@@ -132,15 +133,14 @@ def pretrain(
     """
     from mimray.service.commands.pretrain import run_pretrain
 
-    begin = {} if init is None else {"method.init": init}
-    last = {} if workers is None else {"resources.num_workers": workers}
+    overrides = with_init(assignments(settings or {}), init, partial=False)
     told = run_pretrain(
         recipe,
         data=str(data),
         name=name or Path(recipe).stem,
         storage=str(storage),
         steps=steps,
-        overrides=assignments({**(settings or {}), **begin, **last}),
+        overrides=with_workers(overrides, workers),
         fresh=fresh,
         command=f"mimray.pretrain({recipe!r}, {str(data)!r})",
     )
@@ -353,11 +353,6 @@ def serve(
         ],
     )
     return start(made, resolve)
-
-
-def assignments(settings: Settings) -> tuple[str, ...]:
-    """Settings as the command line writes them, `key=value`."""
-    return tuple(f"{key}={json.dumps(value, default=str)}" for key, value in settings.items())
 
 
 def _picture(place: str) -> bytes | None:

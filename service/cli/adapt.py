@@ -13,7 +13,6 @@ from mimray.service.cli.options import (
     set_option,
     steps_option,
     verdict_options,
-    with_workers,
     workers_option,
 )
 
@@ -60,6 +59,7 @@ def adapt(
     Example: mimray adapt timm:vit_small_patch16_224.dino --data pictures --labelled scenes
     """
     from mimray.service.commands.adapt import AdaptRequest, adapt_text, run_adapt
+    from mimray.service.commands.overrides import with_workers
 
     request = AdaptRequest(
         overrides=with_workers(overrides, workers), command=command_line(), **asked

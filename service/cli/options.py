@@ -6,7 +6,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -80,20 +80,6 @@ def layer_list(ctx: click.Context, option: click.Parameter, text: str | None) ->
         return tuple(int(layer) for layer in text.split(",")) if text else ()
     except ValueError:
         raise click.BadParameter(f"{text!r} is not a list of layers such as 2,5,8,11") from None
-
-
-def with_workers(overrides: Iterable[str], workers: int | None) -> tuple[str, ...]:
-    """The overrides of a recipe with `--workers`, which has the last word."""
-    last = () if workers is None else (f"resources.num_workers={workers}",)
-    return (*overrides, *last)
-
-
-def with_init(overrides: Iterable[str], init: str | None, partial: bool) -> tuple[str, ...]:
-    """The overrides of a recipe with `--init` and `--partial`."""
-    if init is not None and not init.strip():
-        raise ConfigError("--init names nothing", hint="a bundle, run, name or checkpoint")
-    begin = () if init is None else (f"method.init={json.dumps(init)}",)
-    return (*overrides, *begin, *(("method.init_partial=true",) if partial else ()))
 
 
 def command_line() -> str:

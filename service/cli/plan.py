@@ -10,8 +10,6 @@ from mimray.service.cli.options import (
     print_result,
     set_option,
     steps_option,
-    with_init,
-    with_workers,
     workers_option,
 )
 
@@ -47,6 +45,7 @@ def plan(
     Example: mimray plan mae-vit-b --workers 8
     """
     from mimray.service.commands.guide import guide_text, read_guide
+    from mimray.service.commands.overrides import with_init, with_workers
     from mimray.service.commands.plan import forecast, forecast_text
 
     if recipe is None:

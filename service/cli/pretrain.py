@@ -13,8 +13,6 @@ from mimray.service.cli.options import (
     print_result,
     set_option,
     steps_option,
-    with_init,
-    with_workers,
     workers_option,
 )
 
@@ -49,6 +47,7 @@ def pretrain(
 
     Example: mimray pretrain mae-tiny --data pictures --steps 100 --set method.mask_ratio=0.6
     """
+    from mimray.service.commands.overrides import with_init, with_workers
     from mimray.service.commands.pretrain import run_pretrain
 
     result = run_pretrain(

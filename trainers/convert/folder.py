@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +31,32 @@ def write_folder(out: Path, state: Mapping[str, Tensor], files: Mapping[str, str
         BundleError: `out` holds files.
         StorageError: `out` cannot be written.
     """
+    with whole_folder(out) as aside:
+        weights = {key: value.contiguous() for key, value in state.items()}
+        # Not save_file: it hides from us why a disk refuses.
+        (aside / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
+        for name, text in files.items():
+            (aside / name).write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the place of `out` at the end, or is removed.
+
+    Args:
+        out: the folder's place; new or empty.
+
+    Raises:
+        BundleError: `out` holds files.
+        StorageError: it cannot be written.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BundleError(f"{out} exists and is not empty", hint="remove it or name another folder")
     with storage_errors(str(out)):
         out.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
         try:
-            weights = {key: value.contiguous() for key, value in state.items()}
-            # Not save_file: it hides from us why a disk refuses.
-            (aside / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
-            for name, text in files.items():
-                (aside / name).write_text(text, encoding="utf-8")
+            yield aside
             aside.chmod(0o755)
             os.replace(aside, out)  # takes the place of an empty folder too
         finally:

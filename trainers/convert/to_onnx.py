@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shutil
-import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,13 +19,12 @@ from torch import Tensor, nn
 
 from mimray.trainers.bundles import BundleCard, FrozenEncoder, load_bundle
 from mimray.trainers.config.model import SwinConfig, ViTConfig
-from mimray.trainers.convert.folder import as_json, model_card
+from mimray.trainers.convert.folder import as_json, model_card, whole_folder
 from mimray.trainers.data.geometry import Size
 from mimray.trainers.data.sample_photos import PHOTOGRAPHS, photograph
 from mimray.trainers.data.transforms import inference_view
 from mimray.trainers.errors import BundleError, ConfigError
 from mimray.trainers.models.normalise import normalise
-from mimray.trainers.storage import storage_errors
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -108,23 +105,13 @@ def export_onnx(
     if any(not -frozen.depth <= layer < frozen.depth for layer in chosen):
         raise ConfigError(f"--layers {list(chosen)}: there are 0 to {frozen.depth - 1}")
     chosen = tuple(sorted({layer % frozen.depth for layer in chosen}))
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BundleError(f"{out} exists and is not empty", hint="remove it or name another folder")
     found = Exported(
         ("pooled", "tokens", *(f"layer_{layer}" for layer in chosen)),
         chosen,
         any_size=_takes_any_size(card),
     )
-    with storage_errors(str(out)):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-        try:
-            told = _write(aside, frozen, found, size, pictures)
-            aside.chmod(0o755)
-            aside.replace(out)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    return told
+    with whole_folder(out) as aside:
+        return _write(aside, frozen, found, size, pictures)
 
 
 def require() -> None:
