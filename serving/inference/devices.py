@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -22,6 +23,24 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
+
+
+def torch_threads(count: int, name: str, *, num_threads: int) -> ThreadPoolExecutor:
+    """A pool of threads, each with its own number of torch threads.
+
+    Args:
+        count: number of the threads.
+        name: prefix of their names.
+        num_threads: torch's threads of each.
+    """
+    import torch
+
+    return ThreadPoolExecutor(
+        count,
+        thread_name_prefix=name,
+        initializer=torch.set_num_threads,
+        initargs=(num_threads,),
+    )
 
 
 def what_pays(

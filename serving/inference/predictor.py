@@ -10,7 +10,6 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -18,8 +17,8 @@ import numpy as np
 
 from mimray.serving.config import MIB, Limits, ReplicaConfig
 from mimray.serving.inference.batcher import Batcher
-from mimray.serving.inference.decode_process import is_quick
-from mimray.serving.inference.devices import pick_device, what_pays
+from mimray.serving.inference.decoders import Decoders
+from mimray.serving.inference.devices import pick_device, torch_threads, what_pays
 from mimray.serving.inference.heads import Head, HeadSet
 from mimray.serving.inference.options import EncoderInfo, Options
 from mimray.serving.inference.placement import Sizing
@@ -28,7 +27,6 @@ from mimray.serving.inference.preprocess import (
     Picture,
     Prepared,
     Preparer,
-    refuse_unusable,
     token_validity,
 )
 from mimray.serving.inference.timeline import Timeline
@@ -122,7 +120,7 @@ class Predictor:
         # One for the whole model, and one for each lane; at any time either the one is in use or
         # the others. The one loads the model, too: once OpenMP has more workers than cores, they
         # sleep between operations (a picture took ViT-Ti 37 ms instead of 25 on 2 cores).
-        self._model_thread = _threads(1, "model", num_threads=num_threads)
+        self._model_thread = torch_threads(1, "model", num_threads=num_threads)
         loading = self._model_thread.submit(lambda: load_bundle(bundle).to(self._device))
         self._encoder = loading.result()
         folders = {name: fetch_folder(place) for name, place in config.heads.items()}
@@ -151,11 +149,9 @@ class Predictor:
             for values in (self.card.mean, self.card.std)
         )
         self._preparer = Preparer(self.card, encoder.stride, limits, draft=config.jpeg_draft)
-        self._num_decoders = max(2, num_threads)
-        self._decoders = _threads(self._num_decoders, "decode", num_threads=1)
-        self._slow_decoder = _threads(1, "slow-decode", num_threads=1)
+        self._decoders = Decoders(max(2, num_threads), limits.request_pixels)
         lanes = _LANES if self._device.type == "cpu" and num_threads >= _LANES else 1
-        self._lanes = _threads(lanes, "lane", num_threads=num_threads // lanes)
+        self._lanes = torch_threads(lanes, "lane", num_threads=num_threads // lanes)
         self._num_lanes = lanes
         self._batcher: Batcher[_Key, _Waiting, Prediction] = Batcher(
             self._run_batch,
@@ -203,7 +199,7 @@ class Predictor:
         self.waiting += len(pictures)
         try:
             with self._batcher.expecting(len(pictures)):
-                prepared = await self._in_decoders(
+                prepared = await self._decoders.prepare(
                     pictures, lambda picture: self._prepare(picture, options.sizing), timeline
                 )
             self._check_output(prepared, options)
@@ -267,10 +263,10 @@ class Predictor:
         self.waiting += len(pictures)
         try:
             with self._batcher.expecting(len(pictures)):
-                prepared = await self._in_decoders(
+                prepared = await self._decoders.prepare(
                     pictures, lambda picture: self._prepare_views(picture, heads), timeline
                 )
-            turns = asyncio.Semaphore(self._num_decoders)
+            turns = self._decoders.turns()
             jobs = (
                 self._found(source, views, heads, render, timeline, turns)
                 for source, views in prepared
@@ -297,7 +293,7 @@ class Predictor:
             image, source = self._preparer.decoded(picture)
             return source, image
 
-        return await self._in_decoders(pictures, decoded, timeline or Timeline())
+        return await self._decoders.prepare(pictures, decoded, timeline or Timeline())
 
     async def alone(self, work: Callable[[], Result], timeline: Timeline) -> Result:
         """Run a function in the model's thread, after the batch that runs there.
@@ -329,59 +325,14 @@ class Predictor:
     async def close(self) -> None:
         """Stop the batcher and the threads."""
         await self._batcher.close()
-        pools = (self._decoders, self._slow_decoder, self._model_thread, self._lanes)
-        for threads in pools:
+        self._decoders.close()
+        for threads in (self._model_thread, self._lanes):
             threads.shutdown(wait=False, cancel_futures=True)
         self._preparer.process.close()
 
     def _patience_s(self) -> float:
         """Seconds to wait for pictures still being decoded: the time of one in the model."""
         return min(_MAX_PATIENCE_S, self._num_lanes * self._seconds_per_picture)
-
-    async def _in_decoders(
-        self,
-        pictures: Sequence[Picture],
-        prepare: Callable[[Picture], tuple[Size, Result]],
-        timeline: Timeline,
-    ) -> list[Result]:
-        """Prepare pictures in the decoders' threads; all that cannot be used are told together.
-
-        A request has no more pictures in the queue than there are threads, so that others come to
-        their turn, and one at a time in the process for slow formats.
-        """
-        loop = asyncio.get_running_loop()
-        asked = time.perf_counter()
-        turns = {
-            self._decoders: asyncio.Semaphore(self._num_decoders),
-            self._slow_decoder: asyncio.Semaphore(1),
-        }
-        left = self._limits.request_pixels
-
-        def timed(picture: Picture) -> Result:
-            nonlocal left
-            if left <= 0:
-                raise TooLargeError(
-                    f"the pictures have more than {self._limits.request_pixels} pixels together",
-                    hint="send several requests",
-                )
-            started = time.perf_counter()
-            try:
-                source, found = prepare(picture)
-                left -= math.prod(source)
-                return found
-            finally:
-                timeline.add("queue", asked, started)
-                timeline.add("decode", started, time.perf_counter())
-
-        async def one(picture: Picture) -> Result:
-            is_slow = isinstance(picture, bytes) and not is_quick(picture)
-            threads = self._slow_decoder if is_slow else self._decoders
-            async with turns[threads]:
-                return await loop.run_in_executor(threads, timed, picture)
-
-        outcomes = await asyncio.gather(*map(one, pictures), return_exceptions=True)
-        refuse_unusable(outcomes)
-        return [outcome for outcome in outcomes if not isinstance(outcome, BaseException)]
 
     def _prepare(self, picture: Picture, sizing: Sizing) -> tuple[Size, Prepared]:
         prepared = self._preparer.prepare(picture, sizing)
@@ -431,8 +382,7 @@ class Predictor:
             found = {name: head.finish(source, parts[name]) for name, head in heads.items()}
             return render(source, found)
 
-        async with turns:
-            return await asyncio.get_running_loop().run_in_executor(self._decoders, finish)
+        return await self._decoders.run(finish, turns)
 
     def _check_output(self, prepared: Sequence[Prepared], options: Options) -> None:
         size = sum(output_bytes(self.info, item.placement, options) for item in prepared)
@@ -507,18 +457,6 @@ def output_bytes(info: EncoderInfo, placement: Placement, options: Options) -> i
         widest = info.widths[options.pyramid]
         numbers += sum(widest * math.ceil(pixels / s**2) for s in options.levels)
     return numbers * _ITEM_SIZES[options.dtype]
-
-
-def _threads(count: int, name: str, *, num_threads: int) -> ThreadPoolExecutor:
-    """A pool of threads, each with its own number of torch threads."""
-    import torch
-
-    return ThreadPoolExecutor(
-        count,
-        thread_name_prefix=name,
-        initializer=torch.set_num_threads,
-        initargs=(num_threads,),
-    )
 
 
 def _to_numpy(tensor: Tensor) -> Array:
