@@ -18,6 +18,15 @@ from mimray.trainers.evaluation.segmentation.segmenter import build_segmenter
 NAMES = ("sky", "road", "tree", "car")
 
 
+def save_each(folder: Path, encoder: FrozenEncoder) -> dict[str, Path]:
+    """A head of each kind: `scenes`, `objects`, `kind`."""
+    return {
+        "scenes": save_segmentation(folder / "scenes", encoder),
+        "objects": save_detection(folder / "objects", encoder),
+        "kind": save_linear(folder / "kind", encoder),
+    }
+
+
 def save_segmentation(folder: Path, encoder: FrozenEncoder, **options: object) -> Path:
     """A segmentation head whose classes all occur."""
     config = SegmentationConfig.model_validate({"image_size": encoder.card.image_size, **options})

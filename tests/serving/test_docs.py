@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from mimray.trainers import load_bundle
-from tests.serving.heads import save_detection, save_segmentation
+from tests.serving.heads import save_each
 
 DOCS = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
 ASKING = [
@@ -34,11 +34,7 @@ def url(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[str]:
     bundles["photos"] = bundles["alpha"]
-    encoder, folder = load_bundle(bundles["photos"]), tmp_path_factory.mktemp("heads")
-    heads = {
-        "scenes": save_segmentation(folder / "scenes", encoder),
-        "objects": save_detection(folder / "objects", encoder),
-    }
+    heads = save_each(tmp_path_factory.mktemp("heads"), load_bundle(bundles["photos"]))
     with serve_application(application(("photos",), heads={"photos": heads})) as url:
         yield url
 
@@ -70,7 +66,7 @@ def test_example(
     assert done.returncode == 0, done.stderr
     if "predict" in code and language == "sh":
         (row,) = json.loads((tmp_path / "found.json").read_text())["data"]
-        assert list(row["heads"]) == ["scenes", "objects"]
+        assert list(row["heads"]) == ["scenes", "objects", "kind"]
     elif "predict" in code:
         assert "(70, 90)" in done.stdout  # the map has the picture's own size
     elif language == "sh":

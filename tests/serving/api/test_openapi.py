@@ -20,7 +20,7 @@ from mimray.serving.operations.operation import Computation
 from mimray.serving.operations.response_formats import WRITERS
 from mimray.serving.operations.table import OPERATIONS
 from mimray.trainers import load_bundle
-from tests.serving.heads import save_detection, save_linear, save_segmentation
+from tests.serving.heads import save_each
 
 EXAMPLES = 20
 
@@ -78,12 +78,7 @@ def url(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[str]:
     limits = {"body_mib": 1, "pictures": 8, "input_pixels": 448 * 448}
-    encoder, folder = load_bundle(bundles["alpha"]), tmp_path_factory.mktemp("heads")
-    heads = {
-        "pixels": save_segmentation(folder / "pixels", encoder),
-        "masks": save_detection(folder / "masks", encoder),
-        "kind": save_linear(folder / "kind", encoder),
-    }
+    heads = save_each(tmp_path_factory.mktemp("heads"), load_bundle(bundles["alpha"]))
     made = application(gateway={"limits": limits}, heads={"alpha": heads})
     with serve_application(made) as url:
         yield url

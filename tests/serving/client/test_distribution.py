@@ -16,7 +16,7 @@ import pytest
 
 from mimray import __version__
 from mimray.trainers import load_bundle
-from tests.serving.heads import save_detection, save_segmentation
+from tests.serving.heads import save_each
 
 HOME = Path(__file__).parents[3] / "packaging" / "mimray-client"
 USE = """
@@ -88,11 +88,7 @@ def test_client__works_without_mimray(
     with zipfile.ZipFile(wheel) as opened:
         opened.extractall(tmp_path / "installed")
     (tmp_path / "a.png").write_bytes(picture(1))
-    encoder = load_bundle(bundles["alpha"])
-    heads = {
-        "scenes": save_segmentation(tmp_path / "scenes", encoder),
-        "objects": save_detection(tmp_path / "objects", encoder),
-    }
+    heads = save_each(tmp_path / "heads", load_bundle(bundles["alpha"]))
     with serve_application(application(("alpha",), heads={"alpha": heads})) as url:
         done = subprocess.run(
             [sys.executable, "-c", USE, url, str(tmp_path / "a.png")],

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.serving.heads import save_detection, save_linear, save_segmentation
+from tests.serving.heads import save_each
 
 CHROMIUM = "/usr/bin/chromium"
 ARGUMENTS = [
@@ -66,12 +66,7 @@ def painters_heads(
     """A head of each kind on the model with the decoder."""
     from mimray.trainers import load_bundle
 
-    encoder, folder = load_bundle(bundles[painter]), tmp_path_factory.mktemp("painters-heads")
-    return {
-        "scenes": save_segmentation(folder / "scenes", encoder),
-        "things": save_detection(folder / "things", encoder),
-        "kinds": save_linear(folder / "kinds", encoder),
-    }
+    return save_each(tmp_path_factory.mktemp("painters-heads"), load_bundle(bundles[painter]))
 
 
 @pytest.fixture(scope="session")

@@ -326,7 +326,7 @@ def test_answers__of_each_kind_of_head(site: str, visit: Opened) -> None:
     seen.page.locator("#model-a").select_option(PAINTER)
     seen.page.wait_for_selector(".findings figure:nth-child(3)")
     assert seen.page.locator(".findings figcaption").all_inner_texts() == [
-        "scenes segmentation", "things detection", "kinds classification",
+        "scenes segmentation", "objects detection", "kind classification",
     ]  # fmt: skip
     shares = seen.page.locator(".findings figure:nth-child(1) li b").all_inner_texts()
     assert sum(float(text.removesuffix(" %")) for text in shares) == pytest.approx(100, abs=0.5)
