@@ -126,6 +126,7 @@ def run_serve(config: ServeConfig) -> None:
 
 def write_build(config: ServeConfig, out: Path | None) -> str:
     """The YAML that `serve deploy` takes, written to `out` too where that is given."""
+    from mimray.serving.deploy.rollout import check_version
     from mimray.serving.deploy.serve_schema import ReplicaResources, Served, serve_schema
     from mimray.trainers.environment.network import is_loopback
     from mimray.trainers.errors import MimrayError
@@ -141,6 +142,8 @@ def write_build(config: ServeConfig, out: Path | None) -> str:
         if canary is not None and canary.number == stable.number:
             warn(f"no canary of {name}: it is version {stable.number} as well")
             canary = None
+        for version in filter(None, (stable, canary)):
+            check_version(model, version)
         models.append(Served(name, model, stable, canary))
         cpus = model.num_cpus or 1.0
         resources[name] = ReplicaResources(cpus, model.num_gpus or 0.0, max(1, int(cpus)))

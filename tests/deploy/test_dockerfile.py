@@ -150,6 +150,7 @@ def test_environment__names_files_that_the_image_has(environment: dict[str, str]
 def test_environment__has_haproxy_as_mimray_serve_has_it(environment: dict[str, str]) -> None:
     from mimray.serving.config import Limits
     from mimray.serving.deploy.haproxy import HAProxyState
+    from mimray.serving.deploy.haproxy_launcher import REQUESTS_PER_SOURCE
 
     ours = HAProxyState(8000).environment(
         silence_s=Limits().body_timeout_s, requests_per_source=Limits().requests_per_source
@@ -164,6 +165,7 @@ def test_environment__has_haproxy_as_mimray_serve_has_it(environment: dict[str, 
         }
 
     assert serve(environment) == serve(ours)
+    assert environment[REQUESTS_PER_SOURCE] == ours[REQUESTS_PER_SOURCE]
 
 
 def test_health__is_asked_of_a_program_that_the_image_has(steps: list[tuple[str, str]]) -> None:

@@ -66,6 +66,17 @@ def test_check_version__a_head_that_cannot_be_served(
         check_version(config, version)
 
 
+def test_build__refuses_a_head_of_another_encoder(bundles: dict[str, Path], tmp_path: Path) -> None:
+    folder = save_linear(tmp_path / "kind", load_bundle(bundles["alpha"]))
+    arguments = ["serve", f"m={bundles['beta']}", "--head", f"kind={folder}", "--build"]
+    refused = CliRunner().invoke(cli, arguments)
+    assert (refused.exit_code, "was trained on alpha" in refused.output) == (2, True)
+    arguments[1] = f"m={bundles['alpha']}"
+    built = CliRunner().invoke(cli, arguments)
+    assert built.exit_code == 0, built.output
+    assert str(folder) in built.stdout
+
+
 def test_registered_heads__come_with_their_version_and_no_other(
     bundles: dict[str, Path], tmp_path: Path, registry: Registry
 ) -> None:
